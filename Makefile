@@ -1,0 +1,43 @@
+# make demo / test / check / bench. Each makes .venv by itself.
+# NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
+PYTHON ?= python3
+ARGS ?=
+
+ifdef NO_VENV
+PY := $(PYTHON)
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+
+.PHONY: help demo test check bench clean
+
+help:
+	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
+	@echo "make test   run the tests"
+	@echo "make check  lint, format, types, import floors"
+	@echo "make bench  time the paths side by side"
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(PY) scripts/train_demo.py $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(PY) scripts/benchmark.py $(ARGS)
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_import_floors.py
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

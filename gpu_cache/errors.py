@@ -1,0 +1,54 @@
+"""Errors of the cache. Each is built from numbers and names, formats its own message, and survives pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+
+class GpuCacheError(Exception):
+    """Base of every error that the cache raises on purpose."""
+
+
+class CacheFullError(GpuCacheError, MemoryError):
+    """The pool has no room, even after evicting every entry that nobody holds.
+
+    Args:
+        needed: Bytes asked for, after alignment.
+        free: Bytes free in the pool.
+        capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
+    """
+
+    def __init__(self, needed: int, free: int, capacity: int) -> None:
+        super().__init__(needed, free, capacity)
+        self.needed, self.free, self.capacity = needed, free, capacity
+
+    def __str__(self) -> str:
+        return (
+            f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; "
+            "raise pool_bytes (GPU_CACHE_POOL_BYTES) or clear shards"
+        )
+
+
+class CacheClosedError(GpuCacheError):
+    """The cache was closed, or belongs to the process that this one was forked from."""
+
+
+class FetchError(GpuCacheError, RuntimeError):
+    """A shard did not arrive.
+
+    Args:
+        message: What happened, naming shard, address and numbers.
+        failures: Cause by shard key, for a call that asked for several shards. The others are cached.
+    """
+
+    def __init__(self, message: str, failures: Mapping[Hashable, BaseException] | None = None) -> None:
+        super().__init__(message, failures)
+        self.message = message
+        self.failures: dict[Hashable, BaseException] = dict(failures or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class TransferError(GpuCacheError):
+    """Bytes could not be staged or copied to the device."""

@@ -1,0 +1,66 @@
+"""What a transport must offer: shards described, then their bytes read into buffers of the cache's choosing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """One shard of a stream: its key and what its bytes mean (C order, the machine's byte order)."""
+
+    key: Hashable
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ShardReader(Protocol):
+    """One connection to one node, drained by one thread; only `cancel` may be called from another.
+
+    The stream comes in parts (one answer of the node each): `next_specs`, then `read_into` until every byte of the
+    part was read, then `next_specs` again, until that returns None. Whatever the node said or failed to say about a
+    key is in the specs, in `failures`, or in an exception, which ends the stream and fails every key not yet read.
+    """
+
+    @property
+    def node(self) -> str:
+        """Address of the node, for messages and for counting by source."""
+
+    @property
+    def keys(self) -> Sequence[Hashable]:
+        """What this reader was opened for."""
+
+    @property
+    def failures(self) -> Mapping[Hashable, Exception]:
+        """Keys that the node cannot deliver, with the reason; grows with each part."""
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        """Ask for the next part and describe its shards in stream order; None at the end of the stream."""
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers (writable, bytes) with the next bytes of the part, in order; blocks until all are full."""
+
+    def cancel(self) -> None:
+        """Make a blocked `next_specs` or `read_into` fail soon. Any thread; idempotent; frees nothing."""
+
+    def close(self) -> None:
+        """Give back the connection. Called once, by the draining thread, after its last read."""
+
+
+class ShardSource(Protocol):
+    """Opens readers for keys. Any thread."""
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader for each node and connection; together they cover the keys, each key once.
+
+        Does no I/O: a reader connects at its first `next_specs`. All I/O of a reader ends within `timeout_s`.
+        """
