@@ -1,1 +1,298 @@
-"""The device seam."""
+"""The device seam: memory, streams and events of one device. The only file that names `torch.cuda`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gpu_cache.cudart import CudaRuntime, PrivatePools, pci_address, pooled_streams
+from gpu_cache.hostmem import host_memory
+
+Stream = Any
+Event = Any
+
+torch_cuda: Any = torch.cuda  # for modules that take it as an argument
+
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIdentity:
+    """Which device this is, in words that outlive CUDA_VISIBLE_DEVICES; empty strings where unknown."""
+
+    name: str
+    uuid: str = ""
+    pci_bus_id: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Arena:
+    """One device allocation that slabs are cut from; `owner` stands for what goes back with it (a memory pool)."""
+
+    tensor: torch.Tensor  # (nbytes,) uint8 on the device
+    owner: object = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel()
+
+
+@dataclass(slots=True, eq=False)
+class Pinned:
+    """One host buffer that copies to the device pass through."""
+
+    tensor: torch.Tensor  # (nbytes,) uint8 on the host
+    view: memoryview  # the same bytes, writable
+    is_pinned: bool  # False: pageable, copies are slower and block the caller
+
+
+class Device(Protocol):
+    """What the cache asks of a device. Any thread; no call depends on or changes the thread's current device."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where arenas live."""
+
+    @property
+    def stages(self) -> bool:
+        """Whether bytes reach an arena through pinned staging buffers; False: sources write into it directly."""
+
+    def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        """Allocate device memory that nothing pending touches.
+
+        Args:
+            nbytes: Bytes to allocate.
+            private: From a memory pool of its own, which gives the memory back to the driver when released;
+                False: from torch's ordinary allocator.
+        Raises:
+            torch.OutOfMemoryError: The device has not that much. For a private arena torch does not empty its cache.
+            RuntimeError: The calling thread is capturing a CUDA graph.
+        """
+
+    def release_arena(self, arena: Arena) -> None:
+        """Give the memory back, which no work and no alias uses any more. Raises while this thread is capturing."""
+
+    def pinned(self, nbytes: int) -> Pinned:
+        """Allocate a staging buffer; pageable, with one warning, where pinning fails."""
+
+    def release_pinned(self, pinned: Pinned) -> None:
+        """Unpin and free a staging buffer. The caller has made sure that no copy reads it."""
+
+    def new_stream(self) -> Stream:
+        """A stream of the cache's own."""
+
+    def current_stream(self) -> Stream:
+        """The calling thread's current stream on this device."""
+
+    def fence_streams(self) -> Sequence[Stream]:
+        """Every stream on which somebody may have enqueued a read: default and pooled ones, less capturing ones."""
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""
+
+    def record(self, stream: Stream, *, timing: bool = False) -> Event:
+        """A new event behind everything enqueued on `stream` so far."""
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Make later work on `stream` wait for `event`; the host goes on."""
+
+    def query(self, event: Event) -> bool:
+        """Whether the host can see that `event` is done."""
+
+    def synchronize(self, event: Event) -> None:
+        """Block the calling thread until `event` is done."""
+
+    def elapsed_s(self, start: Event, end: Event) -> float:
+        """Seconds between two events recorded with `timing` and both done."""
+
+    def is_capturing(self, stream: Stream | None = None) -> bool:
+        """Whether a CUDA graph is being captured on `stream` (None: the calling thread's current stream)."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total bytes of the device."""
+
+    def identity(self) -> DeviceIdentity:
+        """Which device this is."""
+
+
+class HostDevice:
+    """Host memory as the device: everything is done when a call returns. Tests may have it stage bytes as on a GPU."""
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, stages: bool = False) -> None:
+        self.stages = stages
+
+    def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        # A bare storage: unlike `torch.empty`, deterministic mode does not fill it.
+        storage = torch.UntypedStorage(nbytes, device="cpu")  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False), _disable_current_modes():
+            return Arena(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage))
+
+    def release_arena(self, arena: Arena) -> None:
+        arena.tensor = _NOTHING
+
+    def pinned(self, nbytes: int) -> Pinned:
+        return Pinned(*host_memory(nbytes), is_pinned=False)
+
+    def release_pinned(self, pinned: Pinned) -> None:
+        pinned.tensor, pinned.view = _NOTHING, memoryview(b"")
+
+    def new_stream(self) -> Stream:
+        return "host"
+
+    def current_stream(self) -> Stream:
+        return "host"
+
+    def fence_streams(self) -> Sequence[Stream]:
+        return ["host"]
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        dst.copy_(src)
+
+    def record(self, stream: Stream, *, timing: bool = False) -> Event:
+        return time.perf_counter() if timing else None
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        pass
+
+    def query(self, event: Event) -> bool:
+        return True
+
+    def synchronize(self, event: Event) -> None:
+        pass
+
+    def elapsed_s(self, start: Event, end: Event) -> float:
+        return float(end - start)
+
+    def is_capturing(self, stream: Stream | None = None) -> bool:
+        return False
+
+    def memory_info(self) -> tuple[int, int]:
+        page = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+    def identity(self) -> DeviceIdentity:
+        return DeviceIdentity("host")
+
+
+class CudaDevice:
+    """One CUDA device, by its index among the visible ones. Makes no CUDA call before a method is called.
+
+    The other arguments are what it is made of: `torch.cuda`, `torch.empty`, and the CUDA runtime library.
+    """
+
+    stages = True
+
+    def __init__(
+        self, index: int, cuda: Any = torch_cuda, empty: Any = torch.empty, runtime: CudaRuntime | None = None
+    ) -> None:
+        self.torch_device = torch.device("cuda", index)
+        self._cuda, self._runtime = cuda, runtime or CudaRuntime(cuda)
+        self._pools = PrivatePools(cuda, empty, lambda: any(map(self.is_capturing, self._streams)))
+
+    def __repr__(self) -> str:
+        return f"CudaDevice({self.torch_device})"
+
+    def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        self._refuse_capture("allocate an arena")
+        default = self._cuda.default_stream(self.torch_device)
+        with self._here(), self._cuda.stream(default):
+            arena = Arena(*self._pools.allocate(nbytes, self.torch_device, private=private))
+            if arena.owner is None:
+                # Torch reuses a freed block in the order of its stream: work enqueued before may still read it. A
+                # private pool's first block comes straight from the driver, where nothing can be pending on it.
+                default.synchronize()
+        return arena
+
+    def release_arena(self, arena: Arena) -> None:
+        self._refuse_capture("release an arena")
+        arena.tensor = _NOTHING
+        token, arena.owner = arena.owner, None
+        with self._here():
+            self._pools.release(token)
+
+    def pinned(self, nbytes: int) -> Pinned:
+        tensor, view = host_memory(nbytes)
+        with self._here():
+            return Pinned(tensor, view, is_pinned=self._runtime.pin(tensor.data_ptr(), nbytes))
+
+    def release_pinned(self, pinned: Pinned) -> None:
+        if pinned.is_pinned:
+            with self._here():
+                self._runtime.unpin(pinned.tensor.data_ptr())
+        pinned.tensor, pinned.view, pinned.is_pinned = _NOTHING, memoryview(b""), False
+
+    def new_stream(self) -> Stream:
+        # Not of priority 0, whose streams torch deals out to everybody in turn: sharing one would queue copies behind
+        # a collective, or put them into somebody's graph. A copy runs no sooner for its stream's priority.
+        with self._here():
+            return self._cuda.Stream(device=self.torch_device, priority=-2)
+
+    def current_stream(self) -> Stream:
+        return self._cuda.current_stream(self.torch_device)
+
+    def fence_streams(self) -> Sequence[Stream]:
+        return [stream for stream in self._streams if not self.is_capturing(stream)]
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        with self._here(), self._cuda.stream(stream):
+            if self._cuda.is_current_stream_capturing():
+                raise RuntimeError(f"{stream} is being captured: the copy would become a part of somebody's graph")
+            dst.copy_(src, non_blocking=True)
+
+    def record(self, stream: Stream, *, timing: bool = False) -> Event:
+        event = self._cuda.Event(enable_timing=timing)
+        event.record(stream)
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        stream.wait_event(event)
+
+    def query(self, event: Event) -> bool:
+        with self._here():
+            return bool(event.query())
+
+    def synchronize(self, event: Event) -> None:
+        with self._here():
+            event.synchronize()
+
+    def elapsed_s(self, start: Event, end: Event) -> float:
+        with self._here():
+            return float(start.elapsed_time(end)) / 1e3
+
+    def is_capturing(self, stream: Stream | None = None) -> bool:
+        with self._cuda.device(self.torch_device), self._cuda.stream(stream):
+            return bool(self._cuda.is_current_stream_capturing())
+
+    def memory_info(self) -> tuple[int, int]:
+        with self._here():
+            free, total = self._cuda.mem_get_info(self.torch_device)
+            return int(free), int(total)
+
+    def identity(self) -> DeviceIdentity:
+        found = self._cuda.get_device_properties(self.torch_device)
+        return DeviceIdentity(found.name, f"GPU-{found.uuid}", pci_address(found))
+
+    @functools.cached_property
+    def _streams(self) -> list[Stream]:
+        with self._here():
+            return pooled_streams(self._cuda, self.torch_device)
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        """Leave captures in other threads intact, and make no context on device 0, which is half a GiB, in new ones."""
+        with self._cuda.device(self.torch_device), self._runtime.beside_captures():
+            yield
+
+    def _refuse_capture(self, action: str) -> None:
+        if self.is_capturing():
+            raise RuntimeError(f"cannot {action} on {self.torch_device}: this thread is capturing a CUDA graph")

@@ -1,0 +1,63 @@
+"""A GPU-resident tensor cache with pinned-memory staging.
+
+Names load when they are first used, so that tools which only read reports never import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_cache.cache import TensorCache
+    from gpu_cache.config import CacheConfig
+    from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, TransferError
+    from gpu_cache.source import ShardReader, ShardSource, ShardSpec
+    from gpu_cache.stats import BufferStats, stats_delta
+    from gpu_cache.tensor_reader import TensorReader
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "TensorCache": "cache",
+    "CacheConfig": "config",
+    "CacheClosedError": "errors",
+    "CacheFullError": "errors",
+    "FetchError": "errors",
+    "GpuCacheError": "errors",
+    "TransferError": "errors",
+    "ShardReader": "source",
+    "ShardSource": "source",
+    "ShardSpec": "source",
+    "TensorReader": "tensor_reader",
+    "BufferStats": "stats",
+    "stats_delta": "stats",
+}
+
+__all__ = [
+    "TensorCache",
+    "CacheConfig",
+    "ShardSource",
+    "ShardReader",
+    "ShardSpec",
+    "TensorReader",
+    "BufferStats",
+    "stats_delta",
+    "GpuCacheError",
+    "CacheFullError",
+    "CacheClosedError",
+    "FetchError",
+    "TransferError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

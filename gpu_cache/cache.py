@@ -1,0 +1,304 @@
+"""TensorCache: shards by key, fetched once, handed out as zero-copy tensors until they are cleared."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar, cast
+
+import torch
+
+from gpu_cache import process
+from gpu_cache.config import CacheConfig, ReadyMode
+from gpu_cache.device import Device, Stream
+from gpu_cache.engine import Engine, LazyEngine
+from gpu_cache.entry import Entry
+from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.fetch import Fetch, ReaderTask
+from gpu_cache.index import ShardIndex
+from gpu_cache.lease import AliasCounter, alias_of, plain_tensors
+from gpu_cache.source import ShardSource
+from gpu_cache.stats import BufferStats, buffer_stats_of
+from gpu_cache.tensor_reader import TensorReader
+from gpu_cache.transfer import Completion
+
+_CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
+
+
+_Method = TypeVar("_Method", bound=Callable[..., object])
+
+
+def _eager(method: _Method) -> _Method:
+    """Keep `torch.compile` out of a method: it would trace threads and locks."""
+    return cast(_Method, torch.compiler.disable(method))
+
+
+class TensorCache:
+    """Tensors of one device by key.
+
+    Nothing is allocated, and no device is chosen, before the first use. Equal keys must mean equal bytes.
+
+    Args:
+        config: Settings; None reads the GPU_CACHE_* variables.
+        device: A device to use instead of the one that `config.device` names.
+    Thread-safety: any thread. No lock is held over I/O, copies or waits.
+    Source: the life of a shard follows vLLM's KV-cache off-loading and PyTorch's CachingHostAllocator.
+    """
+
+    def __init__(self, config: CacheConfig | None = None, *, device: Device | None = None) -> None:
+        self.config = CacheConfig.from_env() if config is None else config
+        self._index = ShardIndex(alias_of, AliasCounter().is_held)
+        self._lazy = LazyEngine(self.config, device, self._index.forget_dead, self._make_room)
+        self._tasks: set[ReaderTask] = set()
+        self._is_closed = False
+        process.register(self)
+
+    def __repr__(self) -> str:
+        return f"TensorCache({self.device_name or 'no device yet'}, {self._index!r})"
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def keys(self) -> list[Hashable]:
+        """Keys of what is cached, oldest first."""
+        return self._index.keys()
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._lazy.current
+
+    @property
+    def device_name(self) -> str:
+        """Where it caches ("cuda:0", "cpu"); "" before the first use."""
+        engine = self._engine
+        return "" if engine is None else str(engine.device.torch_device)
+
+    @_eager
+    def get_many(
+        self,
+        keys: Sequence[Hashable],
+        source: ShardSource,
+        *,
+        timeout_s: float | None = None,
+        ready: ReadyMode | None = None,
+    ) -> list[torch.Tensor]:
+        """Hand out the tensors of `keys`, fetching those that are not cached.
+
+        Each tensor aliases the cache's memory: zero copy, `storage_offset()` 0, a storage of exactly the shard's
+        bytes. It stays valid for as long as any alias of it lives, cleared or not. Writing into it changes what later
+        readers get.
+
+        Args:
+            keys: Shard ids; one that repeats is looked up once and gives aliases of one block.
+            source: Asked for the missing ones only.
+            timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`.
+            ready: Overrides `config.ready` for this call.
+        Returns:
+            One tensor for each key, in order, on the cache's device. Shards that the pool has no room for come all
+            the same, uncached.
+        Raises:
+            FetchError: Some did not arrive; `failures` has the cause by key. The others are cached.
+            CacheClosedError: The cache is closed.
+            TransferError: During CUDA graph capture: a shard is not cached, or its copy was not yet seen complete.
+        Thread-safety: any thread. Two calls for one key make one fetch.
+        """
+        engine = self._open_engine()
+        stream = engine.device.current_stream()
+        is_capturing = engine.device.is_capturing()
+        if is_capturing and (missing := self._index.missing(keys)):
+            raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
+        fetch = self._start(engine, keys, source, timeout_s)
+        claim = fetch.claim
+        try:
+            if claim.claimed or claim.joined:
+                fetch.wait()
+            arrived = {key: entry for found in (claim.claimed, claim.joined) for key, entry in found.items()}
+            tensors = {key: alias_of(entry.base) for key, entry in arrived.items() if entry.base is not None}
+        finally:
+            self._index.release(claim.claimed.values())
+        entries = [*arrived.values(), *(entry for _, entry in claim.hits.values())]
+        self._settle(engine, entries, stream, ready or self.config.ready, is_capturing=is_capturing)
+        tensors.update((key, tensor) for key, (tensor, _) in claim.hits.items())
+        if len(keys) == len(tensors):
+            return [tensors[key] for key in keys]
+        return [alias_of(tensors[key]) for key in keys]  # a key repeats: no two results are one object
+
+    @_eager
+    def prefetch(self, keys: Sequence[Hashable], source: ShardSource, *, timeout_s: float | None = None) -> Future[int]:
+        """Begin to fetch the missing ones of `keys`, and return at once.
+
+        Returns:
+            A future of how many were missing; it fails as `get_many` would. It need not be waited for.
+        Raises:
+            CacheClosedError: The cache is closed.
+        Thread-safety: any thread.
+        """
+        fetch = self._start(self._open_engine(), keys, source, timeout_s)
+        result: Future[int] = Future()
+
+        def finish(error: BaseException | None) -> None:
+            self._index.release(fetch.claim.claimed.values())
+            if error is None:
+                result.set_result(len(fetch.claim.claimed) + len(fetch.claim.joined))
+            else:
+                result.set_exception(error)
+
+        fetch.when_done(finish)
+        return result
+
+    @_eager
+    def put(self, key: Hashable, tensor: torch.Tensor, *, node: str = "", timeout_s: float | None = None) -> bool:
+        """Copy a host tensor into the pool and index it under `key`.
+
+        Args:
+            key: Shard id. A key that is cached already keeps what it has.
+            tensor: In host memory, any dtype and shape.
+            node: The source that it counts for, and that `clear_node` names.
+            timeout_s: Longest wait for a staging buffer, in seconds.
+        Returns:
+            Whether this call cached it (False: it was there, or another thread is loading it).
+        Raises:
+            CacheFullError: No room even after evicting every entry that nobody holds; nothing was changed.
+            ValueError: Not a dense tensor in host memory.
+        Thread-safety: any thread.
+        """
+        engine = self._open_engine()
+        entry = self._index.reserve(key)
+        if entry is None:
+            return False
+        limit = self.config.fetch_timeout_s if timeout_s is None else timeout_s
+        task = ReaderTask(TensorReader(node, [key], lambda: [tensor]), {key: entry}, self._index)
+        with plain_tensors():
+            task.run(engine.transfer, time.monotonic() + limit, may_overflow=False)
+        self._index.release([entry])
+        if entry.error is not None:
+            raise entry.error
+        return True
+
+    def clear(self, keys: Iterable[Hashable] | None = None) -> int:
+        """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
+
+        Their bytes are reusable when the last alias is gone and the work enqueued before is done.
+
+        Returns:
+            How many were cached.
+        """
+        return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
+
+    def clear_node(self, node: str, keys: Iterable[Hashable] | None = None) -> int:
+        """Drop the shards that came from `node`, or those of them that `keys` names.
+
+        Returns:
+            How many were cached.
+        """
+        return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
+
+    def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Say that `stream` reads `tensor`: its bytes are reused only after what is enqueued there when it dies.
+
+        `Tensor.record_stream` does nothing for tensors of this cache. With `reuse_fence="all"` only streams made
+        outside of torch need it.
+        """
+        if (engine := self._engine) is not None and tensor.device == engine.device.torch_device:
+            engine.fence.note(stream)
+
+    def synchronize(self) -> None:
+        """Block until everything that was freed before this call is reusable.
+
+        Raises:
+            TransferError: During CUDA graph capture.
+        """
+        if (engine := self._engine) is not None:
+            if engine.device.is_capturing():
+                raise TransferError("cannot synchronize the cache during CUDA graph capture")
+            engine.pool.synchronize()
+
+    def trim(self, to_bytes: int = 0) -> bool:
+        """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
+
+        Returns:
+            Whether any was given back.
+        """
+        self.synchronize()
+        return (engine := self._engine) is not None and engine.pool.trim(to_bytes)
+
+    def buffer_stats(self) -> BufferStats:
+        """Counters and gauges; each part (index, pool, staging) is consistent in itself. No device call."""
+        engine = self._engine
+        return buffer_stats_of(self._index.stats(), {} if engine is None else engine.stats())
+
+    def reset_peak_stats(self) -> None:
+        """Make `device_peak_bytes` what is in use now. Counters are never reset."""
+        if (engine := self._engine) is not None:
+            engine.pool.reset_peak()
+
+    def close(self) -> None:
+        """Drop everything, end every fetch, and refuse further calls. Tensors already handed out stay valid.
+
+        Waits at most a few seconds for reads that were cut off. Idempotent; any thread.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        error = CacheClosedError(f"{self!r} was closed")
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel(error)
+        concurrent.futures.wait([task.done for task in tasks], _CLOSE_WAIT_S)
+        self._index.remove_node(None)
+        self._lazy.close()
+
+    def disown(self) -> object:
+        """Refuse every further call, in a child that inherited this cache; what is returned must never be freed."""
+        self._is_closed = True
+        return self._lazy, self._index
+
+    def _start(self, engine: Engine, keys: Iterable[Hashable], source: ShardSource, timeout_s: float | None) -> Fetch:
+        """Look up, and begin to fetch what is missing."""
+        limit = self.config.fetch_timeout_s if timeout_s is None else timeout_s
+        engine.pool.drain()
+        fetch = Fetch(self._index, self._index.claim(dict.fromkeys(keys)), limit)
+        if fetch.claim.claimed:
+            engine.reaper.wake()
+            fetch.start(source, engine.transfer, self._tasks)
+            if self._is_closed:
+                fetch.cancel(CacheClosedError(f"{self!r} was closed"))
+        return fetch
+
+    def _settle(
+        self, engine: Engine, entries: Iterable[Entry], stream: Stream, ready: ReadyMode, *, is_capturing: bool
+    ) -> None:
+        """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream")."""
+        engine.fence.note(stream)
+        unseen: set[Completion] = {
+            e.completion for e in entries if e.completion is not None and not e.completion.is_seen
+        }
+        if unseen and is_capturing:
+            raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
+        for completion in unseen:
+            if ready == "host":
+                completion.wait_host()
+            else:
+                completion.wait_on(stream)
+
+    def _open_engine(self) -> Engine:
+        if self._is_closed:
+            raise CacheClosedError(f"{self!r} is closed, or belongs to the process that this one was forked from")
+        return self._lazy.get(may_change=self._index.is_empty)
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Evict; the victims' leases fire as this returns."""
+        return bool(self._index.evict(nbytes))
+
+    def _drop(self, dropped: list[Entry]) -> int:
+        """Let entries die, outside every lock, and start their way back to the free lists."""
+        count = len(dropped)
+        dropped.clear()
+        if (engine := self._engine) is not None:
+            engine.pool.drain()
+        return count

@@ -1,0 +1,146 @@
+"""Settings of a cache: a frozen dataclass, each field with a GPU_CACHE_* variable of the same name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", re.IGNORECASE)
+
+# Every block starts at a multiple of this, as the CUDA allocator's blocks do.
+ALIGNMENT = 512
+
+ReadyMode = Literal["host", "stream"]
+ReuseFence = Literal["all", "noted"]
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes of a size given as an int or as text such as "4GiB", "512 MiB", "1.5KiB" or "4096".
+
+    Raises:
+        ValueError: Not a size.
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to a whole number of alignment units."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Settings of one `TensorCache`. Sizes are ints or text ("4GiB"); None means: decided when the device is known.
+
+    Attributes:
+        device: "auto" (the CUDA device if this process has initialised CUDA, else the host), "cpu", "cuda", "cuda:N".
+        slab_bytes: Bytes of one slab; a larger shard gets a slab of its own.
+        prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host.
+        pool_bytes: The most all slabs may take. Default the smaller of 8 GiB and a tenth of the device; 2 GiB on
+            the host.
+        staging_slots: Pinned buffers that bytes pass through on their way to the device.
+        staging_slot_bytes: Bytes of one such buffer.
+        run_bytes: The most bytes of consecutive shards that are placed and copied together.
+        fetch_timeout_s: Longest wait of one call for its shards, in seconds.
+        ready: "host": tensors are handed out when the host has seen their copies done, safe on every stream and
+            thread; "stream": at once, the caller's current stream waits instead.
+        reuse_fence: "all": freed bytes are reused after all work enqueued before on any stream of torch's; "noted":
+            only on the default stream and streams that asked for a shard or were named to `record_stream`.
+    Raises:
+        ValueError: A value is out of range; names the field and the value.
+    """
+
+    device: str = "auto"
+    slab_bytes: int = 256 * MIB
+    prealloc_bytes: int | None = None
+    pool_bytes: int | None = None
+    staging_slots: int = 8
+    staging_slot_bytes: int = 16 * MIB
+    run_bytes: int = 4 * MIB
+    fetch_timeout_s: float = 60.0
+    ready: ReadyMode = "host"
+    reuse_fence: ReuseFence = "all"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _checked(field.name, value))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"CacheConfig.{field.name}={value!r}: {error}") from None
+        self._check_together()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> CacheConfig:
+        """Settings from the GPU_CACHE_* variables; `overrides` win.
+
+        Raises:
+            ValueError: A variable or an override is out of range.
+        """
+        source = os.environ if environ is None else environ
+        found = {f.name: source[variable(f.name)] for f in dataclasses.fields(cls) if source.get(variable(f.name))}
+        return cls(**{**found, **overrides})
+
+    def resolved(self, *, is_cuda: bool, device_bytes: int) -> CacheConfig:
+        """The same settings with every None replaced by its default for a device of `device_bytes`."""
+        default_pool = min(8 * GIB, device_bytes // 10) if is_cuda else 2 * GIB
+        pool = default_pool if self.pool_bytes is None else self.pool_bytes
+        default_prealloc = min(GIB, pool) if is_cuda else 0
+        prealloc = default_prealloc if self.prealloc_bytes is None else self.prealloc_bytes
+        return dataclasses.replace(self, pool_bytes=pool, prealloc_bytes=prealloc)
+
+    def _check_together(self) -> None:
+        if self.run_bytes > self.staging_slot_bytes:
+            raise ValueError(
+                f"CacheConfig.run_bytes={self.run_bytes:,}: must fit a staging slot of {self.staging_slot_bytes:,}"
+            )
+        if None not in (self.pool_bytes, self.prealloc_bytes) and cast(int, self.prealloc_bytes) > cast(
+            int, self.pool_bytes
+        ):
+            raise ValueError(
+                f"CacheConfig.prealloc_bytes={self.prealloc_bytes:,}: must not exceed pool_bytes {self.pool_bytes:,}"
+            )
+
+
+def variable(field: str) -> str:
+    """Name of the environment variable of a field."""
+    return f"GPU_CACHE_{field.upper()}"
+
+
+def _checked(field: str, value: Any) -> Any:
+    """The value in its field's type, in range."""
+    if field == "device":
+        return _one_of(value, r"auto|cpu|cuda(:\d+)?")
+    if field == "ready":
+        return _one_of(value, "host|stream")
+    if field == "reuse_fence":
+        return _one_of(value, "all|noted")
+    if field == "fetch_timeout_s":
+        return _at_least(float(value), 1e-3)
+    if field == "staging_slots":
+        return _at_least(int(value), 1)
+    if value is None and field in ("prealloc_bytes", "pool_bytes"):
+        return None
+    return _at_least(parse_size(value), 0 if field == "prealloc_bytes" else ALIGNMENT)
+
+
+def _one_of(value: Any, pattern: str) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise ValueError(f"must be one of {pattern.replace('|', ', ')}")
+    return value
+
+
+def _at_least(value: Any, least: float) -> Any:
+    if not value >= least:
+        raise ValueError(f"must be at least {least}")
+    return value

@@ -1,0 +1,120 @@
+"""The parts of a cache that belong to one device, built together when the device is known."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from gpu_cache import process
+from gpu_cache.config import CacheConfig
+from gpu_cache.device import Device
+from gpu_cache.fence import StreamFence
+from gpu_cache.lease import Lease
+from gpu_cache.placement import Placement, choose_device
+from gpu_cache.reaper import Reaper
+from gpu_cache.slab import SlabPool
+from gpu_cache.staging import StagingRing
+from gpu_cache.transfer import Transfer
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Pool, staging, transfer, fence and reaper of one device. Allocates nothing before the first fetch.
+
+    Args:
+        device: Where shards are cached.
+        config: Settings; what is None is decided here.
+        on_dead: Told the leases that fired.
+        make_room: Evicts so many bytes; whether anything was evicted.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        config: CacheConfig,
+        on_dead: Callable[[list[Lease]], None],
+        make_room: Callable[[int], bool],
+    ) -> None:
+        is_cuda = device.torch_device.type == "cuda"
+        self.device = device
+        self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
+        self.fence = StreamFence(device, self.config.reuse_fence)
+        self.pool = SlabPool(device, self.config, self.fence, on_dead)
+        self.staging = StagingRing(device, self.config) if device.stages else None
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, make_room)
+        self.fence.note(self.transfer.stream)
+        self.reaper = Reaper(self.pool)
+
+    def close(self) -> None:
+        """Give back what nobody uses; blocks that are still held keep their slab. Waits for copies under way."""
+        self.reaper.stop()
+        self.pool.trim()
+        if self.staging is not None:
+            self.staging.close()
+
+    def stats(self) -> dict[str, float]:
+        """The device's part of `BufferStats`."""
+        return {**self.pool.stats(), **(self.staging.stats() if self.staging is not None else {})}
+
+
+class LazyEngine:
+    """Builds the engine at first use, and again if the device was not certain and nothing is cached yet.
+
+    Args:
+        config: Settings, as given.
+        device: Where to cache; None: as `config.device` and the process's state say.
+        on_dead: See `Engine`.
+        make_room: See `Engine`.
+    Thread-safety: any thread.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        device: Device | None,
+        on_dead: Callable[[list[Lease]], None],
+        make_room: Callable[[int], bool],
+    ) -> None:
+        self.current: Engine | None = None
+        self._config, self._on_dead, self._make_room = config, on_dead, make_room
+        self._given = None if device is None else Placement(device, "as given", is_final=True)
+        # Guards `current` and _is_final.
+        self._lock = threading.Lock()
+        self._is_final = False
+
+    def get(self, *, may_change: bool) -> Engine:
+        """The engine; `may_change` says that nothing is cached in the one there is.
+
+        Raises:
+            ValueError: The device named by the settings is not there, or it is not clear which is meant.
+        """
+        engine = self.current
+        if engine is not None and (self._is_final or not may_change):
+            return engine
+        placement = self._given or choose_device(self._config.device)
+        if engine is not None and placement.device.torch_device == engine.device.torch_device:
+            return engine
+        built = Engine(placement.device, self._config, self._on_dead, self._make_room)
+        with self._lock:
+            is_mine = self.current is engine
+            if is_mine:
+                self.current, self._is_final = built, placement.is_final
+            chosen = self.current
+        if is_mine:
+            logger.info("caching on %s: %s; %s", placement.device.torch_device, placement.reason, built.config)
+            _retire(engine)
+        assert chosen is not None
+        return chosen
+
+    def close(self) -> None:
+        """Close the engine, if there is one; it lives on while its blocks are held."""
+        _retire(self.current)
+
+
+def _retire(engine: Engine | None) -> None:
+    if engine is not None:
+        engine.close()
+        if engine.pool.is_busy:
+            process.retire(engine)

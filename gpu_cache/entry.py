@@ -1,0 +1,65 @@
+"""Entries of the index and what passes between the index and a transfer. Plain records; the index lock guards them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import weakref
+from collections.abc import Hashable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+
+class State(enum.Enum):
+    """Of an entry, as its key's waiters see it."""
+
+    PENDING = enum.auto()  # somebody is fetching it
+    READY = enum.auto()  # its tensor can be handed out
+    GONE = enum.auto()  # cleared, evicted or failed; whoever holds the entry object still owns its tensor
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Entry:
+    """One generation of a key: a cleared and refetched key has a new one. Fields are guarded by the index lock."""
+
+    key: Hashable
+    generation: int
+    state: State = State.PENDING
+    node: str = ""
+    nbytes: int = 0
+    base: torch.Tensor | None = None  # the tensor that every hand-out is an alias of; set once
+    lease: weakref.ref[torch.UntypedStorage] | None = None
+    completion: Any = None  # of the copy that filled it (transfer.Completion); None: nothing to wait for
+    error: BaseException | None = None
+    is_fetch: bool = True  # False: put by the caller, which counts as no look-up
+    is_awaited: bool = False  # the claiming call has yet to hand it out, so it is no victim
+    born: float = 0.0
+    epoch: int = 0  # clears seen when it was published
+    num_joined: int = 0
+    flight: Future[Entry] | None = None  # made when the first other call joins
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it arrived or failed."""
+        return self.base is not None or self.error is not None
+
+
+@dataclasses.dataclass(slots=True)
+class Claim:
+    """What a look-up of several keys found, by key. `hits` hold aliases already."""
+
+    hits: dict[Hashable, tuple[torch.Tensor, Entry]] = dataclasses.field(default_factory=dict)
+    joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
+    claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(slots=True)
+class Landing:
+    """One shard that arrived, as the transfer tells it to the index."""
+
+    key: Hashable
+    base: torch.Tensor
+    lease: weakref.ref[torch.UntypedStorage] | None
+    nbytes: int

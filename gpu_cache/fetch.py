@@ -1,0 +1,180 @@
+"""Fetches under way: one thread for each reader, and what one call waits for."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from gpu_cache.entry import Claim, Entry, Landing
+from gpu_cache.errors import CacheClosedError, FetchError
+from gpu_cache.index import ShardIndex
+from gpu_cache.source import ShardReader, ShardSource, ShardSpec
+from gpu_cache.transfer import Completion, Transfer
+
+logger = logging.getLogger(__name__)
+
+_NAMED_SHARDS = 3  # how many failed shards a message names
+
+
+class ReaderTask:
+    """Drains one reader into the index. It alone publishes or aborts the entries it was given.
+
+    Thread-safety: `cancel` from any thread; `run` once.
+    """
+
+    def __init__(self, reader: ShardReader, entries: Mapping[Hashable, Entry], index: ShardIndex) -> None:
+        self.reader, self.entries = reader, entries
+        self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
+        self._index = index
+        self._announced: set[Hashable] = set()
+
+    def run(self, transfer: Transfer, deadline: float, *, may_overflow: bool = True) -> None:
+        """Drain to the end. Never raises: each entry not delivered gets the reason."""
+        error: BaseException | None = None
+        try:
+            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
+        except BaseException as caught:  # top of a thread: the waiters re-raise it
+            error = caught
+        finally:
+            try:
+                self.reader.close()
+            except Exception:
+                logger.exception("closing the connection to %s failed", self.reader.node)
+            self._abort_rest(error)
+            self.done.set_result(None)
+
+    def cancel(self, error: BaseException) -> None:
+        """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
+        self._index.abort(self.entries.values(), error)
+        self.reader.cancel()
+
+    def expect(self, specs: Sequence[ShardSpec]) -> None:
+        """Refuse shards that were not asked for, or that come twice."""
+        for spec in specs:
+            if spec.key not in self.entries or spec.key in self._announced:
+                how = "twice" if spec.key in self._announced else "without being asked for it"
+                raise FetchError(f"Failed to fetch shards from {self.reader.node}: it sent shard {spec.key!r} {how}")
+            self._announced.add(spec.key)
+
+    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
+        """Index what arrived; hand it only to the waiting if the pool had no room for it."""
+        pairs = [(self.entries[landing.key], landing) for landing in landings]
+        take = self._index.deliver if is_overflow else self._index.publish
+        take(pairs, self.reader.node, completion)
+
+    def _abort_rest(self, error: BaseException | None) -> None:
+        node, failures = self.reader.node, self.reader.failures
+        for key, entry in self.entries.items():
+            if not entry.is_settled:
+                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                self._index.abort([entry], cause)
+
+
+class Fetch:
+    """What one call asked for: hits in hand, shards it claimed and fetches, shards it joined.
+
+    Thread-safety: used by the call's thread; `cancel` from any.
+    """
+
+    def __init__(self, index: ShardIndex, claim: Claim, timeout_s: float) -> None:
+        self.claim = claim
+        self.tasks: list[ReaderTask] = []
+        self._index, self._timeout_s = index, timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def start(self, source: ShardSource, transfer: Transfer, live: set[ReaderTask]) -> None:
+        """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
+        left = dict(self.claim.claimed)
+        try:
+            for reader in source.open(list(left), self._timeout_s) if left else ():
+                self.tasks.append(ReaderTask(reader, {key: left.pop(key) for key in reader.keys}, self._index))
+            for task in self.tasks:
+                live.add(task)
+                threading.Thread(
+                    target=self._drain, args=(task, transfer, live), name="gpu-cache-fetch", daemon=True
+                ).start()
+        except BaseException as error:
+            self.cancel(error)
+            raise
+        self._index.abort(left.values(), FetchError(f"Failed to fetch shards {_names(left)}: no source offers them"))
+
+    def wait(self) -> None:
+        """Block until every shard is here.
+
+        Raises:
+            FetchError: Some are not, for the reasons in `failures`; the others are cached.
+            CacheClosedError: The cache was closed meanwhile.
+        """
+        if concurrent.futures.wait(self._pending(), max(0.0, self._deadline - time.monotonic())).not_done:
+            self.cancel(FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s"))
+        if failures := self._failures():
+            raise _combined(failures, len(failures) + self._num_arrived())
+
+    def when_done(self, then: Callable[[BaseException | None], None]) -> None:
+        """Call `then` once, with what went wrong if anything, when every shard is here or given up."""
+        waiting = self._pending()
+        left = [None] * len(waiting)
+
+        def one_done(_: object) -> None:
+            left.pop()
+            if not left:
+                failures = self._failures()
+                then(_combined(failures, len(failures) + self._num_arrived()) if failures else None)
+
+        if not waiting:
+            then(None)
+        for future in waiting:
+            future.add_done_callback(one_done)
+
+    def cancel(self, error: BaseException) -> None:
+        """Give up on every claimed shard that has not arrived."""
+        for task in self.tasks:
+            task.cancel(error)
+        self._index.abort(self.claim.claimed.values(), error)
+
+    def _drain(self, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
+        self._index.fetch_started()
+        try:
+            task.run(transfer, self._deadline)
+        finally:
+            self._index.fetch_stopped()
+            live.discard(task)
+
+    def _pending(self) -> list[Future[Any]]:
+        flights = [entry.flight for entry in self.claim.joined.values() if entry.flight is not None]
+        return [*flights, *(task.done for task in self.tasks)]
+
+    def _entries(self) -> Iterable[Entry]:
+        return (*self.claim.claimed.values(), *self.claim.joined.values())
+
+    def _num_arrived(self) -> int:
+        return len(self.claim.hits) + sum(entry.base is not None for entry in self._entries())
+
+    def _failures(self) -> dict[Hashable, BaseException]:
+        late = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
+        return {entry.key: entry.error or late for entry in self._entries() if entry.base is None}
+
+
+def _combined(failures: dict[Hashable, BaseException], num_requested: int) -> Exception:
+    """One error for a call: the first cause's words, then which shards it lacks."""
+    cause = next(iter(failures.values()))
+    if isinstance(cause, CacheClosedError):
+        return cause
+    causes = len({str(error) for error in failures.values()})
+    other = f"; {causes - 1} other reasons in .failures" if causes > 1 else ""
+    error = FetchError(
+        f"{cause} [{len(failures)} of {num_requested} shards failed: {_names(failures)}; the others are cached{other}]",
+        failures,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _names(keys: Iterable[Hashable]) -> str:
+    listed = [repr(key) for key in keys]
+    return ", ".join(listed[:_NAMED_SHARDS]) + (", ..." if len(listed) > _NAMED_SHARDS else "")

@@ -1,0 +1,284 @@
+"""The index: key -> entry, one flight per key. Owns the index lock; every decision about an entry is made here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from gpu_cache.entry import Claim, Entry, Landing, State
+from gpu_cache.lease import Lease
+from gpu_cache.stats import BusyClock, LookupCounters
+
+
+class ShardIndex:
+    """Entries by key, in order of use.
+
+    Args:
+        alias: Makes a tensor to hand out from an entry's base; must be quick, it runs under the lock.
+        is_held: Whether somebody but the index holds a base.
+        now: Seconds, monotonic.
+    Thread-safety: any thread. Nothing slow happens under the lock; methods that drop entries return them, so that
+        the last reference to a tensor dies outside.
+    Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
+    """
+
+    def __init__(
+        self,
+        alias: Callable[[torch.Tensor], torch.Tensor],
+        is_held: Callable[[torch.Tensor], bool],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._alias, self._is_held, self._now = alias, is_held, now
+        # Guards every field below, and the fields of every entry.
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
+        self._births: OrderedDict[Hashable, float] = OrderedDict()  # READY entries, oldest first
+        self._epochs: dict[int, list[int]] = {}  # epoch -> [entries, bytes] still cached
+        self._generations = itertools.count(1)
+        self._ready_bytes = 0
+        self._has_fetched = False  # since the last clear
+        self._counters = LookupCounters()
+        self._fetching = BusyClock(now)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._births)
+
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._births
+
+    def __repr__(self) -> str:
+        with self._lock:
+            pending = len(self._entries) - len(self._births)
+            return f"ShardIndex({len(self._births)} ready, {pending} pending, {self._ready_bytes:,} bytes)"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is cached or on its way."""
+        return not self._entries
+
+    def keys(self) -> list[Hashable]:
+        """Keys of the READY entries, oldest first."""
+        with self._lock:
+            return list(self._births)
+
+    def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """Those of `keys` that have no READY entry. Counts nothing."""
+        with self._lock:
+            return [key for key in keys if key not in self._births]
+
+    def claim(self, keys: Iterable[Hashable]) -> Claim:
+        """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
+        end with `publish`, `deliver` or `abort`.
+        """
+        found = Claim()
+        with self._lock:
+            entries, counters = self._entries, self._counters
+            for key in keys:
+                entry = entries.get(key)
+                if entry is None:
+                    entry = entries[key] = Entry(key, next(self._generations), is_awaited=True)
+                    found.claimed[key] = entry
+                elif entry.base is not None:
+                    entries.move_to_end(key)
+                    found.hits[key] = (self._alias(entry.base), entry)
+                    counters.hit_bytes += entry.nbytes
+                else:
+                    self._join_locked(entry)
+                    found.joined[key] = entry
+            counters.hits += len(found.hits)
+            counters.joined += len(found.joined)
+            counters.misses += len(found.claimed)
+            self._has_fetched = self._has_fetched or bool(found.claimed)
+        return found
+
+    def reserve(self, key: Hashable) -> Entry | None:
+        """A claim on one key that counts as no look-up; None if the key has an entry."""
+        with self._lock:
+            if key in self._entries:
+                return None
+            entry = self._entries[key] = Entry(key, next(self._generations), is_fetch=False, is_awaited=True)
+            return entry
+
+    def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
+        """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them."""
+        with self._lock:
+            landed = [entry for entry, landing in landings if self._land_locked(entry, landing, node, completion)]
+            for entry in landed:
+                if self._stands_locked(entry):
+                    self._index_locked(entry)
+        _wake(landed)
+
+    def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
+        """Hand shards that arrived to those who wait for them, without caching: the pool had no room."""
+        with self._lock:
+            landed = [entry for entry, landing in landings if self._land_locked(entry, landing, node, completion)]
+            for entry in landed:
+                self._drop_locked(entry)
+            self._counters.overflows += len(landed)
+            self._counters.overflow_bytes += sum(entry.nbytes for entry in landed)
+        _wake(landed)
+
+    def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
+        """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`."""
+        with self._lock:
+            failed = [entry for entry in entries if not entry.is_settled]
+            for entry in failed:
+                entry.error = error
+                self._drop_locked(entry)
+            self._counters.fetch_errors += len(failed)
+        _wake(failed)
+
+    def release(self, entries: Iterable[Entry]) -> None:
+        """The claiming call has handed these out, or will not: they may be evicted."""
+        with self._lock:
+            for entry in entries:
+                entry.is_awaited = False
+
+    def remove(self, keys: Iterable[Hashable], node: str | None = None) -> list[Entry]:
+        """Drop entries by key (and node); a PENDING one will not be cached when it arrives. Unknown keys are ignored.
+
+        Returns:
+            The READY ones, for the caller to let die.
+        """
+        with self._lock:
+            dropped = []
+            for key in keys:
+                entry = self._entries.get(key)
+                if entry is None or (node is not None and entry.base is not None and entry.node != node):
+                    continue
+                self._drop_locked(entry)
+                if entry.base is not None:
+                    dropped.append(entry)
+            self._count_cleared_locked(dropped)
+            return dropped
+
+    def remove_node(self, node: str | None) -> list[Entry]:
+        """Drop every entry of a node, or all (None), and return the READY ones."""
+        with self._lock:
+            keys = [key for key, entry in self._entries.items() if node is None or entry.node == node]
+        return self.remove(keys, node)
+
+    def forget_dead(self, leases: Iterable[Lease]) -> None:
+        """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
+        dropped = []
+        with self._lock:
+            for lease in leases:
+                entry = self._entries.get(lease.key)
+                if entry is not None and entry.lease is lease:
+                    self._drop_locked(entry)
+                    dropped.append(entry)
+
+    def evict(self, nbytes: int) -> list[Entry]:
+        """Drop least recently used READY entries that nobody holds until their bytes suffice; return them."""
+        with self._lock:
+            victims: list[Entry] = []
+            total = 0
+            for entry in self._entries.values():
+                if total >= nbytes:
+                    break
+                if entry.nbytes and entry.base is not None and not entry.is_awaited and not self._is_held(entry.base):
+                    victims.append(entry)
+                    total += entry.nbytes
+            for entry in victims:
+                self._drop_locked(entry)
+            self._counters.evictions += len(victims)
+            self._counters.evicted_bytes += sum(entry.nbytes for entry in victims)
+            return victims
+
+    def fetch_started(self) -> None:
+        """A reader begins to deliver."""
+        with self._lock:
+            self._fetching.start()
+            self._counters.fetches += 1
+
+    def fetch_stopped(self) -> None:
+        """A reader ended."""
+        with self._lock:
+            self._fetching.stop()
+
+    def stats(self) -> dict[str, float]:
+        """The index's part of `BufferStats`, consistent in itself."""
+        with self._lock:
+            outlived = [kept for epoch, kept in self._epochs.items() if epoch <= self._counters.clears - 2]
+            born = next(iter(self._births.values()), None)
+            return {
+                **dataclasses.asdict(self._counters),
+                "requested": self._counters.requested,
+                "requested_bytes": self._counters.requested_bytes,
+                "num_entries": len(self._births),
+                "num_tensors": len(self._births),
+                "total_bytes": self._ready_bytes,
+                "fetch_busy_seconds": self._fetching.seconds,
+                "oldest_entry_age_seconds": 0.0 if born is None else self._now() - born,
+                "outlived_entries": sum(kept[0] for kept in outlived),
+                "outlived_bytes": sum(kept[1] for kept in outlived),
+            }
+
+    def _join_locked(self, entry: Entry) -> None:
+        entry.num_joined += 1
+        if entry.flight is None:
+            entry.flight = Future()
+
+    def _stands_locked(self, entry: Entry) -> bool:
+        """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
+        current = self._entries.get(entry.key)
+        return current is not None and current.generation == entry.generation
+
+    def _land_locked(self, entry: Entry, landing: Landing, node: str, completion: Any) -> bool:
+        """Give an entry its tensor, unless its call gave up on it meanwhile."""
+        if entry.is_settled:
+            return False
+        entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
+        entry.node, entry.nbytes = node, landing.nbytes
+        if entry.is_fetch:
+            self._counters.miss_bytes += landing.nbytes
+            self._counters.fetch_bytes += landing.nbytes
+        self._counters.joined_bytes += landing.nbytes * entry.num_joined
+        return True
+
+    def _index_locked(self, entry: Entry) -> None:
+        entry.state, entry.born, entry.epoch = State.READY, self._now(), self._counters.clears
+        self._births[entry.key] = entry.born
+        self._ready_bytes += entry.nbytes
+        kept = self._epochs.setdefault(entry.epoch, [0, 0])
+        kept[0] += 1
+        kept[1] += entry.nbytes
+
+    def _drop_locked(self, entry: Entry) -> None:
+        """Forget an entry; PENDING ones keep flying, for those who wait."""
+        if self._stands_locked(entry):
+            del self._entries[entry.key]
+        if entry.state is State.READY:
+            del self._births[entry.key]
+            self._ready_bytes -= entry.nbytes
+            kept = self._epochs[entry.epoch]
+            kept[0] -= 1
+            kept[1] -= entry.nbytes
+            if not kept[0]:
+                del self._epochs[entry.epoch]
+        entry.state = State.GONE
+
+    def _count_cleared_locked(self, dropped: list[Entry]) -> None:
+        """All clears between two fetches are one: a step clears its owners one by one."""
+        if self._has_fetched:
+            self._has_fetched = False
+            self._counters.clears += 1
+        self._counters.cleared += len(dropped)
+        self._counters.cleared_bytes += sum(entry.nbytes for entry in dropped)
+
+
+def _wake(entries: Iterable[Entry]) -> None:
+    """Resolve the flights of settled entries. Outside the lock: done-callbacks are somebody else's code."""
+    for entry in entries:
+        if entry.flight is not None:
+            entry.flight.set_result(entry)

@@ -1,0 +1,55 @@
+"""The live caches of this process: closed at exit, cut off in a forked child. Module-level state of `gpu_cache`."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import weakref
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class LiveCache(Protocol):
+    def close(self) -> None:
+        """Give everything back."""
+
+    def disown(self) -> object:
+        """Refuse every further call and return what must never be freed in this process."""
+
+
+_caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
+# Arenas and pinned buffers of the parent. Freeing them here would call a CUDA context that did not survive the fork.
+_inherited: list[object] = []
+# Pools of closed caches whose blocks are still held: their memory pools must outlive the blocks.
+_retired: list[object] = []
+
+
+def register(cache: LiveCache) -> None:
+    """Close `cache` at exit, and cut it off in a forked child."""
+    _caches.add(cache)
+
+
+def retire(pool: object) -> None:
+    """Keep a pool alive until the process ends; somebody still reads from it."""
+    _retired.append(pool)
+
+
+def _close_all() -> None:
+    for cache in list(_caches):
+        try:
+            cache.close()
+        except Exception:
+            logger.exception("closing %r at exit failed", cache)
+
+
+def _disown_all() -> None:
+    """In a child, where locks may be held by threads that do not exist here: takes none."""
+    for cache in list(_caches):
+        _inherited.append(cache.disown())
+    _caches.clear()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_disown_all)

@@ -1,0 +1,137 @@
+"""The staging ring: a few pinned host buffers that bytes pass through, each guarded by the event of its own last copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+
+from gpu_cache.config import CacheConfig
+from gpu_cache.device import Device, Event, Pinned
+from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.stats import StagingCounters
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Slot:
+    """One pinned buffer. Belongs to whoever acquired it."""
+
+    pinned: Pinned
+    started: Event | None = None  # before its last copies, timed
+    guard: Event | None = None  # behind its last copies, timed: the bytes may be overwritten when it is done
+
+
+class StagingRing:
+    """A fixed number of slots, allocated one by one as they are first needed.
+
+    Thread-safety: any thread. Allocates and waits for the device outside the lock.
+    """
+
+    def __init__(self, device: Device, config: CacheConfig) -> None:
+        self.slot_bytes = config.staging_slot_bytes
+        self._device, self._max_slots = device, config.staging_slots
+        # Guards every field below. Notified when a slot comes back and on close.
+        self._changed = threading.Condition(threading.Lock())
+        self._idle: deque[Slot] = deque()  # the longest idle first: its copies are the likeliest to be done
+        self._slots: list[Slot] = []
+        self._num_allocating = 0
+        self._is_closed = False
+        self._counters = StagingCounters()
+
+    def __repr__(self) -> str:
+        with self._changed:
+            return f"StagingRing({len(self._idle)} idle of {len(self._slots)} slots of {self.slot_bytes:,} bytes)"
+
+    def acquire(self, timeout_s: float) -> Slot:
+        """Wait for a slot whose last copies are done; it is the caller's until `release`.
+
+        Raises:
+            TransferError: None came free within `timeout_s`.
+            CacheClosedError: The ring was closed.
+        """
+        began = time.monotonic()
+        slot = self._reserve(timeout_s) or self._allocate()
+        busy_s = 0.0
+        try:
+            if slot.guard is not None:
+                self._device.synchronize(slot.guard)
+                busy_s = self._device.elapsed_s(slot.started, slot.guard)
+                slot.guard = None
+        except BaseException:
+            self.release(slot)
+            raise
+        with self._changed:
+            self._counters.pinned_wait_seconds += time.monotonic() - began
+            self._counters.h2d_busy_seconds += busy_s
+        return slot
+
+    def release(self, slot: Slot, *, num_copies: int = 0, nbytes: int = 0) -> None:
+        """Give a slot back. The caller has set `guard` if copies from it were enqueued."""
+        with self._changed:
+            self._counters.copies += num_copies
+            self._counters.h2d_bytes += nbytes
+            is_orphan = self._is_closed
+            if not is_orphan:
+                self._idle.append(slot)
+            self._changed.notify()
+        if is_orphan:
+            self._free(slot)
+
+    def close(self) -> None:
+        """Free the idle slots now and the others as they come back; whoever waits for one gets an error. Idempotent."""
+        with self._changed:
+            self._is_closed = True
+            idle = list(self._idle)
+            self._idle.clear()
+            self._changed.notify_all()
+        for slot in idle:
+            self._free(slot)
+
+    def stats(self) -> dict[str, float]:
+        """The ring's part of `BufferStats`, consistent in itself."""
+        with self._changed:
+            return {
+                **dataclasses.asdict(self._counters),
+                "pinned_bytes": (len(self._slots) - len(self._idle)) * self.slot_bytes,
+                "pinned_capacity_bytes": len(self._slots) * self.slot_bytes,
+                "is_pinned": int(bool(self._slots) and all(slot.pinned.is_pinned for slot in self._slots)),
+            }
+
+    def _reserve(self, timeout_s: float) -> Slot | None:
+        """An idle slot, or None: the caller is to allocate one."""
+        with self._changed:
+            if not self._changed.wait_for(self._can_proceed_locked, timeout_s):
+                raise TransferError(
+                    f"no staging buffer came free in {timeout_s:.1f} s: all {self._max_slots} of "
+                    f"{self.slot_bytes:,} bytes are in use; raise staging_slots (GPU_CACHE_STAGING_SLOTS)"
+                )
+            if self._is_closed:
+                raise CacheClosedError("the cache was closed while waiting for a staging buffer")
+            if self._idle:
+                return self._idle.popleft()
+            self._num_allocating += 1
+            return None
+
+    def _can_proceed_locked(self) -> bool:
+        return self._is_closed or bool(self._idle) or len(self._slots) + self._num_allocating < self._max_slots
+
+    def _allocate(self) -> Slot:
+        slot = None
+        try:
+            slot = Slot(self._device.pinned(self.slot_bytes))
+        finally:
+            with self._changed:
+                self._num_allocating -= 1
+                if slot is not None:
+                    self._slots.append(slot)
+                else:
+                    self._changed.notify()
+        return slot
+
+    def _free(self, slot: Slot) -> None:
+        if slot.guard is not None:
+            self._device.synchronize(slot.guard)
+        with self._changed:
+            self._slots.remove(slot)
+        self._device.release_pinned(slot.pinned)

@@ -1,0 +1,169 @@
+"""What the cache counts: the flat dict of `buffer_stats`, the counters behind it, differences between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import TypedDict, cast, get_type_hints
+
+
+class BufferStats(TypedDict):
+    """One look at a cache. Bytes and counts are ints, seconds floats; counters only grow, gauges are of this moment."""
+
+    # entries
+    num_entries: int
+    num_tensors: int  # the same number, under upstream's other name
+    total_bytes: int  # cached, over all tiers
+    # device pool
+    device_bytes: int  # cached or still held by an alias, alignment included
+    device_reserved_bytes: int
+    device_capacity_bytes: int
+    device_peak_bytes: int
+    device_largest_free_bytes: int
+    device_quarantined_bytes: int  # given back, not yet reusable
+    # staging
+    pinned_bytes: int  # in use by a transfer
+    pinned_capacity_bytes: int  # allocated
+    is_pinned: int  # 0: pageable
+    pinned_wait_seconds: float  # blocked for a free slot
+    # host tier
+    host_bytes: int
+    host_capacity_bytes: int
+    # look-ups
+    requested: int
+    hits: int
+    host_hits: int
+    joined: int
+    misses: int
+    requested_bytes: int
+    hit_bytes: int
+    joined_bytes: int
+    miss_bytes: int
+    # pressure
+    evictions: int
+    evicted_bytes: int
+    cleared: int
+    cleared_bytes: int
+    overflows: int
+    overflow_bytes: int
+    alloc_failures: int
+    # network
+    fetches: int
+    fetch_bytes: int
+    fetch_busy_seconds: float
+    fetch_errors: int
+    # copies
+    copies: int
+    h2d_bytes: int
+    h2d_busy_seconds: float
+    d2h_bytes: int
+    d2h_busy_seconds: float
+    # leaks
+    oldest_entry_age_seconds: float
+    outlived_entries: int
+    outlived_bytes: int
+    clears: int
+
+
+@dataclasses.dataclass(slots=True)
+class LookupCounters:
+    """Guarded by the index lock."""
+
+    hits: int = 0
+    host_hits: int = 0
+    joined: int = 0
+    misses: int = 0
+    hit_bytes: int = 0
+    joined_bytes: int = 0
+    miss_bytes: int = 0
+    evictions: int = 0
+    evicted_bytes: int = 0
+    cleared: int = 0
+    cleared_bytes: int = 0
+    overflows: int = 0
+    overflow_bytes: int = 0
+    fetches: int = 0
+    fetch_bytes: int = 0
+    fetch_errors: int = 0
+    clears: int = 0
+
+    @property
+    def requested(self) -> int:
+        return self.hits + self.host_hits + self.joined + self.misses
+
+    @property
+    def requested_bytes(self) -> int:
+        return self.hit_bytes + self.joined_bytes + self.miss_bytes
+
+
+@dataclasses.dataclass(slots=True)
+class StagingCounters:
+    """Guarded by the staging lock."""
+
+    copies: int = 0
+    h2d_bytes: int = 0
+    h2d_busy_seconds: float = 0.0
+    pinned_wait_seconds: float = 0.0
+
+
+class BusyClock:
+    """Seconds during which at least one activity was under way. No lock; the owner locks."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._active = 0
+        self._since = 0.0
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Busy seconds so far, an activity under way included."""
+        return self._seconds + (self._now() - self._since if self._active else 0.0)
+
+    def start(self) -> None:
+        """An activity begins."""
+        if not self._active:
+            self._since = self._now()
+        self._active += 1
+
+    def stop(self) -> None:
+        """An activity ends."""
+        self._seconds, self._active = self.seconds, self._active - 1
+        self._since = self._now()
+
+
+_NOTHING_YET = {key: kind() for key, kind in get_type_hints(BufferStats).items()}
+
+
+def buffer_stats_of(*parts: Mapping[str, float]) -> BufferStats:
+    """The figures of a cache's parts as one dict; what no part knows yet is 0."""
+    merged: dict[str, float] = dict(_NOTHING_YET)
+    for part in parts:
+        merged.update(part)
+    return cast(BufferStats, merged)
+
+
+def stats_delta(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """What happened between two `buffer_stats()`, ready for a metrics logger; keys with no data are left out.
+
+    Returns:
+        `hit_ratio` (0 to 1), `fetch_gb_per_s` and `h2d_gb_per_s` (10^9 bytes per busy second), and the growth of
+        `requested`, `misses`, `evictions`, `overflows`, `cleared`, `fetch_bytes`, `h2d_bytes`, `fetch_errors`.
+    """
+
+    def grown(key: str) -> float:
+        return after[key] - before[key]
+
+    delta = {
+        key: float(grown(key))
+        for key in (
+            "requested", "misses", "evictions", "overflows", "cleared", "fetch_bytes", "h2d_bytes", "fetch_errors"
+        )
+    }  # fmt: skip
+    if requested := grown("requested"):
+        delta["hit_ratio"] = (grown("hits") + grown("host_hits")) / requested
+    for link in ("fetch", "h2d"):
+        if (seconds := grown(f"{link}_busy_seconds")) > 0:
+            delta[f"{link}_gb_per_s"] = grown(f"{link}_bytes") / seconds / 1e9
+    return delta

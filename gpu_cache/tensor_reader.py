@@ -1,0 +1,76 @@
+"""A reader over tensors that are in host memory already: for `put`, and for transports that deliver tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import torch
+
+from gpu_cache.errors import FetchError
+from gpu_cache.source import ShardSpec
+
+
+class TensorReader:
+    """A `ShardReader` that loads its tensors with one call and then copies their bytes.
+
+    Args:
+        node: Where they come from, for messages.
+        keys: What will be loaded.
+        load: Called once, by the draining thread; a tensor or an exception for each key, in order.
+        on_cancel: Makes a blocked `load` fail, where that is possible.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        keys: Sequence[Hashable],
+        load: Callable[[], Sequence[torch.Tensor | Exception]],
+        on_cancel: Callable[[], None] | None = None,
+    ) -> None:
+        self.node, self.keys = node, keys
+        self.failures: Mapping[Hashable, Exception] = {}
+        self._load, self._on_cancel = load, on_cancel
+        self._is_loaded = False
+        self._left: list[torch.Tensor] = []  # bytes not yet read, each (n,) uint8, last first
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        """Load everything; there is one part."""
+        if self._is_loaded:
+            return None
+        self._is_loaded = True
+        loaded = self._load()
+        if len(loaded) != len(self.keys):
+            raise FetchError(f"{self.node} returned {len(loaded)} shards for {len(self.keys)} requested")
+        found = {k: t for k, t in zip(self.keys, loaded, strict=True) if isinstance(t, torch.Tensor)}
+        self.failures = {k: e for k, e in zip(self.keys, loaded, strict=True) if isinstance(e, Exception)}
+        self._left = [host_bytes(t) for t in reversed(found.values()) if t.numel()]
+        return [ShardSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()]
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        """Copy the next bytes; a tensor may be read in pieces, a buffer never spans two."""
+        for buffer in buffers:
+            tensor = self._left.pop()
+            if tensor.numel() > len(buffer):
+                self._left.append(tensor[len(buffer) :])
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(tensor[: len(buffer)])
+
+    def cancel(self) -> None:
+        """Pass it on to whoever loads."""
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def close(self) -> None:
+        """Let the tensors go."""
+        self._left = []
+
+
+def host_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a host tensor in C order, `(nbytes,)` uint8: an alias where it is contiguous, else a copy.
+
+    Raises:
+        ValueError: Not a dense tensor in host memory.
+    """
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        raise ValueError(f"need a dense tensor in host memory, got {tensor.layout} on {tensor.device}")
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8)

@@ -1,0 +1,267 @@
+"""Reader -> staging -> slab, in runs: consecutive shards that are placed as one range and copied by one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from gpu_cache.block import Range, empty_landings
+from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
+from gpu_cache.device import Device, Event, Stream
+from gpu_cache.entry import Landing
+from gpu_cache.errors import CacheFullError
+from gpu_cache.slab import SlabPool
+from gpu_cache.source import ShardReader, ShardSpec
+from gpu_cache.staging import StagingRing
+
+
+class Completion:
+    """A copy to the device, as far as the host has seen it.
+
+    "Done" is remembered only after the host saw it: that a stream waits for the copy proves nothing for another.
+    Thread-safety: any thread; the worst that a race does is to look twice.
+    """
+
+    __slots__ = ("_device", "_event")
+
+    def __init__(self, device: Device, event: Event) -> None:
+        self._device = device
+        self._event: Event | None = event
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the host has already seen it done. Asks nothing of the device."""
+        return self._event is None
+
+    def wait_host(self) -> None:
+        """Block until it is done."""
+        if (event := self._event) is not None:
+            self._device.synchronize(event)
+            self._event = None
+
+    def wait_on(self, stream: Stream) -> None:
+        """Make later work on `stream` wait for it, unless it is seen to be done."""
+        if (event := self._event) is None:
+            return
+        if self._device.query(event):
+            self._event = None
+        else:
+            self._device.wait(stream, event)
+
+
+class Sink(Protocol):
+    """Takes what a transfer moves. Called by the draining thread."""
+
+    def expect(self, specs: Sequence[ShardSpec]) -> None:
+        """Look at what the reader announces, before room is taken for it; raise to end the transfer."""
+
+    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
+        """Take the shards of a run, whose copy is enqueued and done when `completion` is; None: it is done."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Run:
+    """Consecutive shards of one node, each aligned, placed as one range."""
+
+    specs: list[ShardSpec]
+    offsets: list[int]
+    nbytes: int
+    place: Range | None = None
+
+    @property
+    def range(self) -> Range:
+        assert self.place is not None
+        return self.place
+
+    @property
+    def smallest_bytes(self) -> int:
+        return min(spec.nbytes for spec in self.specs)
+
+    @classmethod
+    def of(cls, specs: Sequence[ShardSpec]) -> Run:
+        """Lay shards out one behind another."""
+        offsets, end = [], 0
+        for spec in specs:
+            offsets.append(end)
+            end += aligned(spec.nbytes)
+        return cls(list(specs), offsets, end)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Piece:
+    """A part of a run that is received and copied at once: all of it, or a stretch of one large shard."""
+
+    run: Run
+    start: int  # within the run
+    nbytes: int
+    at: int  # within the staging slot
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run is complete with it."""
+        return self.start + self.nbytes == self.run.nbytes
+
+    def arena_bytes(self) -> torch.Tensor:
+        """Where it goes: `(nbytes,)` uint8 on the device."""
+        begin = self.run.range.offset + self.start
+        return self.run.range.slab.arena.tensor[begin : begin + self.nbytes]
+
+    def arena_view(self) -> memoryview:
+        """The same, of an arena in host memory."""
+        return memoryview(self.arena_bytes().numpy())  # type: ignore[arg-type]
+
+    def buffers(self, room: memoryview) -> Iterator[memoryview]:
+        """The shards' places within `room`, which is as long as the piece; alignment gaps are left out."""
+        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
+            begin = max(offset - self.start, 0)
+            end = min(offset - self.start + spec.nbytes, self.nbytes)
+            yield room[begin:end]
+
+
+def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
+    """Group shards, in order, into runs of at most `run_bytes`; a larger shard is a run of its own."""
+    group: list[ShardSpec] = []
+    nbytes = 0
+    for spec in specs:
+        need = aligned(spec.nbytes)
+        if group and nbytes + need > run_bytes:
+            yield Run.of(group)
+            group, nbytes = [], 0
+        group.append(spec)
+        nbytes += need
+    if group:
+        yield Run.of(group)
+
+
+def windows(runs: Iterator[Run], slot_bytes: int) -> Iterator[list[Piece]]:
+    """Cut runs into pieces and fill windows of `slot_bytes` with them: what one slot takes and one read fills."""
+    window: list[Piece] = []
+    used = 0
+    for run in runs:
+        for start in range(0, run.nbytes, slot_bytes):
+            nbytes = min(run.nbytes - start, slot_bytes)
+            if used + nbytes > slot_bytes:
+                yield window
+                window, used = [], 0
+            window.append(Piece(run, start, nbytes, used))
+            used += nbytes
+    if window:
+        yield window
+
+
+class Transfer:
+    """Moves what readers deliver into the pool.
+
+    Args:
+        device: Where to.
+        pool: Gives the ranges.
+        staging: Buffers to receive into; None: the arena is host memory, received into directly.
+        config: Resolved settings.
+        make_room: Evicts so many bytes; whether anything was evicted.
+    Thread-safety: any thread; each drains a reader of its own.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        pool: SlabPool,
+        staging: StagingRing | None,
+        config: CacheConfig,
+        make_room: Callable[[int], bool],
+    ) -> None:
+        self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
+        self._run_bytes, self._window_bytes = config.run_bytes, config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
+        self.stream: Stream = device.new_stream()
+
+    def drain(self, reader: ShardReader, sink: Sink, deadline: float, *, may_overflow: bool = True) -> None:
+        """Receive everything a reader delivers; the sink gets each run as soon as its copy is enqueued.
+
+        Args:
+            reader: Read to its end; closing it is the caller's.
+            sink: Where the shards go.
+            deadline: `time.monotonic()` after which no staging buffer is waited for.
+            may_overflow: Whether shards that find no room may be placed outside the pool.
+        Raises:
+            CacheFullError: No room, and no overflow wanted or possible.
+            TransferError: No staging buffer came free in time.
+            Exception: Whatever the reader raised. Runs that landed before stay; the others' ranges are given back.
+        """
+        placed: dict[Run, None] = {}
+        try:
+            while (specs := reader.next_specs()) is not None:
+                sink.expect(specs)
+                if empty := [spec for spec in specs if not spec.nbytes]:
+                    sink.land(empty_landings(empty, self._device.torch_device), None, is_overflow=False)
+                full = [spec for spec in specs if spec.nbytes]
+                for window in windows(self._place_all(full, placed, may_overflow), self._window_bytes):
+                    completion = self._receive(reader, window, deadline)
+                    for run in [piece.run for piece in window if piece.is_last]:
+                        self._land(run, sink, completion)
+                        del placed[run]
+        finally:
+            for run in placed:
+                self._pool.abandon(run.range)
+
+    def _land(self, run: Run, sink: Sink, completion: Completion | None) -> None:
+        landings = self._pool.carve(run.range, run.specs, run.offsets)
+        sink.land(landings, completion, is_overflow=run.range.slab.is_overflow)
+
+    def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
+        """Runs with their ranges, placed one by one as they are needed."""
+        for run in pack(specs, self._run_bytes):
+            for part in self._place(run, may_overflow):
+                placed[part] = None
+                yield part
+
+    def _place(self, run: Run, may_overflow: bool) -> Iterator[Run]:
+        """The run with a range; in halves where the pool is too fragmented; outside it where it is full."""
+        place = self._pool.take(run.nbytes) or self._reclaim(run.nbytes)
+        largest_free = 0 if place else self._pool.stats()["device_largest_free_bytes"]
+        if place is None and len(run.specs) > 1 and largest_free >= aligned(run.smallest_bytes):
+            middle = len(run.specs) // 2
+            for half in (run.specs[:middle], run.specs[middle:]):
+                yield from self._place(Run.of(half), may_overflow)
+            return
+        if place is None and not may_overflow:
+            raise CacheFullError(run.nbytes, largest_free, self._pool.capacity)
+        run.place = place or self._pool.take_overflow(run.nbytes)
+        yield run
+
+    def _reclaim(self, nbytes: int) -> Range | None:
+        """Room from what was freed, else from what nobody holds."""
+        self._pool.synchronize()
+        if taken := self._pool.take(nbytes):
+            return taken
+        if not self._make_room(nbytes):
+            return None
+        self._pool.synchronize()
+        return self._pool.take(nbytes)
+
+    def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:
+        """Fill the places of a window's shards with one read and, where staged, enqueue a copy for each run."""
+        if self._staging is None:
+            reader.read_into([view for piece in window for view in piece.buffers(piece.arena_view())])
+            return None
+        slot = self._staging.acquire(max(0.0, deadline - time.monotonic()))
+        num_copies = nbytes = 0
+        try:
+            staged = slot.pinned.view
+            reader.read_into(
+                [view for piece in window for view in piece.buffers(staged[piece.at : piece.at + piece.nbytes])]
+            )
+            slot.started = self._device.record(self.stream, timing=True)
+            for piece in window:
+                self._device.copy_async(
+                    piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], self.stream
+                )
+                num_copies, nbytes = num_copies + 1, nbytes + piece.nbytes
+        finally:
+            if num_copies:  # also behind the copies of a window that failed half-way
+                slot.guard = self._device.record(self.stream, timing=True)
+            guard = slot.guard
+            self._staging.release(slot, num_copies=num_copies, nbytes=nbytes)
+        return Completion(self._device, guard)
