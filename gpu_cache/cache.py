@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar, cast
 
 import torch
 
@@ -18,21 +17,12 @@ from gpu_cache.entry import Entry
 from gpu_cache.errors import CacheClosedError, TransferError
 from gpu_cache.fetch import Fetch, ReaderTask
 from gpu_cache.index import ShardIndex
-from gpu_cache.lease import AliasCounter, alias_of, plain_tensors
+from gpu_cache.lease import AliasCounter, alias_of, eager, plain_tensors
 from gpu_cache.source import ShardSource
 from gpu_cache.stats import BufferStats, buffer_stats_of
 from gpu_cache.tensor_reader import TensorReader
-from gpu_cache.transfer import Completion
 
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
-
-
-_Method = TypeVar("_Method", bound=Callable[..., object])
-
-
-def _eager(method: _Method) -> _Method:
-    """Keep `torch.compile` out of a method: it would trace threads and locks."""
-    return cast(_Method, torch.compiler.disable(method))
 
 
 class TensorCache:
@@ -78,7 +68,7 @@ class TensorCache:
         engine = self._engine
         return "" if engine is None else str(engine.device.torch_device)
 
-    @_eager
+    @eager
     def get_many(
         self,
         keys: Sequence[Hashable],
@@ -108,9 +98,7 @@ class TensorCache:
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
         engine = self._open_engine()
-        stream = engine.device.current_stream()
-        is_capturing = engine.device.is_capturing()
-        if is_capturing and (missing := self._index.missing(keys)):
+        if engine.device.is_capturing() and (missing := self._index.missing(keys)):
             raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
         fetch = self._start(engine, keys, source, timeout_s)
         claim = fetch.claim
@@ -122,13 +110,30 @@ class TensorCache:
         finally:
             self._index.release(claim.claimed.values())
         entries = [*arrived.values(), *(entry for _, entry in claim.hits.values())]
-        self._settle(engine, entries, stream, ready or self.config.ready, is_capturing=is_capturing)
+        engine.settle([entry.completion for entry in entries], ready or self.config.ready)
         tensors.update((key, tensor) for key, (tensor, _) in claim.hits.items())
         if len(keys) == len(tensors):
             return [tensors[key] for key in keys]
         return [alias_of(tensors[key]) for key in keys]  # a key repeats: no two results are one object
 
-    @_eager
+    @eager
+    def get(self, key: Hashable) -> torch.Tensor | None:
+        """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up.
+
+        Raises:
+            CacheClosedError: The cache is closed.
+            TransferError: As for `get_many`.
+        Thread-safety: any thread.
+        """
+        engine = self._open_engine()
+        found = self._index.find(key)
+        if found is None:
+            return None
+        tensor, entry = found
+        engine.settle([entry.completion], self.config.ready)
+        return tensor
+
+    @eager
     def prefetch(self, keys: Sequence[Hashable], source: ShardSource, *, timeout_s: float | None = None) -> Future[int]:
         """Begin to fetch the missing ones of `keys`, and return at once.
 
@@ -151,7 +156,7 @@ class TensorCache:
         fetch.when_done(finish)
         return result
 
-    @_eager
+    @eager
     def put(self, key: Hashable, tensor: torch.Tensor, *, node: str = "", timeout_s: float | None = None) -> bool:
         """Copy a host tensor into the pool and index it under `key`.
 
@@ -269,22 +274,6 @@ class TensorCache:
             if self._is_closed:
                 fetch.cancel(CacheClosedError(f"{self!r} was closed"))
         return fetch
-
-    def _settle(
-        self, engine: Engine, entries: Iterable[Entry], stream: Stream, ready: ReadyMode, *, is_capturing: bool
-    ) -> None:
-        """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream")."""
-        engine.fence.note(stream)
-        unseen: set[Completion] = {
-            e.completion for e in entries if e.completion is not None and not e.completion.is_seen
-        }
-        if unseen and is_capturing:
-            raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
-        for completion in unseen:
-            if ready == "host":
-                completion.wait_host()
-            else:
-                completion.wait_on(stream)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gpu_cache import process
-from gpu_cache.config import CacheConfig
+from gpu_cache.config import CacheConfig, ReadyMode
 from gpu_cache.device import Device
+from gpu_cache.errors import TransferError
 from gpu_cache.fence import StreamFence
 from gpu_cache.lease import Lease
 from gpu_cache.placement import Placement, choose_device
 from gpu_cache.reaper import Reaper
 from gpu_cache.slab import SlabPool
 from gpu_cache.staging import StagingRing
-from gpu_cache.transfer import Transfer
+from gpu_cache.transfer import Completion, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,23 @@ class Engine:
         self.transfer = Transfer(device, self.pool, self.staging, self.config, make_room)
         self.fence.note(self.transfer.stream)
         self.reaper = Reaper(self.pool)
+
+    def settle(self, completions: Iterable[Completion | None], ready: ReadyMode) -> None:
+        """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
+
+        Raises:
+            TransferError: During CUDA graph capture, where nothing can be waited for.
+        """
+        stream = self.device.current_stream()
+        self.fence.note(stream)
+        unseen = {completion for completion in completions if completion is not None and not completion.is_seen}
+        if unseen and self.device.is_capturing():
+            raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
+        for completion in unseen:
+            if ready == "host":
+                completion.wait_host()
+            else:
+                completion.wait_on(stream)
 
     def close(self) -> None:
         """Give back what nobody uses; blocks that are still held keep their slab. Waits for copies under way."""

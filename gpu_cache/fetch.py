@@ -165,8 +165,8 @@ def _combined(failures: dict[Hashable, BaseException], num_requested: int) -> Ex
     cause = next(iter(failures.values()))
     if isinstance(cause, CacheClosedError):
         return cause
-    causes = len({str(error) for error in failures.values()})
-    other = f"; {causes - 1} other reasons in .failures" if causes > 1 else ""
+    kinds = {type(error).__name__ for error in failures.values()} - {type(cause).__name__}
+    other = f"; also {', '.join(sorted(kinds))}, see .failures" if kinds else ""
     error = FetchError(
         f"{cause} [{len(failures)} of {num_requested} shards failed: {_names(failures)}; the others are cached{other}]",
         failures,

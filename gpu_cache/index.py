@@ -76,6 +76,15 @@ class ShardIndex:
         with self._lock:
             return [key for key in keys if key not in self._births]
 
+    def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
+        """An alias of a READY entry, and the entry; counts as no look-up."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.base is None:
+                return None
+            self._entries.move_to_end(key)
+            return self._alias(entry.base), entry
+
     def claim(self, keys: Iterable[Hashable]) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
         end with `publish`, `deliver` or `abort`.

@@ -12,8 +12,8 @@ import contextlib
 import gc
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -45,6 +45,14 @@ def carve(
     lease = Lease(hidden, freed.append)
     tensor = torch.empty(0, dtype=dtype, device=arena.device).set_(hidden[0:nbytes], 0, shape)  # type: ignore[call-overload]
     return tensor, lease
+
+
+_Method = TypeVar("_Method", bound=Callable[..., object])
+
+
+def eager(method: _Method) -> _Method:
+    """Keep `torch.compile` out of a method: it would trace threads and locks."""
+    return cast(_Method, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

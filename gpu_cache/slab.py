@@ -131,7 +131,7 @@ class SlabPool:
         self.drain()
 
     def drain(self) -> None:
-        """Move freed blocks to quarantine, and from there to the free lists what is done. Never waits for the device."""
+        """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""
         if not (self._freed or self._quarantine) or self._device.is_capturing():
             return
         self._collect()

@@ -1,4 +1,4 @@
-"""The staging ring: a few pinned host buffers that bytes pass through, each guarded by the event of its own last copy."""
+"""The staging ring: a few pinned host buffers on the way to the device, each guarded by the event of its last copy."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Infrastructure that AReaL users import by these names."""

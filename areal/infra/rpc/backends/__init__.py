@@ -1,0 +1,1 @@
+"""Transports: where the bytes of remote shards come from."""

@@ -1,0 +1,82 @@
+"""What a backend must offer, and how any backend becomes a source of readers for the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from areal.infra.rpc.shard import TensorShardInfo
+from gpu_cache import ShardReader, ShardSource, TensorReader
+
+
+@runtime_checkable
+class RTensorBackend(Protocol):
+    """Upstream's backend interface; a user's own class with these three methods works with the cache."""
+
+    def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
+        """The tensors of shards, in order."""
+
+    def store(self, tensor: torch.Tensor) -> Any:
+        """Keep a tensor and return the id of its shard."""
+
+    async def delete(self, node_addr: str, shard_ids: list[Any]) -> Any:
+        """Forget shards at their owner."""
+
+
+@runtime_checkable
+class StreamingBackend(Protocol):
+    """A backend that can deliver bytes into buffers of the cache's choosing."""
+
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> ShardSource:
+        """A source for these shards; `nbytes` has the lengths that are known."""
+
+
+class CallSource:
+    """A source over one blocking call that returns tensors.
+
+    Args:
+        node: Where the tensors come from, for messages and `clear_node`.
+        load: Takes keys and returns a tensor or an exception for each, in order.
+    """
+
+    def __init__(self, node: str, load: Callable[[Sequence[Hashable]], Sequence[torch.Tensor | Exception]]) -> None:
+        self._node, self._load = node, load
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader; the call has no time-out of its own."""
+        return [TensorReader(self._node, keys, lambda: self._load(keys))]
+
+
+class NodesSource:
+    """Routes each key to the source of its node."""
+
+    def __init__(self, source_of: Mapping[Hashable, ShardSource]) -> None:
+        self._source_of = source_of
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """The readers of every source that has some of the keys."""
+        keys_of: dict[int, list[Hashable]] = {}
+        for key in keys:
+            keys_of.setdefault(id(self._source_of[key]), []).append(key)
+        return [reader for wanted in keys_of.values() for reader in self._source_of[wanted[0]].open(wanted, timeout_s)]
+
+
+def source_of(
+    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
+) -> ShardSource:
+    """A source over any backend: its own if it streams, else one `fetch` for each node."""
+    if isinstance(backend, StreamingBackend):
+        return backend.source(shards, nbytes)
+
+    def load(keys: Sequence[Hashable]) -> list[torch.Tensor]:
+        return [on_host(tensor) for tensor in backend.fetch([shards[key] for key in keys])]
+
+    by_node = {info.node_addr: CallSource(info.node_addr, load) for info in shards.values()}
+    return NodesSource({key: by_node[info.node_addr] for key, info in shards.items()})
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, where the cache takes it from."""
+    return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()

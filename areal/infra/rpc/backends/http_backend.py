@@ -1,0 +1,162 @@
+"""The HTTP backend: shards of rollout workers over kept-alive connections, one thread for each node."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import time
+import uuid
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.http_reader import HttpReader, HttpSettings, NodeForm, Requester, error_text
+from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
+from areal.infra.rpc.store import ShardStore
+from gpu_cache import ShardReader
+
+_FETCH_TIMEOUT_S = 60.0
+_DELETE_TIMEOUT_S = 10.0
+
+
+class HttpRTensorBackend:
+    """Fetches shards from the `/data` routes of their owners.
+
+    Args:
+        max_shards_per_request: Bounds a request in the JSON form; a binary one is bounded by 256 MiB and 4,096 ids.
+        token: Sent as `Authorization: Bearer`; None reads AREAL_RPC_TOKEN.
+        shards: Where `store` keeps tensors; None until the backend is made this process's own.
+    Raises:
+        ValueError: `max_shards_per_request` is not positive.
+    Thread-safety: any thread.
+    """
+
+    def __init__(
+        self, max_shards_per_request: int = 32, *, token: str | None = None, shards: ShardStore | None = None
+    ) -> None:
+        if max_shards_per_request <= 0:
+            raise ValueError("max_shards_per_request must be positive")
+        self.max_shards_per_request = max_shards_per_request
+        self.shards = shards
+        secret = os.environ.get("AREAL_RPC_TOKEN") if token is None else token
+        self._settings = HttpSettings(
+            {"Authorization": f"Bearer {secret}"} if secret else {}, max_json_shards=max_shards_per_request
+        )
+        self._connections = ConnectionPool()
+        self._forms: dict[str, NodeForm] = {}
+
+    def __repr__(self) -> str:
+        return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
+
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> HttpSource:
+        """A source for these shards by id; `nbytes` has the lengths that are known."""
+        return HttpSource(self, shards, nbytes)
+
+    def reader(
+        self, address: str, keys: Sequence[Hashable], nbytes: Mapping[Hashable, int], timeout_s: float
+    ) -> HttpReader:
+        """A reader of shards of one node; connects at its first read."""
+        return HttpReader(
+            keys,
+            nbytes,
+            Requester(address, self._connections, self._settings, time.monotonic() + timeout_s),
+            self._settings,
+            self._forms.setdefault(address, NodeForm()),
+        )
+
+    def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
+        """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
+
+        Raises:
+            ShardFetchError: One did not arrive.
+        """
+        wanted = {info.shard_id: info for info in shards}
+        readers = self.source(wanted, {}).open(list(wanted), _FETCH_TIMEOUT_S)
+        tensors: dict[Hashable, torch.Tensor] = {}
+        with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+            for arrived in pool.map(_drained, readers):
+                tensors.update(arrived)
+        return [tensors[info.shard_id] for info in shards]
+
+    def store(self, tensor: torch.Tensor) -> str:
+        """Keep a tensor for others to fetch; returns a fresh uuid4.
+
+        Raises:
+            RuntimeError: The backend has no store: it is not this process's own.
+        """
+        if self.shards is None:
+            raise RuntimeError(
+                "this HttpRTensorBackend has no store; pass one, or make it the process's with set_backend"
+            )
+        shard_id = str(uuid.uuid4())
+        self.shards.put(shard_id, tensor)
+        return shard_id
+
+    async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
+        """Delete shards at their owner: three tries within 10 s. Unknown ids are no error.
+
+        Returns:
+            The owner's statistics.
+        Raises:
+            ShardFetchError: The owner could not be told, or refused.
+        """
+        return await asyncio.to_thread(self._delete, node_addr, list(shard_ids))
+
+    def close(self) -> None:
+        """Close the idle connections. Idempotent."""
+        self._connections.close()
+
+    def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
+        deadline = time.monotonic() + _DELETE_TIMEOUT_S
+        requester = Requester(node_addr, self._connections, self._settings, deadline)
+        try:
+            answer = requester.send("DELETE", "/data/clear", {"shard_ids": shard_ids})
+            text = error_text(answer)
+        except OSError as error:
+            raise ShardFetchError(f"Failed to clear shards at {node_addr}: {error}") from error
+        finally:
+            requester.release()
+        statistics = json.loads(text) if answer.status == 200 else None
+        if not isinstance(statistics, dict):
+            raise ShardFetchError(f"Failed to clear shards at {node_addr}: {answer.status} body={text}")
+        return statistics
+
+
+class HttpSource:
+    """A `ShardSource` over one backend: one reader for each node."""
+
+    def __init__(
+        self,
+        backend: HttpRTensorBackend,
+        shards: Mapping[Hashable, TensorShardInfo],
+        nbytes: Mapping[Hashable, int],
+    ) -> None:
+        self._backend, self._shards, self._nbytes = backend, shards, nbytes
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader for each node."""
+        by_node: dict[str, list[Hashable]] = {}
+        for key in keys:
+            by_node.setdefault(self._shards[key].node_addr, []).append(key)
+        return [self._backend.reader(node, wanted, self._nbytes, timeout_s) for node, wanted in by_node.items()]
+
+
+def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
+    """Everything that a reader delivers, each shard in memory of its own."""
+    tensors: dict[Hashable, torch.Tensor] = {}
+    try:
+        while (specs := reader.next_specs()) is not None:
+            for spec in specs:
+                flat = torch.empty(spec.nbytes, dtype=torch.uint8)
+                if spec.nbytes:
+                    reader.read_into([flat.numpy().data])
+                tensors[spec.key] = flat.view(spec.dtype).view(spec.shape)
+        for error in reader.failures.values():
+            raise error
+    finally:
+        reader.close()
+    return tensors

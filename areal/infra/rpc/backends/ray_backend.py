@@ -1,0 +1,61 @@
+"""The Ray backend: shards in Ray's object store. Ray is optional; whoever picks this backend has imported it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from areal.infra.rpc.backends.base import CallSource, on_host
+from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
+
+
+class RayRTensorBackend:
+    """Shard ids are `ObjectRef`s, addresses are empty.
+
+    Args:
+        ray: The module; None imports it.
+    Raises:
+        ImportError: Ray is not installed.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, ray: Any = None) -> None:
+        self._ray = importlib.import_module("ray") if ray is None else ray
+
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> CallSource:
+        """A source over the object store; a lost object fails alone."""
+        return CallSource("ray", self._load)
+
+    def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
+        """The tensors of shards, in order.
+
+        Raises:
+            ray.exceptions.RayError: An object is lost.
+        """
+        tensors: list[torch.Tensor] = self._ray.get([info.shard_id for info in shards])
+        return tensors
+
+    def store(self, tensor: torch.Tensor) -> Any:
+        """Put a tensor into the object store; returns its reference."""
+        return self._ray.put(tensor)
+
+    async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
+        """Free objects wherever they are. Unknown ones are no error."""
+        if shard_ids:
+            self._ray.internal.free(list(shard_ids))
+        return {"status": "ok", "cleared_count": len(shard_ids)}
+
+    def _load(self, keys: Sequence[Hashable]) -> list[torch.Tensor | Exception]:
+        try:
+            return [on_host(tensor) for tensor in self._ray.get(list(keys))]
+        except self._ray.exceptions.RayError:
+            return [self._load_one(key) for key in keys]
+
+    def _load_one(self, key: Hashable) -> torch.Tensor | Exception:
+        try:
+            return on_host(self._ray.get(key))
+        except self._ray.exceptions.RayError as error:
+            return ShardFetchError(f"Failed to fetch shard {key!r} from ray: {error}")

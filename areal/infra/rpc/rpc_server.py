@@ -1,0 +1,239 @@
+"""The server of this process's shards: `python -m areal.infra.rpc.rpc_server`, or `start()` inside an owner."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from aiohttp import web
+
+from areal.infra.rpc import runtime
+from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DataOwner, make_app
+from gpu_cache.config import parse_size
+
+try:
+    from uvloop import new_event_loop
+except ImportError:  # not on this platform; asyncio's own loop serves too, at a lower rate
+    from asyncio import new_event_loop  # type: ignore[assignment]
+
+TOKEN_VARIABLE = "AREAL_RPC_TOKEN"
+ALLOW_VARIABLE = "AREAL_RPC_ALLOW_UNAUTHENTICATED"
+
+# A trainer keeps one connection to each node and may think for long between two steps.
+_KEEPALIVE_S = 3600.0
+# Longest wait for answers under way when the server stops.
+_SHUTDOWN_S = 5.0
+_BACKLOG = 1024
+# Of upstream's launchers; what they configure does not exist here.
+_IGNORED_FLAGS = (
+    "--experiment-name",
+    "--trial-name",
+    "--role",
+    "--worker-index",
+    "--name-resolve-type",
+    "--nfs-record-root",
+    "--etcd3-addr",
+    "--fileroot",
+    "--werkzeug-log-level",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ServedOwner(DataOwner, Protocol):
+    """An owner that is told under which addresses it is served, so that it need not ask itself over the network."""
+
+    def add_own_address(self, address: str) -> None: ...
+
+    def remove_own_address(self, address: str) -> None: ...
+
+
+class ServerHandle:
+    """A server on a thread of its own. A context manager: leaving it stops the server.
+
+    Args:
+        owner: Whose shards are served.
+        app: What to serve.
+        listener: A listening socket; the server closes it.
+        address: Where others find it.
+    """
+
+    def __init__(self, owner: ServedOwner, app: web.Application, listener: socket.socket, address: str) -> None:
+        self.address = address
+        self._owner = owner
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            keepalive_timeout=_KEEPALIVE_S,
+            shutdown_timeout=_SHUTDOWN_S,
+            auto_decompress=False,  # a small body must not become a large one
+        )
+        self._listener = listener
+        self._loop = new_event_loop()
+        self._stopping = asyncio.Event()
+        owner.add_own_address(address)
+        self._thread = threading.Thread(target=self._run, name=f"rpc-server-{address}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop serving, once the answers under way are sent or some seconds have passed. Idempotent; any thread."""
+        self._owner.remove_own_address(self.address)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: stopped before
+            self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.closing(self._loop):
+            self._loop.run_until_complete(self._serve())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+
+    async def _serve(self) -> None:
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._listener, backlog=_BACKLOG).start()
+        await self._stopping.wait()
+        await self._runner.cleanup()
+
+    def __enter__(self) -> ServerHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"ServerHandle({self.address}, {'serving' if self._thread.is_alive() else 'stopped'})"
+
+
+def start(
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    token: str | None = None,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    allow_unauthenticated: bool = False,
+    owner: ServedOwner | None = None,
+) -> ServerHandle:
+    """Serve shards from a thread of this process.
+
+    Args:
+        host: Address or name to bind. Behind a wildcard address the server cannot know what others call it; tell the
+            runtime with `add_own_address`.
+        port: 0 takes a free one.
+        token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`.
+        max_body_bytes: The longest request body.
+        allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
+        owner: Whose shards; None means this process's runtime.
+
+    Returns:
+        The handle; the server already accepts connections.
+
+    Raises:
+        OSError: The address cannot be bound.
+        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant.
+    """
+    token = token or os.environ.get(TOKEN_VARIABLE) or None
+    is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
+    family, location = _resolve(host, port)
+    if not (token or is_allowed or ipaddress.ip_address(location[0].partition("%")[0]).is_loopback):
+        raise ValueError(
+            f"refusing to serve other hosts on {host} without a token. Bind 127.0.0.1; or set a token, with "
+            f"--token-file or {TOKEN_VARIABLE}; or, on a network where everybody may read and delete shards, say so "
+            f"with --allow-unauthenticated or {ALLOW_VARIABLE}=1"
+        )
+    served = runtime.current() if owner is None else owner
+    app = make_app(served, token=token, max_body_bytes=max_body_bytes)
+    listener = socket.create_server(location, family=family, backlog=_BACKLOG)
+    return ServerHandle(served, app, listener, _address(listener))
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """The one address to bind; IPv4 where a name has both."""
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, location = min(found, key=lambda info: info[0] != socket.AF_INET)
+    return family, (str(location[0]), int(location[1]))
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=options.log_level)
+    _log_ignored(vars(options))
+    # Blocked before any thread starts, hence in all of them: only `sigwait` sees the signals, whenever they come.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        server = start(
+            options.host,
+            options.port,
+            token=_token(options.token_file),
+            max_body_bytes=options.max_body_bytes,
+            allow_unauthenticated=options.allow_unauthenticated,
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    with server:
+        print(f"listening on {server.address}", flush=True)
+        signal.sigwait(signals)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m areal.infra.rpc.rpc_server", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address or name to bind (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="port; 0, the default, takes a free one")
+    parser.add_argument("--token-file", type=Path, help=f"file with the clients' token (default: ${TOKEN_VARIABLE})")
+    parser.add_argument(
+        "--max-body-bytes",
+        type=parse_size,
+        default=DEFAULT_MAX_BODY_BYTES,
+        help='longest request body, such as "1GiB", the default',
+    )
+    parser.add_argument(
+        "--allow-unauthenticated",
+        action="store_true",
+        help=f"serve other hosts without token (or {ALLOW_VARIABLE}=1)",
+    )
+    parser.add_argument("--log-level", default="INFO", help="level of the log on stderr (default: %(default)s)")
+    for flag in _IGNORED_FLAGS:
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    return parser
+
+
+def _log_ignored(options: Mapping[str, object]) -> None:
+    for flag in _IGNORED_FLAGS:
+        value = options[flag.removeprefix("--").replace("-", "_")]
+        if value is not None:
+            logger.debug("ignoring %s %s: accepted for upstream's launchers only", flag, value)
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    token = path.read_text().strip()
+    if not token:
+        raise ValueError(f"the token file {path} is empty")
+    return token
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""RTensor: a small handle of a tensor that lives elsewhere, and the functions that AReaL users call."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from areal.infra.rpc import runtime
+from areal.infra.rpc.backends.base import RTensorBackend
+from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
+from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
+from areal.infra.rpc.clearing import ClearReport, clear_all
+from areal.infra.rpc.serialization import register_dataclass
+from areal.infra.rpc.shard import TensorShardInfo, collect_leaves, map_leaves
+from areal.infra.rpc.trimming import trim_padding
+from areal.infra.rpc.views import FetchBufferView, StorageView
+
+__all__ = [
+    "ClearReport",
+    "HttpRTensorBackend",
+    "RTensor",
+    "RTensorBackend",
+    "RayRTensorBackend",
+    "TensorShardInfo",
+    "buffer_stats",
+    "clear_batches",
+    "clear_fetch_buffer",
+    "fetch",
+    "fetch_buffer_stats",
+    "flatten_shard_ids",
+    "get_backend",
+    "remove",
+    "set_backend",
+    "storage_stats",
+    "store",
+]
+
+# Upstream's private names. Its tests hold the locks around calls on the views; our own code never takes them.
+_fetch_buffer = FetchBufferView()
+_storage = StorageView()
+_fetch_buffer_lock = threading.Lock()
+_storage_lock = threading.Lock()
+
+
+@dataclasses.dataclass
+class RTensor:
+    """A tensor that another process owns, until somebody asks for its values.
+
+    Attributes:
+        shard: Where it lives.
+        data: Its shape and dtype on `meta` while remote; the tensor itself once localized. On the wire it is always
+            the former: a handle stays small.
+    """
+
+    shard: TensorShardInfo
+    data: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """`meta` while remote."""
+        return self.data.device
+
+    @property
+    def ndim(self) -> int:
+        """Its number of dimensions."""
+        return self.data.ndim
+
+    def to_local(self) -> torch.Tensor:
+        """The tensor itself: from `data` if it is there, else from the cache or the owner; kept in `data`.
+
+        Raises:
+            gpu_cache.FetchError: It did not arrive.
+        """
+        _fill([self])
+        return self.data
+
+    @staticmethod
+    def localize(obj: Any) -> Any:
+        """Replace the handles in nested containers by their tensors; misses are fetched in one go.
+
+        Args:
+            obj: A handle, or dicts, lists and tuples of them; anything else passes through.
+        Returns:
+            New containers of the same types. The handles are filled too.
+        Raises:
+            gpu_cache.FetchError: Some did not arrive, see its `failures`; the others are cached.
+        """
+        _fill(collect_leaves(obj, RTensor))
+        return map_leaves(obj, RTensor, _data_of)
+
+    @staticmethod
+    def prefetch(obj: Any) -> Future[int]:
+        """Begin to fetch what `localize` of the same handles would have to fetch, and return at once.
+
+        Returns:
+            A future of the number of shards on their way. It need not be waited for.
+        """
+        return runtime.current().prefetch(*_wanted(collect_leaves(obj, RTensor)))
+
+    @staticmethod
+    def remotize(obj: Any, node_addr: str) -> Any:
+        """Store the tensors in nested containers in this process, and return the containers with handles.
+
+        Each tensor is detached and copied to host memory. In a dict with an `attention_mask` trailing padding is
+        trimmed first.
+
+        Args:
+            obj: A tensor, or dicts, lists and tuples of them; anything else passes through.
+            node_addr: Address under which this process serves them.
+        """
+        backend = get_backend()
+
+        def to_handle(leaf: Any) -> Any:
+            if isinstance(leaf, dict):
+                return {key: map_leaves(value, _DICT_OR_TENSOR, to_handle) for key, value in trim_padding(leaf).items()}
+            meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+            return RTensor(TensorShardInfo(backend.store(_owned_copy(leaf)), node_addr), meta)
+
+        return map_leaves(obj, _DICT_OR_TENSOR, to_handle)
+
+    @staticmethod
+    def collect_shards(obj: Any) -> dict[str, list[Any]]:
+        """The distinct shard ids in nested containers, by address of their owner."""
+        shards: dict[str, dict[Any, None]] = {}
+        for handle in collect_leaves(obj, RTensor):
+            shards.setdefault(handle.shard.node_addr, {})[handle.shard.shard_id] = None
+        return {node_addr: list(ids) for node_addr, ids in shards.items()}
+
+    @staticmethod
+    async def clear_node(node_addr: str, shard_ids: Sequence[Any]) -> Any:
+        """Evict shards here, then delete them at their owner; unknown ids are no error.
+
+        Returns:
+            The owner's statistics.
+        Raises:
+            gpu_cache.FetchError: The owner could not be told. They are evicted here all the same.
+        """
+        clear_fetch_buffer(list(shard_ids))
+        return await get_backend().delete(node_addr, list(shard_ids))
+
+    @staticmethod
+    async def clear_everywhere(obj: Any, consumers: Iterable[Callable[[list[Any]], Any]] = ()) -> ClearReport:
+        """End a step: clear the shards in `obj` here, at their owners, and at every consumer, all at once.
+
+        Args:
+            obj: Containers of handles.
+            consumers: Called with the flat list of ids, each on a thread of its own; may return an awaitable.
+        Returns:
+            What was cleared, and what could not be: one who fails keeps nobody else from being cleared.
+        """
+        return await clear_all(RTensor.collect_shards(obj), RTensor.clear_node, consumers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__wire_fields__()
+
+    def __wire_fields__(self) -> dict[str, Any]:
+        """What travels: shape and dtype, never the values."""
+        data = self.data
+        if not data.is_meta:
+            data = torch.empty(data.shape, dtype=data.dtype, device="meta")
+        return {"shard": self.shard, "data": data}
+
+
+_DICT_OR_TENSOR: Any = (dict, torch.Tensor)
+
+register_dataclass("areal.infra.rpc.rtensor.RTensor", RTensor)
+register_dataclass("areal.infra.rpc.rtensor.TensorShardInfo", TensorShardInfo)
+
+
+def get_backend() -> RTensorBackend:
+    """The backend of this process; picked at first use: Ray's if Ray is initialised, else HTTP."""
+    return runtime.current().backend
+
+
+def set_backend(backend: RTensorBackend | None) -> None:
+    """Use `backend` from now on; None picks again at the next use."""
+    runtime.current().set_backend(backend)
+
+
+def clear_fetch_buffer(shard_ids: Iterable[Any] | None = None) -> int:
+    """Evict shards from this process's cache, all of them for None; unknown ids are ignored.
+
+    Returns:
+        How many were cached.
+    """
+    current = runtime.current()
+    return current.cache.clear() if shard_ids is None else current.evict(shard_ids)
+
+
+def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
+    """What an engine does at the end of a step: evict the step's shards; no ids mean nothing to do, never a flush.
+
+    Returns:
+        How many were cached.
+    """
+    return clear_fetch_buffer(shard_ids) if shard_ids else 0
+
+
+def flatten_shard_ids(obj: Any) -> list[Any]:
+    """The shard ids in nested containers, in order and with repeats."""
+    return [handle.shard.shard_id for handle in collect_leaves(obj, RTensor)]
+
+
+def fetch_buffer_stats() -> dict[str, int]:
+    """Upstream's statistics of the cache: exactly `{"num_entries": n}`."""
+    return {"num_entries": len(runtime.current().cache)}
+
+
+def buffer_stats() -> dict[str, Any]:
+    """All figures of this process's cache; see `gpu_cache.BufferStats`."""
+    return dict(runtime.current().cache.buffer_stats())
+
+
+def store(shard_id: Hashable, tensor: torch.Tensor) -> None:
+    """Keep a tensor under an id of the caller's choosing, for others to fetch."""
+    runtime.current().store.put(shard_id, tensor)
+
+
+def fetch(shard_id: Hashable) -> torch.Tensor:
+    """A tensor that this process owns.
+
+    Raises:
+        KeyError: It does not own such a shard.
+    """
+    return runtime.current().store[shard_id]
+
+
+def remove(shard_id: Hashable) -> int:
+    """Forget a shard that this process owns, and evict it from its cache; returns how many it owned, 0 or 1."""
+    current = runtime.current()
+    removed = current.store.remove([shard_id])
+    current.evict([shard_id])
+    return removed
+
+
+def storage_stats() -> dict[str, int]:
+    """`num_tensors` and `total_bytes` of what this process owns."""
+    return runtime.current().store.stats()
+
+
+# Upstream's private name.
+_store_local = store
+
+
+def _fill(handles: Sequence[RTensor]) -> None:
+    """Put the tensors of the handles that are still remote in their `data`."""
+    remote = [handle for handle in handles if handle.data.is_meta]
+    if remote:
+        tensors = runtime.current().get_many(*_wanted(remote))
+        for handle in remote:
+            handle.data = tensors[handle.shard.shard_id]
+
+
+def _wanted(handles: Iterable[RTensor]) -> tuple[dict[Hashable, TensorShardInfo], dict[Hashable, int]]:
+    """The distinct shards that are still remote, and their lengths."""
+    remote = {handle.shard.shard_id: handle for handle in handles if handle.data.is_meta}
+    return {key: h.shard for key, h in remote.items()}, {key: h.data.nbytes for key, h in remote.items()}
+
+
+def _data_of(handle: RTensor) -> torch.Tensor:
+    return handle.data
+
+
+def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy in host memory: what the owner serves must not change when the caller's tensor does."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()

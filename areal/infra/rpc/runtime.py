@@ -1,0 +1,172 @@
+"""This process's cache, backend and store. The module-level state of `areal`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Hashable, Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+import gpu_cache
+from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBackend, source_of
+from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
+from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
+from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
+from areal.infra.rpc.store import ShardStore
+
+
+class Runtime:
+    """What the handles of one process share.
+
+    Args:
+        config: Settings of the cache; None reads the GPU_CACHE_* variables.
+        store: The tensors that this process owns.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, config: gpu_cache.CacheConfig | None = None, store: ShardStore | None = None) -> None:
+        self.pid = os.getpid()
+        self.store = ShardStore() if store is None else store
+        self.cache = gpu_cache.TensorCache(config)
+        self.own_addresses: set[str] = set()  # of servers in this process
+        # Guards _backend.
+        self._lock = threading.Lock()
+        self._backend: RTensorBackend | None = None
+
+    def __repr__(self) -> str:
+        return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
+
+    @property
+    def backend(self) -> RTensorBackend:
+        """The backend; Ray's if Ray is in use when this is first asked, else HTTP."""
+        with self._lock:
+            if self._backend is None:
+                self._backend = RayRTensorBackend() if is_ray_in_use() else HttpRTensorBackend(shards=self.store)
+            return self._backend
+
+    def set_backend(self, backend: RTensorBackend | None) -> None:
+        """Use `backend` from now on; None decides again when next asked."""
+        if isinstance(backend, HttpRTensorBackend) and backend.shards is None:
+            backend.shards = self.store
+        with self._lock:
+            self._backend = backend
+
+    def get_many(
+        self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
+    ) -> dict[Hashable, torch.Tensor]:
+        """The tensors of shards, by id: from the cache, this process's store, or their owners.
+
+        Args:
+            shards: By shard id.
+            nbytes: Their lengths, where known.
+        Raises:
+            gpu_cache.FetchError: Some did not arrive; the others are cached.
+        """
+        keys = list(shards)
+        return dict(zip(keys, self.cache.get_many(keys, self._source(shards, nbytes)), strict=True))
+
+    def prefetch(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> Future[int]:
+        """Begin to fetch what is not cached."""
+        return self.cache.prefetch(list(shards), self._source(shards, nbytes))
+
+    def evict(self, shard_ids: Iterable[Any]) -> int:
+        """Drop shards from the cache; ids that cannot be ids are passed over."""
+        return self.cache.clear([shard_id for shard_id in shard_ids if isinstance(shard_id, Hashable)])
+
+    def trim(self) -> bool:
+        """Give the cache's unused memory back; whether any was."""
+        return self.cache.trim()
+
+    def add_own_address(self, address: str) -> None:
+        """Serve handles with this address from the store, without a request."""
+        self.own_addresses.add(address)
+
+    def remove_own_address(self, address: str) -> None:
+        """The server at this address has stopped."""
+        self.own_addresses.discard(address)
+
+    def close(self) -> None:
+        """Close the cache and the backend's connections. Idempotent."""
+        self.cache.close()
+        if isinstance(self._backend, HttpRTensorBackend):
+            self._backend.close()
+
+    def _source(
+        self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
+    ) -> gpu_cache.ShardSource:
+        remote = source_of(self.backend, shards, nbytes)
+        own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
+        if not own:
+            return remote
+        local = CallSource("this process", self._load_own)
+        return NodesSource({key: local if key in own else remote for key in shards})
+
+    def _load_own(self, keys: Iterable[Hashable]) -> list[torch.Tensor | Exception]:
+        found = dict(self.store.get_many(keys)[0])
+        missing = "Failed to fetch shard {} from this process: it is not in its store"
+        return [found[key] if key in found else ShardMissingError(missing.format(key)) for key in keys]
+
+
+def is_ray_in_use() -> bool:
+    """Whether Ray is importable and initialised. Does not import it: who uses Ray has."""
+    ray = sys.modules.get("ray")
+    if ray is None or importlib.util.find_spec("ray") is None:
+        return False
+    return bool(ray.is_initialized())
+
+
+# Guards _current.
+_lock = threading.Lock()
+_current: Runtime | None = None
+
+
+def current() -> Runtime:
+    """This process's runtime, made at first use; in a forked child a fresh one, which caches in host memory."""
+    found = _current
+    if found is not None and found.pid == os.getpid():
+        return found
+    config = None if found is None else gpu_cache.CacheConfig.from_env(device="cpu")
+    return _install(Runtime(config), instead_of=found)
+
+
+def configure(config: gpu_cache.CacheConfig | None = None, **settings: Any) -> Runtime:
+    """Start over with a new cache; the store, its servers and a backend that was set stay.
+
+    Args:
+        config: Settings of the cache; None reads the GPU_CACHE_* variables.
+        settings: Fields of `CacheConfig` that win over the variables, as in `configure(device="cpu")`.
+    Raises:
+        ValueError: A setting is out of range, or both `config` and `settings` are given.
+    """
+    if config is not None and settings:
+        raise ValueError(f"give a config or settings, not both: {sorted(settings)}")
+    previous = current()
+    runtime = Runtime(config or gpu_cache.CacheConfig.from_env(**settings), previous.store)
+    runtime.own_addresses = previous.own_addresses
+    runtime.set_backend(previous._backend)
+    previous.cache.close()
+    return _install(runtime, instead_of=previous)
+
+
+def _install(runtime: Runtime, instead_of: Runtime | None) -> Runtime:
+    """Make `runtime` the current one, unless another thread was first."""
+    global _current
+    with _lock:
+        if _current is instead_of:
+            _current = runtime
+        assert _current is not None
+        return _current
+
+
+def _forget_lock() -> None:
+    """In a forked child the lock may be held by a thread that does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)

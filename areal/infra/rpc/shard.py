@@ -1,0 +1,110 @@
+"""What a handle says about its shard, what can go wrong with it, and the one walk over nested containers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from gpu_cache.errors import FetchError
+
+LeafT = TypeVar("LeafT")
+
+_CONTAINERS = (dict, list, tuple)
+
+
+@dataclass
+class TensorShardInfo:
+    """Where a shard lives.
+
+    Args:
+        shard_id: Opaque id, unique in the cluster. HTTP: a string; Ray: an `ObjectRef`.
+        node_addr: `host:port` of the owner's server; empty for Ray.
+    """
+
+    shard_id: Any
+    node_addr: str
+
+
+class ShardFetchError(FetchError):
+    """The owner could not be asked for a shard, or its answer is no use."""
+
+
+class ShardMissingError(ShardFetchError):
+    """The owner answered that it does not have the shard."""
+
+
+class WireError(ValueError):
+    """A frame that breaks the wire format; nothing was allocated for it."""
+
+
+def collect_leaves(obj: object, leaf_type: type[LeafT]) -> list[LeafT]:
+    """List the leaves of that type in a nest of dicts, lists and tuples, in order and with repeats.
+
+    Args:
+        obj: A leaf, or containers to any depth; anything else holds no leaves. A container that contains itself
+            ends in `RecursionError`.
+        leaf_type: A leaf is not entered, even if it is a container itself.
+    """
+    found: list[LeafT] = []
+    _collect((obj,), leaf_type, found)
+    return found
+
+
+def _collect(children: Iterable[object], leaf_type: type[LeafT], found: list[LeafT]) -> None:
+    """Append the leaves among `children`; one frame for a container and none for a leaf, as there may be thousands."""
+    for child in children:
+        if isinstance(child, leaf_type):
+            found.append(child)
+        elif isinstance(child, _CONTAINERS):
+            _collect(_children(child), leaf_type, found)
+
+
+def map_leaves(obj: Any, leaf_type: type[LeafT], fn: Callable[[LeafT], object]) -> Any:
+    """Rebuild a nest of containers with `fn(leaf)` in the place of each leaf.
+
+    Containers are new and keep their types: a named tuple stays one, a `defaultdict` keeps its factory. Everything
+    that is neither leaf nor container is passed on as it is.
+
+    Args:
+        obj: As for `collect_leaves`.
+        leaf_type: As for `collect_leaves`.
+        fn: Called once for each occurrence, in the order of `collect_leaves`.
+    """
+    if isinstance(obj, leaf_type):
+        return fn(obj)
+    return _rebuild(obj, leaf_type, fn) if isinstance(obj, _CONTAINERS) else obj
+
+
+def _rebuild(container: Any, leaf_type: type[LeafT], fn: Callable[[LeafT], object]) -> Any:
+    mapped = [
+        fn(child)
+        if isinstance(child, leaf_type)
+        else _rebuild(child, leaf_type, fn)
+        if isinstance(child, _CONTAINERS)
+        else child
+        for child in _children(container)
+    ]
+    return mapped if type(container) is list else _like(container, mapped)
+
+
+def _children(container: Any) -> Iterable[object]:
+    return cast(Iterable[object], container.values() if isinstance(container, dict) else container)
+
+
+def _like(container: Any, children: list[object]) -> Any:
+    """A new container of the same type; a copy is refilled where that saves guessing at a subclass's constructor."""
+    kind = type(container)
+    if kind is dict:
+        return dict(zip(container, children, strict=True))
+    if isinstance(container, tuple):
+        return kind._make(children) if hasattr(kind, "_make") else kind(children)
+    clone = copy.copy(container)
+    if isinstance(container, list):
+        clone[:] = children
+    else:
+        # Item by item: `Counter.update`, for one, would add instead of replace.
+        for key, child in zip(container, children, strict=True):
+            clone[key] = child
+    return clone

@@ -1,0 +1,120 @@
+"""The owner's tensors, by shard id."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterable, Iterator, MutableMapping
+from typing import TypeVar
+
+import torch
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+class ShardStore(MutableMapping[Hashable, torch.Tensor]):
+    """Tensors kept for remote readers until somebody removes them.
+
+    A mapping, so that code which knows upstream's plain dict finds what it expects; the operations named below are
+    each atomic, and what `MutableMapping` builds from them (`setdefault`, `popitem`) is not.
+
+    Thread-safety: any thread.
+    """
+
+    def __init__(self) -> None:
+        # Guards _entries, _total_bytes.
+        self._lock = threading.Lock()
+        # With the length at the time of storing: a tensor resized since must not upset the total.
+        self._entries: dict[Hashable, tuple[torch.Tensor, int]] = {}
+        self._total_bytes = 0
+
+    def put(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
+        """Keep a tensor as it is, without a copy; replaces what the id named before."""
+        entry = (tensor, tensor.nbytes)
+        with self._lock:
+            previous = self._entries.get(shard_id)
+            self._entries[shard_id] = entry
+            self._total_bytes += entry[1] - (previous[1] if previous else 0)
+        # `previous` may be the last reference; it dies here, outside the lock.
+
+    def get_many(self, shard_ids: Iterable[KeyT]) -> tuple[list[tuple[KeyT, torch.Tensor]], list[KeyT]]:
+        """Look up several shards at one moment: either all are from before a concurrent `remove`, or all from after.
+
+        Args:
+            shard_ids: Repeats are answered repeatedly.
+
+        Returns:
+            The pairs found and the ids missing, each in the order asked for.
+        """
+        wanted = list(shard_ids)
+        with self._lock:
+            entries = [self._entries.get(shard_id) for shard_id in wanted]
+        found = [(shard_id, entry[0]) for shard_id, entry in zip(wanted, entries, strict=True) if entry]
+        missing = [shard_id for shard_id, entry in zip(wanted, entries, strict=True) if entry is None]
+        return found, missing
+
+    def remove(self, shard_ids: Iterable[object]) -> int:
+        """Forget shards.
+
+        Args:
+            shard_ids: Unknown ids, and things that cannot be ids, are passed over.
+
+        Returns:
+            The number of shards that were there.
+        """
+        unwanted = list(shard_ids)
+        removed = []
+        with self._lock:
+            for shard_id in unwanted:
+                try:
+                    entry = self._entries.pop(shard_id, None)
+                except TypeError:  # unhashable
+                    continue
+                if entry is not None:
+                    removed.append(entry)
+                    self._total_bytes -= entry[1]
+        return len(removed)
+
+    def stats(self) -> dict[str, int]:
+        """`num_tensors` and `total_bytes`, of one moment. Kept as they change: asking costs nothing."""
+        with self._lock:
+            return {"num_tensors": len(self._entries), "total_bytes": self._total_bytes}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            dropped, self._entries, self._total_bytes = self._entries, {}, 0
+        dropped.clear()
+
+    def __getitem__(self, shard_id: Hashable) -> torch.Tensor:
+        with self._lock:
+            entry = self._entries.get(shard_id)
+        if entry is None:
+            raise _not_found(shard_id)
+        return entry[0]
+
+    def __setitem__(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
+        self.put(shard_id, tensor)
+
+    def __delitem__(self, shard_id: Hashable) -> None:
+        if not self.remove([shard_id]):
+            raise _not_found(shard_id)
+
+    def __contains__(self, shard_id: object) -> bool:
+        with self._lock:
+            return shard_id in self._entries
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Over the ids of this moment; storing meanwhile is fine."""
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._entries)
+
+    def __repr__(self) -> str:
+        return "ShardStore(num_tensors={num_tensors:,}, total_bytes={total_bytes:,})".format(**self.stats())
+
+
+def _not_found(shard_id: object) -> KeyError:
+    return KeyError(f"Shard {shard_id} not found in storage")

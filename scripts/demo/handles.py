@@ -1,0 +1,67 @@
+"""Handles as text, the form in which they cross process borders, and batches read through them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from areal.infra.rpc import deserialize_value, serialize_value
+from areal.infra.rpc.rtensor import RTensor, clear_fetch_buffer, flatten_shard_ids
+from demo.trajectory import Trajectory
+
+
+def to_text(handles: Any) -> str:
+    """JSON of containers of handles, as an RPC would carry it."""
+    return json.dumps(serialize_value(handles))
+
+
+def from_text(text: str) -> Any:
+    """New handles, all of them remote: whoever reads through them relies on the cache alone."""
+    return deserialize_value(json.loads(text))
+
+
+class RemoteBatch:
+    """One step's trajectories, as the text that the workers sent. One thread.
+
+    Args:
+        texts: One for each worker: a list of trajectories of handles.
+        is_cached: False: forget before each read what the last one brought, so that every read goes over the wire.
+    Attributes:
+        num_trajectories: Trajectories in the batch.
+        shard_ids: Ids of all their tensors.
+        nbytes: Bytes of these tensors, as the handles describe them.
+        num_reads: Reads so far.
+        wait_s: Seconds that the reads waited for tensors; making handles of text is not counted.
+    """
+
+    def __init__(self, texts: Sequence[str], *, is_cached: bool) -> None:
+        self._texts = texts
+        self._is_cached = is_cached
+        handles = self.handles()
+        self.num_trajectories = len(handles)
+        self.shard_ids: list[Any] = flatten_shard_ids(handles)
+        self.nbytes = sum(tensor.data.nbytes for trajectory in handles for tensor in trajectory.values())
+        self.num_reads = 0
+        self.wait_s = 0.0
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the reads so far asked for."""
+        return self.num_reads * self.nbytes
+
+    def handles(self) -> list[dict[str, RTensor]]:
+        """The batch in handles of its own."""
+        return [trajectory for text in self._texts for trajectory in from_text(text)]
+
+    def read(self) -> list[Trajectory]:
+        """The batch in tensors on the trainer's device, through handles of this read's own."""
+        handles = self.handles()
+        if not self._is_cached:
+            clear_fetch_buffer(self.shard_ids)
+        start = time.perf_counter()
+        tensors = RTensor.localize(handles)
+        self.wait_s += time.perf_counter() - start
+        self.num_reads += 1
+        return cast(list[Trajectory], tensors)

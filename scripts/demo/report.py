@@ -1,0 +1,136 @@
+"""What the user sees: progress while the policy learns, a table at the end, and the same figures as JSON."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from demo.meter import Phase
+from demo.session import Outcome
+
+# Rewards are averaged over so many steps: one batch is noisy.
+REWARD_STEPS = 5
+_LINE_EVERY_STEPS = 10
+
+
+class LiveProgress:
+    """A progress bar on a terminal, a line now and then elsewhere, nothing if quiet. A context manager.
+
+    Args:
+        total_steps: Steps that will be shown.
+        console: Where to.
+    """
+
+    def __init__(self, total_steps: int, console: Console) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting the workers", total=total_steps)
+
+    def __enter__(self) -> LiveProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, reward: float, so_far: Phase) -> None:
+        """Show one more step."""
+        text = (
+            f"reward {reward:.2f} · hit rate {so_far.hit_rate:.1%} · "
+            f"wire {mib(so_far.wire_bytes)} · saved {mib(so_far.saved_bytes)}"
+        )
+        self._bar.update(self._task, advance=1, description=text)
+        if not self._console.is_terminal and (
+            so_far.steps % _LINE_EVERY_STEPS == 0 or so_far.steps == self._total_steps
+        ):
+            self._console.print(f"step {so_far.steps}/{self._total_steps} · {text}", highlight=False)
+
+
+def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[str, Any]:
+    """The figures of a run by name; bytes, hits and waits are the trainer's own, and of the steps with the cache.
+
+    `wait_seconds` and `wait_seconds_uncached` are seconds per step, so that the many steps with the cache compare with
+    the few without; the latter is None if there were none. Rewards are means over the first and the last five steps.
+    """
+    cached, uncached = outcome.cached, outcome.uncached
+    return {
+        "device": device,
+        "workers": workers,
+        "seed": seed,
+        "reward_first": mean(outcome.step_rewards[:REWARD_STEPS]),
+        "reward_last": mean(outcome.step_rewards[-REWARD_STEPS:]),
+        "rewards": outcome.step_rewards,
+        "steps": cached.steps,
+        "trajectories": cached.trajectories,
+        "shards": cached.shards,
+        "read_bytes": cached.read_bytes,
+        "wire_bytes": cached.wire_bytes,
+        "served_bytes": cached.served_bytes,
+        "saved_bytes": cached.saved_bytes,
+        "hit_rate": cached.hit_rate,
+        "wait_seconds": cached.wait_s_per_step,
+        "wait_seconds_total": cached.wait_s,
+        "uncached_steps": uncached.steps,
+        "uncached_read_bytes": uncached.read_bytes,
+        "uncached_wire_bytes": uncached.wire_bytes,
+        "wait_seconds_uncached": uncached.wait_s_per_step,
+        "rollout_wait_seconds": outcome.rollout_wait_s,
+        "seconds": outcome.seconds,
+        "device_bytes_after_clear": outcome.device_bytes,
+        "shards_left": outcome.shards_left,
+    }
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """The figures of `summary`, for reading."""
+    grid = Table(title="RTensor demo", show_header=False)
+    grid.add_column("what")
+    grid.add_column("figure", justify="right")
+    first, last = figures["reward_first"], figures["reward_last"]
+    rows = {
+        "device": figures["device"],
+        "steps": f"{figures['steps']:,}",
+        "mean reward, first and last five steps": f"{first:.3f} → {last:.3f}",
+        "trajectories": f"{figures['trajectories']:,}",
+        "shards": f"{figures['shards']:,}",
+        "bytes over the wire": f"{figures['wire_bytes']:,}",
+        "bytes saved by the cache": f"{figures['saved_bytes']:,}",
+        "hit rate": f"{figures['hit_rate']:.1%}",
+        "wait for data per step, with the cache": milliseconds(figures["wait_seconds"]),
+        f"the same without ({figures['uncached_steps']} steps)": milliseconds(figures["wait_seconds_uncached"]),
+        "device bytes after the last clear": f"{figures['device_bytes_after_clear']:,}",
+        "seconds": f"{figures['seconds']:.1f}",
+    }
+    for name, figure in rows.items():
+        grid.add_row(name, figure)
+    return grid
+
+
+def mean(numbers: list[float]) -> float:
+    """Arithmetic mean."""
+    return sum(numbers) / len(numbers)
+
+
+def mib(nbytes: int) -> str:
+    """Bytes in MiB."""
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds in milliseconds; a dash for None."""
+    return "-" if seconds is None else f"{seconds * 1e3:.1f} ms"

@@ -1,0 +1,156 @@
+"""The trainer's side of the rollout workers: start them, order samples, notice their deaths, stop them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection
+from types import TracebackType
+from typing import Any
+
+from demo import worker
+from demo.worker import ClearOrder, Failure, SampleOrder, StopOrder
+
+_STOP_WAIT_S = 5.0
+_HEALTH_TIMEOUT_S = 10.0
+# A killed process closes its sockets a moment before it can be reaped.
+_REAP_WAIT_S = 1.0
+
+
+class WorkerError(RuntimeError):
+    """A worker died, or could not do what it was told."""
+
+
+class Worker:
+    """One worker process and the pipe to it. Orders are sent one at a time, from a thread of its own.
+
+    Args:
+        number: Its place among the workers, from 0.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=worker.main, args=(theirs,), name=f"rollout-worker-{number}", daemon=True
+        )
+        self._process.start()
+        # With our copy of its end closed, the pipe ends when the worker does.
+        theirs.close()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"worker-{number}")
+        self._address = self._thread.submit(self._receive)
+
+    @property
+    def address(self) -> str:
+        """Of its shard server; waits until the worker is up."""
+        return str(self._address.result())
+
+    @property
+    def sentinel(self) -> int:
+        """Becomes readable when the process ends."""
+        return self._process.sentinel
+
+    def order(self, order: SampleOrder | ClearOrder) -> Future[Any]:
+        """Send an order; the future is its result, or fails with `WorkerError`."""
+        return self._thread.submit(self._exchange, order)
+
+    def health(self) -> dict[str, Any]:
+        """What its shard server says about itself."""
+        with urllib.request.urlopen(f"http://{self.address}/health", timeout=_HEALTH_TIMEOUT_S) as answer:
+            return dict(json.load(answer))
+
+    def check(self) -> None:
+        """Raise `WorkerError` if the process has ended."""
+        if not self._process.is_alive():
+            raise self._death()
+
+    def request_stop(self) -> None:
+        """Tell the process to end once it has done what it is at; it may be dead already."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(StopOrder())
+
+    def stop(self) -> None:
+        """Wait for the end of the process, and bring it about if it does not come by itself."""
+        self._process.join(_STOP_WAIT_S)
+        for end in (self._process.terminate, self._process.kill):
+            if self._process.is_alive():
+                end()
+                self._process.join(_STOP_WAIT_S)
+        self._thread.shutdown(cancel_futures=True)
+        self._pipe.close()
+
+    def _exchange(self, order: SampleOrder | ClearOrder) -> Any:
+        try:
+            self._pipe.send(order)
+        except OSError:
+            raise self._death() from None
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        if isinstance(answer, Failure):
+            raise WorkerError(f"rollout worker {self._number} (pid {self._process.pid}) failed:\n{answer.text}")
+        return answer
+
+    def _death(self) -> WorkerError:
+        self._process.join(_REAP_WAIT_S)
+        return WorkerError(
+            f"rollout worker {self._number} (pid {self._process.pid}) died with exit code {self._process.exitcode}"
+        )
+
+
+class Workers:
+    """All rollout workers. A context manager: leaving it leaves no process behind.
+
+    Args:
+        num_workers: Processes to start. They also end by themselves when this process does, however it ends.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._workers = [Worker(number) for number in range(num_workers)]
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for one in self._workers:
+            one.request_stop()
+        for one in self._workers:
+            one.stop()
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of their shard servers; waits until all are up."""
+        return [one.address for one in self._workers]
+
+    def sample(self, orders: Sequence[SampleOrder]) -> list[Future[str]]:
+        """Give each worker its order; the results are handles of trajectories, as text."""
+        return [one.order(order) for one, order in zip(self._workers, orders, strict=True)]
+
+    def clear(self, shard_ids: Sequence[Any]) -> None:
+        """Make every worker forget shards, and wait until they have."""
+        for done in [one.order(ClearOrder(list(shard_ids))) for one in self._workers]:
+            done.result()
+
+    def health_total(self, key: str) -> int:
+        """A figure of `GET /health`, summed over the workers' servers."""
+        return sum(int(one.health()[key]) for one in self._workers)
+
+    def check(self) -> None:
+        """Raise `WorkerError` if one has died; to be asked when a fetch or a clear failed."""
+        connection.wait([one.sentinel for one in self._workers], _REAP_WAIT_S)
+        for one in self._workers:
+            one.check()

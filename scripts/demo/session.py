@@ -1,0 +1,190 @@
+"""The run: order rollouts, prefetch, train, clear, publish weights; first with the cache, then a few steps without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from areal.infra.rpc import runtime
+from areal.infra.rpc.rtensor import RTensor
+from demo.handles import RemoteBatch
+from demo.learner import Learner, LearnerConfig, Targets
+from demo.meter import Meter, Phase
+from demo.rollouts import Workers
+from demo.trajectory import rewards
+from demo.weights import WeightPublisher, clear_everywhere
+from demo.worker import SampleOrder
+
+NUM_EPOCHS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much to run.
+
+    Attributes:
+        steps: Training steps with the cache.
+        uncached_steps: Further training steps in which every read goes over the wire and nothing is prefetched.
+        seed: Of the weights, the prompts and the sampling. On a CPU, equal plans bring equal batches.
+        num_prompts: Prompts per step, over all workers.
+        learner: Settings of the update.
+    """
+
+    steps: int = 60
+    uncached_steps: int = 3
+    seed: int = 0
+    num_prompts: int = 32
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps + self.uncached_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run brought.
+
+    Attributes:
+        step_rewards: Mean reward of each step with the cache.
+        cached: Figures of these steps.
+        uncached: Figures of the steps without.
+        rollout_wait_s: Seconds that the trainer waited for the workers to sample.
+        seconds: From the first order to the last clear.
+        device_bytes: In the trainer's cache after the last clear and `synchronize()`.
+        shards_left: In the workers' stores after the last clear.
+    """
+
+    step_rewards: list[float]
+    cached: Phase
+    uncached: Phase
+    rollout_wait_s: float
+    seconds: float
+    device_bytes: int
+    shards_left: int
+
+
+class Session:
+    """One run of the demo. One thread; orders and prefetches are awaited on another.
+
+    While step k trains, the workers sample batch k + 1 from the weights that step k began with, and it is prefetched:
+    every batch but the first is one version old when its turn comes.
+
+    Args:
+        plan: How much to run.
+        learner: On the trainer's device.
+        workers: Started; they may still be on their way up.
+        address: Of this process's shard server.
+        on_step: Told after each step with the cache: its mean reward, and the figures so far.
+    """
+
+    def __init__(
+        self, plan: Plan, learner: Learner, workers: Workers, address: str, on_step: Callable[[float, Phase], None]
+    ) -> None:
+        self._plan = plan
+        self._learner = learner
+        self._workers = workers
+        self._publisher = WeightPublisher(address, workers)
+        self._on_step = on_step
+        self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
+        self._rollout_wait_s = 0.0
+
+    def run(self) -> Outcome:
+        """Train, and account for it.
+
+        Raises:
+            WorkerError: A worker died or failed.
+        """
+        try:
+            return self._run()
+        except Exception:
+            # A worker's death shows first as whatever was going on with it: a fetch, a clear, an order.
+            self._workers.check()
+            raise
+        finally:
+            self._gatherer.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> Outcome:
+        start = time.perf_counter()
+        step_rewards: list[float] = []
+        meter = self._meter()
+        batch = self._order_batch(0)
+        for step in range(self._plan.steps):
+            batch = self._train_step(step, batch, meter, step_rewards)
+            self._on_step(step_rewards[-1], meter.phase(ask_servers=False))
+        cached, meter = meter.phase(ask_servers=True), self._meter()
+        for step in range(self._plan.steps, self._plan.total_steps):
+            batch = self._train_step(step, batch, meter, [])
+        self._publisher.clear()
+        cache = runtime.current().cache
+        cache.synchronize()
+        return Outcome(
+            step_rewards=step_rewards,
+            cached=cached,
+            uncached=meter.phase(ask_servers=True),
+            rollout_wait_s=self._rollout_wait_s,
+            seconds=time.perf_counter() - start,
+            device_bytes=cache.buffer_stats()["device_bytes"],
+            shards_left=self._workers.health_total("num_tensors"),
+        )
+
+    def _meter(self) -> Meter:
+        return Meter(lambda: self._workers.health_total("sent_payload_bytes"))
+
+    def _train_step(
+        self, step: int, arriving: Future[RemoteBatch], meter: Meter, step_rewards: list[float]
+    ) -> Future[RemoteBatch]:
+        """Train on one batch while the next one, whose future is returned, is sampled; then clear it everywhere."""
+        start = time.perf_counter()
+        batch = arriving.result()
+        self._rollout_wait_s += time.perf_counter() - start
+        following = self._order_batch(step + 1)
+        step_rewards.append(train(self._learner, batch))
+        clear_everywhere(batch.handles())
+        meter.note(batch)
+        return following
+
+    def _order_batch(self, step: int) -> Future[RemoteBatch]:
+        """Publish the weights and have a batch sampled from them; the workers must be idle."""
+        if step >= self._plan.total_steps:
+            return Future()
+        weights, version = self._publisher.publish(self._learner.policy), max(0, step - 1)
+        shares = split(self._plan.num_prompts, len(self._workers))
+        orders = [
+            SampleOrder(weights, version, share, self._plan.learner.group_rows, self._seed(step, number))
+            for number, share in enumerate(shares)
+        ]
+        return self._gatherer.submit(gather, self._workers.sample(orders), is_cached=step < self._plan.steps)
+
+    def _seed(self, step: int, worker: int) -> int:
+        return (self._plan.seed * 1_000_003 + step) * 1_009 + worker
+
+
+def gather(answers: Sequence[Future[str]], *, is_cached: bool) -> RemoteBatch:
+    """Wait for all workers and make one batch of their handles; begin to fetch it if it is to be cached."""
+    batch = RemoteBatch([answer.result() for answer in answers], is_cached=is_cached)
+    if is_cached:
+        RTensor.prefetch(batch.handles())
+    return batch
+
+
+def train(learner: Learner, batch: RemoteBatch) -> float:
+    """One training step: five reads of the batch, each as if it had come in an RPC of its own.
+
+    Returns:
+        The mean reward of the batch.
+    """
+    reference = learner.reference_logprobs(batch.read())
+    actor = learner.actor_logprobs(batch.read())
+    scored = batch.read()
+    targets = Targets(reference, actor, learner.advantages(scored))
+    for _ in range(NUM_EPOCHS):
+        learner.update(batch.read(), targets)
+    return float(rewards(scored).mean())
+
+
+def split(total: int, parts: int) -> list[int]:
+    """`total` in `parts` shares that differ by one at most."""
+    return [total // parts + (part < total % parts) for part in range(parts)]

@@ -1,0 +1,61 @@
+"""Weights on their way to the workers: shards of the trainer's own server, one version at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from areal.infra.rpc.rtensor import RTensor, flatten_shard_ids
+from demo.handles import to_text
+from demo.rollouts import Workers
+
+
+class ClearError(RuntimeError):
+    """A clear did not reach every process that may hold the shards."""
+
+
+def clear_everywhere(handles: Any, consumers: Sequence[Callable[[list[Any]], object]] = ()) -> None:
+    """Clear shards in this process, at their owners and at the consumers.
+
+    Raises:
+        ClearError: Somebody could not be reached; the others have cleared.
+    """
+    report = asyncio.run(RTensor.clear_everywhere(handles, consumers))
+    if not report.is_complete:
+        raise ClearError(f"clearing {len(flatten_shard_ids(handles)):,} shards: {report}")
+
+
+class WeightPublisher:
+    """Keeps the newest weights in this process's shard store. One thread.
+
+    Args:
+        address: Of this process's shard server.
+        workers: Who fetches the weights, and forgets them when they are old.
+    """
+
+    def __init__(self, address: str, workers: Workers) -> None:
+        self._address = address
+        self._workers = workers
+        self._handles: dict[str, RTensor] = {}
+
+    def publish(self, module: nn.Module) -> str:
+        """Replace the published weights by a copy of the module's.
+
+        The workers must be idle: they are asked to forget the old ones.
+
+        Returns:
+            The handles, as text.
+        """
+        self.clear()
+        # `remotize` copies, so the optimiser may go on writing while the workers fetch.
+        self._handles = RTensor.remotize(dict(module.state_dict()), node_addr=self._address)
+        return to_text(self._handles)
+
+    def clear(self) -> None:
+        """Clear what is published, everywhere."""
+        if self._handles:
+            clear_everywhere(self._handles, [self._workers.clear])
+            self._handles = {}

@@ -1,0 +1,124 @@
+"""Train a small policy by reinforcement learning through the RTensor data plane: `make demo`, or run this file.
+
+Rollout workers, each a process with a shard server, sample from the current policy and keep the trajectories. The
+trainer receives handles, reads each batch five times through its cache, clears it, and publishes new weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+# The demo's own modules, and the library where it is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from demo.learner import Learner
+from demo.report import LiveProgress, summary, table
+from demo.rollouts import WorkerError, Workers
+from demo.session import Outcome, Plan, Session
+
+from areal.infra.rpc import rpc_server, runtime
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo.
+
+    Returns:
+        The exit status: 0, or 1 if a worker died or the cache was not empty in the end.
+    """
+    options = _parser().parse_args(arguments)
+    plan = Plan(options.steps, options.uncached_steps, options.seed)
+    device = _device(options.device)
+    console = Console(quiet=options.quiet)
+    try:
+        outcome = run(plan, options.workers, device, console)
+    except WorkerError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return EXIT_INTERRUPTED
+    figures = summary(outcome, device=str(device), workers=options.workers, seed=options.seed)
+    console.print(table(figures))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return _check(figures)
+
+
+def run(plan: Plan, num_workers: int, device: torch.device, console: Console) -> Outcome:
+    """Train according to plan; on return, and on any error, the workers are gone.
+
+    Raises:
+        WorkerError: A worker died or failed.
+    """
+    torch.set_num_threads(1)
+    with Workers(num_workers) as workers, LiveProgress(plan.steps, console) as progress:
+        learner = Learner(device, plan.seed, plan.learner)
+        runtime.configure(device=str(device))
+        with rpc_server.start() as server:
+            return Session(plan, learner, workers, server.address, progress.show).run()
+
+
+def _device(name: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    has_cuda = accelerator is not None and accelerator.type == "cuda"
+    return torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
+
+
+def _check(figures: dict[str, Any]) -> int:
+    """The exit status that the figures call for."""
+    if figures["device_bytes_after_clear"]:
+        return _fail(f"{figures['device_bytes_after_clear']:,} bytes are still in the cache after the last clear")
+    if figures["shards_left"]:
+        return _fail(f"{figures['shards_left']:,} shards are still at the workers after the last clear")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"train_demo: {message}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    plan = Plan()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--steps", type=_at_least(1), default=plan.steps, help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--uncached-steps",
+        type=_at_least(0),
+        default=plan.uncached_steps,
+        help="further steps without the cache, to compare with (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=_at_least(1), default=2, help="rollout workers (default: %(default)s)")
+    parser.add_argument("--seed", type=_at_least(0), default=plan.seed, help="default: %(default)s")
+    parser.add_argument(
+        "--device", default="auto", help='"cpu", "cuda", "cuda:N"; "auto" takes the GPU if there is one'
+    )
+    parser.add_argument("--quiet", action="store_true", help="neither progress nor table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return int(text)
+
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
