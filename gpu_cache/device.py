@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
-from gpu_cache.cudart import CudaRuntime, PrivatePools, pci_address, pooled_streams
+from gpu_cache.cuda_pools import PrivatePools
+from gpu_cache.cudart import CudaRuntime, pci_address, pooled_streams
 from gpu_cache.hostmem import host_memory
+from gpu_cache.lease import plain_tensors
 
 Stream = Any
 Event = Any
@@ -134,7 +135,7 @@ class HostDevice:
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
         # A bare storage: unlike `torch.empty`, deterministic mode does not fill it.
         storage = torch.UntypedStorage(nbytes, device="cpu")  # type: ignore[no-untyped-call]
-        with torch.inference_mode(False), _disable_current_modes():
+        with plain_tensors():
             return Arena(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage))
 
     def release_arena(self, arena: Arena) -> None:

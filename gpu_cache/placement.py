@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gpu_cache.cudart import has_context, is_memory_tracked
+from gpu_cache.cuda_pools import is_memory_tracked
+from gpu_cache.cudart import has_context
 from gpu_cache.device import CudaDevice, Device, HostDevice, torch_cuda
 
 
@@ -47,7 +48,7 @@ def choose_device(
 
     Args:
         setting: "auto", "cpu", "cuda" or "cuda:N".
-        cuda: The `torch.cuda` module.
+        cuda: Torch's CUDA module.
         environ: Where LOCAL_RANK and TMS_INIT_ENABLE are looked up.
         bound_device: Asks for the device of the default process group.
         has_context: Asks whether this process uses a CUDA device already.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 if a worker died or the cache was not empty in the end.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     plan = Plan(options.steps, options.uncached_steps, options.seed)
-    device = _device(options.device)
+    try:
+        device = _device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     console = Console(quiet=options.quiet)
     try:
         outcome = run(plan, options.workers, device, console)
@@ -70,9 +75,14 @@ def run(plan: Plan, num_workers: int, device: torch.device, console: Console) ->
 
 
 def _device(name: str) -> torch.device:
+    """The trainer's device; `ValueError` if it is not there."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     has_cuda = accelerator is not None and accelerator.type == "cuda"
-    return torch.device(("cuda" if has_cuda else "cpu") if name == "auto" else name)
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    if not (name == "cpu" or (has_cuda and re.fullmatch(r"cuda(:\d+)?", name))):
+        raise ValueError(f"--device {name}: not here; choose auto, cpu" + (" or cuda" if has_cuda else ""))
+    return torch.device(name)
 
 
 def _check(figures: dict[str, Any]) -> int:

@@ -119,7 +119,7 @@ def test_threads_never_destroy_a_pool_while_another_is_entered(gpu: CudaDevice, 
 
 
 class Saver:
-    """Notes whether memory was allocated while tracking was off."""
+    """Notes whether memory was allocated while tracking was off; has a pool of its own entered meanwhile."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda, self.untracked_bytes = cuda, 0
@@ -127,7 +127,11 @@ class Saver:
     @contextlib.contextmanager
     def disable(self) -> Iterator[None]:
         before = self._cuda.reserved(1)
-        yield
+        self._cuda.entered.append(self._cuda.MemPool())
+        try:
+            yield
+        finally:
+            self._cuda.entered.pop()
         self.untracked_bytes += self._cuda.reserved(1) - before
 
 
@@ -140,6 +144,9 @@ def test_arenas_are_kept_from_torch_memory_saver(
     monkeypatch.delenv("TMS_INIT_ENABLE", raising=False)
     if setting is not None:
         monkeypatch.setenv("TMS_INIT_ENABLE", setting)
+    with pytest.raises(torch.OutOfMemoryError):  # leaves a pool to destroy, but not while another is entered
+        gpu.arena(65 * MIB)
+    saver.untracked_bytes = 0
     gpu.release_arena(gpu.arena(MIB))
 
     assert saver.untracked_bytes == untracked

@@ -6,7 +6,6 @@ import base64
 import enum
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,13 +45,12 @@ class Handle:
 
 
 @pytest.fixture
-def handles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def handles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the two admitted classes, taken out of the table afterwards."""
     monkeypatch.setattr(serialization, "_class_of_path", {})
     monkeypatch.setattr(serialization, "_path_of_class", {})
     register_dataclass(RTENSOR, Handle)
     register_dataclass(SHARD_INFO, Info)
-    yield
 
 
 def through_json(value: object) -> Any:
@@ -253,7 +251,7 @@ def test_a_handle_with_data_stays_small_on_the_wire() -> None:
 
 @pytest.mark.usefixtures("handles")
 def test_only_the_two_admitted_paths_can_be_registered() -> None:
-    with pytest.raises(ValueError, match="areal.api.Other"):
+    with pytest.raises(ValueError, match=r"areal\.api\.Other"):
         register_dataclass("areal.api.Other", Stranger)
 
 
@@ -271,7 +269,7 @@ def test_a_class_path_that_is_not_admitted_is_named_and_never_imported(
 @pytest.mark.usefixtures("handles")
 @pytest.mark.parametrize("data", [{}, {"shard_id": "x"}, {"shard_id": "x", "node_addr": "h:1", "extra": 1}, None, []])
 def test_a_dataclass_with_other_fields_is_refused(data: object) -> None:
-    with pytest.raises(ValueError, match="TensorShardInfo|Info has the fields"):
+    with pytest.raises(ValueError, match="Info has the fields"):
         deserialize_value({"type": "dataclass", "class_path": SHARD_INFO, "data": data})
 
 

@@ -29,7 +29,7 @@ class RemoteBatch:
         texts: One for each worker: a list of trajectories of handles.
         is_cached: False: forget before each read what the last one brought, so that every read goes over the wire.
     Attributes:
-        num_trajectories: Trajectories in the batch.
+        handles: The batch in handles that are never localized, for prefetching and clearing.
         shard_ids: Ids of all their tensors.
         nbytes: Bytes of these tensors, as the handles describe them.
         num_reads: Reads so far.
@@ -39,10 +39,9 @@ class RemoteBatch:
     def __init__(self, texts: Sequence[str], *, is_cached: bool) -> None:
         self._texts = texts
         self._is_cached = is_cached
-        handles = self.handles()
-        self.num_trajectories = len(handles)
-        self.shard_ids: list[Any] = flatten_shard_ids(handles)
-        self.nbytes = sum(tensor.data.nbytes for trajectory in handles for tensor in trajectory.values())
+        self.handles = self._new_handles()
+        self.shard_ids: list[Any] = flatten_shard_ids(self.handles)
+        self.nbytes = sum(tensor.data.nbytes for trajectory in self.handles for tensor in trajectory.values())
         self.num_reads = 0
         self.wait_s = 0.0
 
@@ -51,13 +50,9 @@ class RemoteBatch:
         """Bytes that the reads so far asked for."""
         return self.num_reads * self.nbytes
 
-    def handles(self) -> list[dict[str, RTensor]]:
-        """The batch in handles of its own."""
-        return [trajectory for text in self._texts for trajectory in from_text(text)]
-
     def read(self) -> list[Trajectory]:
         """The batch in tensors on the trainer's device, through handles of this read's own."""
-        handles = self.handles()
+        handles = self._new_handles()
         if not self._is_cached:
             clear_fetch_buffer(self.shard_ids)
         start = time.perf_counter()
@@ -65,3 +60,6 @@ class RemoteBatch:
         self.wait_s += time.perf_counter() - start
         self.num_reads += 1
         return cast(list[Trajectory], tensors)
+
+    def _new_handles(self) -> list[dict[str, RTensor]]:
+        return [trajectory for text in self._texts for trajectory in from_text(text)]

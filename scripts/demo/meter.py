@@ -62,7 +62,7 @@ class Meter:
     def note(self, batch: RemoteBatch) -> None:
         """Count a step that has read `batch`."""
         self._steps += 1
-        self._trajectories += batch.num_trajectories
+        self._trajectories += len(batch.handles)
         self._shards += len(batch.shard_ids)
         self._read_bytes += batch.read_bytes
         self._wait_s += batch.wait_s

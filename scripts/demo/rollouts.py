@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import multiprocessing
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection
@@ -61,8 +61,9 @@ class Worker:
 
     def health(self) -> dict[str, Any]:
         """What its shard server says about itself."""
-        with urllib.request.urlopen(f"http://{self.address}/health", timeout=_HEALTH_TIMEOUT_S) as answer:
-            return dict(json.load(answer))
+        with contextlib.closing(http.client.HTTPConnection(self.address, timeout=_HEALTH_TIMEOUT_S)) as server:
+            server.request("GET", "/health")
+            return dict(json.load(server.getresponse()))
 
     def check(self) -> None:
         """Raise `WorkerError` if the process has ended."""

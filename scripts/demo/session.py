@@ -142,7 +142,7 @@ class Session:
         self._rollout_wait_s += time.perf_counter() - start
         following = self._order_batch(step + 1)
         step_rewards.append(train(self._learner, batch))
-        clear_everywhere(batch.handles())
+        clear_everywhere(batch.handles)
         meter.note(batch)
         return following
 
@@ -166,7 +166,7 @@ def gather(answers: Sequence[Future[str]], *, is_cached: bool) -> RemoteBatch:
     """Wait for all workers and make one batch of their handles; begin to fetch it if it is to be cached."""
     batch = RemoteBatch([answer.result() for answer in answers], is_cached=is_cached)
     if is_cached:
-        RTensor.prefetch(batch.handles())
+        RTensor.prefetch(batch.handles)
     return batch
 
 

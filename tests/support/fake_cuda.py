@@ -65,9 +65,8 @@ class FakeCuda:
         self.thread = Thread()
         self.Stream = StreamType(self)
         self._device_bytes, self._pin_limit_bytes, self._backend = device_bytes, pin_limit_bytes, backend
-        self._binds_last_error = binds_last_error
+        self._binds_last_error, self._clock_ms = binds_last_error, 0.0
         self._queues: dict[FakeStream, list[tuple[str, FakeEvent]]] = {}
-        self._clock_ms = 0.0
         self._cached: list[int] = [0] * num_devices  # bytes that the ordinary allocator keeps
 
     # What a test does to the device.

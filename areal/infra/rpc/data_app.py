@@ -149,7 +149,8 @@ class _DataRoutes:
         """The whole body; refused by its announced length before any of it is read, else as soon as it is too long."""
         announced = request.content_length or 0
         if announced > self._max_body_bytes:
-            raise web.HTTPRequestEntityTooLarge(max_size=self._max_body_bytes, actual_size=announced)
+            message = f"a body of {announced:,} bytes, the limit is {self._max_body_bytes:,}"
+            raise web.HTTPRequestEntityTooLarge(self._max_body_bytes, announced, text=message)
         return await request.read()
 
     async def _send(self, request: web.Request, answer: _Answer) -> web.StreamResponse:
@@ -249,8 +250,11 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         raise
     except web.RequestPayloadError as error:
         return _error(400, str(error))
-    except ConnectionError:
-        raise  # the client went away, which aiohttp notes at debug level
+    except ConnectionError as error:
+        # The client went away. Nobody reads this answer; raised further, aiohttp would log a fault of ours. It keeps
+        # the error in a cycle with the request: without the traceback, our frames and their tensors are not in it.
+        error.__traceback__ = None
+        return _error(499, "client closed the connection")
     except Exception as error:
         logger.exception("%s %s failed", request.method, request.path)
         return _error(500, str(error))

@@ -1,0 +1,84 @@
+"""What every test ends with: nothing pending, every byte accounted for, no thread left."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpu_cache import process
+from gpu_cache.cache import TensorCache
+
+_OUR_THREADS = ("gpu-cache-", "areal-")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A gpu test skips without CUDA, with a reason; where a GPU is promised, that is an error."""
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("GPU_CACHE_REQUIRE_GPU") == "1":
+        pytest.fail("GPU_CACHE_REQUIRE_GPU=1, but this torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long variants run only when a marker expression asks for them."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        for name in ("slow", "stress"):
+            if item.get_closest_marker(name) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"long; run with -m {name}"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Look at every cache that a test made, close it, and see that no thread of ours goes on."""
+    yield
+    for cache in list(process._caches):
+        assert isinstance(cache, TensorCache)
+        check_accounts(cache)
+        cache.close()
+    process._retired.clear()
+    _forget_runtime()
+    deadline = time.monotonic() + 10
+    while left := [t.name for t in threading.enumerate() if t.name.startswith(_OUR_THREADS)]:
+        assert time.monotonic() < deadline, f"threads left: {left}"
+        time.sleep(0.001)
+
+
+def check_accounts(cache: TensorCache) -> None:
+    """No key is pending, no byte is lost, no slot is out."""
+    engine = cache._engine
+    if engine is None or cache._is_closed:
+        return
+    _settled(lambda: not cache._tasks)
+    assert len(cache._index) == len(cache._index._entries), "an entry is still PENDING"
+    accounts = engine.pool.accounts()
+    reserved = accounts.pop("reserved")
+    assert accounts["pending"] == 0, engine.pool
+    assert sum(accounts.values()) == reserved, engine.pool
+    if engine.staging is not None:
+        assert engine.staging.stats()["pinned_bytes"] == 0, engine.staging
+    stats = cache.buffer_stats()
+    assert stats["requested"] == stats["hits"] + stats["host_hits"] + stats["joined"] + stats["misses"]
+
+
+def _settled(condition: object) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "a fetch did not end"
+        time.sleep(0.001)
+
+
+def _forget_runtime() -> None:
+    """The next test makes its own."""
+    runtime = sys.modules.get("areal.infra.rpc.runtime")
+    if runtime is not None and runtime._current is not None:
+        runtime._current.close()
+        runtime._current = None

@@ -1,0 +1,486 @@
+"""The /data routes, asked by a plain HTTP client over loopback."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import torch
+
+from areal.infra.rpc import data_app, rpc_server
+from areal.infra.rpc.rpc_server import ServerHandle
+from areal.infra.rpc.serialization import deserialize_value, serialize_value, tensor_from_json
+from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
+from tests.support.fake_owner import FakeOwner
+from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+BATCH_MESSAGE = "Expected JSON body with string list field 'shard_ids'"
+LIST_MESSAGE = "'shard_ids' must be a list"
+BINARY = {"Accept": CONTENT_TYPE}
+
+
+@dataclass
+class Reply:
+    status: int
+    content_type: str
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@pytest.fixture
+def owner() -> FakeOwner:
+    return FakeOwner()
+
+
+@pytest.fixture
+def server(owner: FakeOwner) -> Iterator[ServerHandle]:
+    with rpc_server.start(owner=owner) as handle:
+        yield handle
+
+
+def ask(
+    server: ServerHandle, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+) -> Reply:
+    """One request on a connection of its own; a body that is not bytes is sent as JSON."""
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    try:
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        connection.request(method, path, content, headers or {})
+        response = connection.getresponse()
+        reply = Reply(response.status, response.headers["Content-Type"], response.headers, response.read())
+        assert int(response.headers["Content-Length"]) == len(reply.body)
+        return reply
+    finally:
+        connection.close()
+
+
+def batch(server: ServerHandle, *shard_ids: object, headers: dict[str, str] | None = None) -> Reply:
+    return ask(server, "POST", "/data/batch", {"shard_ids": list(shard_ids)}, headers)
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
+
+
+def assert_refused(reply: Reply, status: int, message: str) -> None:
+    assert reply.status == status
+    assert reply.content_type.startswith("application/json")
+    assert reply.json == {"status": "error", "message": message}
+
+
+# One shard
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex128], ids=str)
+def test_a_shard_put_as_json_is_stored_bit_for_bit(server: ServerHandle, owner: FakeOwner, dtype: torch.dtype) -> None:
+    tensor = patterned(dtype, 3, 4)
+    reply = ask(server, "PUT", "/data/abc", serialize_value(tensor))
+    assert (reply.status, reply.json) == (200, {"status": "ok", "shard_id": "abc"})
+    assert same_bits(owner.store["abc"], tensor)
+
+
+def test_a_shard_put_as_a_frame_is_stored_bit_for_bit(server: ServerHandle, owner: FakeOwner) -> None:
+    tensor = patterned(torch.complex32, 3, 4)
+    frame = b"".join(Frame([("abc", tensor)]))
+    reply = ask(server, "PUT", "/data/abc", frame, {"Content-Type": CONTENT_TYPE})
+    assert (reply.status, reply.json) == (200, {"status": "ok", "shard_id": "abc"})
+    assert same_bits(owner.store["abc"], tensor)
+    assert owner.store["abc"].untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "Expecting"),
+        (b"", "Expecting"),
+        (b"\xff\xfe\x00", ""),
+        (b"[" * 100_000, "recursion"),
+        ([1, 2], "not a tensor: [1, 2]"),
+        ({"type": "ndarray", "data": "", "shape": [0], "dtype": "<f4"}, "not a tensor"),
+        ({"type": "dataclass", "class_path": "os.system", "data": {}}, "not a tensor"),
+        ({"type": "tensor", "data": "AAAA", "shape": [4], "dtype": "torch.uint8"}, "4 bytes need 8 characters"),
+        ({"type": "tensor", "data": None, "shape": [4], "dtype": "torch.uint8"}, "has no data to store"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_and_not_stored(
+    server: ServerHandle, owner: FakeOwner, body: object, message: str
+) -> None:
+    reply = ask(server, "PUT", "/data/abc", body)
+    assert (reply.status, reply.json["status"]) == (400, "error")
+    assert message in reply.json["message"]
+    assert len(owner.store) == 0
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (b"junk that is no frame", "announce a header"),
+        (b"".join(Frame([("other", torch.ones(1))])), "expected one tensor with the id abc, got 1: other"),
+        (b"".join(Frame([("abc", torch.ones(1)), ("d", torch.ones(1))])), "expected one tensor with the id abc, got 2"),
+        (b"".join(Frame([("abc", torch.ones(1))])) + b"x", "describes 4 bytes of data, 5 are announced"),
+    ],
+    ids=["junk", "other id", "two", "trailing"],
+)
+def test_a_wrong_frame_is_refused_and_not_stored(
+    server: ServerHandle, owner: FakeOwner, frame: bytes, message: str
+) -> None:
+    reply = ask(server, "PUT", "/data/abc", frame, {"Content-Type": CONTENT_TYPE})
+    assert (reply.status, reply.json["status"]) == (400, "error")
+    assert message in reply.json["message"]
+    assert len(owner.store) == 0
+
+
+def test_a_second_put_replaces_the_first(server: ServerHandle, owner: FakeOwner) -> None:
+    ask(server, "PUT", "/data/a", serialize_value(torch.ones(4)))
+    ask(server, "PUT", "/data/a", serialize_value(torch.zeros(1)))
+    assert owner.store["a"].tolist() == [0.0]
+    assert owner.store.stats() == {"num_tensors": 1, "total_bytes": 4}
+
+
+@pytest.mark.parametrize("headers", [{}, BINARY], ids=["any", "asking for binary"])
+def test_one_shard_is_answered_as_json_text(server: ServerHandle, owner: FakeOwner, headers: dict[str, str]) -> None:
+    owner.store["abc"] = patterned(torch.bfloat16, 2, 3)
+    reply = ask(server, "GET", "/data/abc", headers=headers)
+    assert (reply.status, reply.content_type) == (200, "application/octet-stream")
+    assert same_bits(tensor_from_json(reply.json), owner.store["abc"])
+
+
+def test_an_unknown_shard_is_not_found(server: ServerHandle) -> None:
+    assert_refused(ask(server, "GET", "/data/abc"), 404, "Shard abc not found")
+
+
+@pytest.mark.parametrize("shard_id", ["a/b", "a%2Fb", "späß 🙂", "a b?c#d&e=f", "batch", "clear", "reclaim", "x+y"])
+def test_ids_are_taken_as_they_are(server: ServerHandle, owner: FakeOwner, shard_id: str) -> None:
+    path = f"/data/{quote(shard_id, safe='')}"
+    reply = ask(server, "PUT", path, serialize_value(torch.ones(2)))
+    assert (reply.status, reply.json["shard_id"]) == (200, shard_id)
+    assert list(owner.store) == [shard_id]
+    assert ask(server, "GET", path).status == 200
+
+
+# Batches
+
+
+def test_a_json_batch_is_answered_in_order_with_repeats(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store.update({"a": torch.tensor([1]), "b": patterned(torch.float16, 2, 2)})
+    reply = batch(server, "b", "a", "b")
+    assert (reply.status, reply.content_type) == (200, "application/octet-stream")
+    tensors = deserialize_value(reply.json)
+    assert len(tensors) == 3
+    assert same_bits(tensors[0], owner.store["b"])
+    assert same_bits(tensors[1], owner.store["a"])
+    assert same_bits(tensors[2], owner.store["b"])
+
+
+def test_a_binary_batch_has_each_distinct_shard_once(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store.update({"a": torch.tensor([1]), "b": patterned(torch.float16, 2, 2)})
+    reply = batch(server, "b", "a", "b", headers=BINARY)
+    assert (reply.status, reply.content_type) == (200, CONTENT_TYPE)
+    assert reply.body == b"".join(Frame([("b", owner.store["b"]), ("a", owner.store["a"])]))
+
+
+def test_a_binary_batch_of_all_dtypes_and_lengths_arrives_bit_for_bit(server: ServerHandle, owner: FakeOwner) -> None:
+    for dtype in WIRE_DTYPES:
+        owner.store[f"small {dtype}"] = patterned(dtype, 3, 7)
+        owner.store[f"large {dtype}"] = patterned(dtype, 150_001)
+    owner.store["larger"] = patterned(torch.float32, 1_000_003)
+    owner.store["empty"] = torch.empty(0, 5)
+    arrived = decode_frame(batch(server, *owner.store, headers=BINARY).body)
+    assert arrived.keys() == set(owner.store)
+    assert [shard_id for shard_id in owner.store if not same_bits(arrived[shard_id], owner.store[shard_id])] == []
+
+
+def test_an_empty_batch_is_an_answer(server: ServerHandle) -> None:
+    assert batch(server).json == []
+    assert decode_frame(batch(server, headers=BINARY).body) == {}
+
+
+@pytest.mark.parametrize("headers", [{}, BINARY], ids=["json", "binary"])
+def test_missing_shards_are_named_in_request_order(
+    server: ServerHandle, owner: FakeOwner, headers: dict[str, str]
+) -> None:
+    owner.store["a"] = torch.ones(1)
+    reply = batch(server, "z", "a", "y", headers=headers)
+    assert reply.status == 400
+    assert reply.json == {
+        "status": "error",
+        "message": "One or more requested shards were not found",
+        "missing_shard_ids": ["z", "y"],
+    }
+
+
+BAD_BODIES = [b"", b"{", b"[" * 100_000, b"\xff", [], "text", None, {}, {"shard_ids": None}, {"shard_ids": "ab"}]
+BAD_BODIES += [{"shard_ids": {"a": 1}}]
+
+
+@pytest.mark.parametrize("body", [*BAD_BODIES, {"shard_ids": [1]}, {"shard_ids": ["a", None]}], ids=repr)
+def test_a_batch_with_a_bad_body_is_refused(server: ServerHandle, body: object) -> None:
+    assert_refused(ask(server, "POST", "/data/batch", body), 400, BATCH_MESSAGE)
+
+
+def test_a_stored_tensor_that_cannot_travel_is_a_fault_and_the_next_request_works(
+    server: ServerHandle, owner: FakeOwner
+) -> None:
+    owner.store.update({"odd": torch.empty(2, dtype=torch.uint4), "fine": torch.ones(1)})
+    for headers in ({}, BINARY):
+        reply = batch(server, "fine", "odd", headers=headers)
+        assert_refused(reply, 500, "tensors of torch.uint4 do not travel")
+    assert batch(server, "fine", headers=BINARY).status == 200
+
+
+# Clearing
+
+
+def test_clear_removes_from_the_store_and_from_the_owners_cache(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store.update({name: torch.ones(2) for name in "abc"})
+    reply = ask(server, "DELETE", "/data/clear", {"shard_ids": ["a", "unknown", "b"]})
+    assert reply.status == 200
+    assert reply.json == {"status": "ok", "cleared_count": 2, "num_tensors": 1, "total_bytes": 8}
+    assert owner.evicted == ["a", "unknown", "b"]
+
+
+def test_a_bad_id_never_keeps_the_others_from_being_cleared(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store.update({name: torch.ones(2) for name in "ab"})
+    reply = ask(server, "DELETE", "/data/clear", {"shard_ids": [7, "a", ["x"], {"y": 1}, None, "b"]})
+    assert (reply.status, reply.json["cleared_count"]) == (200, 2)
+    assert owner.evicted == ["a", "b"]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=repr)
+def test_clear_with_a_bad_body_is_refused(server: ServerHandle, body: object) -> None:
+    assert_refused(ask(server, "DELETE", "/data/clear", body), 400, LIST_MESSAGE)
+
+
+def test_a_failing_eviction_is_reported_but_the_store_is_cleared(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store["a"] = torch.ones(2)
+    owner.eviction_error = RuntimeError("cache broken")
+    assert_refused(ask(server, "DELETE", "/data/clear", {"shard_ids": ["a"]}), 500, "cache broken")
+    assert len(owner.store) == 0
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_reclaim_says_whether_memory_was_given_back(server: ServerHandle, owner: FakeOwner, trims: bool) -> None:
+    owner.trims = trims
+    reply = ask(server, "POST", "/data/reclaim")
+    assert (reply.status, reply.json) == (200, {"status": "ok", "trimmed": trims})
+
+
+# Health, limits, tokens
+
+
+def test_health_counts_what_is_stored_and_what_was_sent(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store.update({"a": torch.ones(10), "b": torch.ones(1)})
+    bodies = [
+        batch(server, "a", "b", headers=BINARY).body,
+        batch(server, "a", "a").body,
+        ask(server, "GET", "/data/b").body,
+    ]
+    batch(server, "missing")
+    reply = ask(server, "GET", "/health")
+    assert (reply.status, reply.json) == (
+        200,
+        {
+            "status": "ok",
+            "num_tensors": 2,
+            "total_bytes": 44,
+            "sent_payload_bytes": 44 + 80 + 4,
+            "sent_body_bytes": sum(map(len, bodies)),
+        },
+    )
+
+
+def test_a_body_over_the_limit_is_refused(owner: FakeOwner) -> None:
+    with rpc_server.start(owner=owner, max_body_bytes=1000) as server:
+        for method, path in (("PUT", "/data/a"), ("POST", "/data/batch"), ("DELETE", "/data/clear")):
+            reply = ask(server, method, path, b" " * 1001)
+            assert_refused(reply, 413, "a body of 1,001 bytes, the limit is 1,000")
+        assert ask(server, "PUT", "/data/a", serialize_value(torch.ones(10))).status == 200
+
+
+def test_a_body_of_unknown_length_is_cut_off_at_the_limit(owner: FakeOwner) -> None:
+    with rpc_server.start(owner=owner, max_body_bytes=1000) as server:
+        connection = http.client.HTTPConnection(server.address, timeout=30)
+        connection.request("PUT", "/data/a", iter([b" " * 600] * 2), encode_chunked=True)
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.loads(response.read())["status"] == "error"
+        connection.close()
+
+
+def test_a_compressed_body_is_not_unpacked(server: ServerHandle, owner: FakeOwner) -> None:
+    import gzip
+
+    body = gzip.compress(json.dumps(serialize_value(torch.ones(1))).encode())
+    assert ask(server, "PUT", "/data/a", body, {"Content-Encoding": "gzip"}).status == 400
+    assert len(owner.store) == 0
+
+
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "secret", "Bearer secret ", "Bearer sécret", "Basic secret"])
+def test_without_the_token_every_route_but_health_is_closed(owner: FakeOwner, given: str | None) -> None:
+    owner.store["a"] = torch.ones(1)
+    headers = {} if given is None else {"Authorization": given.encode().decode("latin-1")}
+    routes = [("GET", "/data/a"), ("PUT", "/data/a"), ("POST", "/data/batch"), ("DELETE", "/data/clear")]
+    routes += [("POST", "/data/reclaim"), ("GET", "/nothing"), ("GET", "/health/../data/a")]
+    with rpc_server.start(owner=owner, token="secret x") as server:
+        for method, path in routes:
+            reply = ask(server, method, path, b"", headers)
+            assert_refused(reply, 401, "a bearer token is required")
+            assert reply.headers["WWW-Authenticate"] == "Bearer"
+        assert ask(server, "GET", "/health", headers=headers).status == 200
+    assert list(owner.store) == ["a"]
+
+
+def test_with_the_token_the_routes_are_open(owner: FakeOwner) -> None:
+    owner.store["a"] = torch.ones(1)
+    with rpc_server.start(owner=owner, token="schlüssel") as server:
+        headers = {"Authorization": "Bearer schlüssel".encode().decode("latin-1")}
+        assert batch(server, "a", headers=headers).status == 200
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("POST", "/health", 405)])
+def test_what_is_not_served_is_refused_in_json(server: ServerHandle, method: str, path: str, status: int) -> None:
+    reply = ask(server, method, path)
+    assert (reply.status, reply.json["status"]) == (status, "error")
+
+
+# Connections
+
+
+def test_one_connection_serves_many_requests(server: ServerHandle, owner: FakeOwner) -> None:
+    owner.store["a"] = patterned(torch.float32, 500_000)
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    for _ in range(3):
+        connection.request("POST", "/data/batch", b'{"shard_ids": ["a"]}', BINARY)
+        assert same_bits(decode_frame(connection.getresponse().read())["a"], owner.store["a"])
+        connected = connection.sock
+        connection.request("GET", "/data/missing")
+        assert connection.getresponse().read() != b""
+        assert connection.sock is connected
+    connection.close()
+
+
+def test_a_client_that_leaves_in_the_middle_costs_nothing(
+    server: ServerHandle, owner: FakeOwner, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner.store["large"] = torch.zeros(64 << 20, dtype=torch.uint8)
+    death = weakref.ref(owner.store["large"])
+    for headers in (BINARY, {}):
+        connection = http.client.HTTPConnection(server.address, timeout=30)
+        connection.request("POST", "/data/batch", b'{"shard_ids": ["large"]}', headers)
+        connection.getresponse().read(1000)
+        connection.close()
+    owner.store.remove(["large"])
+    assert eventually(lambda: death() is None)
+    owner.store["small"] = torch.ones(3)
+    assert decode_frame(batch(server, "small", headers=BINARY).body)["small"].tolist() == [1, 1, 1]
+    assert ask(server, "GET", "/health").json["sent_payload_bytes"] == 12
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_client_that_leaves_while_sending_costs_nothing(
+    server: ServerHandle, owner: FakeOwner, caplog: pytest.LogCaptureFixture
+) -> None:
+    host, port = server.address.split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"PUT /data/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nstart")
+    assert ask(server, "GET", "/health").json["num_tensors"] == 0
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_shard_removed_while_it_is_sent_arrives_whole(server: ServerHandle, owner: FakeOwner) -> None:
+    tensor = patterned(torch.float32, 16 << 20)
+    owner.store["a"] = tensor
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.request("POST", "/data/batch", b'{"shard_ids": ["a"]}', BINARY)
+    response = connection.getresponse()
+    start = response.read(1000)
+    assert ask(server, "DELETE", "/data/clear", {"shard_ids": ["a"]}).json["cleared_count"] == 1
+    assert same_bits(decode_frame(start + response.read())["a"], tensor)
+    connection.close()
+
+
+def test_a_fault_in_the_middle_breaks_the_connection_instead_of_posing_as_data(
+    server: ServerHandle, owner: FakeOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(frame: Frame) -> Iterator[bytes]:
+        yield frame.header
+        raise RuntimeError("fault in the middle")
+
+    owner.store["a"] = torch.ones(1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(Frame, "__iter__", broken)
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            batch(server, "a", headers=BINARY)
+    assert batch(server, "a", headers=BINARY).status == 200
+
+
+def test_an_encoding_under_way_does_not_keep_others_waiting(
+    server: ServerHandle, owner: FakeOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, released = threading.Event(), threading.Event()
+
+    def slow(tensor: torch.Tensor) -> dict[str, Any]:
+        entered.set()
+        assert released.wait(timeout=10)
+        return {"slow": tensor.tolist()}
+
+    monkeypatch.setattr(data_app, "tensor_to_json", slow)
+    owner.store["a"] = torch.ones(1)
+    replies: list[Reply] = []
+    thread = threading.Thread(target=lambda: replies.append(ask(server, "GET", "/data/a")))
+    thread.start()
+    assert entered.wait(timeout=10)
+    assert ask(server, "GET", "/health").status == 200
+    assert replies == []
+    released.set()
+    thread.join(timeout=10)
+    assert replies[0].json == {"slow": [1.0]}
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this host has no IPv6")
+def test_shards_are_served_over_ipv6(owner: FakeOwner) -> None:
+    owner.store["a"] = torch.ones(2)
+    with rpc_server.start("::1", owner=owner) as server:
+        assert server.address.startswith("[::1]:")
+        assert decode_frame(batch(server, "a", headers=BINARY).body)["a"].tolist() == [1, 1]
+
+
+class SocketTransport:
+    def __init__(self, connected: socket.socket, peer_host: str) -> None:
+        self.known = {
+            "socket": connected,
+            "peername": (peer_host, 1),
+            "sockname": ("127.0.0.1", 2),
+        }
+
+    def get_extra_info(self, name: str) -> Any:
+        return self.known[name]
+
+
+@pytest.mark.parametrize(("peer_host", "is_tuned"), [("127.0.0.1", True), ("10.0.0.9", False)])
+def test_only_connections_within_the_host_change_their_congestion_control(peer_host: str, is_tuned: bool) -> None:
+    with socket.socket() as connected:
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        before = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        data_app._tune(SocketTransport(connected, peer_host))
+        after = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert after.rstrip(b"\0") == (b"reno" if is_tuned else before.rstrip(b"\0"))

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, TransferError
+
+
+def test_the_family() -> None:
+    assert issubclass(CacheFullError, MemoryError)
+    assert issubclass(FetchError, RuntimeError)
+    for kind in (CacheFullError, CacheClosedError, FetchError, TransferError):
+        assert issubclass(kind, GpuCacheError)
+
+
+def test_a_full_pool_is_told_in_numbers() -> None:
+    text = str(CacheFullError(4_194_304, 1_048_576, 8_589_934_592))
+    assert "need 4,194,304 bytes, 1,048,576 free of 8,589,934,592" in text
+    assert "GPU_CACHE_POOL_BYTES" in text
+
+
+@pytest.mark.parametrize(
+    "error", [CacheFullError(3, 2, 1), FetchError("late", {"a": TransferError("x")}), CacheClosedError("closed")]
+)
+def test_errors_survive_pickling(error: GpuCacheError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert {k: str(v) for k, v in getattr(copy, "failures", {}).items()} == {
+        k: str(v) for k, v in getattr(error, "failures", {}).items()
+    }

@@ -1,0 +1,100 @@
+"""The architecture as a table: a file imports only from lower floors."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FLOORS = {
+    "gpu_cache": [
+        ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry"],
+        ["cudart", "index", "process", "tensor_reader", "reaper"],
+        ["cuda_pools"],
+        ["device"],
+        ["placement", "block", "fence", "staging"],
+        ["slab"],
+        ["transfer"],
+        ["engine", "fetch"],
+        ["cache"],
+    ],
+    "areal.infra.rpc": [
+        ["serialization", "shard"],
+        ["wire", "store", "trimming", "clearing", "backends.http_connection"],
+        ["backends.base", "backends.http_reader"],
+        ["backends.http_backend", "backends.ray_backend"],
+        ["runtime"],
+        ["data_app", "views"],
+        ["rpc_server", "rtensor"],
+    ],
+}
+FLOOR_OF = {
+    f"{package}.{name}": number
+    for package, floors in FLOORS.items()
+    for number, names in enumerate(floors)
+    for name in names
+}
+MODULES = sorted(
+    path for package in FLOORS for path in (ROOT / package.replace(".", "/")).rglob("*.py") if path.stem != "__init__"
+)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported_modules(path: Path) -> list[str]:
+    """Project modules that a file imports, at any depth of the code."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+    return [name for name in names if name in FLOOR_OF]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_file_imports_only_from_lower_floors(path: Path) -> None:
+    name = module_name(path)
+    if path.is_relative_to(ROOT / "gpu_cache/smi"):
+        return
+    assert name in FLOOR_OF, f"enter {name} in the table"
+    package = name.split(".")[0]
+    for imported in imported_modules(path):
+        if imported.startswith(package):
+            assert FLOOR_OF[imported] < FLOOR_OF[name], f"{name} imports {imported}, which is not on a lower floor"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_nothing_is_imported_inside_a_function(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]:
+        assert not [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)], function.name
+
+
+def test_gpu_cache_has_never_heard_of_rtensor() -> None:
+    for path in (ROOT / "gpu_cache").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) (areal|http|aiohttp|ray)\b", path.read_text(), re.MULTILINE), path.name
+
+
+def test_areal_uses_gpu_cache_through_its_public_names() -> None:
+    public = re.compile(r"^(import gpu_cache|from gpu_cache import .*|from gpu_cache\.(errors|config) import .*)$")
+    for path in (ROOT / "areal").rglob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if re.match(r"(import|from) gpu_cache", line)]
+        assert all(public.match(line) for line in lines), f"{path.name}: {lines}"
+
+
+def test_only_the_device_names_torch_cuda() -> None:
+    for path in MODULES:
+        named = re.search(r"torch\.cuda\b(?!`)", re.sub(r'"""(.|\n)*?"""|#.*', "", path.read_text()))
+        assert named is None or path.name == "device.py", path.name
+
+
+def test_the_table_names_only_files_that_exist() -> None:
+    assert FLOOR_OF.keys() <= {module_name(path) for path in MODULES}

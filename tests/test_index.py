@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from gpu_cache.entry import Entry, Landing, State
+from gpu_cache.index import ShardIndex
+from gpu_cache.lease import Lease, carve, plain_tensors
+
+KEYS = "abcdef"
+
+
+def index_of(held: set[int] | None = None) -> ShardIndex:
+    """An index whose bases are never held but those whose ids are in `held`."""
+    return ShardIndex(lambda base: base.detach(), lambda base: id(base) in (held or set()))
+
+
+def landing(entry: Entry, nbytes: int = 8) -> tuple[Entry, Landing]:
+    return entry, Landing(entry.key, torch.zeros(nbytes, dtype=torch.uint8), None, nbytes)
+
+
+def cached(index: ShardIndex, *keys: str, node: str = "n:1", nbytes: int = 8) -> list[Entry]:
+    entries = list(index.claim(keys).claimed.values())
+    index.publish([landing(entry, nbytes) for entry in entries], node, None)
+    index.release(entries)
+    return entries
+
+
+def test_a_key_is_claimed_then_joined_then_hit() -> None:
+    index = index_of()
+    first = index.claim(["a"])
+    second = index.claim(["a", "b"])
+    assert (list(first.claimed), list(second.joined), list(second.claimed)) == (["a"], ["a"], ["b"])
+    index.publish([landing(first.claimed["a"])], "n:1", None)
+    assert second.joined["a"].flight is not None
+    assert second.joined["a"].flight.result(0) is first.claimed["a"]
+    third = index.claim(["a"])
+    assert list(third.hits) == ["a"]
+    stats = index.stats()
+    assert (stats["hits"], stats["joined"], stats["misses"], stats["requested"]) == (1, 1, 2, 4)
+    assert (stats["hit_bytes"], stats["joined_bytes"], stats["miss_bytes"]) == (8, 8, 8)
+
+
+def test_a_hit_is_an_alias_made_in_the_look_up_itself() -> None:
+    index = index_of()
+    (entry,) = cached(index, "a")
+    assert entry.base is not None
+    tensor, _ = index.claim(["a"]).hits["a"]
+    assert tensor is not entry.base
+    assert tensor.data_ptr() == entry.base.data_ptr()
+
+
+def test_a_clear_wins_over_a_fetch_under_way() -> None:
+    index = index_of()
+    (entry,) = index.claim(["a"]).claimed.values()
+    joined = index.claim(["a"]).joined["a"]
+    assert index.remove(["a"]) == []
+    index.publish([landing(entry)], "n:1", None)
+    assert "a" not in index
+    assert joined.base is not None, "who waited gets it all the same"
+    assert entry.state is State.GONE
+    assert index.is_empty
+
+
+def test_a_cleared_and_refetched_key_is_another_generation() -> None:
+    index = index_of()
+    (old,) = index.claim(["a"]).claimed.values()
+    index.remove(["a"])
+    (new,) = index.claim(["a"]).claimed.values()
+    assert new.generation > old.generation
+    index.publish([landing(old)], "n:1", None)
+    assert "a" not in index
+    index.abort([old], RuntimeError("too late"))
+    index.publish([landing(new)], "n:1", None)
+    assert "a" in index
+
+
+def test_an_abort_wakes_the_waiting_and_leaves_nothing() -> None:
+    index = index_of()
+    (entry,) = index.claim(["a"]).claimed.values()
+    joined = index.claim(["a"]).joined["a"]
+    index.abort([entry], RuntimeError("gone"))
+    assert joined.flight is not None
+    assert str(joined.flight.result(0).error) == "gone"
+    assert index.is_empty
+    assert index.stats()["fetch_errors"] == 1
+    assert list(index.claim(["a"]).claimed) == ["a"]
+
+
+def test_what_arrives_after_an_abort_is_not_cached() -> None:
+    index = index_of()
+    (entry,) = index.claim(["a"]).claimed.values()
+    index.abort([entry], TimeoutError("late"))
+    index.publish([landing(entry)], "n:1", None)
+    assert entry.base is None
+    assert "a" not in index
+
+
+def test_delivered_shards_reach_the_waiting_but_not_the_index() -> None:
+    index = index_of()
+    (entry,) = index.claim(["a"]).claimed.values()
+    joined = index.claim(["a"]).joined["a"]
+    index.deliver([landing(entry)], "n:1", None)
+    assert joined.base is entry.base is not None
+    assert index.is_empty
+    assert (index.stats()["overflows"], index.stats()["overflow_bytes"]) == (1, 8)
+
+
+def test_eviction_takes_the_least_recently_used_that_nobody_holds() -> None:
+    held: set[int] = set()
+    index = index_of(held)
+    entries = {entry.key: entry for entry in cached(index, "a", "b", "c", "d")}
+    held.add(id(entries["b"].base))
+    index.claim(["a"])
+    index.find("c")
+    assert [entry.key for entry in index.evict(8)] == ["d"]
+    assert [entry.key for entry in index.evict(100)] == ["a", "c"]
+    assert index.keys() == ["b"]
+    assert (index.stats()["evictions"], index.stats()["evicted_bytes"]) == (3, 24)
+
+
+def test_what_its_call_has_yet_to_hand_out_is_no_victim() -> None:
+    index = index_of()
+    claim = index.claim(["a"])
+    index.publish([landing(claim.claimed["a"])], "n:1", None)
+    assert index.evict(8) == []
+    index.release(claim.claimed.values())
+    assert len(index.evict(8)) == 1
+
+
+def test_clearing_a_node_leaves_the_others() -> None:
+    index = index_of()
+    cached(index, "a", "b", node="n:1")
+    cached(index, "c", node="n:2")
+    assert [entry.key for entry in index.remove(["a", "c", "unknown"], "n:1")] == ["a"]
+    assert [entry.key for entry in index.remove_node("n:1")] == ["b"]
+    assert index.keys() == ["c"]
+    assert (index.stats()["cleared"], index.stats()["cleared_bytes"]) == (2, 16)
+
+
+def test_clears_between_two_fetches_are_one() -> None:
+    index = index_of()
+    cached(index, "a", "b", "stays")
+    index.remove(["a"])
+    index.remove(["b"])
+    assert index.stats()["clears"] == 1
+    assert index.stats()["outlived_entries"] == 0
+    cached(index, "c")
+    index.remove(["c"])
+    stats = index.stats()
+    assert (stats["clears"], stats["outlived_entries"], stats["outlived_bytes"]) == (2, 1, 8)
+    index.remove(["stays"])
+    assert index.stats()["outlived_entries"] == 0
+
+
+def test_a_reserved_key_counts_as_no_look_up() -> None:
+    index = index_of()
+    entry = index.reserve("a")
+    assert entry is not None
+    assert index.reserve("a") is None
+    index.publish([landing(entry)], "", None)
+    stats = index.stats()
+    assert (stats["requested"], stats["fetch_bytes"], stats["num_entries"]) == (0, 0, 1)
+
+
+def test_the_oldest_entry_has_an_age() -> None:
+    now = [10.0]
+    index = ShardIndex(lambda base: base.detach(), lambda base: False, lambda: now[0])
+    assert index.stats()["oldest_entry_age_seconds"] == 0.0
+    cached(index, "a")
+    now[0] = 12.5
+    cached(index, "b")
+    index.claim(["a"])
+    assert index.stats()["oldest_entry_age_seconds"] == 2.5
+    index.remove(["a"])
+    assert index.stats()["oldest_entry_age_seconds"] == 0.0
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Random fetches, clears, evictions and failures against what a reader may expect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: set[int] = set()
+        self.index = index_of(self.held)
+        self.flying: list[Entry] = []
+        self.joins: list[tuple[Entry, object]] = []
+        self.ready: dict[object, Entry] = {}
+
+    @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1))
+    def claim(self, keys: set[str]) -> None:
+        found = self.index.claim(sorted(keys))
+        assert found.hits.keys() == {key for key in keys if key in self.ready}
+        standing = {entry.key for entry in self.flying if entry.state is State.PENDING}
+        assert found.joined.keys() == {key for key in keys if key in standing and key not in self.ready}
+        assert all(entry.flight is not None for entry in found.joined.values())
+        self.flying += found.claimed.values()
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), how=st.sampled_from(["publish", "deliver", "abort"]))
+    def land(self, data: st.DataObject, how: str) -> None:
+        entry = data.draw(st.sampled_from(self.flying))
+        stood = entry.state is State.PENDING
+        self.flying.remove(entry)
+        if how == "abort":
+            self.index.abort([entry], RuntimeError("failed"))
+        else:
+            getattr(self.index, how)([landing(entry)], "n:1", None)
+            self.index.release([entry])
+        if how == "publish" and stood:
+            self.ready[entry.key] = entry
+        assert entry.is_settled
+        assert entry.flight is None or entry.flight.result(0) is entry
+
+    @rule(keys=st.sets(st.sampled_from(KEYS)))
+    def clear(self, keys: set[str]) -> None:
+        dropped = self.index.remove(sorted(keys))
+        assert {entry.key for entry in dropped} == keys & self.ready.keys()
+        for key in keys:
+            self.ready.pop(key, None)
+
+    @rule(nbytes=st.integers(1, 30))
+    def evict(self, nbytes: int) -> None:
+        for entry in self.index.evict(nbytes):
+            assert self.ready.pop(entry.key) is entry
+
+    @invariant()
+    def adds_up(self) -> None:
+        stats = self.index.stats()
+        assert set(self.index.keys()) == self.ready.keys()
+        assert stats["num_entries"] == len(self.ready)
+        assert stats["total_bytes"] == 8 * len(self.ready)
+        assert stats["requested"] == stats["hits"] + stats["joined"] + stats["misses"]
+        assert stats["requested_bytes"] == stats["hit_bytes"] + stats["joined_bytes"] + stats["miss_bytes"]
+
+
+TestIndex = IndexMachine.TestCase
+TestIndex.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+def test_a_block_that_died_under_its_entry_takes_the_entry_along() -> None:
+
+    index, freed = index_of(), deque[Lease]()
+    (entry,) = index.claim(["a"]).claimed.values()
+    with plain_tensors():
+        base, lease = carve(torch.zeros(64, dtype=torch.uint8), 0, 8, torch.uint8, (8,), freed)
+    lease.key = "a"
+    index.publish([(entry, Landing("a", base, lease, 8))], "n:1", None)
+    base.share_memory_()
+    assert list(freed) == [lease]
+    index.forget_dead([lease])
+    assert "a" not in index
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_repr_shows_what_is_there(count: int) -> None:
+    index = index_of()
+    cached(index, *KEYS[:count])
+    index.claim(["z"])
+    assert repr(index) == f"ShardIndex({count} ready, 1 pending, {8 * count} bytes)"
