@@ -6,6 +6,7 @@ import concurrent.futures
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -39,6 +40,7 @@ class ReaderTask:
         try:
             transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
         except BaseException as caught:  # top of a thread: the waiters re-raise it
+            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
             error = caught
         finally:
             try:

@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     plan = Plan(options.steps, options.uncached_steps, options.seed)
+    if options.workers > plan.num_prompts:
+        parser.error(f"--workers {options.workers}: there are {plan.num_prompts} prompts per step to share out")
     try:
         device = _device(options.device)
     except ValueError as error:
@@ -117,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", default="auto", help='"cpu", "cuda", "cuda:N"; "auto" takes the GPU if there is one'
     )
     parser.add_argument("--quiet", action="store_true", help="neither progress nor table")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there; waits are seconds per step")
     return parser
 
 

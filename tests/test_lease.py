@@ -46,9 +46,18 @@ def test_a_block_is_a_tensor_of_its_own() -> None:
     assert tensor.data_ptr() == block.arena.data_ptr() + 512
     assert (tensor.shape, tensor.stride(), tensor.storage_offset()) == ((8, 8), (8, 1), 0)
     assert tensor.untyped_storage().nbytes() == 256
-    assert tensor._version == 0
     with pytest.raises(RuntimeError, match="resiz"):
         tensor.resize_(4096)
+
+
+def test_neighbours_have_version_counters_of_their_own() -> None:
+    arena, freed = torch.zeros(1024, dtype=torch.uint8), deque[Lease]()
+    with plain_tensors():
+        left, _lease = carve(arena, 0, 512, torch.uint8, (512,), freed)
+        right, _lease_too = carve(arena, 512, 512, torch.uint8, (512,), freed)
+    before = (left._version, right._version)
+    left.fill_(1)
+    assert (left._version, right._version) == (before[0] + 1, before[1])
 
 
 def test_a_lease_fires_with_its_only_alias() -> None:

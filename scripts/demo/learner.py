@@ -15,7 +15,7 @@ from demo.trajectory import PaddedBatch, Trajectory, padded, rewards
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    """Settings of the update; the defaults reached a reward of 0.95 or more in 60 steps with each of 8 seeds.
+    """Settings of the update; in 60 steps the defaults reached a mean reward of 0.94 or more with each of 8 seeds.
 
     Attributes:
         group_rows: Answers per prompt, next to each other in a batch.

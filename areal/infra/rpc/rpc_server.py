@@ -85,7 +85,7 @@ class ServerHandle:
         self._loop = new_event_loop()
         self._stopping = asyncio.Event()
         owner.add_own_address(address)
-        self._thread = threading.Thread(target=self._run, name=f"rpc-server-{address}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"areal-rpc-server-{address}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -178,14 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=options.log_level)
     _log_ignored(vars(options))
-    # Blocked before any thread starts, hence in all of them: only `sigwait` sees the signals, whenever they come.
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        token = _token(options.token_file)
+        ending = _readable_on(signal.SIGTERM, signal.SIGINT)
         server = start(
             options.host,
             options.port,
-            token=_token(options.token_file),
+            token=token,
             max_body_bytes=options.max_body_bytes,
             allow_unauthenticated=options.allow_unauthenticated,
         )
@@ -193,8 +192,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     with server:
         print(f"listening on {server.address}", flush=True)
-        signal.sigwait(signals)
+        ending.recv(1)
     return 0
+
+
+def _readable_on(*signals: signal.Signals) -> socket.socket:
+    """A socket to block on until a signal comes. Unlike `sigwait`, it sees those that reach a thread of a library."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
+    for signum in signals:
+        signal.signal(signum, lambda *_: None)
+    return reader
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"serve other hosts without token (or {ALLOW_VARIABLE}=1)",
     )
-    parser.add_argument("--log-level", default="INFO", help="level of the log on stderr (default: %(default)s)")
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     for flag in _IGNORED_FLAGS:
         parser.add_argument(flag, help=argparse.SUPPRESS)
     return parser

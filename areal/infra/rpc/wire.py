@@ -69,7 +69,7 @@ class Frame:
         listed = list(items)
         ids = [shard_id for shard_id, _ in listed]
         if len(set(ids)) != len(ids) or len(ids) > MAX_TENSORS:
-            raise WireError(f"{len(ids):,} ids, {len(set(ids)):,} distinct; a frame has at most {MAX_TENSORS:,}, once")
+            raise WireError(f"{len(ids):,} ids, {len(set(ids)):,} distinct; a frame has at most {MAX_TENSORS:,}")
         for shard_id, tensor in listed:
             check_travels(tensor)
             if tensor.is_meta:

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_cache import lease
+from gpu_cache.block import Range
+from gpu_cache.config import MIB, CacheConfig, aligned
+from gpu_cache.device import Arena, Device, HostDevice
+from gpu_cache.entry import Landing
+from gpu_cache.errors import CacheFullError, GpuCacheError
+from gpu_cache.fence import StreamFence
+from gpu_cache.lease import Lease
+from gpu_cache.slab import SlabPool
+from gpu_cache.source import ShardSpec
+from tests.support.cuda_devices import cuda_device
+from tests.support.fake_cuda import FakeCuda
+
+
+def pool_of(
+    device: Device | None = None, *, pool_bytes: int = 4 * MIB, slab_bytes: int = MIB, prealloc_bytes: int = 0
+) -> SlabPool:
+    config = CacheConfig(
+        slab_bytes=slab_bytes, pool_bytes=pool_bytes, prealloc_bytes=prealloc_bytes, run_bytes=MIB
+    ).resolved(is_cuda=False, device_bytes=0)
+    device = HostDevice() if device is None else device
+    return SlabPool(device, config, StreamFence(device, "all"), lambda dead: None)
+
+
+def shards_in(pool: SlabPool, taken: Range, *lengths: int) -> list[Landing]:
+    """Carve shards of these lengths, which fill the range."""
+    specs = [ShardSpec(f"k{number}", torch.uint8, (nbytes,)) for number, nbytes in enumerate(lengths)]
+    offsets = [sum(aligned(nbytes) for nbytes in lengths[:number]) for number in range(len(lengths))]
+    return pool.carve(taken, specs, offsets)
+
+
+def taken_from(pool: SlabPool, nbytes: int) -> Range:
+    taken = pool.take(nbytes)
+    assert taken is not None
+    return taken
+
+
+def check(pool: SlabPool, **expected: int) -> None:
+    accounts = pool.accounts()
+    assert accounts == {**dict.fromkeys(accounts, 0), **expected}
+    assert sum(accounts.values()) == 2 * accounts["reserved"]
+
+
+def test_a_block_goes_from_pending_to_held_to_free() -> None:
+    pool = pool_of()
+    taken = taken_from(pool, 1536)
+    check(pool, pending=1536, free=MIB - 1536, reserved=MIB)
+    landings = shards_in(pool, taken, 1000, 10)
+    check(pool, held=1536, free=MIB - 1536, reserved=MIB)
+    kept = landings.pop(0).base
+    del landings
+    pool.drain()
+    check(pool, held=1024, free=MIB - 1024, reserved=MIB)
+    del kept
+    pool.drain()
+    check(pool)  # the slab is empty, and nothing is to be kept
+    assert pool.stats()["device_peak_bytes"] == 1536
+
+
+def test_preallocated_slabs_are_taken_at_first_use_and_kept() -> None:
+    pool = pool_of(prealloc_bytes=2 * MIB)
+    check(pool)
+    landings = shards_in(pool, taken_from(pool, 512), 512)
+    check(pool, held=512, free=2 * MIB - 512, reserved=2 * MIB)
+    del landings
+    pool.drain()
+    check(pool, free=2 * MIB, reserved=2 * MIB)
+    assert pool.trim(MIB)
+    check(pool, free=MIB, reserved=MIB)
+    assert not pool.trim(MIB)
+
+
+def test_a_slab_that_a_clear_leaves_empty_goes_back() -> None:
+    pool = pool_of(prealloc_bytes=MIB)
+    first, second = [shards_in(pool, taken_from(pool, MIB), MIB) for _ in range(2)]
+    assert pool.accounts()["reserved"] == 2 * MIB
+    del second
+    pool.drain()
+    check(pool, held=MIB, reserved=MIB)
+    assert first[0].base.numel() == MIB
+
+
+def test_the_pool_does_not_grow_beyond_its_cap() -> None:
+    pool = pool_of(pool_bytes=3 * MIB // 2)
+    first = taken_from(pool, MIB)
+    second = taken_from(pool, MIB // 2)
+    assert second.slab.nbytes == MIB // 2, "the last slab is as large as there is room"
+    assert pool.take(512) is None
+    pool.abandon(first)
+    pool.abandon(second)
+    check(pool)
+
+
+def test_a_shard_larger_than_a_slab_gets_a_slab_of_its_own() -> None:
+    pool = pool_of()
+    taken = taken_from(pool, 3 * MIB)
+    assert taken.slab.nbytes == 3 * MIB
+    assert pool.take(2 * MIB) is None
+    pool.abandon(taken)
+
+
+def test_overflow_is_outside_the_cap_and_goes_back_at_once() -> None:
+    pool = pool_of(pool_bytes=MIB, prealloc_bytes=MIB)
+    held = shards_in(pool, taken_from(pool, MIB), MIB)
+    landings = shards_in(pool, pool.take_overflow(2 * MIB), 2 * MIB)
+    check(pool, held=3 * MIB, reserved=3 * MIB)
+    assert pool.take(512) is None
+    del landings
+    pool.drain()
+    check(pool, held=MIB, reserved=MIB)
+    assert held[0].base.numel() == MIB
+
+
+class TinyDevice(HostDevice):
+    """A device that has room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        if nbytes > self.room:
+            raise torch.OutOfMemoryError(f"{nbytes} bytes")
+        self.room -= nbytes
+        return super().arena(nbytes, private=private)
+
+
+def test_a_device_without_room_is_no_error_until_overflow_fails_too() -> None:
+    pool = pool_of(TinyDevice(MIB))
+    kept = taken_from(pool, MIB)
+    assert pool.take(512) is None
+    assert pool.stats()["alloc_failures"] == 1
+    with pytest.raises(CacheFullError, match="need 512 bytes"):
+        pool.take_overflow(512)
+    pool.abandon(kept)
+    check(pool)
+
+
+def test_a_failed_preallocation_is_not_tried_at_every_take() -> None:
+    pool = pool_of(TinyDevice(0), prealloc_bytes=2 * MIB)
+    assert pool.take(512) is None
+    assert pool.stats()["alloc_failures"] == 2  # the preallocation, and the slab for this take
+    assert pool.take(512) is None
+    assert pool.stats()["alloc_failures"] == 3
+
+
+def test_building_that_fails_half_way_loses_nothing() -> None:
+    pool = pool_of()
+    taken = taken_from(pool, 1536)
+    specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (-1,))]
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        pool.carve(taken, specs, [0, 512])
+    assert taken.nbytes == 1024
+    pool.abandon(taken)
+    del caught
+    pool.drain()
+    check(pool)
+
+
+def test_unsound_leases_stop_the_pool_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_cache.slab.lease_fault", lambda: "fires early")
+    with pytest.raises(GpuCacheError, match="fires early"):
+        pool_of()
+
+
+def test_a_lease_on_the_public_tensor_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test sees through the carving that fires while views live."""
+
+    def on_the_tensor(arena, offset, nbytes, dtype, shape, freed):  # type: ignore[no-untyped-def]
+        tensor = arena[offset : offset + nbytes]
+        return tensor, Lease(tensor, freed.append)
+
+    monkeypatch.setattr(lease, "carve", on_the_tensor)
+    assert "early" in lease.lease_fault()
+
+
+def test_dead_leases_are_told_before_their_bytes_can_be_reused() -> None:
+    told: list[tuple[list[object], int]] = []
+    config = CacheConfig(slab_bytes=MIB, pool_bytes=MIB, run_bytes=MIB).resolved(is_cuda=False, device_bytes=0)
+    device = HostDevice()
+    pool = SlabPool(
+        device,
+        config,
+        StreamFence(device, "all"),
+        lambda dead: told.append(([lease.key for lease in dead], pool.accounts()["held"])),
+    )
+    shards_in(pool, taken_from(pool, 512), 512)
+    pool.drain()
+    assert told == [(["k0"], 512)]
+
+
+def test_freed_bytes_wait_for_every_stream(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device = cuda_device(cuda, tmp_path)
+    pool = pool_of(device, prealloc_bytes=MIB)
+    landings = shards_in(pool, taken_from(pool, 512), 512)
+    streams = list(device.fence_streams())
+    assert len(streams) > 32
+    del landings
+    pool.drain()
+    for stream in streams[:-1]:
+        cuda.advance(stream)
+    pool.drain()
+    check(pool, quarantined=512, free=MIB - 512, reserved=MIB)
+    cuda.advance(streams[-1])
+    pool.drain()
+    check(pool, free=MIB, reserved=MIB)
+
+
+def test_synchronize_waits_the_quarantine_out(tmp_path: Path) -> None:
+    pool = pool_of(cuda_device(FakeCuda(), tmp_path), prealloc_bytes=MIB)
+    shards_in(pool, taken_from(pool, 512), 512)
+    pool.drain()
+    assert pool.accounts()["quarantined"] == 512
+    pool.synchronize()
+    check(pool, free=MIB, reserved=MIB)
+
+
+def test_nothing_is_drained_during_a_capture(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device = cuda_device(cuda, tmp_path)
+    pool = pool_of(device, prealloc_bytes=MIB)
+    landings = shards_in(pool, taken_from(pool, 512), 512)
+    with cuda.capture(device.fence_streams()[5]):
+        del landings
+        pool.drain()
+        assert pool.accounts()["held"] == 512
+    pool.synchronize()
+    check(pool, free=MIB, reserved=MIB)
+
+
+def test_a_released_slab_gives_its_memory_back_to_the_driver(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device = cuda_device(cuda, tmp_path)
+    pool = pool_of(device)
+    index = device.torch_device.index
+    landings = shards_in(pool, taken_from(pool, 512), 512)
+    assert cuda.reserved(index) == MIB
+    del landings
+    pool.synchronize()
+    assert cuda.reserved(index) == 0
+    assert not cuda.violations

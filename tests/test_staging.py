@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpu_cache.config import MIB, CacheConfig
+from gpu_cache.device import CudaDevice, HostDevice
+from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.staging import StagingRing
+from tests.support.cuda_devices import cuda_device
+from tests.support.fake_cuda import FakeCuda
+from tests.support.threads import run_threads
+
+CONFIG = CacheConfig(staging_slots=2, staging_slot_bytes=MIB, run_bytes=4096)
+
+
+def host_ring(config: CacheConfig = CONFIG) -> StagingRing:
+    return StagingRing(HostDevice(stages=True), config)
+
+
+def test_slots_are_allocated_when_first_needed_and_then_reused() -> None:
+    ring = host_ring()
+    assert ring.stats()["pinned_capacity_bytes"] == 0
+    first = ring.acquire(1.0)
+    assert (ring.stats()["pinned_capacity_bytes"], ring.stats()["pinned_bytes"]) == (MIB, MIB)
+    ring.release(first, num_copies=3, nbytes=10)
+    assert ring.acquire(1.0) is first
+    stats = ring.stats()
+    assert (stats["copies"], stats["h2d_bytes"], stats["pinned_capacity_bytes"]) == (3, 10, MIB)
+    ring.release(first)
+    assert ring.stats()["pinned_bytes"] == 0
+
+
+def test_no_slot_in_time_is_told_in_numbers() -> None:
+    ring = host_ring()
+    slots = [ring.acquire(1.0), ring.acquire(1.0)]
+    with pytest.raises(TransferError, match="no staging buffer came free in 0.0 s: all 2 of 1,048,576 bytes"):
+        ring.acquire(0.0)
+    for slot in slots:
+        ring.release(slot)
+    assert ring.acquire(0.0) in slots
+
+
+def test_a_waiter_gets_the_slot_that_comes_back() -> None:
+    ring = host_ring(CacheConfig(staging_slots=1, staging_slot_bytes=MIB, run_bytes=4096))
+    slot = ring.acquire(1.0)
+    waiting = threading.Event()
+    got: list[object] = []
+
+    def wait() -> None:
+        waiting.set()
+        got.append(ring.acquire(30.0))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert waiting.wait(30)
+    ring.release(slot)
+    thread.join(30)
+    assert got == [slot]
+
+
+def test_closing_wakes_the_waiting_and_frees_what_comes_back() -> None:
+    ring = host_ring(CacheConfig(staging_slots=1, staging_slot_bytes=MIB, run_bytes=4096))
+    slot = ring.acquire(1.0)
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            ring.acquire(30.0)
+        except CacheClosedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    ring.close()
+    thread.join(30)
+    assert len(errors) == 1
+    ring.release(slot)
+    assert ring.stats()["pinned_capacity_bytes"] == 0
+    ring.close()
+
+
+def test_a_slot_is_given_out_only_after_its_own_last_copy(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device: CudaDevice = cuda_device(cuda, tmp_path)
+    ring = StagingRing(device, CONFIG)
+    stream = device.new_stream()
+    slot = ring.acquire(1.0)
+    slot.started = device.record(stream, timing=True)
+    slot.guard = device.record(stream, timing=True)
+    guard = slot.guard
+    ring.release(slot, num_copies=1, nbytes=512)
+    assert not device.query(guard)
+    assert ring.acquire(1.0) is slot
+    assert device.query(guard), "the host waited for it"
+    assert slot.guard is None
+    assert ring.stats()["h2d_busy_seconds"] > 0
+    ring.release(slot)
+    ring.close()
+    assert not cuda.pinned
+
+
+def test_a_failed_allocation_leaves_room_for_the_next() -> None:
+    device = HostDevice(stages=True)
+    ring = StagingRing(device, CacheConfig(staging_slots=1, staging_slot_bytes=MIB, run_bytes=4096))
+    working, device.pinned = device.pinned, lambda nbytes: (_ for _ in ()).throw(MemoryError("no pages"))  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        ring.acquire(1.0)
+    device.pinned = working  # type: ignore[method-assign]
+    ring.release(ring.acquire(1.0))
+
+
+def test_threads_never_share_a_slot() -> None:
+    ring = host_ring()
+    owners: dict[int, int] = {}
+
+    def work() -> None:
+        for _ in range(200):
+            slot = ring.acquire(30.0)
+            assert owners.setdefault(id(slot), threading.get_ident()) == threading.get_ident()
+            del owners[id(slot)]
+            ring.release(slot)
+
+    run_threads([work] * 4)
+    assert ring.stats()["pinned_bytes"] == 0
+    assert ring.stats()["pinned_capacity_bytes"] <= 2 * MIB
