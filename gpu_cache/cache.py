@@ -39,8 +39,8 @@ class TensorCache:
 
     def __init__(self, config: CacheConfig | None = None, *, device: Device | None = None) -> None:
         self.config = CacheConfig.from_env() if config is None else config
-        self._index = ShardIndex(alias_of, AliasCounter().is_held)
-        self._lazy = LazyEngine(self.config, device, self._index.forget_dead, self._make_room)
+        self._given_device = device
+        self._start_empty()
         self._tasks: set[ReaderTask] = set()
         self._is_closed = False
         process.register(self)
@@ -101,17 +101,12 @@ class TensorCache:
         if engine.device.is_capturing() and (missing := self._index.missing(keys)):
             raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
         fetch = self._start(engine, keys, source, timeout_s)
-        claim = fetch.claim
         try:
-            if claim.claimed or claim.joined:
-                fetch.wait()
-            arrived = {key: entry for found in (claim.claimed, claim.joined) for key, entry in found.items()}
-            tensors = {key: alias_of(entry.base) for key, entry in arrived.items() if entry.base is not None}
+            fetch.wait()
+            tensors = fetch.hand_out()
+            engine.settle(fetch.completions(), ready or self.config.ready)
         finally:
-            self._index.release(claim.claimed.values())
-        entries = [*arrived.values(), *(entry for _, entry in claim.hits.values())]
-        engine.settle([entry.completion for entry in entries], ready or self.config.ready)
-        tensors.update((key, tensor) for key, (tensor, _) in claim.hits.items())
+            fetch.finish()
         if len(keys) == len(tensors):
             return [tensors[key] for key in keys]
         return [alias_of(tensors[key]) for key in keys]  # a key repeats: no two results are one object
@@ -146,14 +141,14 @@ class TensorCache:
         fetch = self._start(self._open_engine(), keys, source, timeout_s)
         result: Future[int] = Future()
 
-        def finish(error: BaseException | None) -> None:
-            self._index.release(fetch.claim.claimed.values())
+        def tell(error: BaseException | None) -> None:
+            num_missing = fetch.finish()
             if error is None:
-                result.set_result(len(fetch.claim.claimed) + len(fetch.claim.joined))
+                result.set_result(num_missing)
             else:
                 result.set_exception(error)
 
-        fetch.when_done(finish)
+        fetch.when_done(tell)
         return result
 
     @eager
@@ -250,7 +245,7 @@ class TensorCache:
         if self._is_closed:
             return
         self._is_closed = True
-        error = CacheClosedError(f"{self!r} was closed")
+        error = CacheClosedError("the cache was closed while shards were on their way")
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel(error)
@@ -260,8 +255,14 @@ class TensorCache:
 
     def disown(self) -> object:
         """Refuse every further call, in a child that inherited this cache; what is returned must never be freed."""
+        inherited = self._lazy, self._index
         self._is_closed = True
-        return self._lazy, self._index
+        self._start_empty()  # the locks of the others may be held by threads that do not exist here
+        return inherited
+
+    def _start_empty(self) -> None:
+        self._index = ShardIndex(alias_of, AliasCounter().is_held)
+        self._lazy = LazyEngine(self.config, self._given_device, self._index.forget_dead, self._make_room)
 
     def _start(self, engine: Engine, keys: Iterable[Hashable], source: ShardSource, timeout_s: float | None) -> Fetch:
         """Look up, and begin to fetch what is missing."""
@@ -272,12 +273,12 @@ class TensorCache:
             engine.reaper.wake()
             fetch.start(source, engine.transfer, self._tasks)
             if self._is_closed:
-                fetch.cancel(CacheClosedError(f"{self!r} was closed"))
+                fetch.cancel(CacheClosedError("the cache was closed while shards were on their way"))
         return fetch
 
     def _open_engine(self) -> Engine:
         if self._is_closed:
-            raise CacheClosedError(f"{self!r} is closed, or belongs to the process that this one was forked from")
+            raise CacheClosedError("the cache is closed, or belongs to the process that this one was forked from")
         return self._lazy.get(may_change=self._index.is_empty)
 
     def _make_room(self, nbytes: int) -> bool:

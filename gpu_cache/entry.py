@@ -38,7 +38,7 @@ class Entry:
     born: float = 0.0
     epoch: int = 0  # clears seen when it was published
     num_joined: int = 0
-    flight: Future[Entry] | None = None  # made when the first other call joins
+    flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property
     def is_settled(self) -> bool:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 from gpu_cache.entry import Claim, Entry, Landing
 from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index import ShardIndex
+from gpu_cache.lease import alias_of
 from gpu_cache.source import ShardReader, ShardSource, ShardSpec
 from gpu_cache.transfer import Completion, Transfer
 
@@ -48,6 +51,7 @@ class ReaderTask:
             except Exception:
                 logger.exception("closing the connection to %s failed", self.reader.node)
             self._abort_rest(error)
+            self.entries = {}  # who waits for `done` may count on no block being held from here
             self.done.set_result(None)
 
     def cancel(self, error: BaseException) -> None:
@@ -112,10 +116,31 @@ class Fetch:
             FetchError: Some are not, for the reasons in `failures`; the others are cached.
             CacheClosedError: The cache was closed meanwhile.
         """
-        if concurrent.futures.wait(self._pending(), max(0.0, self._deadline - time.monotonic())).not_done:
+        pending = self._pending()
+        if pending and concurrent.futures.wait(pending, max(0.0, self._deadline - time.monotonic())).not_done:
             self.cancel(FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s"))
         if failures := self._failures():
             raise _combined(failures, len(failures) + self._num_arrived())
+
+    def hand_out(self) -> dict[Hashable, torch.Tensor]:
+        """An alias of every shard, by key; after `wait`."""
+        tensors = {entry.key: alias_of(entry.base) for entry in self._entries() if entry.base is not None}
+        tensors.update((key, tensor) for key, (tensor, _) in self.claim.hits.items())
+        return tensors
+
+    def completions(self) -> list[Completion | None]:
+        """Of the copies that the shards depend on."""
+        return [entry.completion for entry in (*self._entries(), *(entry for _, entry in self.claim.hits.values()))]
+
+    def finish(self) -> int:
+        """Let go of everything, so that nobody who keeps the fetch or an error of it keeps blocks.
+
+        Returns:
+            How many shards were not cached when it began.
+        """
+        claim, self.claim = self.claim, Claim()
+        self._index.release(claim.claimed.values())
+        return len(claim.claimed) + len(claim.joined)
 
     def when_done(self, then: Callable[[BaseException | None], None]) -> None:
         """Call `then` once, with what went wrong if anything, when every shard is here or given up."""

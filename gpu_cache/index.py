@@ -290,4 +290,4 @@ def _wake(entries: Iterable[Entry]) -> None:
     """Resolve the flights of settled entries. Outside the lock: done-callbacks are somebody else's code."""
     for entry in entries:
         if entry.flight is not None:
-            entry.flight.set_result(entry)
+            entry.flight.set_result(None)  # not the entry: a cycle would keep its block until a collection

@@ -19,7 +19,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-
 _COLLECTIONS = 1000
 
 
@@ -87,7 +86,7 @@ class AliasCounter:
         if self._count is not None:
             base, _ = _trial_block(deque())
             self._baseline = self._count(base.untyped_storage()._cdata)
-            alias = base.detach()
+            alias = alias_of(base)
             if self._count(base.untyped_storage()._cdata) != self._baseline + 1:
                 self._count = None
             del alias
@@ -99,6 +98,11 @@ class AliasCounter:
 
 def lease_fault() -> str:
     """What is wrong with leases on this torch: fired while an alias lived, or never; "" if sound. Under 1 ms."""
+    with plain_tensors():
+        return _lease_fault()
+
+
+def _lease_fault() -> str:
     freed: deque[Lease] = deque()
     base, lease = _trial_block(freed)
     view = base[1:]

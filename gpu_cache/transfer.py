@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -17,6 +18,8 @@ from gpu_cache.errors import CacheFullError
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.staging import StagingRing
+
+logger = logging.getLogger(__name__)
 
 
 class Completion:
@@ -175,6 +178,7 @@ class Transfer:
     ) -> None:
         self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
         self._run_bytes, self._window_bytes = config.run_bytes, config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
+        self._has_warned = False
         self.stream: Stream = device.new_stream()
 
     def drain(self, reader: ShardReader, sink: Sink, deadline: float, *, may_overflow: bool = True) -> None:
@@ -213,23 +217,10 @@ class Transfer:
     def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
         """Runs with their ranges, placed one by one as they are needed."""
         for run in pack(specs, self._run_bytes):
-            for part in self._place(run, may_overflow):
+            run.place = self._pool.take(run.nbytes) or self._reclaim(run.nbytes)
+            for part in [run] if run.place else self._place_in_parts(run, may_overflow):
                 placed[part] = None
                 yield part
-
-    def _place(self, run: Run, may_overflow: bool) -> Iterator[Run]:
-        """The run with a range; in halves where the pool is too fragmented; outside it where it is full."""
-        place = self._pool.take(run.nbytes) or self._reclaim(run.nbytes)
-        largest_free = 0 if place else self._pool.stats()["device_largest_free_bytes"]
-        if place is None and len(run.specs) > 1 and largest_free >= aligned(run.smallest_bytes):
-            middle = len(run.specs) // 2
-            for half in (run.specs[:middle], run.specs[middle:]):
-                yield from self._place(Run.of(half), may_overflow)
-            return
-        if place is None and not may_overflow:
-            raise CacheFullError(run.nbytes, largest_free, self._pool.capacity)
-        run.place = place or self._pool.take_overflow(run.nbytes)
-        yield run
 
     def _reclaim(self, nbytes: int) -> Range | None:
         """Room from what was freed, else from what nobody holds."""
@@ -240,6 +231,32 @@ class Transfer:
             return None
         self._pool.synchronize()
         return self._pool.take(nbytes)
+
+    def _place_in_parts(self, run: Run, may_overflow: bool) -> Iterator[Run]:
+        """Halve the run until its parts fit the holes of the pool; what fits nowhere goes outside it."""
+        run.place = self._pool.take(run.nbytes)
+        largest_free = self._pool.stats()["device_largest_free_bytes"]
+        if run.place is None and len(run.specs) > 1 and largest_free >= aligned(run.smallest_bytes):
+            middle = len(run.specs) // 2
+            for half in (run.specs[:middle], run.specs[middle:]):
+                yield from self._place_in_parts(Run.of(half), may_overflow)
+            return
+        if run.place is None:
+            if not may_overflow:
+                raise CacheFullError(run.nbytes, largest_free, self._pool.capacity)
+            self._warn_of_overflow(run.nbytes)
+            run.place = self._pool.take_overflow(run.nbytes)
+        yield run
+
+    def _warn_of_overflow(self, nbytes: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the pool of %s bytes is full of shards that are in use: %s bytes are handed out uncached, and will be "
+                "fetched again; raise pool_bytes (GPU_CACHE_POOL_BYTES), or clear what is done with",
+                f"{self._pool.capacity:,}",
+                f"{nbytes:,}",
+            )
 
     def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:
         """Fill the places of a window's shards with one read and, where staged, enqueue a copy for each run."""

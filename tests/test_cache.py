@@ -242,16 +242,15 @@ def test_a_pool_full_of_held_shards_overflows_and_says_so(cache: TensorCache, ca
 
 
 def test_small_shards_fill_a_pool_that_has_holes(cache: TensorCache) -> None:
-    small = {number: torch.full((512,), number % 250, dtype=torch.uint8) for number in range(16_384)}
-    source = DictSource(small)
-    held = cache.get_many(list(small), source)
-    cache.clear(range(0, 16_384, 2))
+    small = {number: torch.full((4096,), number % 250, dtype=torch.uint8) for number in range(2048)}
+    held = cache.get_many(list(small), DictSource(small))
+    cache.clear(range(0, 2048, 2))
     del held[::2]
-    more = {f"more-{number}": torch.full((500,), 7, dtype=torch.uint8) for number in range(8000)}
+    more = {f"more-{number}": torch.full((4000,), 7, dtype=torch.uint8) for number in range(1024)}
     got = cache.get_many(list(more), DictSource(more))
     assert cache.buffer_stats()["overflows"] == 0, "a run is halved until its parts fit the holes"
     assert all(bool((tensor == 7).all()) for tensor in got)
-    assert all(bool((tensor == number % 250).all()) for number, tensor in zip(range(1, 16_384, 2), held, strict=True))
+    assert all(bool((tensor == number % 250).all()) for number, tensor in zip(range(1, 2048, 2), held, strict=True))
 
 
 def test_trim_returns_empty_slabs(cache: TensorCache) -> None:

@@ -38,7 +38,8 @@ def test_a_key_is_claimed_then_joined_then_hit() -> None:
     assert (list(first.claimed), list(second.joined), list(second.claimed)) == (["a"], ["a"], ["b"])
     index.publish([landing(first.claimed["a"])], "n:1", None)
     assert second.joined["a"].flight is not None
-    assert second.joined["a"].flight.result(0) is first.claimed["a"]
+    assert second.joined["a"].flight.done()
+    assert second.joined["a"] is first.claimed["a"]
     third = index.claim(["a"])
     assert list(third.hits) == ["a"]
     stats = index.stats()
@@ -86,7 +87,8 @@ def test_an_abort_wakes_the_waiting_and_leaves_nothing() -> None:
     joined = index.claim(["a"]).joined["a"]
     index.abort([entry], RuntimeError("gone"))
     assert joined.flight is not None
-    assert str(joined.flight.result(0).error) == "gone"
+    assert joined.flight.done()
+    assert str(joined.error) == "gone"
     assert index.is_empty
     assert index.stats()["fetch_errors"] == 1
     assert list(index.claim(["a"]).claimed) == ["a"]
@@ -215,7 +217,7 @@ class IndexMachine(RuleBasedStateMachine):
         if how == "publish" and stood:
             self.ready[entry.key] = entry
         assert entry.is_settled
-        assert entry.flight is None or entry.flight.result(0) is entry
+        assert entry.flight is None or entry.flight.done()
 
     @rule(keys=st.sets(st.sampled_from(KEYS)))
     def clear(self, keys: set[str]) -> None:

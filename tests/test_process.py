@@ -1,0 +1,216 @@
+"""Caches and the life of their process: exit, fork, import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpu_cache
+from gpu_cache import CacheConfig, TensorCache, process
+from gpu_cache.device import CudaDevice, HostDevice
+from gpu_cache.engine import LazyEngine
+from gpu_cache.fence import StreamFence
+from gpu_cache.placement import Placement
+from gpu_cache.reaper import Reaper
+from tests.support.cuda_devices import cuda_device
+from tests.support.fake_cuda import FakeCuda
+from tests.support.sources import DictSource
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints; it must end well and say nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = (
+        "import sys, gpu_cache; print('torch' in sys.modules, gpu_cache.__version__, 'TensorCache' in dir(gpu_cache))"
+    )
+    assert run_python(code) == "False 0.1.0 True\n"
+
+
+def test_every_public_name_loads() -> None:
+    code = "import gpu_cache; print(all(getattr(gpu_cache, name) is not None for name in gpu_cache.__all__))"
+    assert run_python(code) == "True\n"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = gpu_cache.Nothing
+
+
+def test_importing_and_caching_never_initialises_cuda() -> None:
+    code = """
+import torch
+from gpu_cache import TensorCache
+cache = TensorCache()
+cache.put("a", torch.ones(3))
+print(cache.device_name, torch.cuda.is_initialized())
+"""
+    assert run_python(code) == "cpu False\n"
+
+
+FORK = """
+import os, torch
+from gpu_cache import CacheClosedError, TensorCache
+cache = TensorCache()
+cache.put("a", torch.arange(5))
+kept = cache.get("a")
+child = os.fork()
+if child == 0:
+    try:
+        cache.get("a")
+    except CacheClosedError:
+        fresh = TensorCache()
+        fresh.put("a", kept + 1)
+        print("child", cache.clear(), fresh.get("a").tolist(), kept.tolist(), flush=True)
+    os._exit(0)
+print(os.waitpid(child, 0)[1], cache.get("a").tolist())
+"""
+
+
+def test_a_forked_child_cannot_use_its_parents_cache() -> None:
+    assert run_python(FORK) == "child 0 [1, 2, 3, 4, 5] [0, 1, 2, 3, 4]\n0 [0, 1, 2, 3, 4]\n"
+
+
+def test_a_fork_while_the_locks_are_held_does_not_hang_the_child() -> None:
+    code = FORK.replace("child = os.fork()", "cache._index._lock.acquire(); child = os.fork()").replace(
+        "print(os.waitpid", "cache._index._lock.release(); print(os.waitpid"
+    )
+    code = code.replace("cache.clear()", "0")
+    assert run_python(code).startswith("child 0 [1, 2, 3, 4, 5]")
+
+
+def test_exit_with_a_prefetch_under_way_does_not_wait_for_it() -> None:
+    code = """
+import threading, torch
+from gpu_cache import TensorCache, TensorReader
+cut = threading.Event()
+class Stuck:
+    def open(self, keys, timeout_s):
+        def load():
+            cut.wait(100)
+            raise ConnectionAbortedError
+        return [TensorReader("n", keys, load, cut.set)]
+cache = TensorCache()
+cache.prefetch(["a"], Stuck())
+print("end")
+"""
+    began = time.monotonic()
+    assert run_python(code) == "end\n"
+    assert time.monotonic() - began < 60
+
+
+def test_the_reaper_frees_what_dies_while_nobody_calls() -> None:
+    cache = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
+    (tensor,) = cache.get_many(["a"], DictSource({"a": torch.ones(10)}))
+    cache.clear()
+    del tensor
+    deadline = time.monotonic() + 30
+    while cache.buffer_stats()["device_bytes"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Counted:
+    """Something to drain that is busy for so many rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.drained = rounds, threading.Semaphore(0)
+
+    @property
+    def is_busy(self) -> bool:
+        return self.rounds > 0
+
+    def drain(self) -> None:
+        self.rounds -= 1
+        self.drained.release()
+        if self.rounds == 1:
+            raise RuntimeError("a failure must not end the reaper")
+
+
+def test_the_reaper_goes_on_while_there_is_something_and_can_be_woken_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pool = Counted(rounds=3)
+    reaper = Reaper(pool, period_s=0.001)
+    reaper.wake()
+    assert all(pool.drained.acquire(timeout=30) for _ in range(3))
+    assert "draining freed shards failed" in caplog.text
+    pool.rounds = 2
+    reaper.wake()
+    assert all(pool.drained.acquire(timeout=30) for _ in range(2))
+    reaper.stop()
+    reaper.stop()
+    reaper.wake()
+    assert not pool.drained.acquire(timeout=0.05)
+
+
+def test_a_fence_covers_every_stream_once(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device = cuda_device(cuda, tmp_path)
+    own = device.new_stream()
+    everything = StreamFence(device, "all")
+    everything.note(own)
+    everything.note(device.fence_streams()[2])
+    noted = StreamFence(device, "noted")
+    noted.note(own)
+    pooled = list(device.fence_streams())
+    assert len(everything.record()) == len({*pooled, own})
+    assert len(noted.record()) == 2
+    with cuda.capture(own):
+        assert len(noted._streams()) == 1
+
+
+def test_a_host_choice_made_before_cuda_is_made_again_while_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cuda = FakeCuda()
+    gpu: CudaDevice = cuda_device(cuda, tmp_path)
+    placements = [Placement(HostDevice(), "no CUDA yet", is_final=False)]
+    monkeypatch.setattr("gpu_cache.engine.choose_device", lambda setting: placements[0])
+    cache = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="4MiB", prealloc_bytes=0))
+    source = DictSource({"a": torch.ones(10)})
+    (early,) = cache.get_many(["a"], source)
+    assert cache.device_name == "cpu"
+    placements[0] = Placement(gpu, "CUDA is there")
+    cache.get_many(["a"], source)
+    assert cache.device_name == "cpu", "something is cached"
+    cache.clear()
+    cache.get_many(["a"], source)
+    assert cache.device_name == "cuda:1"
+    assert early.tolist() == [1.0] * 10, "what was handed out before stays valid"
+    cache.close()
+
+
+def test_an_engine_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = LazyEngine(CacheConfig(), HostDevice(), lambda dead: None, lambda nbytes: False)
+    assert lazy.current is None
+    assert lazy.get(may_change=True) is lazy.get(may_change=True) is lazy.current
+    lazy.close()
+
+
+def test_blocks_that_outlive_their_cache_keep_its_pool() -> None:
+    cache = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
+    (tensor,) = cache.get_many(["a"], DictSource({"a": torch.arange(10)}))
+    engine = cache._engine
+    cache.close()
+    assert engine in process._retired
+    assert tensor.tolist() == list(range(10))
