@@ -245,6 +245,7 @@ class TensorCache:
         if self._is_closed:
             return
         self._is_closed = True
+        process.unregister(self)
         error = CacheClosedError("the cache was closed while shards were on their way")
         tasks = list(self._tasks)
         for task in tasks:

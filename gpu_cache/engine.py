@@ -100,7 +100,7 @@ class LazyEngine:
         self._given = None if device is None else Placement(device, "as given", is_final=True)
         # Guards `current` and _is_final.
         self._lock = threading.Lock()
-        self._is_final = False
+        self._is_final = self._has_warned = False
 
     def get(self, *, may_change: bool) -> Engine:
         """The engine; `may_change` says that nothing is cached in the one there is.
@@ -109,11 +109,15 @@ class LazyEngine:
             ValueError: The device named by the settings is not there, or it is not clear which is meant.
         """
         engine = self.current
-        if engine is not None and (self._is_final or not may_change):
+        if engine is not None and self._is_final:
             return engine
         placement = self._given or choose_device(self._config.device)
-        if engine is not None and placement.device.torch_device == engine.device.torch_device:
-            return engine
+        if engine is not None:
+            if placement.device.torch_device == engine.device.torch_device:
+                return engine
+            if not may_change:
+                self._warn_of_late_cuda(placement, engine)
+                return engine
         built = Engine(placement.device, self._config, self._on_dead, self._make_room)
         with self._lock:
             is_mine = self.current is engine
@@ -122,9 +126,20 @@ class LazyEngine:
             chosen = self.current
         if is_mine:
             logger.info("caching on %s: %s; %s", placement.device.torch_device, placement.reason, built.config)
+            process.warn_if_shared(placement.device.torch_device)
             _retire(engine)
         assert chosen is not None
         return chosen
+
+    def _warn_of_late_cuda(self, placement: Placement, engine: Engine) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "caching on %s although %s is there by now: shards were cached before CUDA was initialised; "
+                "initialise it first, or set device (GPU_CACHE_DEVICE)",
+                engine.device.torch_device,
+                placement.device.torch_device,
+            )
 
     def close(self) -> None:
         """Close the engine, if there is one; it lives on while its blocks are held."""

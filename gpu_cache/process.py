@@ -8,10 +8,16 @@ import os
 import weakref
 from typing import Protocol
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 
 class LiveCache(Protocol):
+    @property
+    def device_name(self) -> str:
+        """Where it caches, "" while undecided."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -31,9 +37,21 @@ def register(cache: LiveCache) -> None:
     _caches.add(cache)
 
 
+def unregister(cache: LiveCache) -> None:
+    """It was closed."""
+    _caches.discard(cache)
+
+
 def retire(pool: object) -> None:
     """Keep a pool alive until the process ends; somebody still reads from it."""
     _retired.append(pool)
+
+
+def warn_if_shared(device: torch.device) -> None:
+    """Warn of several live caches on one CUDA device: each takes its own share of the memory."""
+    count = sum(cache.device_name == str(device) for cache in list(_caches))
+    if device.type == "cuda" and count > 1:
+        logger.warning("%d caches on %s in one process; each takes up to its own pool_bytes", count, device)
 
 
 def _close_all() -> None:

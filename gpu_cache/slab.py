@@ -135,8 +135,7 @@ class SlabPool:
         if not (self._freed or self._quarantine) or self._device.is_capturing():
             return
         self._collect()
-        held = self._fenced()
-        self._settle([one for one in held if all(map(self._device.query, one.events or ()))])
+        self._settle([one for one in self._fenced() if all(map(self._device.query, one.events or ()))])
 
     def synchronize(self) -> None:
         """Drain, and wait until what was freed before this call is reusable."""
@@ -179,7 +178,7 @@ class SlabPool:
             }
 
     def reset_peak(self) -> None:
-        """Make the peak of held bytes what is held now."""
+        """Make the peak what is in use now."""
         with self._lock:
             self._peak_bytes = self._held_bytes + self._pending_bytes
 
@@ -205,8 +204,7 @@ class SlabPool:
         """Everything in quarantine, each with its events; those recorded here come after every drop."""
         with self._lock:
             held = list(self._quarantine)
-        unfenced = [one for one in held if one.events is None]
-        if unfenced:
+        if unfenced := [one for one in held if one.events is None]:
             events = self._fence.record()
             for one in unfenced:
                 one.events = events

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo.learner import Learner
-from demo.report import LiveProgress, summary, table
+from demo.report import LiveProgress, introduction, summary, table
 from demo.rollouts import WorkerError, Workers
 from demo.session import Outcome, Plan, Session
 
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(options.steps, options.uncached_steps, options.seed)
     if options.workers > plan.num_prompts:
         parser.error(f"--workers {options.workers}: there are {plan.num_prompts} prompts per step to share out")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder")
     try:
         device = _device(options.device)
     except ValueError as error:
@@ -69,8 +71,9 @@ def run(plan: Plan, num_workers: int, device: torch.device, console: Console) ->
         WorkerError: A worker died or failed.
     """
     torch.set_num_threads(1)
-    with Workers(num_workers) as workers, LiveProgress(plan.steps, console) as progress:
+    with Workers(num_workers) as workers, LiveProgress(plan, console) as progress:
         learner = Learner(device, plan.seed, plan.learner)
+        console.print(introduction(learner.num_parameters, num_workers, str(device)), highlight=False)
         runtime.configure(device=str(device))
         with rpc_server.start() as server:
             return Session(plan, learner, workers, server.address, progress.show).run()

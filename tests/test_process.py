@@ -180,7 +180,7 @@ def test_a_fence_covers_every_stream_once(tmp_path: Path) -> None:
 
 
 def test_a_host_choice_made_before_cuda_is_made_again_while_empty(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cuda = FakeCuda()
     gpu: CudaDevice = cuda_device(cuda, tmp_path)
@@ -191,13 +191,27 @@ def test_a_host_choice_made_before_cuda_is_made_again_while_empty(
     (early,) = cache.get_many(["a"], source)
     assert cache.device_name == "cpu"
     placements[0] = Placement(gpu, "CUDA is there")
-    cache.get_many(["a"], source)
-    assert cache.device_name == "cpu", "something is cached"
+    for _ in range(2):
+        cache.get_many(["a"], source)
+        assert cache.device_name == "cpu", "something is cached"
+    assert caplog.text.count("caching on cpu although cuda:1 is there by now") == 1
     cache.clear()
     cache.get_many(["a"], source)
     assert cache.device_name == "cuda:1"
     assert early.tolist() == [1.0] * 10, "what was handed out before stays valid"
     cache.close()
+
+
+def test_a_second_cache_on_one_gpu_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    device = cuda_device(FakeCuda(), tmp_path)
+    config = CacheConfig(slab_bytes="1MiB", pool_bytes="2MiB", prealloc_bytes=0)
+    caches = [TensorCache(config, device=device) for _ in range(2)]
+    caches[0].put("a", torch.ones(1))
+    assert not caplog.records
+    caches[1].put("a", torch.ones(1))
+    assert "2 caches on cuda:1 in one process" in caplog.text
+    for cache in caches:
+        cache.close()
 
 
 def test_an_engine_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,11 @@ class Learner:
         )
         self._shuffle = torch.Generator().manual_seed(seed)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the policy."""
+        return sum(parameter.numel() for parameter in self.policy.parameters())
+
     def reference_logprobs(self, batch: Sequence[Trajectory]) -> torch.Tensor:
         """Log-probs of each answer token under the policy before training, `(rows, tokens - 1)`."""
         return self._logprobs(self._reference, batch)

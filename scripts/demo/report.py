@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from demo.meter import Phase
-from demo.session import Outcome
+from demo.session import NUM_READS, Outcome, Plan
 
 # Rewards are averaged over so many steps: one batch is noisy.
 REWARD_STEPS = 5
@@ -21,13 +22,14 @@ class LiveProgress:
     """A progress bar on a terminal, a line now and then elsewhere, nothing if quiet. A context manager.
 
     Args:
-        total_steps: Steps that will be shown.
+        plan: What will be run; the steps with the cache are shown.
         console: Where to.
     """
 
-    def __init__(self, total_steps: int, console: Console) -> None:
+    def __init__(self, plan: Plan, console: Console) -> None:
         self._console = console
-        self._total_steps = total_steps
+        self._plan = plan
+        self._text = ""
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -37,7 +39,7 @@ class LiveProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting the workers", total=total_steps)
+        self._task = self._bar.add_task("starting the workers", total=plan.steps)
 
     def __enter__(self) -> LiveProgress:
         self._bar.start()
@@ -46,19 +48,24 @@ class LiveProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._text:
+            self._bar.update(self._task, description=self._text)
         self._bar.stop()
 
     def show(self, reward: float, so_far: Phase) -> None:
         """Show one more step."""
-        text = (
-            f"reward {reward:.2f} · hit rate {so_far.hit_rate:.1%} · "
+        step, last = so_far.steps, self._plan.steps
+        self._text = (
+            f"reward {reward:.2f} · hits {so_far.hit_rate:.1%} · "
             f"wire {mib(so_far.wire_bytes)} · saved {mib(so_far.saved_bytes)}"
         )
-        self._bar.update(self._task, advance=1, description=text)
-        if not self._console.is_terminal and (
-            so_far.steps % _LINE_EVERY_STEPS == 0 or so_far.steps == self._total_steps
-        ):
-            self._console.print(f"step {so_far.steps}/{self._total_steps} · {text}", highlight=False)
+        self._bar.update(self._task, advance=1, description=self._text)
+        if not self._console.is_terminal and (step in (1, last) or step % _LINE_EVERY_STEPS == 0):
+            self._console.print(f"step {step}/{last} · {self._text}", highlight=False)
+        if step == last and self._plan.uncached_steps:
+            self._bar.update(
+                self._task, description=f"without the cache, to compare (steps: {self._plan.uncached_steps})"
+            )
 
 
 def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[str, Any]:
@@ -96,29 +103,50 @@ def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[s
     }
 
 
+def introduction(num_parameters: int, num_workers: int, device: str) -> str:
+    """What is about to happen, in three lines."""
+    return (
+        f"A policy of {num_parameters:,} parameters learns to write digits backwards.\n"
+        f"{num_workers} rollout workers sample answers and keep them; the trainer gets handles. It\n"
+        f"reads each batch {NUM_READS} times through its cache on {device}, then clears it everywhere."
+    )
+
+
 def table(figures: dict[str, Any]) -> Table:
     """The figures of `summary`, for reading."""
-    grid = Table(title="RTensor demo", show_header=False)
+    best = NUM_READS / (NUM_READS + 1)
+    grid = Table(
+        title="RTensor demo",
+        show_header=False,
+        caption=f"A shard is looked up {NUM_READS + 1} times: by a prefetch,\n"
+        f"which misses, and by {NUM_READS} reads. So the best\nhit rate there can be is {best:.1%}.",
+    )
     grid.add_column("what")
     grid.add_column("figure", justify="right")
-    first, last = figures["reward_first"], figures["reward_last"]
-    rows = {
-        "device": figures["device"],
+    for name, figure in rows(figures).items():
+        grid.add_row(name, figure)
+    return grid
+
+
+def rows(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The lines of the table: what, and the figure as text."""
+    return {
+        "device": str(figures["device"]),
         "steps": f"{figures['steps']:,}",
-        "mean reward, first and last five steps": f"{first:.3f} → {last:.3f}",
+        "mean reward, first five steps": f"{figures['reward_first']:.3f}",
+        "mean reward, last five steps": f"{figures['reward_last']:.3f}",
         "trajectories": f"{figures['trajectories']:,}",
-        "shards": f"{figures['shards']:,}",
+        "shards (tensors of trajectories)": f"{figures['shards']:,}",
         "bytes over the wire": f"{figures['wire_bytes']:,}",
         "bytes saved by the cache": f"{figures['saved_bytes']:,}",
         "hit rate": f"{figures['hit_rate']:.1%}",
-        "wait for data per step, with the cache": milliseconds(figures["wait_seconds"]),
-        f"the same without ({figures['uncached_steps']} steps)": milliseconds(figures["wait_seconds_uncached"]),
-        "device bytes after the last clear": f"{figures['device_bytes_after_clear']:,}",
-        "seconds": f"{figures['seconds']:.1f}",
+        "time in localize, per step": milliseconds(figures["wait_seconds"]),
+        f"the same without the cache (steps: {figures['uncached_steps']})": milliseconds(
+            figures["wait_seconds_uncached"]
+        ),
+        "bytes in the cache after the last clear": f"{figures['device_bytes_after_clear']:,}",
+        "run time": f"{figures['seconds']:.1f} s",
     }
-    for name, figure in rows.items():
-        grid.add_row(name, figure)
-    return grid
 
 
 def mean(numbers: list[float]) -> float:

@@ -132,11 +132,6 @@ class Workers:
         for one in self._workers:
             one.stop()
 
-    @property
-    def addresses(self) -> list[str]:
-        """Of their shard servers; waits until all are up."""
-        return [one.address for one in self._workers]
-
     def sample(self, orders: Sequence[SampleOrder]) -> list[Future[str]]:
         """Give each worker its order; the results are handles of trajectories, as text."""
         return [one.order(order) for one, order in zip(self._workers, orders, strict=True)]

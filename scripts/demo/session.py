@@ -18,6 +18,8 @@ from demo.weights import WeightPublisher, clear_everywhere
 from demo.worker import SampleOrder
 
 NUM_EPOCHS = 2
+# Of each batch: for the reference's log-probs, the actor's, the rewards, and in each epoch.
+NUM_READS = 3 + NUM_EPOCHS
 
 
 @dataclass(frozen=True, slots=True)
