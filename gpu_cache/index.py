@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import threading
 import time
@@ -221,7 +220,7 @@ class ShardIndex:
             outlived = [kept for epoch, kept in self._epochs.items() if epoch <= self._counters.clears - 2]
             born = next(iter(self._births.values()), None)
             return {
-                **dataclasses.asdict(self._counters),
+                **self._counters.as_dict(),
                 "requested": self._counters.requested,
                 "requested_bytes": self._counters.requested_bytes,
                 "num_entries": len(self._births),

@@ -92,7 +92,7 @@ class StagingRing:
         """The ring's part of `BufferStats`, consistent in itself."""
         with self._changed:
             return {
-                **dataclasses.asdict(self._counters),
+                **self._counters.as_dict(),
                 "pinned_bytes": (len(self._slots) - len(self._idle)) * self.slot_bytes,
                 "pinned_capacity_bytes": len(self._slots) * self.slot_bytes,
                 "is_pinned": int(bool(self._slots) and all(slot.pinned.is_pinned for slot in self._slots)),

@@ -36,7 +36,7 @@ def test_slots_are_allocated_when_first_needed_and_then_reused() -> None:
 def test_no_slot_in_time_is_told_in_numbers() -> None:
     ring = host_ring()
     slots = [ring.acquire(1.0), ring.acquire(1.0)]
-    with pytest.raises(TransferError, match="no staging buffer came free in 0.0 s: all 2 of 1,048,576 bytes"):
+    with pytest.raises(TransferError, match=r"no staging buffer came free in 0\.0 s: all 2 of 1,048,576 bytes"):
         ring.acquire(0.0)
     for slot in slots:
         ring.release(slot)

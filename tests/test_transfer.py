@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,7 +42,7 @@ def test_windows_cover_every_byte_once_and_in_order(lengths: list[int], run_byte
     covered = [spec.key for run in dict.fromkeys(run for run, _, _ in seen) for spec in run.specs]
     assert covered == [spec.key for spec in specs]
     assert sum(nbytes for _, _, nbytes in seen) == sum(aligned(spec.nbytes) for spec in specs)
-    for (run, start, nbytes), (after, next_start, _) in zip(seen, seen[1:], strict=False):
+    for (run, start, nbytes), (after, next_start, _) in itertools.pairwise(seen):
         assert next_start == (start + nbytes if after is run else 0)
 
 
