@@ -69,7 +69,7 @@ class BufferStats(TypedDict):
 class _Counters:
     """A dataclass of numbers."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
         """By name; `dataclasses.asdict` copies deeply, at twenty times the cost."""
