@@ -45,14 +45,17 @@ class ReaderTask:
         except BaseException as caught:  # top of a thread: the waiters re-raise it
             traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
             error = caught
-        finally:
-            try:
-                self.reader.close()
-            except Exception:
-                logger.exception("closing the connection to %s failed", self.reader.node)
-            self._abort_rest(error)
-            self.entries = {}  # who waits for `done` may count on no block being held from here
-            self.done.set_result(None)
+        self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        """Close the reader and settle what it has not delivered."""
+        try:
+            self.reader.close()
+        except Exception:
+            logger.exception("closing the connection to %s failed", self.reader.node)
+        self._abort_rest(error)
+        self.entries = {}  # who waits for `done` may count on no block being held from here
+        self.done.set_result(None)
 
     def cancel(self, error: BaseException) -> None:
         """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
@@ -96,6 +99,7 @@ class Fetch:
     def start(self, source: ShardSource, transfer: Transfer, live: set[ReaderTask]) -> None:
         """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
         left = dict(self.claim.claimed)
+        started = 0
         try:
             for reader in source.open(list(left), self._timeout_s) if left else ():
                 self.tasks.append(ReaderTask(reader, {key: left.pop(key) for key in reader.keys}, self._index))
@@ -104,8 +108,12 @@ class Fetch:
                 threading.Thread(
                     target=self._drain, args=(task, transfer, live), name="gpu-cache-fetch", daemon=True
                 ).start()
+                started += 1
         except BaseException as error:
             self.cancel(error)
+            for task in self.tasks[started:]:
+                live.discard(task)
+                task.end(error)
             raise
         self._index.abort(left.values(), FetchError(f"Failed to fetch shards {_names(left)}: no source offers them"))
 

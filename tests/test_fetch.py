@@ -136,6 +136,18 @@ def test_a_source_that_cannot_open_leaves_nothing_pending(cache: TensorCache) ->
     assert_empty(cache)
 
 
+def test_a_thread_that_cannot_start_leaves_nothing_pending(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put("first", torch.ones(1))
+    reader = BrokenReader([bytes_spec("a", 10)], ["a"], 9, RuntimeError())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no threads left")))
+        with pytest.raises(RuntimeError, match="no threads left"):
+            cache.get_many(["a"], Source(lambda _: [reader]))
+    assert reader.num_closed == 1
+    assert not cache._tasks
+    assert_empty(cache)
+
+
 def test_a_late_call_gives_up_but_its_range_waits_for_the_read(cache: TensorCache) -> None:
     source = DictSource({"a": torch.full((40_000,), 1, dtype=torch.uint8)})
     readers = gated(source)

@@ -1,0 +1,187 @@
+"""README: its Python runs, its commands run, and what it names exists.
+
+Conventions, which every fenced block follows:
+- python: a script of its own, run in an empty folder. A text block marked `<!-- prints -->` after it is its output.
+- console: each line that starts with "$ " is run in the repository's root, unless the block is marked
+  `<!-- not run: reason -->`. Lines after a command are its output, in full.
+- text: a figure, or what its mark says.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import gpu_cache
+from areal.infra import rpc
+from areal.infra.rpc import rtensor
+from gpu_cache.config import CacheConfig, variable
+from tests.test_import_floors import FLOORS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from demo import report, session
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+DEADLINE_S = 120
+
+
+class Block(NamedTuple):
+    mark: str  # of the comment on the line before; "" for none
+    language: str
+    text: str
+
+
+BLOCKS = [Block(*found) for found in re.findall(r"(?:<!-- (.*) -->\n)?```(\w*)\n(.*?)^```$", README, re.M | re.S)]
+SCRIPTS = [
+    (block.text, following.text if following.mark == "prints" else None)
+    for block, following in zip(BLOCKS, [*BLOCKS[1:], Block("", "", "")], strict=True)
+    if block.language == "python"
+]
+COMMANDS = [
+    tuple(command.partition("\n")[::2])
+    for block in BLOCKS
+    if block.language == "console" and not block.mark.startswith("not run: ")
+    for command in re.split(r"^\$ ", block.text, flags=re.M)[1:]
+]
+
+
+def run(command: list[str], cwd: Path) -> str:
+    """What a command prints; it must succeed and be silent on stderr."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("GPU_CACHE_", "AREAL_"))}
+    environ |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def table_under(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its head."""
+    lines = README.partition(f"\n## {heading}\n")[2].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return rows[2:]
+
+
+def quoted(text: str) -> list[str]:
+    """What stands between backquotes."""
+    return re.findall(r"`([^`]+)`", text)
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def attribute(path: str, of: Any) -> Any:
+    for name in path.split("."):
+        of = getattr(of, name)
+    return of
+
+
+def test_every_block_is_of_a_known_kind() -> None:
+    assert README.count("\n```") == 2 * len(BLOCKS)
+    assert {block.language for block in BLOCKS} == {"python", "console", "text"}
+    kinds = re.compile(r"|prints|the demo's table|not run: .+")
+    assert [block.mark for block in BLOCKS if not kinds.fullmatch(block.mark)] == []
+    assert len(SCRIPTS) >= 3
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize(("script", "output"), SCRIPTS, ids=range(len(SCRIPTS)))
+def test_python_runs_and_prints_what_it_says(script: str, output: str | None, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(script)
+    printed = run([sys.executable, "-W", "error", "script.py"], tmp_path)
+    assert printed == output or output is None
+
+
+@pytest.mark.parametrize(("command", "output"), COMMANDS, ids=[command for command, _ in COMMANDS])
+def test_a_command_runs_and_prints_what_it_says(command: str, output: str) -> None:
+    printed = run(["bash", "-c", command], ROOT)
+    assert printed == output or not output.strip()
+
+
+def test_the_ten_line_example_has_ten_lines() -> None:
+    assert len([line for line in SCRIPTS[0][0].splitlines() if line]) <= 10
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^(\w+):", makefile, re.M))
+    for text in (README, CONTRIBUTING):
+        assert set(re.findall(r"[`$] ?make (\w+)", text)) <= targets
+    assert {"demo", "test", "check"} <= set(re.findall(r"[`$] ?make (\w+)", README))
+
+
+def test_every_variable_that_is_named_exists_and_none_is_missing() -> None:
+    name = re.compile(r"\b(?:GPU_CACHE|AREAL)(?:_[A-Z0-9]+)+\b")
+    sources = [path for package in ("gpu_cache", "areal") for path in (ROOT / package).rglob("*.py")]
+    known = {found for path in sources for found in name.findall(path.read_text())}
+    known |= {variable(field) for field in CacheConfig.__dataclass_fields__}
+    assert set(name.findall(README)) == known
+    of_tests = set(name.findall((ROOT / "tests/conftest.py").read_text()))
+    assert set(name.findall(CONTRIBUTING)) <= known | of_tests
+
+
+def test_the_configuration_table_is_that_of_the_code() -> None:
+    rows = table_under("Configuration")
+    assert [quoted(row[0]) for row in rows] == [[field] for field in CacheConfig.__dataclass_fields__]
+    for field, name, default, _ in ([*map("".join, map(quoted, row[:3])), row[3]] for row in rows):
+        assert name == variable(field)
+        given = CacheConfig() if default == "None" else CacheConfig(**{field: default})  # type: ignore[arg-type]
+        assert getattr(given, field) == getattr(CacheConfig(), field), field
+        assert (default == "None") == (getattr(CacheConfig(), field) is None), field
+
+
+def test_every_name_in_the_api_table_exists_and_no_public_one_is_missing() -> None:
+    named: dict[str, set[str]] = collections.defaultdict(set)
+    module = ""
+    for module_cell, names_cell, _ in table_under("API"):
+        module = module_cell.strip("`") or module
+        named[module] |= set(quoted(names_cell))
+    for module, names in named.items():
+        for name in names:
+            assert attribute(name, importlib.import_module(module)), f"{module}.{name}"
+    assert set(gpu_cache.__all__) <= named["gpu_cache"]
+    assert set(rpc.__all__) <= named["areal.infra.rpc"]
+    assert set(rtensor.__all__) - {"RTensor"} <= named["areal.infra.rpc.rtensor"]
+
+
+def test_every_link_into_the_repository_leads_somewhere() -> None:
+    for text in (README, CONTRIBUTING, (ROOT / "CHANGELOG.md").read_text()):
+        anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, target
+            elif not target.startswith("https://"):
+                assert (ROOT / target).exists(), target
+
+
+def test_every_file_that_is_named_exists() -> None:
+    for text in (README, CONTRIBUTING):
+        for path in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|toml))`", text):
+            assert (ROOT / path).is_file(), path
+
+
+def test_the_demos_table_has_the_rows_that_the_demo_prints() -> None:
+    shown = next(block.text for block in BLOCKS if block.mark == "the demo's table")
+    figures: dict[str, Any] = collections.defaultdict(int, uncached_steps=session.Plan().uncached_steps)
+    assert re.findall(r"^│ (.*?) +│", shown, re.M) == list(report.rows(figures))
+
+
+def test_the_floors_in_contributing_are_those_that_the_test_enforces() -> None:
+    rows = [
+        f"| `{package}` | {number} | {', '.join(f'`{name}`' for name in names)} |"
+        for package, floors in FLOORS.items()
+        for number, names in enumerate(floors)
+    ]
+    expected = "\n".join(["| Package | Floor | Modules |", "|---|---|---|", *rows])
+    assert expected in CONTRIBUTING, f"put this into CONTRIBUTING.md:\n{expected}"
