@@ -271,7 +271,6 @@ class TensorCache:
         engine.pool.drain()
         fetch = Fetch(self._index, self._index.claim(dict.fromkeys(keys)), limit)
         if fetch.claim.claimed:
-            engine.reaper.wake()
             fetch.start(source, engine.transfer, self._tasks)
             if self._is_closed:
                 fetch.cancel(CacheClosedError("the cache was closed while shards were on their way"))
@@ -280,7 +279,9 @@ class TensorCache:
     def _open_engine(self) -> Engine:
         if self._is_closed:
             raise CacheClosedError("the cache is closed, or belongs to the process that this one was forked from")
-        return self._lazy.get(may_change=self._index.is_empty)
+        engine = self._lazy.get(may_change=self._index.is_empty)
+        engine.reaper.wake()
+        return engine
 
     def _make_room(self, nbytes: int) -> bool:
         """Evict; the victims' leases fire as this returns."""

@@ -37,14 +37,12 @@ class Reaper:
         """Something is about to be handed out: watch it."""
         if self._may_be_busy.is_set() or self._is_stopped.is_set():
             return
-        self._may_be_busy.set()
         with self._lock:
-            is_first = self._thread is None
-            if is_first:
-                self._thread = threading.Thread(target=self._run, name="gpu-cache-reaper", daemon=True)
-            thread = self._thread
-        if is_first and thread is not None:
-            thread.start()
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="gpu-cache-reaper", daemon=True)
+                thread.start()
+                self._thread = thread
+        self._may_be_busy.set()
 
     def stop(self) -> None:
         """End the thread and wait for it. Idempotent."""

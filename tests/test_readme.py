@@ -42,7 +42,7 @@ class Block(NamedTuple):
     text: str
 
 
-BLOCKS = [Block(*found) for found in re.findall(r"(?:<!-- (.*) -->\n)?```(\w*)\n(.*?)^```$", README, re.M | re.S)]
+BLOCKS = [Block(*found) for found in re.findall(r"(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", README, re.M | re.S)]
 SCRIPTS = [
     (block.text, following.text if following.mark == "prints" else None)
     for block, following in zip(BLOCKS, [*BLOCKS[1:], Block("", "", "")], strict=True)
@@ -67,9 +67,8 @@ def run(command: list[str], cwd: Path) -> str:
 
 def table_under(heading: str) -> list[list[str]]:
     """The cells of the first table under a heading, without its head."""
-    lines = README.partition(f"\n## {heading}\n")[2].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    return rows[2:]
+    lines = README.partition(f"\n## {heading}\n")[2].partition("\n|")[2].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def quoted(text: str) -> list[str]:
