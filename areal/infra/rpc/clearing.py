@@ -7,11 +7,13 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
 
 Consumer = Callable[[list[Any]], Any]
+ResultT = TypeVar("ResultT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,16 @@ async def clear_all(
     return ClearReport(len(ids), owners, num_told, failures)
 
 
+async def in_own_thread(work: Callable[..., ResultT], *args: Any) -> ResultT:
+    """Await a blocking call. The few threads of `asyncio.to_thread` could all be waiting for somebody who is dead."""
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="areal-clear")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, work, *args)
+    finally:
+        executor.shutdown(wait=False)
+
+
 async def _tell(consumer: Consumer, shard_ids: list[Any]) -> None:
-    result = await asyncio.to_thread(consumer, list(shard_ids))
+    result = await in_own_thread(consumer, list(shard_ids))
     if inspect.isawaitable(result):
         await result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -167,6 +168,12 @@ class RTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__wire_fields__()
+
+    def __copy__(self) -> RTensor:
+        return RTensor(self.shard, self.data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RTensor:
+        return RTensor(copy.deepcopy(self.shard, memo), copy.deepcopy(self.data, memo))
 
     def __wire_fields__(self) -> dict[str, Any]:
         """What travels: shape and dtype, never the values."""

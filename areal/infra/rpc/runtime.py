@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
 
 import gpu_cache
-from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBackend, source_of
+from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBackend, on_host, source_of
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
 from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
@@ -34,9 +34,10 @@ class Runtime:
         self.store = ShardStore() if store is None else store
         self.cache = gpu_cache.TensorCache(config)
         self.own_addresses: set[str] = set()  # of servers in this process
-        # Guards _backend.
+        # Guards _backend, _is_chosen_here.
         self._lock = threading.Lock()
         self._backend: RTensorBackend | None = None
+        self._is_chosen_here = False  # the backend; nobody else will close it
 
     def __repr__(self) -> str:
         return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
@@ -47,6 +48,7 @@ class Runtime:
         with self._lock:
             if self._backend is None:
                 self._backend = RayRTensorBackend() if is_ray_in_use() else HttpRTensorBackend(shards=self.store)
+                self._is_chosen_here = True
             return self._backend
 
     def set_backend(self, backend: RTensorBackend | None) -> None:
@@ -54,7 +56,11 @@ class Runtime:
         if isinstance(backend, HttpRTensorBackend) and backend.shards is None:
             backend.shards = self.store
         with self._lock:
+            unused = self._backend if self._is_chosen_here and self._backend is not backend else None
+            self._is_chosen_here = self._is_chosen_here and self._backend is backend
             self._backend = backend
+        if isinstance(unused, HttpRTensorBackend):
+            unused.close()
 
     def get_many(
         self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
@@ -90,6 +96,11 @@ class Runtime:
         """The server at this address has stopped."""
         self.own_addresses.discard(address)
 
+    def replace_cache(self, config: gpu_cache.CacheConfig) -> None:
+        """Go on with an empty cache; what waits for shards of the old one fails."""
+        previous, self.cache = self.cache, gpu_cache.TensorCache(config)
+        previous.close()
+
     def close(self) -> None:
         """Close the cache and the backend's connections. Idempotent."""
         self.cache.close()
@@ -103,21 +114,24 @@ class Runtime:
         own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
         if not own:
             return remote
-        local = CallSource("this process", self._load_own)
+        local = CallSource("this process", partial(self._load_own, shards))
         return NodesSource({key: local if key in own else remote for key in shards})
 
-    def _load_own(self, keys: Iterable[Hashable]) -> list[torch.Tensor | Exception]:
+    def _load_own(
+        self, shards: Mapping[Hashable, TensorShardInfo], keys: Iterable[Hashable]
+    ) -> list[torch.Tensor | Exception]:
         found = dict(self.store.get_many(keys)[0])
-        missing = "Failed to fetch shard {} from this process: it is not in its store"
-        return [found[key] if key in found else ShardMissingError(missing.format(key)) for key in keys]
+        missing = "Failed to fetch shard {} from {}: this process owned it, and does not have it any more"
+        return [
+            on_host(found[key]) if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
+            for key in keys
+        ]
 
 
 def is_ray_in_use() -> bool:
-    """Whether Ray is importable and initialised. Does not import it: who uses Ray has."""
+    """Whether Ray is initialised. Does not import it: who uses Ray has."""
     ray = sys.modules.get("ray")
-    if ray is None or importlib.util.find_spec("ray") is None:
-        return False
-    return bool(ray.is_initialized())
+    return ray is not None and bool(ray.is_initialized())
 
 
 # Guards _current.
@@ -135,7 +149,7 @@ def current() -> Runtime:
 
 
 def configure(config: gpu_cache.CacheConfig | None = None, **settings: Any) -> Runtime:
-    """Start over with a new cache; the store, its servers and a backend that was set stay.
+    """Start over with a new cache; the store, its servers and the backend stay.
 
     Args:
         config: Settings of the cache; None reads the GPU_CACHE_* variables.
@@ -145,12 +159,9 @@ def configure(config: gpu_cache.CacheConfig | None = None, **settings: Any) -> R
     """
     if config is not None and settings:
         raise ValueError(f"give a config or settings, not both: {sorted(settings)}")
-    previous = current()
-    runtime = Runtime(config or gpu_cache.CacheConfig.from_env(**settings), previous.store)
-    runtime.own_addresses = previous.own_addresses
-    runtime.set_backend(previous._backend)
-    previous.cache.close()
-    return _install(runtime, instead_of=previous)
+    runtime = current()
+    runtime.replace_cache(config or gpu_cache.CacheConfig.from_env(**settings))
+    return runtime
 
 
 def _install(runtime: Runtime, instead_of: Runtime | None) -> Runtime:

@@ -23,7 +23,7 @@ def trim_padding(batch: Mapping[Any, Any]) -> Mapping[Any, Any]:
     if not isinstance(mask, torch.Tensor) or mask.ndim < 2 or mask.is_meta:
         return batch
     num_rows, num_tokens = mask.shape[0], mask.shape[-1]
-    used = mask.detach().reshape(-1, num_tokens).bool().any(dim=0).nonzero()
+    used = mask.detach().bool().flatten(0, -2).any(dim=0).nonzero()
     length = int(used[-1]) + 1 if len(used) else 0
     if length == num_tokens:
         return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, MutableMapping
+from typing import Any
 
 import torch
 
@@ -38,6 +39,15 @@ class FetchBufferView(MutableMapping[Hashable, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(runtime.current().cache)
+
+    def pop(self, key: Hashable, *default: Any) -> Any:
+        """As of a dict, also where another thread evicts the shard meanwhile."""
+        tensor = runtime.current().cache.get(key)
+        if tensor is not None:
+            runtime.current().cache.clear([key])
+        elif not default:
+            raise KeyError(key)
+        return default[0] if tensor is None else tensor
 
     def clear(self) -> None:
         """Flush the cache."""

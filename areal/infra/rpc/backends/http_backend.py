@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import json
 import os
@@ -13,14 +12,22 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool
-from areal.infra.rpc.backends.http_reader import HttpReader, HttpSettings, NodeForm, Requester, error_text
+from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer
+from areal.infra.rpc.backends.http_reader import HttpReader, NodeForm
+from areal.infra.rpc.backends.http_requester import (
+    CLEAR,
+    FETCH,
+    HttpSettings,
+    Requester,
+    Route,
+    named,
+    read_text,
+    shortened,
+)
+from areal.infra.rpc.clearing import in_own_thread
 from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import ShardReader
-
-_FETCH_TIMEOUT_S = 60.0
-_DELETE_TIMEOUT_S = 10.0
 
 
 class HttpRTensorBackend:
@@ -63,7 +70,7 @@ class HttpRTensorBackend:
         return HttpReader(
             keys,
             nbytes,
-            Requester(address, self._connections, self._settings, time.monotonic() + timeout_s),
+            self._requester(address, FETCH, timeout_s),
             self._settings,
             self._forms.setdefault(address, NodeForm()),
         )
@@ -75,7 +82,7 @@ class HttpRTensorBackend:
             ShardFetchError: One did not arrive.
         """
         wanted = {info.shard_id: info for info in shards}
-        readers = self.source(wanted, {}).open(list(wanted), _FETCH_TIMEOUT_S)
+        readers = self.source(wanted, {}).open(list(wanted), self._settings.fetch_timeout_s)
         tensors: dict[Hashable, torch.Tensor] = {}
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
             for arrived in pool.map(_drained, readers):
@@ -104,26 +111,23 @@ class HttpRTensorBackend:
         Raises:
             ShardFetchError: The owner could not be told, or refused.
         """
-        return await asyncio.to_thread(self._delete, node_addr, list(shard_ids))
+        return await in_own_thread(self._delete, node_addr, list(shard_ids))
 
     def close(self) -> None:
         """Close the idle connections. Idempotent."""
         self._connections.close()
 
+    def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
+        return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s)
+
     def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
-        deadline = time.monotonic() + _DELETE_TIMEOUT_S
-        requester = Requester(node_addr, self._connections, self._settings, deadline)
+        requester = self._requester(node_addr, CLEAR, self._settings.delete_timeout_s)
         try:
-            answer = requester.send("DELETE", "/data/clear", {"shard_ids": shard_ids})
-            text = error_text(answer)
-        except OSError as error:
-            raise ShardFetchError(f"Failed to clear shards at {node_addr}: {error}") from error
+            return requester.send(shard_ids, _statistics)
+        except (ValueError, TypeError) as error:
+            raise ShardFetchError(f"Failed to clear shards at {requester.url}: {error} ({named(shard_ids)})") from error
         finally:
             requester.release()
-        statistics = json.loads(text) if answer.status == 200 else None
-        if not isinstance(statistics, dict):
-            raise ShardFetchError(f"Failed to clear shards at {node_addr}: {answer.status} body={text}")
-        return statistics
 
 
 class HttpSource:
@@ -160,3 +164,12 @@ def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
     finally:
         reader.close()
     return tensors
+
+
+def _statistics(answer: HttpAnswer) -> dict[str, Any]:
+    """What the owner says after a clear."""
+    text = read_text(answer)
+    statistics = json.loads(text) if answer.status == 200 else None
+    if not isinstance(statistics, dict):
+        raise ValueError(f"{answer.status} body={shortened(text)}")
+    return statistics

@@ -1,28 +1,31 @@
-"""Shards of one node over one connection: the part of the HTTP backend that a draining thread runs."""
+"""Reader of one node's shards over HTTP: requests bounded in size, answers in either form."""
 
 from __future__ import annotations
 
 import dataclasses
-import http.client
 import json
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from reprlib import repr as short_repr
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer, NodeConnection
+from areal.infra.rpc.backends.http_connection import HttpAnswer
+from areal.infra.rpc.backends.http_requester import (
+    FAULTS,
+    HttpSettings,
+    Requester,
+    ResultT,
+    named,
+    read_text,
+    shortened,
+)
 from areal.infra.rpc.serialization import tensor_from_json
 from areal.infra.rpc.shard import ShardFetchError, ShardMissingError, WireError
 from areal.infra.rpc.wire import CONTENT_TYPE, PREFIX_BYTES, FrameEntry, header_nbytes, parse_header
 from gpu_cache import ShardSpec, TensorReader
 
-NUM_TRIES = 3
-_RETRY_PAUSE_S = 0.05
-_MAX_ERROR_TEXT = 2000
-
-# What a connection may raise that another try may mend.
-FAULTS = (OSError, http.client.HTTPException)
+_SKIPPED_BYTES = 1 << 20  # at a time
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,84 +35,27 @@ class NodeForm:
     is_binary: bool | None = None  # None: not asked yet
 
 
-@dataclasses.dataclass(frozen=True)
-class HttpSettings:
-    """What every request of a backend has in common."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrameBody:
+    """The tensors' bytes in a binary answer, while they are being read."""
 
-    headers: Mapping[str, str]
-    max_json_shards: int
-    max_binary_bytes: int = 256 << 20
-    max_binary_shards: int = 4096
-    max_body_bytes: int = 8 << 30
+    entries: list[FrameEntry]
+    answer: HttpAnswer
+    num_known: int = 0  # bytes at its beginning that an answer which broke off had brought already
 
+    @property
+    def num_new(self) -> int:
+        """Bytes read beyond those."""
+        return sum(entry.nbytes for entry in self.entries) - self.answer.unread_bytes - self.num_known
 
-class Requester:
-    """Sends requests to one node over one connection, trying again where that can help.
-
-    Thread-safety: one thread; `cancel` from any.
-    """
-
-    def __init__(self, address: str, pool: ConnectionPool, settings: HttpSettings, deadline: float) -> None:
-        self.address = address
-        self._pool, self._settings, self._deadline = pool, settings, deadline
-        self._connection: NodeConnection | None = None
-        self._is_cancelled = False
-
-    def send(self, method: str, path: str, body: Any, accept: str | None = None) -> HttpAnswer:
-        """Send one request; three tries within the deadline. A status other than 503 is an answer, not a fault.
-
-        Raises:
-            ShardFetchError: No answer; says how often it was tried, and the last error.
-        """
-        headers = {"Content-Type": "application/json", **self._settings.headers}
-        if accept is not None:
-            headers["Accept"] = accept
-        payload = json.dumps(body).encode()
-        last: BaseException | None = None
-        for attempt in range(1, NUM_TRIES + 1):
-            try:
-                answer = self._try(method, path, payload, headers, is_fresh=attempt > 1)
-                if answer.status != 503 or answer.retry_after_s is None:
-                    return answer
-                last, pause_s = ShardFetchError(f"503 body={error_text(answer)}"), answer.retry_after_s
-            except FAULTS as error:
-                self.drop()
-                last, pause_s = error, _RETRY_PAUSE_S * attempt
-            if self._is_cancelled or time.monotonic() + pause_s >= self._deadline or attempt == NUM_TRIES:
-                break
-            time.sleep(pause_s)
-        raise ShardFetchError(
-            f"Failed to fetch shards from http://{self.address}{path} after {attempt} attempts. Last error: {last!r}"
-        ) from last
-
-    def drop(self) -> None:
-        """Close the connection, and the idle ones to the node, which are likely to be as dead."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-            self._pool.forget(self.address)
-
-    def release(self) -> None:
-        """Give the connection back for others, or close it if its last answer was not read."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool.release(connection)
-
-    def cancel(self) -> None:
-        """Make what is under way fail soon."""
-        self._is_cancelled = True
-        connection = self._connection
-        if connection is not None:
-            connection.cancel()
-
-    def _try(self, method: str, path: str, payload: bytes, headers: Mapping[str, str], *, is_fresh: bool) -> HttpAnswer:
-        if self._is_cancelled:
-            raise ConnectionAbortedError("the fetch was given up")
-        if self._connection is not None and not self._connection.can_be_reused:
-            self.drop()
-        if self._connection is None:
-            self._connection = self._pool.acquire(self.address, fresh=is_fresh)
-        return self._connection.request(method, path, payload, headers, self._deadline)
+    def rest(self) -> tuple[list[FrameEntry], int]:
+        """The entries that are not known to their end, and how many bytes of the first one are."""
+        num_known = self.num_known + self.num_new
+        for position, entry in enumerate(self.entries):
+            if num_known < entry.nbytes:
+                return self.entries[position:], num_known
+            num_known -= entry.nbytes
+        return [], 0
 
 
 class HttpReader:
@@ -118,7 +64,7 @@ class HttpReader:
     Args:
         keys: Shard ids, wanted from this node.
         nbytes: Their lengths where known.
-        requester: The connection.
+        requester: Of the node, for `FETCH`.
         settings: Limits of a request.
         form: What the node speaks; learnt here, remembered by the backend.
     """
@@ -135,33 +81,35 @@ class HttpReader:
         self.failures: dict[Hashable, Exception] = {}
         self._nbytes, self._requester, self._settings, self._form = nbytes, requester, settings, form
         self._left = list(reversed(keys))
-        self._read: Callable[[Sequence[memoryview]], None] = _nothing_to_read
-
-    @property
-    def _url(self) -> str:
-        return f"http://{self.node}/data/batch"
+        self._body: FrameBody | None = None  # of a binary part
+        self._decoded: TensorReader | None = None  # a part in the JSON form
 
     def next_specs(self) -> Sequence[ShardSpec] | None:
-        """Ask for the next shards; those the owner does not have become `failures`, the rest is asked for again."""
+        """Ask for the next shards; those that the owner does not have become `failures`, the rest is asked for again.
+
+        Raises:
+            ShardFetchError: The owner refused, could not be reached, or sent what is no use.
+        """
         while self._left:
             wanted = self._next_wanted()
             while wanted:
-                answer = self._requester.send("POST", "/data/batch", {"shard_ids": wanted}, accept=CONTENT_TYPE)
-                if answer.status == 200:
-                    return self._part(wanted, answer)
-                wanted = self._without_missing(wanted, answer)
+                self._requester.num_faults = 0
+                specs = self._ask(wanted, partial(self._part, wanted))
+                if specs is not None:
+                    return specs
+                wanted = [key for key in wanted if key not in self.failures]
         return None
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
-        """Receive straight into the buffers.
+        """Receive straight into the buffers; after a fault, the shards that are not complete are asked for again.
 
         Raises:
-            ShardFetchError: The body broke off or came too late.
+            ShardFetchError: Too many faults without a byte between them, or the time was up.
         """
-        try:
-            self._read(buffers)
-        except FAULTS as error:
-            raise ShardFetchError(f"Failed to fetch shards from {self._url}: {error}") from error
+        if self._decoded is not None:
+            self._decoded.read_into(buffers)
+        else:
+            self._receive([buffer for buffer in reversed(buffers) if len(buffer)])
 
     def cancel(self) -> None:
         """Cut the connection."""
@@ -172,7 +120,7 @@ class HttpReader:
         self._requester.release()
 
     def _next_wanted(self) -> list[Hashable]:
-        """As many as one request may name: bounded by bytes and number, by number alone in the JSON form."""
+        """As many as one request may name: bounded by bytes and by number, the latter lower in the JSON form."""
         limits = self._settings
         most = limits.max_binary_shards if self._form.is_binary else limits.max_json_shards
         wanted: list[Hashable] = []
@@ -184,78 +132,120 @@ class HttpReader:
             wanted.append(self._left.pop())
         return wanted
 
-    def _without_missing(self, wanted: list[Hashable], answer: HttpAnswer) -> list[Hashable]:
-        """What to ask again for when the owner lacks some; any other refusal ends the fetch."""
-        text = error_text(answer)
+    def _ask(self, wanted: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:
+        try:
+            return self._requester.send(wanted, receive)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._failed(str(error), wanted) from error
+
+    def _failed(self, what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
+        return ShardFetchError(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
+
+    def _part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec] | None:
+        """Describe the shards of an answer; None if the owner lacks some, which are `failures` now."""
+        if answer.status != 200:
+            self._note_missing(wanted, answer)
+            return None
+        self._form.is_binary = answer.content_type == CONTENT_TYPE
+        return self._binary_part(wanted, answer) if self._form.is_binary else self._json_part(wanted, answer)
+
+    def _note_missing(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> None:
+        """Make shards that the owner lacks `failures`; any other refusal ends the fetch."""
+        text = read_text(answer)
         missing = _missing_ids(text) if answer.status == 400 else frozenset()
         lost = [key for key in wanted if key in missing]
         if not lost:
-            raise ShardFetchError(f"Failed to fetch shard batch from {self._url}: {answer.status} body={text}")
+            raise self._failed(f"{answer.status} body={shortened(text)}", wanted)
         for key in lost:
             self.failures[key] = ShardMissingError(
                 f"Failed to fetch shard {key} from {self.node}: the owner does not have it"
             )
-        return [key for key in wanted if key not in missing]
 
-    def _part(self, wanted: list[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec]:
-        self._form.is_binary = answer.content_type == CONTENT_TYPE
-        try:
-            return self._binary_part(wanted, answer) if self._form.is_binary else self._json_part(wanted, answer)
-        except (*FAULTS, ValueError, TypeError, RecursionError) as error:
-            raise ShardFetchError(
-                f"Failed to fetch shard batch from {self._url}: {error} (shards {', '.join(map(str, wanted[:3]))}"
-                f"{', ...' if len(wanted) > 3 else ''})"
-            ) from error
-
-    def _binary_part(self, wanted: list[Hashable], answer: HttpAnswer) -> list[ShardSpec]:
-        entries = list(frame_entries(answer, self._settings.max_body_bytes))
-        if {entry.shard_id for entry in entries} != set(wanted):
-            raise WireError(_count_mismatch(self._url, len(entries), len(wanted)))
-        self._read = answer.read_into
+    def _binary_part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[ShardSpec]:
+        entries = self._entries(wanted, answer)
+        self._body, self._decoded = FrameBody(entries, answer), None
         return [ShardSpec(entry.shard_id, entry.dtype, entry.shape) for entry in entries]
 
-    def _json_part(self, wanted: list[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec]:
-        described = json.loads(answer.read())
-        if not isinstance(described, list) or len(described) != len(wanted):
-            raise WireError(_count_mismatch(self._url, len(described), len(wanted)))
-        tensors = [_with_bytes(tensor_from_json(one)) for one in described]
-        decoded = TensorReader(self.node, wanted, lambda: tensors)
-        self._read = decoded.read_into
-        return decoded.next_specs() or ()
+    def _entries(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[FrameEntry]:
+        """Read a binary answer up to its bytes, and describe its shards in the order of their bytes."""
+        length, limit = answer.unread_bytes, self._settings.max_body_bytes
+        if answer.content_type != CONTENT_TYPE or not PREFIX_BYTES <= length <= limit:
+            raise WireError(f"{length:,} bytes of {answer.content_type}, not a frame of {PREFIX_BYTES} to {limit:,}")
+        header = answer.read(header_nbytes(bytes(answer.read(PREFIX_BYTES)), length))
+        entries = parse_header(bytes(header), answer.unread_bytes)
+        self._check_count(len(entries), wanted)
+        if unwanted := {entry.shard_id for entry in entries}.difference(wanted):
+            raise WireError(f"it sent shard {min(unwanted)!r} without being asked for it")
+        return entries
+
+    def _receive(self, left: list[memoryview]) -> None:
+        """Fill buffers, the next one last, from the body of the part, and from further ones where it breaks off."""
+        while left:
+            assert self._body is not None, "read before next_specs"
+            try:
+                self._body.answer.fill(left)
+            except FAULTS as error:
+                self._body = self._asked_again(self._body, error)
+
+    def _asked_again(self, broken: FrameBody, error: BaseException) -> FrameBody:
+        """The rest of a body that broke off: a suffix in the order of its bytes, so the sender's order is the same."""
+        if broken.num_new:
+            self._requester.num_faults = 0
+        self._requester.fault(error)
+        entries, num_known = broken.rest()
+        return self._ask([entry.shard_id for entry in entries], partial(self._resumed, entries, num_known))
+
+    def _resumed(self, entries: Sequence[FrameEntry], num_known: int, answer: HttpAnswer) -> FrameBody:
+        """Check that an answer has the same shards as before, and skip what is known of the first one."""
+        wanted = [entry.shard_id for entry in entries]
+        if answer.status != 200:
+            self._note_missing(wanted, answer)
+            raise next(self.failures[key] for key in wanted if key in self.failures)
+        again = self._entries(wanted, answer)
+        if list(map(_described, again)) != list(map(_described, entries)):
+            raise WireError("the shards are not what they were before the connection broke")
+        for start in range(0, num_known, _SKIPPED_BYTES):
+            answer.read(min(num_known - start, _SKIPPED_BYTES))
+        return FrameBody(again, answer, num_known)
+
+    def _json_part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec]:
+        limit = self._settings.max_body_bytes
+        text = answer.read_rest(limit + 1) if answer.unread_bytes <= limit else b""
+        if not 0 < len(text) <= limit:
+            raise WireError(f"{max(answer.unread_bytes, len(text)):,} bytes of JSON; expected 1 to {limit:,}")
+        listed = json.loads(text)
+        if not isinstance(listed, list):
+            raise WireError(f"the answer is not a list but {short_repr(listed)}")
+        self._check_count(len(listed), wanted)
+        loaded = [self._tensor(key, described) for key, described in zip(wanted, listed, strict=True)]
+        self._decoded = TensorReader(self.node, wanted, lambda: loaded)
+        specs = self._decoded.next_specs() or ()
+        self.failures.update(self._decoded.failures)
+        return specs
+
+    def _tensor(self, key: Hashable, described: object) -> torch.Tensor | ShardFetchError:
+        """The shard, or why it is no use; the others are."""
+        try:
+            tensor = tensor_from_json(described)
+        except ValueError as error:
+            return self._failed(str(error), [key])
+        return self._failed("a tensor without data", [key]) if tensor.is_meta else tensor
+
+    def _check_count(self, num_returned: int, wanted: Sequence[Hashable]) -> None:
+        if num_returned != len(wanted):
+            raise ShardFetchError(
+                f"Batch fetch from {self._requester.url} returned {num_returned} shards for {len(wanted)} requested "
+                f"({named(wanted)})"
+            )
 
 
-def frame_entries(answer: HttpAnswer, max_body_bytes: int) -> Iterator[FrameEntry]:
-    """Read a binary answer up to its bytes, and describe its shards in the order of their bytes."""
-    length = answer.unread_bytes
-    if not PREFIX_BYTES <= length <= max_body_bytes:
-        raise WireError(f"a frame of {length:,} bytes; expected {PREFIX_BYTES} to {max_body_bytes:,}")
-    header = answer.read(header_nbytes(answer.read(PREFIX_BYTES), length))
-    yield from parse_header(header, answer.unread_bytes)
-
-
-def error_text(answer: HttpAnswer) -> str:
-    """The body of a refusal, as text; cut if it is long, unless it lists missing shards."""
-    text = answer.read().decode("utf-8", "replace")
-    return text if len(text) <= _MAX_ERROR_TEXT or "missing_shard_ids" in text else text[:_MAX_ERROR_TEXT] + " ..."
+def _described(entry: FrameEntry) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    return entry.shard_id, entry.dtype, entry.shape
 
 
 def _missing_ids(text: str) -> frozenset[str]:
     try:
         missing = json.loads(text)["missing_shard_ids"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
     return frozenset(key for key in missing if isinstance(key, str)) if isinstance(missing, list) else frozenset()
-
-
-def _with_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_meta:
-        raise WireError("a tensor without data")
-    return tensor
-
-
-def _count_mismatch(url: str, returned: int, requested: int) -> str:
-    return f"Batch fetch from {url} returned {returned} shards for {requested} requested"
-
-
-def _nothing_to_read(buffers: Sequence[memoryview]) -> None:
-    raise AssertionError("read before next_specs")

@@ -1,0 +1,174 @@
+"""Requests about shards to one node, tried again after faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
+
+from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer, NodeConnection
+from areal.infra.rpc.shard import ShardFetchError
+from areal.infra.rpc.wire import CONTENT_TYPE
+
+ResultT = TypeVar("ResultT")
+
+NUM_TRIES = 3
+# Of a body that is read as text. A refusal may list 4,096 missing ids.
+_MAX_TEXT_BYTES = 16 << 20
+_MAX_SHOWN = 2000  # characters of a refusal in a message
+_NAMED_SHARDS = 3  # how many shards a message names
+
+
+class NodeBusyError(http.client.HTTPException):
+    """The node answered 503, and when to come back."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+# What another try may mend.
+FAULTS = (OSError, http.client.HTTPException)
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpSettings:
+    """What all requests of a backend have in common."""
+
+    headers: Mapping[str, str]
+    max_json_shards: int = 32
+    max_binary_bytes: int = 256 << 20
+    max_binary_shards: int = 4096
+    max_body_bytes: int = 8 << 30
+    fetch_timeout_s: float = 60.0
+    delete_timeout_s: float = 10.0
+    retry_pause_s: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A route that takes shard ids, and what a message calls its work."""
+
+    method: str
+    path: str
+    work: str
+
+
+FETCH = Route("POST", "/data/batch", "fetch shards from")
+CLEAR = Route("DELETE", "/data/clear", "clear shards at")
+
+
+class Requester:
+    """Sends requests to one route of one node over one connection, trying again where that can help.
+
+    Attributes:
+        num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0.
+    Thread-safety: one thread; `cancel` from any.
+    """
+
+    def __init__(
+        self, address: str, route: Route, pool: ConnectionPool, settings: HttpSettings, deadline: float
+    ) -> None:
+        self.address, self.url = address, f"http://{address}{route.path}"
+        self.num_faults = 0
+        self._route, self._pool, self._settings, self._deadline = route, pool, settings, deadline
+        self._connection: NodeConnection | None = None
+        self._cancelled = threading.Event()
+        self._named = ""
+
+    def send(self, shard_ids: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:
+        """Send one request, again after a fault, and return what `receive` makes of the answer.
+
+        Args:
+            shard_ids: What the request is about.
+            receive: Reads the answer, whole or in part; its faults count as the request's.
+        Raises:
+            ShardFetchError: One fault too many, or too late; says how many there were and which was the last.
+            TypeError: Ids that JSON cannot express.
+            ValueError: The address is none.
+        """
+        self._named = named(shard_ids)
+        payload = json.dumps({"shard_ids": shard_ids}).encode()
+        while True:
+            try:
+                return receive(self._try(payload))
+            except FAULTS as error:
+                self.fault(error)
+
+    def fault(self, error: BaseException) -> None:
+        """Give up the connection, and let some time pass before the next try.
+
+        Raises:
+            ShardFetchError: There is none: too many faults in a row, no time left, or cancelled.
+        """
+        self.num_faults += 1
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+            self._pool.forget(self.address)  # the idle ones are likely to be as dead
+        pause_s = self._settings.retry_pause_s * self.num_faults
+        if isinstance(error, NodeBusyError):
+            pause_s = error.retry_after_s
+        is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
+        if is_last or self._cancelled.wait(pause_s):
+            raise ShardFetchError(
+                f"Failed to {self._route.work} {self.url} after {self.num_faults} attempts. "
+                f"Last error: {error!r} ({self._named})"
+            ) from error
+
+    def release(self) -> None:
+        """Give the connection back for others, or close it if its last answer was not read to the end."""
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._cancelled.is_set():  # looked at after _connection was emptied: what others may get is never cut
+            connection.close()
+        else:
+            self._pool.release(connection)
+
+    def cancel(self) -> None:
+        """Make what is under way fail soon. Idempotent."""
+        self._cancelled.set()
+        if (connection := self._connection) is not None:
+            connection.cancel()
+
+    def _try(self, payload: bytes) -> HttpAnswer:
+        if self._connection is not None and not self._connection.can_be_reused:
+            self.release()
+        if self._connection is None:
+            self._connection = self._pool.acquire(self.address, fresh=self.num_faults > 0)
+        if self._cancelled.is_set():  # looked at after _connection was filled: from here on it can be cut
+            raise ConnectionAbortedError("the fetch was given up")
+        answer = self._connection.request(
+            self._route.method,
+            self._route.path,
+            payload,
+            {"Content-Type": "application/json", "Accept": CONTENT_TYPE, **self._settings.headers},
+            deadline=self._deadline,
+            # A connection that went dead without a word leaves time for the other tries.
+            patience_s=(self._deadline - time.monotonic()) / (NUM_TRIES - self.num_faults),
+        )
+        if answer.status == 503 and answer.retry_after_s is not None:
+            raise NodeBusyError(f"503 body={shortened(read_text(answer))}", answer.retry_after_s)
+        return answer
+
+
+def read_text(answer: HttpAnswer) -> str:
+    """The body of a small answer, or of a refusal."""
+    return answer.read_rest(_MAX_TEXT_BYTES).decode("utf-8", "replace")
+
+
+def shortened(text: str) -> str:
+    """As much of a refusal as a message takes."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} ..."
+
+
+def named(shard_ids: Sequence[Hashable]) -> str:
+    """Which shards a message is about."""
+    listed = ", ".join(map(str, islice(shard_ids, _NAMED_SHARDS)))
+    return f"shards {listed}" + (f", ... {len(shard_ids):,} in all" if len(shard_ids) > _NAMED_SHARDS else "")

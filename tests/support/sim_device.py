@@ -1,0 +1,216 @@
+"""A device whose streams run when an adversary says so, and which sees every race and every wrong byte."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from gpu_cache.device import Arena, DeviceIdentity, Pinned
+from gpu_cache.lease import plain_tensors
+from tests.support.sim_clock import HOST, POISON, Clock, Region, Touch, join
+from tests.support.sim_streams import Adversary, SimEvent, SimStream, Work
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+class SimDevice:
+    """A `Device` in host memory with explicit queues; copies read their source when they run.
+
+    What it finds is in `faults`: two accesses of one granule, at least one of them a write, that nothing orders
+    (enqueuing, a stream's own order, record and wait, `query` that said yes, `synchronize`); and kernels that read
+    other bytes than they should. The host is one actor, whatever the thread: what one thread saw done counts for
+    all, as locks order them anyway; races of host threads with each other are not looked for.
+
+    Args:
+        seed: Of the adversary.
+        num_pooled: Streams, besides the default one, that a fence of all streams covers.
+    Thread-safety: any thread; one lock.
+    """
+
+    torch_device = torch.device("cpu")
+    stages = True
+
+    def __init__(self, seed: int = 0, num_pooled: int = 3) -> None:
+        self.faults: list[str] = []
+        # Guards every field below, and the streams, events and regions.
+        self._lock = threading.RLock()
+        self._adversary = Adversary(seed)
+        self._names = itertools.count()
+        self._streams: list[SimStream] = []
+        self._regions: list[Region] = []  # also the released ones: their addresses must not come again
+        self._host: Clock = {HOST: 1}
+        self._current = threading.local()
+        self.pooled = [self.new_stream() for _ in range(num_pooled + 1)]
+
+    def __repr__(self) -> str:
+        return f"SimDevice({self._streams}, {len(self.faults)} faults)"
+
+    # Memory.
+
+    def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        storage = torch.UntypedStorage(nbytes, device="cpu")
+        with plain_tensors(), self._lock:
+            tensor = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._add_region("arena", tensor)
+            return Arena(tensor)
+
+    def release_arena(self, arena: Arena) -> None:
+        self._release(arena.tensor)
+        arena.tensor = _NOTHING
+
+    def pinned(self, nbytes: int) -> Pinned:
+        memory = np.empty(nbytes, dtype=np.uint8)
+        with plain_tensors(), self._lock:
+            tensor = torch.from_numpy(memory)
+            self._add_region("slot", tensor)
+            return Pinned(tensor, memoryview(memory), is_pinned=True)
+
+    def release_pinned(self, pinned: Pinned) -> None:
+        self._release(pinned.tensor)
+        pinned.tensor, pinned.view = _NOTHING, memoryview(b"")
+
+    def memory_info(self) -> tuple[int, int]:
+        return 1 << 30, 1 << 30
+
+    def identity(self) -> DeviceIdentity:
+        return DeviceIdentity("simulated")
+
+    # Streams and events.
+
+    def new_stream(self) -> SimStream:
+        with self._lock:
+            self._streams.append(SimStream(f"stream{next(self._names)}"))
+            return self._streams[-1]
+
+    def current_stream(self) -> SimStream:
+        return getattr(self._current, "stream", self.pooled[0])
+
+    @contextlib.contextmanager
+    def stream(self, stream: SimStream) -> Iterator[None]:
+        """Make a stream the calling thread's current one."""
+        before, self._current.stream = self.current_stream(), stream
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    def fence_streams(self) -> Sequence[SimStream]:
+        return self.pooled
+
+    def is_capturing(self, stream: SimStream | None = None) -> bool:
+        return False
+
+    def record(self, stream: SimStream, *, timing: bool = False) -> SimEvent:
+        event = SimEvent(stream, timing)
+
+        def mark(at: SimStream) -> None:
+            event.clock = dict(at.clock)
+
+        self._enqueue(stream, mark)
+        return event
+
+    def wait(self, stream: SimStream, event: SimEvent) -> None:
+        self._enqueue(stream, lambda at: join(at.clock, event.clock or {}), event)
+
+    def query(self, event: SimEvent) -> bool:
+        with self._lock:
+            self._adversary.drift(self._streams)
+            return self._see(event)
+
+    def synchronize(self, event: SimEvent) -> None:
+        with self._lock:
+            self._adversary.drift(self._streams)
+            event.stream.reach(event)
+            assert self._see(event)
+
+    def elapsed_s(self, start: SimEvent, end: SimEvent) -> float:
+        with self._lock:
+            if not (start.is_timed and end.is_timed and start.clock and end.clock):
+                self.faults.append("elapsed_s of events that are not both timed and done")
+        return 1e-6
+
+    def finish(self) -> None:
+        """Run everything that is queued."""
+        with self._lock:
+            self._adversary.finish(self._streams)
+
+    # Work.
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: SimStream) -> None:
+        assert dst.numel() == src.numel()
+        (to, to_at), (source, source_at), nbytes = self._find(dst), self._find(src), dst.numel()
+
+        def copy(at: SimStream) -> None:
+            touch = Touch(at.name, at.clock[at.name], f"a copy from {source.name}+{source_at}")
+            self._note(source.read(source_at, nbytes, touch, at.clock))
+            self._note(to.write(to_at, nbytes, touch, at.clock))
+            to.memory[to_at : to_at + nbytes] = source.memory[source_at : source_at + nbytes]
+
+        self._enqueue(stream, copy)
+
+    def kernel(self, stream: SimStream, tensor: torch.Tensor, expected: np.ndarray, what: str = "a kernel") -> None:
+        """Enqueue a read of a contiguous tensor, whose bytes must be `expected` when it runs; keeps no alias of it."""
+        nbytes = tensor.numel() * tensor.element_size()
+        assert nbytes == len(expected)
+        if not nbytes:
+            return
+        region, begin = self._find(tensor)
+
+        def read(at: SimStream) -> None:
+            self._note(region.read(begin, nbytes, Touch(at.name, at.clock[at.name], what), at.clock))
+            if not np.array_equal(region.memory[begin : begin + nbytes], expected):
+                found = region.memory[begin : begin + min(nbytes, 8)].tolist()
+                self._note(f"wrong bytes: {what} of {at.name} read {found}... at {region.name}+{begin}")
+
+        self._enqueue(stream, read)
+
+    def host_write(self, tensor: torch.Tensor, what: str) -> None:
+        """The host may write these bytes from now on: poison them."""
+        with self._lock:
+            region, begin = self._find(tensor)
+            self._poison(region, begin, tensor.numel(), what)
+
+    def _enqueue(self, stream: SimStream, run: Callable[[SimStream], None], blocker: SimEvent | None = None) -> None:
+        with self._lock:
+            stream.queue.append(Work(dict(self._host), run, blocker))
+            self._host[HOST] += 1  # what the host does from here on is not before it
+            self._adversary.drift(self._streams)
+
+    def _see(self, event: SimEvent) -> bool:
+        if event.clock is None:
+            return False
+        join(self._host, event.clock)
+        return True
+
+    def _release(self, tensor: torch.Tensor) -> None:
+        with self._lock:
+            region, begin = self._find(tensor)
+            self._poison(region, begin, tensor.numel(), "the release")
+            region.is_released = True
+
+    def _poison(self, region: Region, begin: int, nbytes: int, what: str) -> None:
+        self._note(region.write(begin, nbytes, Touch(HOST, self._host[HOST], what), self._host))
+        region.memory[begin : begin + nbytes] = POISON
+
+    def _note(self, fault: str) -> None:
+        if fault:
+            self.faults.append(fault)
+
+    def _add_region(self, kind: str, tensor: torch.Tensor) -> None:
+        memory = tensor.numpy()
+        memory[:] = POISON
+        self._regions.append(Region(f"{kind}{len(self._regions)}", memory))
+
+    def _find(self, tensor: torch.Tensor) -> tuple[Region, int]:
+        """Where a tensor's bytes begin."""
+        address = tensor.data_ptr()
+        with self._lock:
+            for region in self._regions:
+                if 0 <= address - region.base < len(region.memory):
+                    return region, address - region.base
+        raise AssertionError(f"{address:#x} is no memory of this device")
