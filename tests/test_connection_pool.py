@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import select
 from collections.abc import Iterator
 
@@ -10,8 +9,8 @@ import pytest
 
 from areal.infra.rpc.backends import http_connection
 from areal.infra.rpc.backends.http_connection import ConnectionPool, NodeConnection
+from tests.support.areal_fixtures import ask, asked_once, nothing_forgotten
 from tests.support.fault_server import FaultServer, reply, whole
-from tests.test_http_connection import ask, asked_once
 
 
 @pytest.fixture
@@ -22,10 +21,10 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture
 def pool() -> Iterator[ConnectionPool]:
-    pool = ConnectionPool()
-    yield pool
-    pool.close()
-    gc.collect()
+    with nothing_forgotten():
+        pool = ConnectionPool()
+        yield pool
+        pool.close()
 
 
 def is_closed(connection: NodeConnection) -> bool:
@@ -52,7 +51,8 @@ def test_a_connection_is_handed_out_again(server: FaultServer, pool: ConnectionP
 
 
 def test_one_with_an_unread_answer_is_closed(server: FaultServer, pool: ConnectionPool) -> None:
-    connection = asked_once(server.address, read=False)
+    connection = NodeConnection(server.address)
+    ask(connection)
     pool.release(connection)
     assert is_closed(connection)
     assert pool.acquire(server.address)._sock is None

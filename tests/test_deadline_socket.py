@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -11,9 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from areal.infra.rpc.backends.deadline_socket import DeadlineSocket
+from tests.support.areal_fixtures import LONG_S, full_listener
 from tests.support.threads import run_threads
-
-LONG_S = 60.0  # longer than any test may take
 
 
 @pytest.fixture
@@ -25,20 +23,6 @@ def pair() -> Iterator[tuple[DeadlineSocket, socket.socket]]:
         server, _ = listener.accept()
         with server:
             yield client, server
-
-
-@contextlib.contextmanager
-def full_listener() -> Iterator[tuple[str, int]]:
-    """An address at which nobody answers: its queue of connections is full."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()
 
 
 CALLS: dict[str, Callable[[DeadlineSocket], object]] = {

@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import http.client
-import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from areal.infra.rpc.backends.http_connection import HttpAnswer, NodeConnection, split_address
-from tests.support.fault_server import FaultServer, Step, cut, dripping, hanging_up, reply, silent, whole
-from tests.test_deadline_socket import full_listener
+from areal.infra.rpc.backends.http_connection import NodeConnection, split_address
+from tests.support.areal_fixtures import ask, asked_once, fault_servers, full_listener, nothing_forgotten
+from tests.support.fault_server import FaultServer, Step, hanging_up, reply, silent, whole
 
-LONG_S = 60.0
 TEXT = bytes(range(256)) * 4000
-HELLO = json.dumps({"shard_ids": []}).encode()
-
-
-@pytest.fixture(autouse=True)
-def no_socket_is_forgotten() -> Iterator[None]:
-    """An unclosed socket warns when it is collected, and a warning is an error."""
-    yield
-    gc.collect()
-
-
-def ask(connection: NodeConnection, patience_s: float = LONG_S, deadline_s: float = LONG_S) -> HttpAnswer:
-    deadline = time.monotonic() + deadline_s
-    return connection.request("POST", "/data/batch", HELLO, {}, deadline=deadline, patience_s=patience_s)
-
-
-def asked_once(address: str, *, read: bool = True) -> NodeConnection:
-    connection = NodeConnection(address)
-    answer = ask(connection)
-    if read:
-        answer.read_rest(1 << 30)
-    return connection
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., FaultServer]]:
-    servers: list[FaultServer] = []
-
-    def start(*script: Step, **where: str) -> FaultServer:
-        servers.append(FaultServer(*script, **where))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with nothing_forgotten(), fault_servers() as start:
+        yield start
 
 
 @pytest.mark.parametrize(
@@ -72,115 +40,6 @@ def test_anything_else_is_refused_by_name(address: str) -> None:
     with pytest.raises(ValueError, match=r"is not an address: write host:port or \[ipv6\]:port") as caught:
         NodeConnection(address)
     assert repr(address) in str(caught.value)
-
-
-@pytest.mark.parametrize("nbytes", [0, 1, 100, 8100, 8192, 8193, 100_000, len(TEXT)])
-@pytest.mark.parametrize("piece", [1000, 1 << 30])
-def test_a_body_fills_buffers_of_any_lengths(serve: Callable[..., FaultServer], nbytes: int, piece: int) -> None:
-    server = serve(whole(reply(TEXT[:nbytes])))
-    connection = NodeConnection(server.address)
-    answer = ask(connection)
-    body = bytearray(nbytes)
-    view = memoryview(body)
-    lengths = [1 + position % 700 for position in range(3000)]  # more buffers than one call takes
-    position = 0
-    while position < nbytes:
-        buffers = []
-        for length in lengths:
-            if position < nbytes and sum(map(len, buffers)) < piece:
-                buffers.append(view[position : position + length])
-                position += len(buffers[-1])
-        answer.fill(buffers[::-1])
-    assert body == TEXT[:nbytes]
-    assert (answer.unread_bytes, connection.can_be_reused) == (0, True)
-    connection.close()
-
-
-def test_a_body_is_read_in_pieces_and_to_its_end(serve: Callable[..., FaultServer]) -> None:
-    connection = NodeConnection(serve(whole(reply(TEXT))).address)
-    answer = ask(connection)
-    assert answer.read(0) == b""
-    assert answer.read(10) + answer.read(20_000) == TEXT[:20_010]
-    assert not connection.can_be_reused
-    assert answer.read_rest(1 << 30) == TEXT[20_010:]
-    assert connection.can_be_reused
-    connection.close()
-
-
-def test_a_body_that_ends_early_leaves_what_is_missing(serve: Callable[..., FaultServer]) -> None:
-    connection = NodeConnection(serve(cut(reply(TEXT), 50_000)).address)
-    answer = ask(connection)
-    body = bytearray(len(TEXT))
-    left = [memoryview(body)[60_000:], memoryview(body)[40_000:60_000], memoryview(body)[:40_000]]
-    with pytest.raises(ConnectionError, match=f"the connection ended {len(TEXT) - 50_000:,} bytes before the body did"):
-        answer.fill(left)
-    assert body[:50_000] == TEXT[:50_000]
-    assert [len(buffer) for buffer in left] == [len(TEXT) - 60_000, 10_000]
-    assert answer.unread_bytes == len(TEXT) - 50_000
-    connection.close()
-
-
-def test_no_more_is_read_than_the_body_has(serve: Callable[..., FaultServer]) -> None:
-    connection = NodeConnection(serve(whole(reply(TEXT[:10]))).address)
-    answer = ask(connection)
-    with pytest.raises(ValueError, match="11 bytes wanted of a body that has 10 left"):
-        answer.read(11)
-    connection.close()
-
-
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
-UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nhello world"
-
-
-def test_a_body_in_chunks_is_read_to_its_end(serve: Callable[..., FaultServer]) -> None:
-    connection = NodeConnection(serve(whole(CHUNKED)).address)
-    for _ in range(2):
-        answer = ask(connection)
-        assert answer.unread_bytes == -1
-        assert not connection.can_be_reused
-        assert answer.read_rest(100) == b"hello world"
-        assert connection.can_be_reused
-    connection.close()
-
-
-def test_a_body_without_a_length_ends_with_its_connection(serve: Callable[..., FaultServer]) -> None:
-    server = serve(lambda exchange: (exchange.send(UNTIL_CLOSE), exchange.hang_up()))
-    connection = asked_once(server.address, read=False)
-    assert connection._answer is not None
-    assert connection._answer.read_rest(100) == b"hello world"
-    assert not connection.can_be_reused
-    connection.close()
-
-
-@pytest.mark.parametrize("answer", [CHUNKED, reply(b"hello world"), UNTIL_CLOSE], ids=["chunks", "length", "neither"])
-def test_a_limit_bounds_what_is_read(serve: Callable[..., FaultServer], answer: bytes) -> None:
-    server = serve(lambda exchange: (exchange.send(answer), exchange.hang_up()))
-    connection = asked_once(server.address, read=False)
-    assert connection._answer is not None
-    assert connection._answer.read_rest(7) == b"hello w"
-    assert not connection.can_be_reused
-    connection.close()
-
-
-def test_chunks_that_break_off_are_a_fault(serve: Callable[..., FaultServer]) -> None:
-    server = serve(lambda exchange: (exchange.send(CHUNKED[:-12]), exchange.hang_up()))
-    connection = asked_once(server.address, read=False)
-    assert connection._answer is not None
-    with pytest.raises(http.client.IncompleteRead):
-        connection._answer.read_rest(100)
-    connection.close()
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"), [({}, None), ({"Retry_After": "7"}, 7.0), ({"Retry_After": "Wed, 21 Oct 2015"}, 1.0)]
-)
-def test_an_answer_says_when_to_come_back(
-    serve: Callable[..., FaultServer], headers: dict[str, str], seconds: float | None
-) -> None:
-    connection = NodeConnection(serve(whole(reply(status="503 Busy", **headers))).address)
-    answer = ask(connection)
-    assert (answer.status, answer.retry_after_s) == (503, seconds)
-    connection.close()
 
 
 def test_one_connection_serves_many_requests(serve: Callable[..., FaultServer]) -> None:
@@ -242,23 +101,11 @@ def test_a_host_with_several_addresses_is_tried_at_each(
     connection.close()
 
 
-DRIPS = {
-    "headers": dripping(reply(TEXT), 10),
-    "body": dripping(reply(TEXT), 1000),
-    "chunk": dripping(CHUNKED[:47] + b"ffff\r\n" + TEXT, 60),
-    "until close": dripping(UNTIL_CLOSE + TEXT, 40),
-}
-
-
-@pytest.mark.parametrize("step", DRIPS.values(), ids=DRIPS.keys())
-def test_a_drip_ends_at_the_deadline(serve: Callable[..., FaultServer], step: Step) -> None:
-    connection = NodeConnection(serve(step).address)
-    with pytest.raises(TimeoutError):
-        ask(connection, deadline_s=0.15).read_rest(1 << 30)
-    connection.close()
-
-
-@pytest.mark.parametrize("step", [silent, cut(reply(TEXT), 0), lambda e: (e.send(reply(TEXT)[:200]), e.wait())])
+@pytest.mark.parametrize(
+    "step",
+    [silent, lambda exchange: (exchange.send(reply(TEXT)[:200]), exchange.wait())],
+    ids=["of all", "of the body"],
+)
 def test_a_silence_ends_a_request(serve: Callable[..., FaultServer], step: Step) -> None:
     connection = NodeConnection(serve(step).address)
     with pytest.raises((TimeoutError, ConnectionError)):
@@ -302,11 +149,11 @@ def test_cancelling_reaches_a_connection_that_the_server_closes_after_its_answer
     serve: Callable[..., FaultServer],
 ) -> None:
     server = serve(lambda exchange: (exchange.send(reply(b"abc", length=100, Connection="close")), exchange.wait()))
-    connection = asked_once(server.address, read=False)
-    assert connection._answer is not None
+    connection = NodeConnection(server.address)
+    answer = ask(connection)
     connection.cancel()
     with pytest.raises(ConnectionError):
-        connection._answer.read_rest(100)
+        answer.read_rest(100)
     connection.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -180,4 +181,11 @@ def _forget_lock() -> None:
     _lock = threading.Lock()
 
 
+def _close_at_exit() -> None:
+    """Close the connections that are kept alive; in a forked child they are the parent's."""
+    if _current is not None and _current.pid == os.getpid():
+        _current.close()
+
+
 os.register_at_fork(after_in_child=_forget_lock)
+atexit.register(_close_at_exit)

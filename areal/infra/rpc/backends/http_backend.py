@@ -124,7 +124,7 @@ class HttpRTensorBackend:
         requester = self._requester(node_addr, CLEAR, self._settings.delete_timeout_s)
         try:
             return requester.send(shard_ids, _statistics)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ShardFetchError(f"Failed to clear shards at {requester.url}: {error} ({named(shard_ids)})") from error
         finally:
             requester.release()

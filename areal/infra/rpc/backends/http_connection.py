@@ -29,7 +29,9 @@ class HttpAnswer:
 
     Attributes:
         retry_after_s: How long the server asks to wait; None where it does not.
-        unread_bytes: Of the body; -1 where the server does not announce its length.
+        unread_bytes: Of the body; -1 where it comes in chunks.
+    Raises:
+        http.client.HTTPException: Nothing says where the body ends. So do headers that broke off, too.
     """
 
     def __init__(self, response: http.client.HTTPResponse, sock: DeadlineSocket) -> None:
@@ -38,16 +40,14 @@ class HttpAnswer:
         self.retry_after_s = _seconds(response.headers.get("Retry-After"))
         self.unread_bytes = -1 if response.length is None else response.length
         self._response, self._sock = response, sock
+        if response.length is None and not response.chunked:
+            raise http.client.HTTPException("an answer that does not say where it ends")
         self._is_ahead = True  # http.client may have read more than the headers
 
     @property
     def is_complete(self) -> bool:
         """Whether the body was read to its end, and the connection can serve another request."""
         return self.unread_bytes == 0 and not self._response.will_close
-
-    def close(self) -> None:
-        """Let the connection go. Idempotent."""
-        self._response.close()
 
     def read(self, nbytes: int) -> bytearray:
         """The next `nbytes` of a body of known length. Raises as `fill` does."""
@@ -62,7 +62,7 @@ class HttpAnswer:
             wanted = min(limit - len(body), _PIECE_BYTES)
             if self.unread_bytes > 0:
                 body += self.read(min(wanted, self.unread_bytes))
-            elif piece := self._response.read(wanted):  # in chunks, or until the connection closes
+            elif piece := self._response.read(wanted):
                 body += piece
             else:
                 self.unread_bytes = 0
@@ -132,8 +132,9 @@ class NodeConnection:
         self._host, self._port = split_address(address)
         self._http = http.client.HTTPConnection(self._host, self._port)
         self._http.auto_open = 0
-        # Beside _http, which forgets the socket when the server announces that it will close it.
+        # Beside _http, which forgets both when the server announces that it will close the connection.
         self._sock: DeadlineSocket | None = None
+        self._response: http.client.HTTPResponse | None = None
         self._answer: HttpAnswer | None = None
         self._is_cancelled = False
 
@@ -153,13 +154,14 @@ class NodeConnection:
             OSError: Not connected, cut off, or too late (TimeoutError).
             http.client.HTTPException: Not an HTTP answer.
         """
-        if self._answer is not None:
-            self._answer.close()
-            self._answer = None  # so that the connection is not kept if this request fails
+        if self._response is not None:
+            self._response.close()
+        self._answer = None  # so that the connection is not kept if this request fails
         sock = self._sock or self._connect(deadline, patience_s)
         sock.deadline, sock.patience_s = deadline, patience_s
         self._http.request(method, path, body, dict(headers))
-        self._answer = HttpAnswer(self._http.getresponse(), sock)
+        self._response = self._http.getresponse()
+        self._answer = HttpAnswer(self._response, sock)
         return self._answer
 
     @property
@@ -187,8 +189,8 @@ class NodeConnection:
 
     def close(self) -> None:
         """Close it. Idempotent."""
-        if self._answer is not None:
-            self._answer.close()
+        if self._response is not None:
+            self._response.close()
         self._http.close()
         if self._sock is not None:
             self._sock.close()

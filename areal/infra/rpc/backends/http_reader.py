@@ -169,9 +169,9 @@ class HttpReader:
     def _entries(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[FrameEntry]:
         """Read a binary answer up to its bytes, and describe its shards in the order of their bytes."""
         length, limit = answer.unread_bytes, self._settings.max_body_bytes
-        if answer.content_type != CONTENT_TYPE or not PREFIX_BYTES <= length <= limit:
-            raise WireError(f"{length:,} bytes of {answer.content_type}, not a frame of {PREFIX_BYTES} to {limit:,}")
-        header = answer.read(header_nbytes(bytes(answer.read(PREFIX_BYTES)), length))
+        if answer.content_type != CONTENT_TYPE or not 0 <= length <= limit:
+            raise WireError(f"{length:,} bytes of {answer.content_type}, not a frame of at most {limit:,}")
+        header = answer.read(header_nbytes(bytes(answer.read_rest(PREFIX_BYTES)), length))
         entries = parse_header(bytes(header), answer.unread_bytes)
         self._check_count(len(entries), wanted)
         if unwanted := {entry.shard_id for entry in entries}.difference(wanted):

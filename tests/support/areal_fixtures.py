@@ -1,0 +1,81 @@
+"""What tests of `areal` share: garbage that is looked at, connections that have asked, handles of other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
+from areal.infra.rpc.backends.http_connection import HttpAnswer, NodeConnection
+from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
+from tests.support.fault_server import FaultServer
+
+LONG_S = 60.0  # a time-out that no test lives to see
+
+
+@contextlib.contextmanager
+def nothing_forgotten() -> Iterator[None]:
+    """Collect the garbage made within: a socket that nobody closed warns then, and a warning is an error."""
+    gc.freeze()
+    try:
+        yield
+        gc.collect()
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def full_listener() -> Iterator[tuple[str, int]]:
+    """An address at which nobody answers: its queue of connections is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+@contextlib.contextmanager
+def fault_servers() -> Iterator[Callable[..., FaultServer]]:
+    """Start servers with a script; they are closed in the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *script, **where: stack.enter_context(FaultServer(*script, **where))
+
+
+def ask(connection: NodeConnection, *, patience_s: float = LONG_S, deadline_s: float = LONG_S) -> HttpAnswer:
+    body = json.dumps({"shard_ids": []}).encode()
+    deadline = time.monotonic() + deadline_s
+    return connection.request("POST", "/data/batch", body, {}, deadline=deadline, patience_s=patience_s)
+
+
+def asked_once(address: str) -> NodeConnection:
+    """A connection whose first answer was read."""
+    connection = NodeConnection(address)
+    ask(connection).read_rest(1 << 30)
+    return connection
+
+
+def remote(address: str, shard_id: str, like: torch.Tensor) -> RTensor:
+    """A handle as it comes out of another process."""
+    return RTensor(TensorShardInfo(shard_id, address), torch.empty(like.shape, dtype=like.dtype, device="meta"))
+
+
+def with_settings(backend: HttpRTensorBackend, **settings: Any) -> HttpRTensorBackend:
+    backend._settings = dataclasses.replace(backend._settings, **settings)
+    return backend
+
+
+def delete(backend: HttpRTensorBackend, address: str, *shard_ids: Any) -> Any:
+    return asyncio.run(backend.delete(address, list(shard_ids)))

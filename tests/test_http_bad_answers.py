@@ -1,0 +1,128 @@
+"""Answers that are no use: each fails for itself, by name, and the next request works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.serialization import tensor_to_json
+from tests.support.areal_fixtures import fault_servers, nothing_forgotten
+from tests.support.fault_server import FaultServer, frame, frames_of, json_of, raw_frame, reply, whole
+from tests.support.reading import drained, failure, reader_of
+from tests.support.wire_tensors import patterned, same_bits
+
+A, B = patterned(torch.float32, 3, 2, seed=1), patterned(torch.int16, 5, seed=2)
+PAIR = {"a": A, "b": B}
+OCTETS = "application/octet-stream"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FaultServer]]:
+    with nothing_forgotten(), fault_servers() as start:
+        yield start
+
+
+def entry(begin: int, end: int, dtype: object = "F32", shape: object = None) -> dict[str, object]:
+    length = [(end - begin) // 4] if shape is None else shape
+    return {"dtype": dtype, "shape": length, "data_offsets": [begin, end]}
+
+
+IDS = {"__metadata__": {"ids": '["a", "b"]'}}
+BAD_FRAMES: dict[str, bytes] = {
+    "no frame": b"short",
+    "huge header": (1 << 40).to_bytes(8, "little") + bytes(100),
+    "header beyond the body": raw_frame(IDS)[:-5],
+    "not JSON": raw_frame("{nonsense"),
+    "not an object": raw_frame([1]),
+    "deep": raw_frame("[" * 100_000),
+    "no ids": raw_frame({"0": entry(0, 8), "1": entry(8, 16)}, bytes(16)),
+    "gap": raw_frame(IDS | {"0": entry(0, 8), "1": entry(12, 20)}, bytes(20)),
+    "overlap": raw_frame(IDS | {"0": entry(0, 8), "1": entry(4, 12)}, bytes(12)),
+    "beyond the end": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16)}, bytes(12)),
+    "bytes left over": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16)}, bytes(20)),
+    "backwards": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 0)}, bytes(8)),
+    "offsets of a larger shard": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[1])}, bytes(16)),
+    "unknown dtype": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, "F128")}, bytes(16)),
+    "dtype of another type": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, 7)}, bytes(16)),
+    "negative shape": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[-2])}, bytes(16)),
+    "overflowing shape": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[1 << 62, 4])}, bytes(16)),
+    "fractional shape": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[2.0])}, bytes(16)),
+    "key twice": raw_frame('{"__metadata__":{"ids":"[]"},"0":1,"0":2}'),
+    "shard twice": raw_frame({"__metadata__": {"ids": '["a", "a"]'}, "0": entry(0, 8), "1": entry(8, 16)}, bytes(16)),
+    "one too few": frame({"a": A}),
+    "one too many": frame({"a": A, "b": B, "c": A}),
+    "another shard": frame({"a": A, "c": B}),
+}
+
+
+@pytest.mark.parametrize("body", BAD_FRAMES.values(), ids=BAD_FRAMES.keys())
+def test_a_frame_that_breaks_the_format_is_no_use(serve: Callable[..., FaultServer], body: bytes) -> None:
+    server, pool = serve(whole(reply(body)), whole(frames_of(PAIR))), ConnectionPool()
+    failure(server, pool=pool)
+    assert len(server.asked) == 1, "what is broken is not asked for again"
+    tensors = drained(reader_of(server.address, ["a", "b"], pool=pool))
+    assert same_bits(tensors["a"], A)
+    pool.close()
+
+
+BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
+    "too few": (json.dumps([tensor_to_json(A)]).encode(), "returned 1 shards for 2 requested"),
+    "too many": (json.dumps([tensor_to_json(A)] * 3).encode(), "returned 3 shards for 2 requested"),
+    "no list": (json.dumps(tensor_to_json(A)).encode(), "not a list but"),
+    "a number": (b"7", "not a list but 7"),
+    "junk": (b"[nonsense", "Expecting value"),
+    "deep": (b"[" * 100_000, "recursion"),
+    "no text": (b'["\xff"]', "decode"),
+    "nothing": (b"", "0 bytes of JSON"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS.keys())
+def test_an_array_that_is_none_is_no_use(serve: Callable[..., FaultServer], body: bytes, message: str) -> None:
+    server = serve(whole(reply(body, content_type=OCTETS)), whole(json_of(PAIR)))
+    text = failure(server)
+    assert message in text
+    assert text.startswith(("Failed to fetch shard batch from", f"Batch fetch from http://{server.address}/data/batch"))
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        7,
+        {"type": "tensor", "data": None, "shape": [1], "dtype": "torch.float32"},
+        tensor_to_json(A) | {"shape": [-1]},
+        tensor_to_json(A) | {"shape": [1 << 62, 1 << 62]},
+        tensor_to_json(A) | {"dtype": "torch.float31"},
+        tensor_to_json(A) | {"data": "!" * 32},
+    ],
+)
+def test_a_bad_element_fails_alone(serve: Callable[..., FaultServer], bad: object) -> None:
+    server = serve(whole(reply(json.dumps([bad, tensor_to_json(B)]).encode(), content_type=OCTETS)))
+    reader = reader_of(server.address, ["a", "b"])
+    assert same_bits(drained(reader)["b"], B)
+    assert list(reader.failures) == ["a"]
+    assert str(reader.failures["a"]).endswith("(shards a)")
+    assert server.address in str(reader.failures["a"])
+
+
+@pytest.mark.parametrize("answer", [json_of(PAIR), frames_of(PAIR)], ids=["json", "binary"])
+def test_a_body_is_bounded(serve: Callable[..., FaultServer], answer: Any) -> None:
+    assert "100" in failure(serve(whole(answer)), max_body_bytes=100)
+    assert drained(reader_of(serve(whole(answer)).address, ["a", "b"], max_body_bytes=10_000)).keys() == PAIR.keys()
+    announced = serve(whole(reply(b"", length=1 << 50, content_type=OCTETS)))
+    assert "1,125,899,906,842,624 bytes" in failure(announced)
+
+
+def test_json_in_chunks_is_bounded_too(serve: Callable[..., FaultServer]) -> None:
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {OCTETS}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    body = json.dumps([tensor_to_json(A), tensor_to_json(B)]).encode()
+    chunks = head + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:50], body[50:])) + b"0\r\n\r\n"
+    server = serve(whole(chunks))
+    assert same_bits(drained(reader_of(server.address, ["a", "b"]))["b"], B)
+    assert "101 bytes of JSON; expected 1 to 100" in failure(server, max_body_bytes=100)
