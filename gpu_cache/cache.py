@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 
@@ -13,8 +14,8 @@ from gpu_cache import process
 from gpu_cache.config import CacheConfig, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
-from gpu_cache.entry import Entry
-from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.entry import Entry, State
+from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.fetch import Fetch, ReaderTask
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, alias_of, eager, plain_tensors
@@ -42,7 +43,6 @@ class TensorCache:
         self._given_device = device
         self._start_empty()
         self._tasks: set[ReaderTask] = set()
-        self._is_closed = False
         process.register(self)
 
     def __repr__(self) -> str:
@@ -57,6 +57,10 @@ class TensorCache:
     def keys(self) -> list[Hashable]:
         """Keys of what is cached, oldest first."""
         return self._index.keys()
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._index.is_closed
 
     @property
     def _engine(self) -> Engine | None:
@@ -97,16 +101,21 @@ class TensorCache:
             TransferError: During CUDA graph capture: a shard is not cached, or its copy was not yet seen complete.
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
-        engine = self._open_engine()
-        if engine.device.is_capturing() and (missing := self._index.missing(keys)):
-            raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
-        fetch = self._start(engine, keys, source, timeout_s)
-        try:
-            fetch.wait()
-            tensors = fetch.hand_out()
-            engine.settle(fetch.completions(), ready or self.config.ready)
-        finally:
-            fetch.finish()
+        if ready not in (None, "host", "stream"):
+            raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
+        fetch = self._fetch(timeout_s)
+        while True:
+            try:
+                engine = fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
+                fetch.wait()
+                engine.settle(fetch.completions(), ready or self.config.ready)
+                tensors = fetch.hand_out()
+                break
+            except FetchError:
+                if not fetch.has_lost_joins or time.monotonic() >= fetch.deadline:
+                    raise
+            finally:
+                fetch.finish()
         if len(keys) == len(tensors):
             return [tensors[key] for key in keys]
         return [alias_of(tensors[key]) for key in keys]  # a key repeats: no two results are one object
@@ -138,8 +147,14 @@ class TensorCache:
             CacheClosedError: The cache is closed.
         Thread-safety: any thread.
         """
-        fetch = self._start(self._open_engine(), keys, source, timeout_s)
+        fetch = self._fetch(timeout_s, may_overflow=False)
+        try:
+            fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
+        except BaseException:
+            fetch.finish()
+            raise
         result: Future[int] = Future()
+        result.set_running_or_notify_cancel()
 
         def tell(error: BaseException | None) -> None:
             num_missing = fetch.finish()
@@ -161,24 +176,30 @@ class TensorCache:
             node: The source that it counts for, and that `clear_node` names.
             timeout_s: Longest wait for a staging buffer, in seconds.
         Returns:
-            Whether this call cached it (False: it was there, or another thread is loading it).
+            Whether this call cached it (False: it was there, another thread is loading it, or a clear came between).
         Raises:
             CacheFullError: No room even after evicting every entry that nobody holds; nothing was changed.
             ValueError: Not a dense tensor in host memory.
         Thread-safety: any thread.
         """
         engine = self._open_engine()
+        if engine.device.is_capturing():
+            raise TransferError(f"cannot put {key!r} during CUDA graph capture")
         entry = self._index.reserve(key)
         if entry is None:
             return False
-        limit = self.config.fetch_timeout_s if timeout_s is None else timeout_s
         task = ReaderTask(TensorReader(node, [key], lambda: [tensor]), {key: entry}, self._index)
+        self._tasks.add(task)
         with plain_tensors():
-            task.run(engine.transfer, time.monotonic() + limit, may_overflow=False)
+            task.run(engine.transfer, self._fetch(timeout_s).deadline, may_overflow=False)
+        self._tasks.discard(task)
         self._index.release([entry])
-        if entry.error is not None:
+        if entry.error is None:
+            return entry.state is State.READY
+        try:
             raise entry.error
-        return True
+        finally:
+            del entry, task  # else error and frame would keep each other, and the caller's tensors, alive
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
@@ -244,53 +265,48 @@ class TensorCache:
         """
         if self._is_closed:
             return
-        self._is_closed = True
+        if (engine := self._engine) is not None and engine.device.is_capturing():
+            raise TransferError("cannot close the cache during CUDA graph capture")
         process.unregister(self)
-        error = CacheClosedError("the cache was closed while shards were on their way")
+        dropped = self._index.close()
         tasks = list(self._tasks)
         for task in tasks:
-            task.cancel(error)
+            task.cancel(CacheClosedError())
         concurrent.futures.wait([task.done for task in tasks], _CLOSE_WAIT_S)
-        self._index.remove_node(None)
+        self._drop(dropped)
         self._lazy.close()
 
     def disown(self) -> object:
         """Refuse every further call, in a child that inherited this cache; what is returned must never be freed."""
         inherited = self._lazy, self._index
-        self._is_closed = True
         self._start_empty()  # the locks of the others may be held by threads that do not exist here
+        self._index.close()
         return inherited
 
     def _start_empty(self) -> None:
-        self._index = ShardIndex(alias_of, AliasCounter().is_held)
-        self._lazy = LazyEngine(self.config, self._given_device, self._index.forget_dead, self._make_room)
+        index = self._index = ShardIndex(alias_of, AliasCounter().is_held)
+        # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
+        self._lazy = LazyEngine(
+            self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))
+        )
+        weakref.finalize(self, self._lazy.retire, index.close).atexit = False
 
-    def _start(self, engine: Engine, keys: Iterable[Hashable], source: ShardSource, timeout_s: float | None) -> Fetch:
-        """Look up, and begin to fetch what is missing."""
+    def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True) -> Fetch:
         limit = self.config.fetch_timeout_s if timeout_s is None else timeout_s
-        engine.pool.drain()
-        fetch = Fetch(self._index, self._index.claim(dict.fromkeys(keys)), limit)
-        if fetch.claim.claimed:
-            fetch.start(source, engine.transfer, self._tasks)
-            if self._is_closed:
-                fetch.cancel(CacheClosedError("the cache was closed while shards were on their way"))
-        return fetch
+        return Fetch(self._index, limit, may_overflow=may_overflow)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:
-            raise CacheClosedError("the cache is closed, or belongs to the process that this one was forked from")
-        engine = self._lazy.get(may_change=self._index.is_empty)
+            raise CacheClosedError
+        engine = self._lazy.get(lambda: self._index.is_empty)
         engine.reaper.wake()
         return engine
-
-    def _make_room(self, nbytes: int) -> bool:
-        """Evict; the victims' leases fire as this returns."""
-        return bool(self._index.evict(nbytes))
 
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their way back to the free lists."""
         count = len(dropped)
         dropped.clear()
         if (engine := self._engine) is not None:
-            engine.pool.drain()
+            engine.drain()
+            engine.reaper.wake()
         return count

@@ -94,7 +94,7 @@ class Device(Protocol):
         """The calling thread's current stream on this device."""
 
     def fence_streams(self) -> Sequence[Stream]:
-        """Every stream on which somebody may have enqueued a read: default and pooled ones, less capturing ones."""
+        """Every stream on which somebody may have enqueued a read: the default one, then the pooled ones."""
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""
@@ -242,7 +242,7 @@ class CudaDevice:
         return self._cuda.current_stream(self.torch_device)
 
     def fence_streams(self) -> Sequence[Stream]:
-        return [stream for stream in self._streams if not self.is_capturing(stream)]
+        return self._streams
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         with self._here(), self._cuda.stream(stream):

@@ -46,7 +46,16 @@ class Engine:
         self.staging = StagingRing(device, self.config) if device.stages else None
         self.transfer = Transfer(device, self.pool, self.staging, self.config, make_room)
         self.fence.note(self.transfer.stream)
-        self.reaper = Reaper(self.pool)
+        self.reaper = Reaper(self)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any byte of the pool is in use."""
+        return self.pool.is_busy
+
+    def drain(self) -> None:
+        """Free what can be freed now."""
+        self.pool.drain()
 
     def settle(self, completions: Iterable[Completion | None], ready: ReadyMode) -> None:
         """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
@@ -54,9 +63,10 @@ class Engine:
         Raises:
             TransferError: During CUDA graph capture, where nothing can be waited for.
         """
+        self.reaper.wake()
         stream = self.device.current_stream()
         self.fence.note(stream)
-        unseen = {completion for completion in completions if completion is not None and not completion.is_seen}
+        unseen = dict.fromkeys(found for found in completions if found is not None and not found.is_seen)
         if unseen and self.device.is_capturing():
             raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
         for completion in unseen:
@@ -66,8 +76,12 @@ class Engine:
                 completion.wait_on(stream)
 
     def close(self) -> None:
-        """Give back what nobody uses; blocks that are still held keep their slab. Waits for copies under way."""
-        self.reaper.stop()
+        """Give back what nobody uses now, and what is still held when its last alias dies. Idempotent."""
+        self.finish()
+        self.reaper.retire()
+
+    def finish(self) -> None:
+        """Give back what nobody uses; waits for copies under way."""
         self.pool.trim()
         if self.staging is not None:
             self.staging.close()
@@ -102,52 +116,65 @@ class LazyEngine:
         self._lock = threading.Lock()
         self._is_final = self._has_warned = False
 
-    def get(self, *, may_change: bool) -> Engine:
-        """The engine; `may_change` says that nothing is cached in the one there is.
+    def get(self, is_empty: Callable[[], bool]) -> Engine:
+        """The engine; `is_empty` says that nothing is cached in the one there is, nor on its way.
 
         Raises:
-            ValueError: The device named by the settings is not there, or it is not clear which is meant.
+            ValueError: The device named by the settings is not there.
+            RuntimeError: It is not clear which one is meant.
         """
         engine = self.current
-        if engine is not None and self._is_final:
+        if engine is not None and (self._is_final or self._stays(engine, is_empty)):
             return engine
         placement = self._given or choose_device(self._config.device)
-        if engine is not None:
-            if placement.device.torch_device == engine.device.torch_device:
-                return engine
-            if not may_change:
-                self._warn_of_late_cuda(placement, engine)
-                return engine
         built = Engine(placement.device, self._config, self._on_dead, self._make_room)
         with self._lock:
-            is_mine = self.current is engine
+            is_mine = self.current is engine and (engine is None or is_empty())
             if is_mine:
                 self.current, self._is_final = built, placement.is_final
             chosen = self.current
         if is_mine:
             logger.info("caching on %s: %s; %s", placement.device.torch_device, placement.reason, built.config)
             process.warn_if_shared(placement.device.torch_device)
-            _retire(engine)
+            if engine is not None:
+                engine.close()
         assert chosen is not None
         return chosen
 
-    def _warn_of_late_cuda(self, placement: Placement, engine: Engine) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "caching on %s although %s is there by now: shards were cached before CUDA was initialised; "
-                "initialise it first, or set device (GPU_CACHE_DEVICE)",
-                engine.device.torch_device,
-                placement.device.torch_device,
-            )
+    def is_current(self, engine: Engine) -> bool:
+        """Whether what was claimed before this call may be fetched into `engine`."""
+        with self._lock:
+            return self.current is engine
+
+    def retire(self, drop_all: Callable[[], object]) -> None:
+        """The cache is gone: let its reaper drop what is indexed, and give everything back. Only sets flags."""
+        if self.current is not None:
+            self.current.reaper.retire(drop_all)
 
     def close(self) -> None:
         """Close the engine, if there is one; it lives on while its blocks are held."""
-        _retire(self.current)
+        if self.current is not None:
+            self.current.close()
 
+    def _stays(self, engine: Engine, is_empty: Callable[[], bool]) -> bool:
+        """Whether a choice made before CUDA was initialised still holds; warns once if it only has to."""
+        try:
+            device = choose_device(self._config.device).device.torch_device
+        except (ValueError, RuntimeError) as error:
+            if is_empty():
+                raise
+            return self._warn_of_late_cuda(engine, str(error))
+        if device == engine.device.torch_device:
+            return True
+        return not is_empty() and self._warn_of_late_cuda(engine, f"{device} is there by now")
 
-def _retire(engine: Engine | None) -> None:
-    if engine is not None:
-        engine.close()
-        if engine.pool.is_busy:
-            process.retire(engine)
+    def _warn_of_late_cuda(self, engine: Engine, why: str) -> bool:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "shards stay on %s, where they were cached before CUDA was initialised (%s); initialise it first, or "
+                "set device (GPU_CACHE_DEVICE)",
+                engine.device.torch_device,
+                why,
+            )
+        return True

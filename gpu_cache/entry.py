@@ -38,6 +38,7 @@ class Entry:
     born: float = 0.0
     epoch: int = 0  # clears seen when it was published
     num_joined: int = 0
+    deadline: float = 0.0  # of the claiming call
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property

@@ -32,6 +32,9 @@ class CacheFullError(GpuCacheError, MemoryError):
 class CacheClosedError(GpuCacheError):
     """The cache was closed, or belongs to the process that this one was forked from."""
 
+    def __str__(self) -> str:
+        return "the cache is closed, or belongs to the process that this one was forked from"
+
 
 class FetchError(GpuCacheError, RuntimeError):
     """A shard did not arrive.

@@ -23,15 +23,19 @@ class StreamFence:
         """Remember a stream that reads blocks."""
         self._noted[stream] = None
 
-    def record(self) -> list[Event]:
-        """One event on each stream, behind what is enqueued now; all of them done means: nobody reads any more."""
-        return [self._device.record(stream) for stream in self._streams()]
+    def record(self) -> list[Event] | None:
+        """One event on each stream, behind what is enqueued now; all of them done means: nobody reads any more.
+
+        Returns:
+            None while a graph is being captured on one of the streams: it cannot be recorded on, and work enqueued
+            before the capture began may still run.
+        """
+        streams = self._streams()
+        if any(map(self._device.is_capturing, streams)):
+            return None
+        return [self._device.record(stream) for stream in streams]
 
     def _streams(self) -> list[Stream]:
-        """The streams to fence, each once; one that is being captured cannot be recorded on, nor does it run now."""
-        pooled = list(self._device.fence_streams())
-        streams = dict.fromkeys(pooled if self._mode == "all" else pooled[:1])
-        for stream in list(self._noted):
-            if stream not in streams and not self._device.is_capturing(stream):
-                streams[stream] = None
-        return list(streams)
+        """The streams to fence, each once."""
+        pooled = self._device.fence_streams()
+        return list(dict.fromkeys([*(pooled if self._mode == "all" else pooled[:1]), *list(self._noted)]))

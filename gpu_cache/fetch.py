@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from gpu_cache.engine import Engine
 from gpu_cache.entry import Claim, Entry, Landing
-from gpu_cache.errors import CacheClosedError, FetchError
+from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import alias_of
 from gpu_cache.source import ShardReader, ShardSource, ShardSpec
@@ -36,9 +37,13 @@ class ReaderTask:
         self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
         self._index = index
         self._announced: set[Hashable] = set()
+        index.came_from(entries.values(), reader.node)
+        self._owner = threading.Lock()  # taken for good by whoever ends the task
 
     def run(self, transfer: Transfer, deadline: float, *, may_overflow: bool = True) -> None:
         """Drain to the end. Never raises: each entry not delivered gets the reason."""
+        if not self.take_over():
+            return  # given up before it began
         error: BaseException | None = None
         try:
             transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
@@ -47,20 +52,30 @@ class ReaderTask:
             error = caught
         self.end(error)
 
+    def take_over(self) -> bool:
+        """Whether the caller is the first, and is to end it."""
+        return self._owner.acquire(blocking=False)
+
     def end(self, error: BaseException | None) -> None:
         """Close the reader and settle what it has not delivered."""
         try:
             self.reader.close()
         except Exception:
             logger.exception("closing the connection to %s failed", self.reader.node)
-        self._abort_rest(error)
+        try:
+            self._abort_rest(error)
+        except Exception as caught:  # the reader's account of its failures
+            self._index.abort(self.entries.values(), caught)
         self.entries = {}  # who waits for `done` may count on no block being held from here
         self.done.set_result(None)
 
     def cancel(self, error: BaseException) -> None:
         """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
         self._index.abort(self.entries.values(), error)
-        self.reader.cancel()
+        try:
+            self.reader.cancel()
+        except Exception:
+            logger.exception("cutting the connection to %s failed", self.reader.node)
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
         """Refuse shards that were not asked for, or that come twice."""
@@ -90,30 +105,69 @@ class Fetch:
     Thread-safety: used by the call's thread; `cancel` from any.
     """
 
-    def __init__(self, index: ShardIndex, claim: Claim, timeout_s: float) -> None:
-        self.claim = claim
+    def __init__(self, index: ShardIndex, timeout_s: float, *, may_overflow: bool = True) -> None:
+        self.claim = Claim()
+        self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
-        self._index, self._timeout_s = index, timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._index, self._timeout_s, self._may_overflow = index, timeout_s, may_overflow
+
+    @property
+    def has_lost_joins(self) -> bool:
+        """Whether another call that this one relied on failed: asking anew may help."""
+        return any(entry.error is not None for entry in self.claim.joined.values())
+
+    def begin(
+        self,
+        open_engine: Callable[[], Engine],
+        is_current: Callable[[Engine], bool],
+        keys: Sequence[Hashable],
+        source: ShardSource,
+        live: set[ReaderTask],
+    ) -> Engine:
+        """Look keys up and start to fetch what is missing; whatever interrupts this, no key stays claimed.
+
+        Raises:
+            TransferError: During CUDA graph capture, where nothing can be fetched.
+        """
+        while True:
+            engine = open_engine()
+            if engine.device.is_capturing() and (missing := self._index.missing(keys)):
+                raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
+            engine.drain()
+            try:
+                self._index.claim(dict.fromkeys(keys), self.claim, self.deadline)
+                if is_current(engine):
+                    self.start(source, engine.transfer, live)
+                    if self.claim.claimed and self._index.is_closed:
+                        self.cancel(CacheClosedError())
+                    return engine
+                self.cancel(FetchError("Failed to fetch shards: another device was chosen meanwhile"))
+            except BaseException as error:
+                self.cancel(error)
+                raise
+            self.finish()
 
     def start(self, source: ShardSource, transfer: Transfer, live: set[ReaderTask]) -> None:
         """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
         left = dict(self.claim.claimed)
-        started = 0
         try:
             for reader in source.open(list(left), self._timeout_s) if left else ():
+                if foreign := [key for key in reader.keys if key not in left]:
+                    raise FetchError(
+                        f"Failed to fetch shards: {reader.node} offers {_names(foreign)} unasked, or twice"
+                    )
                 self.tasks.append(ReaderTask(reader, {key: left.pop(key) for key in reader.keys}, self._index))
             for task in self.tasks:
                 live.add(task)
                 threading.Thread(
                     target=self._drain, args=(task, transfer, live), name="gpu-cache-fetch", daemon=True
                 ).start()
-                started += 1
         except BaseException as error:
             self.cancel(error)
-            for task in self.tasks[started:]:
-                live.discard(task)
-                task.end(error)
+            for task in self.tasks:
+                if task.take_over():
+                    live.discard(task)
+                    task.end(error)
             raise
         self._index.abort(left.values(), FetchError(f"Failed to fetch shards {_names(left)}: no source offers them"))
 
@@ -125,8 +179,11 @@ class Fetch:
             CacheClosedError: The cache was closed meanwhile.
         """
         pending = self._pending()
-        if pending and concurrent.futures.wait(pending, max(0.0, self._deadline - time.monotonic())).not_done:
-            self.cancel(FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s"))
+        if pending and concurrent.futures.wait(pending, max(0.0, self.deadline - time.monotonic())).not_done:
+            late = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
+            self.cancel(late)
+            now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
+            self._index.abort([entry for entry in self.claim.joined.values() if entry.deadline <= now], late)
         if failures := self._failures():
             raise _combined(failures, len(failures) + self._num_arrived())
 
@@ -146,23 +203,25 @@ class Fetch:
         Returns:
             How many shards were not cached when it began.
         """
-        claim, self.claim = self.claim, Claim()
+        claim, self.claim, self.tasks = self.claim, Claim(), []
         self._index.release(claim.claimed.values())
         return len(claim.claimed) + len(claim.joined)
 
     def when_done(self, then: Callable[[BaseException | None], None]) -> None:
         """Call `then` once, with what went wrong if anything, when every shard is here or given up."""
         waiting = self._pending()
-        left = [None] * len(waiting)
+        left = list(range(len(waiting)))
+
+        def all_done() -> None:
+            failures = self._failures()
+            then(_combined(failures, len(failures) + self._num_arrived()) if failures else None)
 
         def one_done(_: object) -> None:
-            left.pop()
-            if not left:
-                failures = self._failures()
-                then(_combined(failures, len(failures) + self._num_arrived()) if failures else None)
+            if left.pop() == 0:  # one step: just one of several at once is the last
+                all_done()
 
         if not waiting:
-            then(None)
+            all_done()
         for future in waiting:
             future.add_done_callback(one_done)
 
@@ -175,7 +234,7 @@ class Fetch:
     def _drain(self, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
         self._index.fetch_started()
         try:
-            task.run(transfer, self._deadline)
+            task.run(transfer, self.deadline, may_overflow=self._may_overflow)
         finally:
             self._index.fetch_stopped()
             live.discard(task)

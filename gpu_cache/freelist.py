@@ -69,7 +69,8 @@ class FreeList:
             ValueError: The range is (in a way that is cheap to see) free already or outside the slab.
         """
         end = start + nbytes
-        if start < 0 or nbytes <= 0 or end > self.capacity or start in self._size_at or end in self._start_of:
+        is_outside = start < 0 or nbytes <= 0 or end > self.capacity
+        if is_outside or start in self._size_at or end in self._start_of or self.free_bytes + nbytes > self.capacity:
             raise ValueError(f"bytes {start:,} to {end:,} given back twice, or outside {self.capacity:,}")
         self.free_bytes += nbytes
         if (length := self._size_at.get(end)) is not None:

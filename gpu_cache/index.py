@@ -14,7 +14,7 @@ import torch
 
 from gpu_cache.entry import Claim, Entry, Landing, State
 from gpu_cache.lease import Lease
-from gpu_cache.stats import BusyClock, LookupCounters
+from gpu_cache.stats import BusyClock, LookupCounters, Survivors
 
 
 class ShardIndex:
@@ -40,10 +40,11 @@ class ShardIndex:
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
         self._births: OrderedDict[Hashable, float] = OrderedDict()  # READY entries, oldest first
-        self._epochs: dict[int, list[int]] = {}  # epoch -> [entries, bytes] still cached
+        self._survivors = Survivors()
         self._generations = itertools.count(1)
         self._ready_bytes = 0
         self._has_fetched = False  # since the last clear
+        self._is_closed = False
         self._counters = LookupCounters()
         self._fetching = BusyClock(now)
 
@@ -59,6 +60,11 @@ class ShardIndex:
         with self._lock:
             pending = len(self._entries) - len(self._births)
             return f"ShardIndex({len(self._births)} ready, {pending} pending, {self._ready_bytes:,} bytes)"
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is indexed any more."""
+        return self._is_closed
 
     @property
     def is_empty(self) -> bool:
@@ -84,18 +90,23 @@ class ShardIndex:
             self._entries.move_to_end(key)
             return self._alias(entry.base), entry
 
-    def claim(self, keys: Iterable[Hashable]) -> Claim:
+    def claim(self, keys: Iterable[Hashable], found: Claim | None = None, deadline: float = 0.0) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
         end with `publish`, `deliver` or `abort`.
+
+        Args:
+            keys: Distinct.
+            found: Filled and returned; who passes it can abort what was claimed, whatever interrupts this call.
+            deadline: By this index's clock, after which those who join a claim may give it up.
         """
-        found = Claim()
+        found = Claim() if found is None else found
         with self._lock:
             entries, counters = self._entries, self._counters
             for key in keys:
                 entry = entries.get(key)
                 if entry is None:
-                    entry = entries[key] = Entry(key, next(self._generations), is_awaited=True)
-                    found.claimed[key] = entry
+                    entry = found.claimed[key] = Entry(key, next(self._generations), is_awaited=True, deadline=deadline)
+                    entries[key] = entry  # second: whatever interrupts this, the caller can abort it
                 elif entry.base is not None:
                     entries.move_to_end(key)
                     found.hits[key] = (self._alias(entry.base), entry)
@@ -108,6 +119,12 @@ class ShardIndex:
             counters.misses += len(found.claimed)
             self._has_fetched = self._has_fetched or bool(found.claimed)
         return found
+
+    def came_from(self, entries: Iterable[Entry], node: str) -> None:
+        """Say which node PENDING entries are asked of, so that clearing the node finds them."""
+        with self._lock:
+            for entry in entries:
+                entry.node = node
 
     def reserve(self, key: Hashable) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry."""
@@ -122,7 +139,9 @@ class ShardIndex:
         with self._lock:
             landed = [entry for entry, landing in landings if self._land_locked(entry, landing, node, completion)]
             for entry in landed:
-                if self._stands_locked(entry):
+                if self._is_closed:
+                    self._drop_locked(entry)
+                elif self._stands_locked(entry):
                     self._index_locked(entry)
         _wake(landed)
 
@@ -143,7 +162,7 @@ class ShardIndex:
             for entry in failed:
                 entry.error = error
                 self._drop_locked(entry)
-            self._counters.fetch_errors += len(failed)
+            self._counters.fetch_errors += sum(entry.is_fetch for entry in failed)
         _wake(failed)
 
     def release(self, entries: Iterable[Entry]) -> None:
@@ -158,16 +177,18 @@ class ShardIndex:
         Returns:
             The READY ones, for the caller to let die.
         """
+        wanted = list(keys)  # outside the lock: it may be a generator that asks the cache
         with self._lock:
             dropped = []
-            for key in keys:
+            for key in wanted:
                 entry = self._entries.get(key)
-                if entry is None or (node is not None and entry.base is not None and entry.node != node):
+                if entry is None or (node is not None and entry.node != node):
                     continue
                 self._drop_locked(entry)
                 if entry.base is not None:
                     dropped.append(entry)
-            self._count_cleared_locked(dropped)
+            if wanted:
+                self._count_cleared_locked(dropped)
             return dropped
 
     def remove_node(self, node: str | None) -> list[Entry]:
@@ -175,6 +196,12 @@ class ShardIndex:
         with self._lock:
             keys = [key for key, entry in self._entries.items() if node is None or entry.node == node]
         return self.remove(keys, node)
+
+    def close(self) -> list[Entry]:
+        """Drop every entry and index no more; returns the READY ones."""
+        with self._lock:
+            self._is_closed = True
+        return self.remove_node(None)
 
     def forget_dead(self, leases: Iterable[Lease]) -> None:
         """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
@@ -217,7 +244,7 @@ class ShardIndex:
     def stats(self) -> dict[str, float]:
         """The index's part of `BufferStats`, consistent in itself."""
         with self._lock:
-            outlived = [kept for epoch, kept in self._epochs.items() if epoch <= self._counters.clears - 2]
+            outlived_entries, outlived_bytes = self._survivors.since(self._counters.clears - 2)
             born = next(iter(self._births.values()), None)
             return {
                 **self._counters.as_dict(),
@@ -228,8 +255,8 @@ class ShardIndex:
                 "total_bytes": self._ready_bytes,
                 "fetch_busy_seconds": self._fetching.seconds,
                 "oldest_entry_age_seconds": 0.0 if born is None else self._now() - born,
-                "outlived_entries": sum(kept[0] for kept in outlived),
-                "outlived_bytes": sum(kept[1] for kept in outlived),
+                "outlived_entries": outlived_entries,
+                "outlived_bytes": outlived_bytes,
             }
 
     def _join_locked(self, entry: Entry) -> None:
@@ -258,9 +285,7 @@ class ShardIndex:
         entry.state, entry.born, entry.epoch = State.READY, self._now(), self._counters.clears
         self._births[entry.key] = entry.born
         self._ready_bytes += entry.nbytes
-        kept = self._epochs.setdefault(entry.epoch, [0, 0])
-        kept[0] += 1
-        kept[1] += entry.nbytes
+        self._survivors.add(entry.epoch, 1, entry.nbytes)
 
     def _drop_locked(self, entry: Entry) -> None:
         """Forget an entry; PENDING ones keep flying, for those who wait."""
@@ -269,11 +294,7 @@ class ShardIndex:
         if entry.state is State.READY:
             del self._births[entry.key]
             self._ready_bytes -= entry.nbytes
-            kept = self._epochs[entry.epoch]
-            kept[0] -= 1
-            kept[1] -= entry.nbytes
-            if not kept[0]:
-                del self._epochs[entry.epoch]
+            self._survivors.add(entry.epoch, -1, -entry.nbytes)
         entry.state = State.GONE
 
     def _count_cleared_locked(self, dropped: list[Entry]) -> None:

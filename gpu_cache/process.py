@@ -28,8 +28,6 @@ class LiveCache(Protocol):
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
 # Arenas and pinned buffers of the parent. Freeing them here would call a CUDA context that did not survive the fork.
 _inherited: list[object] = []
-# Pools of closed caches whose blocks are still held: their memory pools must outlive the blocks.
-_retired: list[object] = []
 
 
 def register(cache: LiveCache) -> None:
@@ -40,11 +38,6 @@ def register(cache: LiveCache) -> None:
 def unregister(cache: LiveCache) -> None:
     """It was closed."""
     _caches.discard(cache)
-
-
-def retire(pool: object) -> None:
-    """Keep a pool alive until the process ends; somebody still reads from it."""
-    _retired.append(pool)
 
 
 def warn_if_shared(device: torch.device) -> None:

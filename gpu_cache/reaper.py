@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-_PERIOD_S = 1.0
+PERIOD_S = 1.0
 
 
 class Drainable(Protocol):
@@ -19,23 +21,29 @@ class Drainable(Protocol):
     def drain(self) -> None:
         """Free what can be freed now."""
 
+    def finish(self) -> None:
+        """Give back what is not held, and wait for the device where that takes it; nothing new is handed out."""
+
 
 class Reaper:
     """Drains a pool once a second while it is busy, and sleeps otherwise.
 
+    Its thread keeps the pool alive: the blocks of a cache that is closed, or gone, still find their way back.
+
     Thread-safety: any thread.
     """
 
-    def __init__(self, pool: Drainable, period_s: float = _PERIOD_S) -> None:
-        self._pool, self._period_s = pool, period_s
-        self._may_be_busy, self._is_stopped = threading.Event(), threading.Event()
+    def __init__(self, pool: Drainable, period_s: float | None = None) -> None:
+        self._pool, self._period_s = pool, PERIOD_S if period_s is None else period_s
+        self._may_be_busy, self._is_retired = threading.Event(), threading.Event()
         # Guards _thread.
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._first: Callable[[], object] | None = None
 
     def wake(self) -> None:
-        """Something is about to be handed out: watch it."""
-        if self._may_be_busy.is_set() or self._is_stopped.is_set():
+        """Something may be handed out or given back: look after it."""
+        if self._may_be_busy.is_set() or self._is_retired.is_set():
             return
         with self._lock:
             if self._thread is None:
@@ -44,24 +52,40 @@ class Reaper:
                 self._thread = thread
         self._may_be_busy.set()
 
-    def stop(self) -> None:
-        """End the thread and wait for it. Idempotent."""
-        self._is_stopped.set()
+    def retire(self, first: Callable[[], object] | None = None) -> None:
+        """Go on until nothing is held, give back what is left, and end. Idempotent; only sets flags.
+
+        Args:
+            first: Called by the thread before it looks.
+        """
+        self._first = first
+        self._is_retired.set()
         self._may_be_busy.set()
-        with self._lock:
-            thread = self._thread
-        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join()
 
     def _run(self) -> None:
+        pause: Callable[[float], object] = self._is_retired.wait  # retirement cuts it short, once
         while True:
             self._may_be_busy.wait()
-            if self._is_stopped.wait(self._period_s):
-                return
+            pause(self._period_s)
+            if self._is_retired.is_set():
+                pause = time.sleep
             self._may_be_busy.clear()  # before looking: what is handed out from here on sets it again
-            try:
-                self._pool.drain()
-            except Exception:
-                logger.exception("draining freed shards failed; trying again in %.0f s", self._period_s)
-            if self._pool.is_busy:
+            is_idle = self._reap()
+            if is_idle and self._is_retired.is_set():
+                return
+            if not is_idle:
                 self._may_be_busy.set()
+
+    def _reap(self) -> bool:
+        """Free what can be freed; whether nothing is left to look after."""
+        try:
+            if not self._is_retired.is_set():
+                self._pool.drain()
+            else:
+                if self._first is not None:
+                    self._first()
+                self._pool.finish()
+        except Exception:
+            logger.exception("draining freed shards failed; trying again in %.0f s", self._period_s)
+            return False
+        return not self._pool.is_busy

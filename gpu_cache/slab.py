@@ -29,7 +29,7 @@ class SlabPool:
         device: Where arenas live.
         config: Resolved settings.
         fence: Records the events that freed ranges wait for.
-        on_dead: Told the leases that fired, before their bytes can be reused.
+        on_dead: Told the leases that fired.
     Raises:
         GpuCacheError: Leases are unsound on this torch.
     Thread-safety: any thread. No device call under the lock.
@@ -47,7 +47,7 @@ class SlabPool:
         self._device, self._slab_bytes, self._fence, self._on_dead = device, config.slab_bytes, fence, on_dead
         self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
         # Guards every field below and those of each slab.
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._slabs: list[Slab] = []
         self._quarantine: dict[Quarantine, None] = {}
         self._keep_bytes = config.prealloc_bytes  # empty slabs down to this are kept
@@ -58,11 +58,7 @@ class SlabPool:
         self._alloc_failures = 0
 
     def __repr__(self) -> str:
-        with self._lock:
-            return (
-                f"SlabPool({len(self._slabs)} slabs, {self._reserved_bytes:,} of {self.capacity:,} bytes reserved, "
-                f"{self._held_bytes:,} held, {self._pending_bytes:,} pending, {self._quarantined_bytes:,} quarantined)"
-            )
+        return f"SlabPool({self.accounts()}, at most {self.capacity:,} bytes)"
 
     @property
     def is_busy(self) -> bool:
@@ -75,10 +71,14 @@ class SlabPool:
         self._preallocate()
         while True:
             with self._lock:
-                taken = self._take_locked(nbytes)
+                while not (taken := self._take_locked(nbytes)) and self._growing_bytes:
+                    self._lock.wait()  # for another thread's slab, which may have room for both
                 growth = 0 if taken else self._plan_growth_locked(nbytes)
-            if taken or not growth or not self._grow(growth):
+            # A run longer than a slab may have to wait for empty slabs to make way for a longer one.
+            if taken or nbytes > self.capacity:
                 return taken
+            if not (self._grow(growth) if growth else self._release_empty(keep_bytes=0)):
+                return None
 
     def take_overflow(self, nbytes: int) -> Range:
         """Take a range outside the pool, from torch's own allocator.
@@ -128,7 +128,6 @@ class SlabPool:
         with self._lock:
             self._pending_bytes -= taken.nbytes
             self._quarantine_locked([taken], taken.nbytes)
-        self.drain()
 
     def drain(self) -> None:
         """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""
@@ -148,10 +147,13 @@ class SlabPool:
 
     def trim(self, to_bytes: int = 0) -> bool:
         """Release empty slabs down to `to_bytes`, and keep no more from now on; whether any was released."""
-        self.synchronize()
         with self._lock:
             self._keep_bytes = min(self._keep_bytes, to_bytes)
-        return self._release_empty()
+            before = self._reserved_bytes
+        self.synchronize()
+        self._release_empty(self._keep_bytes)
+        with self._lock:
+            return self._reserved_bytes < before
 
     def stats(self) -> dict[str, int]:
         """The pool's part of `BufferStats`, consistent in itself."""
@@ -161,7 +163,9 @@ class SlabPool:
                 "device_reserved_bytes": self._reserved_bytes + self._overflow_bytes,
                 "device_capacity_bytes": self.capacity,
                 "device_peak_bytes": self._peak_bytes,
-                "device_largest_free_bytes": self._largest_free_locked(),
+                "device_largest_free_bytes": max(
+                    (slab.free.largest_free_bytes for slab in self._slabs if not slab.is_overflow), default=0
+                ),
                 "device_quarantined_bytes": self._quarantined_bytes,
                 "alloc_failures": self._alloc_failures,
             }
@@ -177,6 +181,13 @@ class SlabPool:
                 "reserved": self._reserved_bytes + self._overflow_bytes,
             }
 
+    @property
+    def free_bytes(self) -> int:
+        """What the pool may still hand out, in however many pieces."""
+        with self._lock:
+            taken = self._held_bytes + self._pending_bytes + self._quarantined_bytes - self._overflow_bytes
+            return max(0, self.capacity - taken)
+
     def reset_peak(self) -> None:
         """Make the peak what is in use now."""
         with self._lock:
@@ -185,30 +196,27 @@ class SlabPool:
     def _collect(self) -> None:
         """Quarantine the blocks whose leases fired. Until then they count as held."""
         dead: list[Lease] = []
-        while self._freed:
-            try:
-                dead.append(self._freed.popleft())
-            except IndexError:  # another thread took it
-                break
-        if not dead:
-            return
-        self._on_dead(dead)
         with self._lock:
+            while self._freed:
+                dead.append(self._freed.popleft())
             for lease in dead:
                 del lease.slab.leases[lease.offset]
             nbytes = sum(lease.nbytes for lease in dead)
             self._held_bytes -= nbytes
-            self._quarantine_locked(dead, nbytes)
+            if dead:
+                self._quarantine_locked(dead, nbytes)
+        if dead:
+            self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
-        """Everything in quarantine, each with its events; those recorded here come after every drop."""
+        """What is in quarantine and has its events; those recorded here come after every drop."""
         with self._lock:
             held = list(self._quarantine)
         if unfenced := [one for one in held if one.events is None]:
             events = self._fence.record()
             for one in unfenced:
                 one.events = events
-        return held
+        return [one for one in held if one.events is not None]
 
     def _settle(self, done: Sequence[Quarantine]) -> None:
         """Make ranges reusable, and release slabs that this leaves empty above what is kept."""
@@ -221,13 +229,13 @@ class SlabPool:
                     freed.slab.free.give(freed.offset, freed.nbytes)
                     self._quarantined_bytes -= freed.nbytes
         if done:
-            self._release_empty()
+            self._release_empty(self._keep_bytes)
 
-    def _release_empty(self) -> bool:
+    def _release_empty(self, keep_bytes: int) -> bool:
         with self._lock:
             released = []
             for slab in reversed(self._slabs):
-                is_spare = slab.is_overflow or self._reserved_bytes - slab.nbytes >= self._keep_bytes
+                is_spare = slab.is_overflow or self._reserved_bytes - slab.nbytes >= keep_bytes
                 if slab.free.is_empty and is_spare:
                     released.append(slab)
                     if slab.is_overflow:
@@ -270,6 +278,7 @@ class SlabPool:
         finally:
             with self._lock:
                 self._growing_bytes -= nbytes
+                self._lock.notify_all()
                 if arena is None:
                     self._alloc_failures += 1
                 else:
@@ -294,6 +303,3 @@ class SlabPool:
     def _quarantine_locked(self, ranges: Sequence[Range | Lease], nbytes: int) -> None:
         self._quarantine[Quarantine(ranges)] = None
         self._quarantined_bytes += nbytes
-
-    def _largest_free_locked(self) -> int:
-        return max((slab.free.largest_free_bytes for slab in self._slabs if not slab.is_overflow), default=0)

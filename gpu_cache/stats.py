@@ -143,6 +143,24 @@ class BusyClock:
         self._since = self._now()
 
 
+class Survivors:
+    """How much is cached, by the number of clears before it came. No lock; the owner locks."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[int, int]] = {}  # epoch -> entries, bytes
+
+    def add(self, epoch: int, num_entries: int, nbytes: int) -> None:
+        """Count entries in, or, with negative numbers, out."""
+        entries, total = self._kept.pop(epoch, (0, 0))
+        if entries + num_entries:
+            self._kept[epoch] = (entries + num_entries, total + nbytes)
+
+    def since(self, epoch: int) -> tuple[int, int]:
+        """Entries and bytes that are as old as `epoch`, or older."""
+        old = [kept for came, kept in self._kept.items() if came <= epoch]
+        return sum(entries for entries, _ in old), sum(nbytes for _, nbytes in old)
+
+
 _NOTHING_YET = {key: kind() for key, kind in get_type_hints(BufferStats).items()}
 
 

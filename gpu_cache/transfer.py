@@ -225,12 +225,9 @@ class Transfer:
     def _reclaim(self, nbytes: int) -> Range | None:
         """Room from what was freed, else from what nobody holds."""
         self._pool.synchronize()
-        if taken := self._pool.take(nbytes):
-            return taken
-        if not self._make_room(nbytes):
-            return None
-        self._pool.synchronize()
-        return self._pool.take(nbytes)
+        while not (taken := self._pool.take(nbytes)) and nbytes <= self._pool.capacity and self._make_room(nbytes):
+            self._pool.synchronize()
+        return taken
 
     def _place_in_parts(self, run: Run, may_overflow: bool) -> Iterator[Run]:
         """Halve the run until its parts fit the holes of the pool; what fits nowhere goes outside it."""
@@ -243,7 +240,7 @@ class Transfer:
             return
         if run.place is None:
             if not may_overflow:
-                raise CacheFullError(run.nbytes, largest_free, self._pool.capacity)
+                raise CacheFullError(run.nbytes, self._pool.free_bytes, self._pool.capacity)
             self._warn_of_overflow(run.nbytes)
             run.place = self._pool.take_overflow(run.nbytes)
         yield run
@@ -277,8 +274,10 @@ class Transfer:
                 )
                 num_copies, nbytes = num_copies + 1, nbytes + piece.nbytes
         finally:
-            if num_copies:  # also behind the copies of a window that failed half-way
-                slot.guard = self._device.record(self.stream, timing=True)
-            guard = slot.guard
-            self._staging.release(slot, num_copies=num_copies, nbytes=nbytes)
+            try:
+                if num_copies:  # also behind the copies of a window that failed half-way
+                    slot.guard = self._device.record(self.stream, timing=True)
+                guard = slot.guard
+            finally:
+                self._staging.release(slot, num_copies=num_copies, nbytes=nbytes)
         return Completion(self._device, guard)

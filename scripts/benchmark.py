@@ -34,7 +34,7 @@ from gpu_cache import GpuCacheError
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
-_ROUNDS, _QUICK_ROUNDS = 15, 5
+_ROUNDS, _QUICK_ROUNDS = 15, 3
 _QUICK_FRACTION = 0.25
 _NUM_PATHS = 8
 # Wide enough for the tables where there is no terminal to ask.

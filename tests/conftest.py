@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import process
+from gpu_cache import process, reaper
 from gpu_cache.cache import TensorCache
 
 _OUR_THREADS = ("gpu-cache-", "areal-")
+reaper.PERIOD_S = 0.02  # so that no test waits a second for a thread to end
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -44,10 +46,10 @@ def nothing_is_left() -> Iterator[None]:
         assert isinstance(cache, TensorCache)
         check_accounts(cache)
         cache.close()
-    process._retired.clear()
     _forget_runtime()
     deadline = time.monotonic() + 10
     while left := [t.name for t in threading.enumerate() if t.name.startswith(_OUR_THREADS)]:
+        gc.collect()  # a test's own cycles, such as of an error that it caught
         assert time.monotonic() < deadline, f"threads left: {left}"
         time.sleep(0.001)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from gpu_cache import CacheClosedError, CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
 from gpu_cache.device import HostDevice
-from tests.support.sources import DictSource, gated, same_bytes, some_tensors
+from tests.support.sources import DictSource, GatedReader, gated, same_bytes, some_tensors
 from tests.support.threads import run_threads
 
 CONFIG = CacheConfig(
@@ -171,35 +172,46 @@ def test_a_late_call_gives_up_but_its_range_waits_for_the_read(cache: TensorCach
     assert_empty(cache)
 
 
-def test_who_joined_a_call_that_gave_up_is_told(cache: TensorCache) -> None:
+def test_who_joined_a_call_that_gave_up_asks_for_itself(cache: TensorCache) -> None:
     source = DictSource({"a": torch.arange(10)})
     readers = gated(source)
-    errors: list[FetchError] = []
-
-    def join() -> None:
-        assert readers[0].has_arrived.wait(30)
-        with pytest.raises(FetchError, match="not here within") as caught:
-            cache.get_many(["a"], source)
-        errors.append(caught.value)
 
     def claim() -> None:
-        with pytest.raises(FetchError):
+        with pytest.raises(FetchError, match="not here within"):
             cache.get_many(["a"], source, timeout_s=0.3)
 
-    future = cache.prefetch(["b"], DictSource({"b": torch.ones(1)}))
     claimer = threading.Thread(target=claim)
     claimer.start()
-    while not readers:
-        pass
-    join()
-    claimer.join(30)
+    opener = threading.Thread(target=lambda: opened(readers, 1).gate.set())
+    assert opened(readers, 0).has_arrived.wait(30)
+    opener.start()
+    assert torch.equal(cache.get_many(["a"], source)[0], torch.arange(10))
+    for thread in (claimer, opener):
+        thread.join(30)
     readers[0].gate.set()
-    assert len(errors) == 1
-    assert future.result(30) == 1
+    assert source.asked == [["a"], ["a"]]
     for task in list(cache._tasks):
         task.done.result(30)
-    cache.clear()
     assert_empty(cache)
+
+
+def test_a_prefetch_that_is_stuck_keeps_nobody_from_fetching(cache: TensorCache) -> None:
+    source = DictSource({"a": torch.arange(10)})
+    readers = gated(source)
+    future = cache.prefetch(["a"], source, timeout_s=0.01)
+    with pytest.raises(FetchError, match="not here within"):
+        cache.get_many(["a"], source, timeout_s=0.2)
+    assert torch.equal(cache.get_many(["a"], DictSource({"a": torch.arange(10)}))[0], torch.arange(10))
+    readers[0].gate.set()
+    with pytest.raises(FetchError):
+        future.result(30)
+
+
+def opened(readers: list[GatedReader], number: int) -> GatedReader:
+    """The reader of that number, once it was opened."""
+    while len(readers) <= number:
+        time.sleep(0.001)
+    return readers[number]
 
 
 def test_a_clear_wins_over_a_fetch_under_way_and_the_caller_still_gets_it(cache: TensorCache) -> None:
@@ -208,9 +220,7 @@ def test_a_clear_wins_over_a_fetch_under_way_and_the_caller_still_gets_it(cache:
     got: list[torch.Tensor] = []
     thread = threading.Thread(target=lambda: got.extend(cache.get_many(["a"], source)))
     thread.start()
-    while not readers:
-        pass
-    assert readers[0].has_arrived.wait(30)
+    assert opened(readers, 0).has_arrived.wait(30)
     assert cache.clear(["a"]) == 0
     readers[0].gate.set()
     thread.join(30)
@@ -232,9 +242,7 @@ def test_closing_ends_a_fetch_under_way(cache: TensorCache) -> None:
 
     thread = threading.Thread(target=fetch)
     thread.start()
-    while not readers:
-        pass
-    assert readers[0].has_arrived.wait(30)
+    assert opened(readers, 0).has_arrived.wait(30)
     readers[0].cancel = readers[0].gate.set  # type: ignore[method-assign]
     cache.close()
     thread.join(30)

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from areal.infra.rpc.backends.http_connection import ConnectionPool
 from areal.infra.rpc.serialization import tensor_to_json
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
-from tests.support.fault_server import FaultServer, frame, frames_of, json_of, raw_frame, reply, whole
+from tests.support.bad_frames import BAD_FRAMES, PAIR, A, B
+from tests.support.fault_server import FaultServer, frames_of, json_of, reply, whole
 from tests.support.reading import drained, failure, reader_of
-from tests.support.wire_tensors import patterned, same_bits
+from tests.support.wire_tensors import same_bits
 
-A, B = patterned(torch.float32, 3, 2, seed=1), patterned(torch.int16, 5, seed=2)
-PAIR = {"a": A, "b": B}
 OCTETS = "application/octet-stream"
 
 
@@ -25,39 +23,6 @@ OCTETS = "application/octet-stream"
 def serve() -> Iterator[Callable[..., FaultServer]]:
     with nothing_forgotten(), fault_servers() as start:
         yield start
-
-
-def entry(begin: int, end: int, dtype: object = "F32", shape: object = None) -> dict[str, object]:
-    length = [(end - begin) // 4] if shape is None else shape
-    return {"dtype": dtype, "shape": length, "data_offsets": [begin, end]}
-
-
-IDS = {"__metadata__": {"ids": '["a", "b"]'}}
-BAD_FRAMES: dict[str, bytes] = {
-    "no frame": b"short",
-    "huge header": (1 << 40).to_bytes(8, "little") + bytes(100),
-    "header beyond the body": raw_frame(IDS)[:-5],
-    "not JSON": raw_frame("{nonsense"),
-    "not an object": raw_frame([1]),
-    "deep": raw_frame("[" * 100_000),
-    "no ids": raw_frame({"0": entry(0, 8), "1": entry(8, 16)}, bytes(16)),
-    "gap": raw_frame(IDS | {"0": entry(0, 8), "1": entry(12, 20)}, bytes(20)),
-    "overlap": raw_frame(IDS | {"0": entry(0, 8), "1": entry(4, 12)}, bytes(12)),
-    "beyond the end": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16)}, bytes(12)),
-    "bytes left over": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16)}, bytes(20)),
-    "backwards": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 0)}, bytes(8)),
-    "offsets of a larger shard": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[1])}, bytes(16)),
-    "unknown dtype": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, "F128")}, bytes(16)),
-    "dtype of another type": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, 7)}, bytes(16)),
-    "negative shape": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[-2])}, bytes(16)),
-    "overflowing shape": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[1 << 62, 4])}, bytes(16)),
-    "fractional shape": raw_frame(IDS | {"0": entry(0, 8), "1": entry(8, 16, shape=[2.0])}, bytes(16)),
-    "key twice": raw_frame('{"__metadata__":{"ids":"[]"},"0":1,"0":2}'),
-    "shard twice": raw_frame({"__metadata__": {"ids": '["a", "a"]'}, "0": entry(0, 8), "1": entry(8, 16)}, bytes(16)),
-    "one too few": frame({"a": A}),
-    "one too many": frame({"a": A, "b": B, "c": A}),
-    "another shard": frame({"a": A, "c": B}),
-}
 
 
 @pytest.mark.parametrize("body", BAD_FRAMES.values(), ids=BAD_FRAMES.keys())

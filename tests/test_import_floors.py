@@ -19,7 +19,8 @@ FLOORS = {
         ["placement", "block", "fence", "staging"],
         ["slab"],
         ["transfer"],
-        ["engine", "fetch"],
+        ["engine"],
+        ["fetch"],
         ["cache"],
     ],
     "areal.infra.rpc": [

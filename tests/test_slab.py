@@ -17,6 +17,7 @@ from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardSpec
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
+from tests.support.threads import run_threads
 
 
 def pool_of(
@@ -43,6 +44,7 @@ def taken_from(pool: SlabPool, nbytes: int) -> Range:
 
 
 def check(pool: SlabPool, **expected: int) -> None:
+    """Whether every reserved byte is where it should be."""
     accounts = pool.accounts()
     assert accounts == {**dict.fromkeys(accounts, 0), **expected}
     assert sum(accounts.values()) == 2 * accounts["reserved"]
@@ -95,6 +97,8 @@ def test_the_pool_does_not_grow_beyond_its_cap() -> None:
     assert pool.take(512) is None
     pool.abandon(first)
     pool.abandon(second)
+    check(pool, quarantined=3 * MIB // 2, reserved=3 * MIB // 2)
+    pool.drain()
     check(pool)
 
 
@@ -104,6 +108,28 @@ def test_a_shard_larger_than_a_slab_gets_a_slab_of_its_own() -> None:
     assert taken.slab.nbytes == 3 * MIB
     assert pool.take(2 * MIB) is None
     pool.abandon(taken)
+
+
+def test_empty_slabs_make_way_for_a_shard_longer_than_they_are() -> None:
+    pool = pool_of(prealloc_bytes=4 * MIB)
+    pool.abandon(taken_from(pool, 512))
+    pool.drain()
+    check(pool, free=4 * MIB, reserved=4 * MIB)
+    taken = taken_from(pool, 3 * MIB)
+    check(pool, pending=3 * MIB, reserved=3 * MIB)
+    assert pool.free_bytes == MIB
+    pool.abandon(taken)
+    pool.drain()
+    check(pool, free=3 * MIB, reserved=3 * MIB)
+
+
+def test_readers_that_race_for_the_first_slab_share_it() -> None:
+    pool = pool_of(pool_bytes=MIB)
+    taken: list[Range] = []
+    run_threads([lambda: taken.append(taken_from(pool, 1024))] * 8)
+    assert len({id(one.slab) for one in taken}) == 1
+    for one in taken:
+        pool.abandon(one)
 
 
 def test_overflow_is_outside_the_cap_and_goes_back_at_once() -> None:
@@ -140,6 +166,7 @@ def test_a_device_without_room_is_no_error_until_overflow_fails_too() -> None:
     with pytest.raises(CacheFullError, match="need 512 bytes"):
         pool.take_overflow(512)
     pool.abandon(kept)
+    pool.drain()
     check(pool)
 
 
@@ -181,7 +208,7 @@ def test_a_lease_on_the_public_tensor_is_found_out(monkeypatch: pytest.MonkeyPat
     assert "early" in lease.lease_fault()
 
 
-def test_dead_leases_are_told_before_their_bytes_can_be_reused() -> None:
+def test_dead_leases_are_told_once_their_bytes_are_in_quarantine() -> None:
     told: list[tuple[list[object], int]] = []
     config = CacheConfig(slab_bytes=MIB, pool_bytes=MIB, run_bytes=MIB).resolved(is_cuda=False, device_bytes=0)
     device = HostDevice()
@@ -193,7 +220,7 @@ def test_dead_leases_are_told_before_their_bytes_can_be_reused() -> None:
     )
     shards_in(pool, taken_from(pool, 512), 512)
     pool.drain()
-    assert told == [(["k0"], 512)]
+    assert told == [(["k0"], 0)]
 
 
 def test_freed_bytes_wait_for_every_stream(tmp_path: Path) -> None:

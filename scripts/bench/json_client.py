@@ -29,7 +29,7 @@ class JsonClient:
         """The tensors of shards, in order.
 
         Raises:
-            ConnectionError: The answer was not 200.
+            ConnectionError: The answer was not 200, or broke off.
         """
         requests = range(0, len(shard_ids), _SHARDS_PER_REQUEST)
         parts = [self._batch(shard_ids[start : start + _SHARDS_PER_REQUEST]) for start in requests]
@@ -40,11 +40,16 @@ class JsonClient:
         self._connection.close()
 
     def _batch(self, shard_ids: Sequence[str]) -> list[torch.Tensor]:
-        body = json.dumps({"shard_ids": shard_ids})
-        self._connection.request("POST", "/data/batch", body, {"Content-Type": "application/json"})
-        answer = self._connection.getresponse()
-        text = answer.read()
-        if answer.status != 200:
-            raise ConnectionError(f"the owner answered {answer.status}: {text[:200]!r}")
+        status, text = self._post(json.dumps({"shard_ids": shard_ids}))
+        if status != 200:
+            raise ConnectionError(f"the owner answered {status}: {text[:200]!r}")
         tensors: list[torch.Tensor] = deserialize_value(json.loads(text))
         return tensors
+
+    def _post(self, body: str) -> tuple[int, bytes]:
+        try:
+            self._connection.request("POST", "/data/batch", body, {"Content-Type": "application/json"})
+            answer = self._connection.getresponse()
+            return answer.status, answer.read()
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"the owner's answer broke off: {error!r}") from error

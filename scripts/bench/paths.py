@@ -19,7 +19,7 @@ from bench.trainer import Trainer
 from bench.workloads import Workload
 
 # The JSON form is slow: so many bytes of a workload are fetched, and the seconds scaled.
-_JSON_BYTES = 48_000_000
+_JSON_BYTES = 28_000_000
 
 
 def _nothing(*_: object) -> None:

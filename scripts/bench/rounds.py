@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from bench.meter import Cost, timed, with_growth
@@ -95,16 +96,13 @@ def _ratio(own: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _checked(path: Path) -> int:
-    given = path.prepare()
-    result, growth = with_growth(lambda: path.run(given))
+    result, growth = with_growth(partial(path.run, path.prepare()))
     path.check(result)
     path.finish()
     return growth
 
 
 def _timed(path: Path, server_cpu: Callable[[], float]) -> Cost:
-    given = path.prepare()
-    result, cost = timed(lambda: path.run(given), server_cpu)
-    del result, given
+    _, cost = timed(partial(path.run, path.prepare()), server_cpu)
     path.finish()
     return cost
