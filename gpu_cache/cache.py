@@ -69,8 +69,7 @@ class TensorCache:
     @property
     def device_name(self) -> str:
         """Where it caches ("cuda:0", "cpu"); "" before the first use."""
-        engine = self._engine
-        return "" if engine is None else str(engine.device.torch_device)
+        return "" if self._engine is None else str(self._engine.device.torch_device)
 
     @eager
     def get_many(
@@ -127,7 +126,6 @@ class TensorCache:
         Raises:
             CacheClosedError: The cache is closed.
             TransferError: As for `get_many`.
-        Thread-safety: any thread.
         """
         engine = self._open_engine()
         found = self._index.find(key)
@@ -143,9 +141,6 @@ class TensorCache:
 
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
-        Raises:
-            CacheClosedError: The cache is closed.
-        Thread-safety: any thread.
         """
         fetch = self._fetch(timeout_s, may_overflow=False)
         try:
@@ -180,7 +175,6 @@ class TensorCache:
         Raises:
             CacheFullError: No room even after evicting every entry that nobody holds; nothing was changed.
             ValueError: Not a dense tensor in host memory.
-        Thread-safety: any thread.
         """
         engine = self._open_engine()
         if engine.device.is_capturing():
@@ -204,19 +198,13 @@ class TensorCache:
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
 
-        Their bytes are reusable when the last alias is gone and the work enqueued before is done.
-
-        Returns:
-            How many were cached.
+        Their bytes are reusable when the last alias is gone and the work enqueued before is done. Returns how many
+        were cached.
         """
         return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
 
     def clear_node(self, node: str, keys: Iterable[Hashable] | None = None) -> int:
-        """Drop the shards that came from `node`, or those of them that `keys` names.
-
-        Returns:
-            How many were cached.
-        """
+        """Drop the shards that came from `node`, or those of them that `keys` names; returns how many were cached."""
         return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
 
     def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
@@ -250,8 +238,7 @@ class TensorCache:
 
     def buffer_stats(self) -> BufferStats:
         """Counters and gauges; each part (index, pool, staging) is consistent in itself. No device call."""
-        engine = self._engine
-        return buffer_stats_of(self._index.stats(), {} if engine is None else engine.stats())
+        return buffer_stats_of(self._index.stats(), {} if self._engine is None else self._engine.stats())
 
     def reset_peak_stats(self) -> None:
         """Make `device_peak_bytes` what is in use now. Counters are never reset."""
@@ -259,9 +246,9 @@ class TensorCache:
             engine.pool.reset_peak()
 
     def close(self) -> None:
-        """Drop everything, end every fetch, and refuse further calls. Tensors already handed out stay valid.
+        """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
 
-        Waits at most a few seconds for reads that were cut off. Idempotent; any thread.
+        Waits at most a few seconds for reads that were cut off.
         """
         if self._is_closed:
             return
@@ -292,8 +279,8 @@ class TensorCache:
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
 
     def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True) -> Fetch:
-        limit = self.config.fetch_timeout_s if timeout_s is None else timeout_s
-        return Fetch(self._index, limit, may_overflow=may_overflow)
+        limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s
+        return Fetch(self._index, limit_s, may_overflow=may_overflow)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:

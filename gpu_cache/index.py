@@ -24,8 +24,7 @@ class ShardIndex:
         alias: Makes a tensor to hand out from an entry's base; must be quick, it runs under the lock.
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
-    Thread-safety: any thread. Nothing slow happens under the lock; methods that drop entries return them, so that
-        the last reference to a tensor dies outside.
+    Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
 
@@ -57,9 +56,8 @@ class ShardIndex:
             return key in self._births
 
     def __repr__(self) -> str:
-        with self._lock:
-            pending = len(self._entries) - len(self._births)
-            return f"ShardIndex({len(self._births)} ready, {pending} pending, {self._ready_bytes:,} bytes)"
+        pending = len(self._entries) - len(self._births)
+        return f"ShardIndex({len(self._births)} ready, {pending} pending, {self._ready_bytes:,} bytes)"
 
     @property
     def is_closed(self) -> bool:
@@ -92,12 +90,8 @@ class ShardIndex:
 
     def claim(self, keys: Iterable[Hashable], found: Claim | None = None, deadline: float = 0.0) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
-        end with `publish`, `deliver` or `abort`.
-
-        Args:
-            keys: Distinct.
-            found: Filled and returned; who passes it can abort what was claimed, whatever interrupts this call.
-            deadline: By this index's clock, after which those who join a claim may give it up.
+        end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
+        interrupts this. Those who join a claim may give it up after `deadline`.
         """
         found = Claim() if found is None else found
         with self._lock:
@@ -112,7 +106,8 @@ class ShardIndex:
                     found.hits[key] = (self._alias(entry.base), entry)
                     counters.hit_bytes += entry.nbytes
                 else:
-                    self._join_locked(entry)
+                    entry.num_joined += 1
+                    entry.flight = entry.flight or Future()
                     found.joined[key] = entry
             counters.hits += len(found.hits)
             counters.joined += len(found.joined)
@@ -138,11 +133,8 @@ class ShardIndex:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them."""
         with self._lock:
             landed = [entry for entry, landing in landings if self._land_locked(entry, landing, node, completion)]
-            for entry in landed:
-                if self._is_closed:
-                    self._drop_locked(entry)
-                elif self._stands_locked(entry):
-                    self._index_locked(entry)
+            for entry in filter(self._stands_locked, landed):
+                (self._drop_locked if self._is_closed else self._index_locked)(entry)
         _wake(landed)
 
     def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
@@ -172,10 +164,9 @@ class ShardIndex:
                 entry.is_awaited = False
 
     def remove(self, keys: Iterable[Hashable], node: str | None = None) -> list[Entry]:
-        """Drop entries by key (and node); a PENDING one will not be cached when it arrives. Unknown keys are ignored.
+        """Drop entries by key (and node), and return the READY ones, for the caller to let die.
 
-        Returns:
-            The READY ones, for the caller to let die.
+        A PENDING one will not be cached when it arrives. Unknown keys are ignored.
         """
         wanted = list(keys)  # outside the lock: it may be a generator that asks the cache
         with self._lock:
@@ -258,11 +249,6 @@ class ShardIndex:
                 "outlived_entries": outlived_entries,
                 "outlived_bytes": outlived_bytes,
             }
-
-    def _join_locked(self, entry: Entry) -> None:
-        entry.num_joined += 1
-        if entry.flight is None:
-            entry.flight = Future()
 
     def _stands_locked(self, entry: Entry) -> bool:
         """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""

@@ -32,7 +32,7 @@ class SlabPool:
         on_dead: Told the leases that fired.
     Raises:
         GpuCacheError: Leases are unsound on this torch.
-    Thread-safety: any thread. No device call under the lock.
+    Thread-safety: any thread.
     Source: deferred free behind events, as PyTorch's CachingHostAllocator does.
     """
 
@@ -74,11 +74,10 @@ class SlabPool:
                 while not (taken := self._take_locked(nbytes)) and self._growing_bytes:
                     self._lock.wait()  # for another thread's slab, which may have room for both
                 growth = 0 if taken else self._plan_growth_locked(nbytes)
-            # A run longer than a slab may have to wait for empty slabs to make way for a longer one.
-            if taken or nbytes > self.capacity:
+            # A run longer than a slab may need the room of empty ones.
+            is_settled = taken or nbytes > self.capacity
+            if is_settled or not (self._grow(growth) if growth else self._release_empty(keep_bytes=0)):
                 return taken
-            if not (self._grow(growth) if growth else self._release_empty(keep_bytes=0)):
-                return None
 
     def take_overflow(self, nbytes: int) -> Range:
         """Take a range outside the pool, from torch's own allocator.
@@ -185,13 +184,12 @@ class SlabPool:
     def free_bytes(self) -> int:
         """What the pool may still hand out, in however many pieces."""
         with self._lock:
-            taken = self._held_bytes + self._pending_bytes + self._quarantined_bytes - self._overflow_bytes
-            return max(0, self.capacity - taken)
+            taken = self._held_bytes + self._pending_bytes + self._quarantined_bytes
+            return max(0, self.capacity + self._overflow_bytes - taken)
 
     def reset_peak(self) -> None:
         """Make the peak what is in use now."""
-        with self._lock:
-            self._peak_bytes = self._held_bytes + self._pending_bytes
+        self._peak_bytes = self._held_bytes + self._pending_bytes
 
     def _collect(self) -> None:
         """Quarantine the blocks whose leases fired. Until then they count as held."""
@@ -199,14 +197,11 @@ class SlabPool:
         with self._lock:
             while self._freed:
                 dead.append(self._freed.popleft())
-            for lease in dead:
-                del lease.slab.leases[lease.offset]
-            nbytes = sum(lease.nbytes for lease in dead)
-            self._held_bytes -= nbytes
+                del dead[-1].slab.leases[dead[-1].offset]
+            self._held_bytes -= (nbytes := sum(lease.nbytes for lease in dead))
             if dead:
                 self._quarantine_locked(dead, nbytes)
-        if dead:
-            self._on_dead(dead)
+        self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
         """What is in quarantine and has its events; those recorded here come after every drop."""
