@@ -261,10 +261,10 @@ class FakeCuda:
             module.cudaGetLastError = self._get_last_error
         return module
 
-    # What `libcudart` offers; `library` is how `ctypes` would show it.
+    # What `libcudart` offers; `shared_object` is how `ctypes` would show it.
 
     @property
-    def library(self) -> Any:
+    def shared_object(self) -> Any:
         return SimpleNamespace(
             cudaGetLastError=self._get_last_error, cudaThreadExchangeStreamCaptureMode=self._exchange_capture_mode
         )
