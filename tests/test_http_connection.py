@@ -101,6 +101,18 @@ def test_a_host_with_several_addresses_is_tried_at_each(
     connection.close()
 
 
+def test_an_address_where_nobody_answers_leaves_time_for_the_next(
+    serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(whole(reply(b"abc")))
+    with full_listener() as (_, dead):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (dead, server.port)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        connection = NodeConnection("node-7:80")
+        assert ask(connection, patience_s=1.5, deadline_s=1.5).read_rest(10) == b"abc"
+        connection.close()
+
+
 @pytest.mark.parametrize(
     "step",
     [silent, lambda exchange: (exchange.send(reply(TEXT)[:200]), exchange.wait())],

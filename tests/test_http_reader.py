@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from areal.infra.rpc.backends import http_requester
+from areal.infra.rpc.backends.http_connection import ConnectionPool
 from areal.infra.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
     FaultServer,
     cut,
+    frame,
     frames_of,
     hanging_up,
     json_of,
@@ -169,6 +171,27 @@ def test_faults_before_the_answer_are_mended(serve: Callable[..., FaultServer]) 
     assert same_bits(drained(reader_of(server.address, ["a", "b"]))["b"], B)
     server = serve(whole(b"junk\r\n\r\n"))
     assert "after 3 attempts. Last error: BadStatusLine" in failure(server)
+
+
+def test_faults_are_counted_anew_for_each_request(serve: Callable[..., FaultServer]) -> None:
+    last = lambda exchange: (exchange.send(reply(frame({"a": A}), Connection="close")), exchange.hang_up())  # noqa: E731
+    server = serve(hanging_up, hanging_up, last, hanging_up, hanging_up, whole(frames_of(PAIR)))
+    assert same_bits(drained(reader_of(server.address, ["a", "b"], max_json_shards=1))["b"], B)
+    assert server.wanted == [["a"]] * 3 + [["b"]] * 3
+
+
+def test_after_a_fault_no_idle_connection_is_trusted(serve: Callable[..., FaultServer]) -> None:
+    good = whole(frames_of(PAIR))
+    server, pool = serve(good, good, good, hanging_up, good), ConnectionPool()
+    readers = [reader_of(server.address, ["a", "b"], pool=pool) for _ in range(3)]
+    for reader in readers:
+        assert reader.next_specs() is not None
+        reader.read_into([memoryview(bytearray(A.nbytes + B.nbytes))])
+    for reader in readers:
+        reader.close()
+    drained(reader_of(server.address, ["a"], pool=pool))
+    assert server.num_connections == 4
+    pool.close()
 
 
 def test_an_address_that_is_none_is_named(serve: Callable[..., FaultServer]) -> None:

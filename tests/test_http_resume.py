@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.http_connection import ConnectionPool, NodeConnection
 from areal.infra.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
@@ -192,6 +192,27 @@ def test_cancelling_ends_a_read_for_good(serve: Callable[..., FaultServer]) -> N
     thread.join(30)
     assert not thread.is_alive()
     assert len(errors) == len(server.asked) == 1
+
+
+def test_what_is_cancelled_before_it_begins_asks_nothing(serve: Callable[..., FaultServer]) -> None:
+    server = serve(whole(SERVING))
+    reader = reader_of(server.address, list(SHARDS))
+    reader.cancel()
+    with pytest.raises(ShardFetchError, match="the fetch was given up"):
+        drained(reader)
+    assert server.asked == []
+
+
+def test_a_connection_that_is_cut_too_late_is_not_kept_either(
+    serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, pool = serve(whole(SERVING)), ConnectionPool()
+    reader = reader_of(server.address, ["b"], pool=pool)
+    assert reader.next_specs() is not None
+    reader.read_into([memoryview(bytearray(5))])
+    monkeypatch.setattr(NodeConnection, "cancel", lambda connection: reader.close())  # before it is cut
+    reader.cancel()
+    assert pool.acquire(server.address)._sock is None
 
 
 def test_a_connection_that_was_cut_is_not_kept(serve: Callable[..., FaultServer]) -> None:

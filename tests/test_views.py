@@ -35,7 +35,7 @@ def test_each_is_a_mapping_also_for_who_holds_its_lock(mapping: MutableMapping[A
         assert (list(mapping), len(mapping), repr(mapping)[-10:]) == (["x"], 1, "(1 shards)")
         assert torch.equal(mapping["x"], torch.arange(4))
         assert torch.equal(mapping.pop("x"), torch.arange(4))
-        assert mapping.pop("x", None) is None
+        assert (mapping.pop("x", None), mapping.pop("x", 7)) == (None, 7)
         mapping.update(y=torch.ones(1), z=torch.ones(2))
         del mapping["y"]
         assert list(mapping) == ["z"]

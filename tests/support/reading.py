@@ -25,7 +25,6 @@ def reader_of(
     nbytes: Mapping[Hashable, int] | None = None,
     pool: ConnectionPool | None = None,
     timeout_s: float = LONG_S,
-    is_binary: bool | None = None,
     **settings: Any,
 ) -> HttpReader:
     """Tries again without a pause, and keeps its connection in a pool that is closed."""
@@ -34,7 +33,7 @@ def reader_of(
         pool.close()
     chosen = HttpSettings({}, **{"retry_pause_s": 0.0, **settings})
     requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s)
-    return HttpReader(keys, nbytes or {}, requester, chosen, NodeForm(is_binary))
+    return HttpReader(keys, nbytes or {}, requester, chosen, NodeForm())
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:

@@ -192,8 +192,6 @@ class NodeConnection:
         if self._response is not None:
             self._response.close()
         self._http.close()
-        if self._sock is not None:
-            self._sock.close()
 
     def _connect(self, deadline: float, patience_s: float) -> DeadlineSocket:
         """Try the addresses of the host in turn, each for its share of the time."""
@@ -211,7 +209,7 @@ class NodeConnection:
             if self._is_cancelled:  # when there was no socket to cut
                 raise ConnectionAbortedError("cut off by another thread")
             sock.connect(location)
-        except OSError:
+        except BaseException:
             sock.close()
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -228,13 +226,13 @@ class ConnectionPool:
         self._idle: list[NodeConnection] = []  # longest idle first
         self._is_closed = False
 
-    def acquire(self, address: str, *, fresh: bool = False) -> NodeConnection:
-        """An idle connection to the node that is still alive, or a new one, not yet connected; `fresh`: the latter.
+    def acquire(self, address: str) -> NodeConnection:
+        """An idle connection to the node that is still alive, or a new one, not yet connected.
 
         Raises:
             ValueError: Not an address.
         """
-        while not fresh and (connection := self._take_idle(address)) is not None:
+        while (connection := self._take_idle(address)) is not None:
             if not connection.is_stale:
                 return connection
             connection.close()

@@ -30,9 +30,9 @@ _SKIPPED_BYTES = 1 << 20  # at a time
 
 @dataclasses.dataclass(slots=True)
 class NodeForm:
-    """What a node's server speaks, once it has answered."""
+    """What a node's server spoke when it last answered; few shards are asked for before it did."""
 
-    is_binary: bool | None = None  # None: not asked yet
+    is_binary: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class FrameBody:
     def rest(self) -> tuple[list[FrameEntry], int]:
         """The entries that are not known to their end, and how many bytes of the first one are."""
         num_known = self.num_known + self.num_new
-        for position, entry in enumerate(self.entries):
-            if num_known < entry.nbytes:
-                return self.entries[position:], num_known
-            num_known -= entry.nbytes
-        return [], 0
+        position = 0
+        while self.entries[position].nbytes <= num_known:
+            num_known -= self.entries[position].nbytes
+            position += 1
+        return self.entries[position:], num_known
 
 
 class HttpReader:

@@ -141,7 +141,7 @@ class Requester:
         if self._connection is not None and not self._connection.can_be_reused:
             self.release()
         if self._connection is None:
-            self._connection = self._pool.acquire(self.address, fresh=self.num_faults > 0)
+            self._connection = self._pool.acquire(self.address)
         if self._cancelled.is_set():  # looked at after _connection was filled: from here on it can be cut
             raise ConnectionAbortedError("the fetch was given up")
         answer = self._connection.request(
