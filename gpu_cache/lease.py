@@ -13,13 +13,15 @@ import gc
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _COLLECTIONS = 1000
+# What `UntypedStorage.__getitem__` ends in, after looks at the device that cost twice as much: 0.25 instead of 0.8 us.
+_slice_of = torch._C.StorageBase.__getitem__
 
 
 class Lease(weakref.ref[torch.UntypedStorage]):
@@ -44,8 +46,8 @@ def carve(
 
     Call inside `plain_tensors()`. The tensor has a storage of its own, of exactly `nbytes`, that cannot be resized.
     """
-    hidden = arena.untyped_storage()[offset : offset + nbytes]
-    tensor = torch.empty(0, dtype=dtype, device=arena.device).set_(hidden[0:nbytes], 0, shape)  # type: ignore[call-overload]
+    hidden = _slice_of(arena.untyped_storage(), slice(offset, offset + nbytes))
+    tensor = arena.new_empty(0, dtype=dtype).set_(_slice_of(hidden, slice(0, nbytes)), 0, shape)
     # Last: had building failed with the lease made, it would have fired for a range that is still the caller's.
     return tensor, Lease(hidden, freed.append)
 
@@ -69,12 +71,12 @@ def plain_tensors() -> Iterator[None]:
         yield
 
 
-def alias_of(base: torch.Tensor) -> torch.Tensor:
-    """A new tensor on the bytes of `base`, with autograd state of its own."""
+def aliases_of(bases: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """A new tensor on the bytes of each, with autograd state of its own."""
     if torch._C._len_torch_dispatch_stack():
         with plain_tensors():
-            return base.detach()
-    return base.detach()
+            return [base.detach() for base in bases]
+    return [base.detach() for base in bases]
 
 
 class AliasCounter:
@@ -86,7 +88,7 @@ class AliasCounter:
         if self._count is not None:
             base, _ = _trial_block(deque())
             self._baseline = self._count(base.untyped_storage()._cdata)
-            alias = alias_of(base)
+            (alias,) = aliases_of([base])
             if self._count(base.untyped_storage()._cdata) != self._baseline + 1:
                 self._count = None
             del alias
