@@ -58,8 +58,8 @@ def carve_shards(
 ) -> Iterator[tuple[Landing, Lease]]:
     """The tensors of the shards of a run, `offsets` bytes into its range, with the leases that give the bytes back."""
     slab, first = taken.slab, taken.offset
-    arena, storage = slab.arena.tensor, slab.arena.tensor.untyped_storage()
-    templates = {dtype: arena.new_empty(0, dtype=dtype) for dtype in {spec.dtype for spec in specs}}
+    storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
+    templates = {dtype: torch.empty(0, dtype=dtype, device=device) for dtype in {spec.dtype for spec in specs}}
     for spec, offset in zip(specs, offsets, strict=True):
         base, lease = carve(storage, first + offset, spec.nbytes, templates[spec.dtype], spec.shape, freed)
         lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, first + offset, aligned(spec.nbytes)

@@ -131,7 +131,7 @@ class TensorCache:
         if found is None:
             return None
         tensor, entry = found
-        engine.settle({entry.completion} - {None}, self.config.ready)
+        engine.settle([] if entry.completion is None else [entry.completion], self.config.ready)
         return tensor
 
     @eager

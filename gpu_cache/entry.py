@@ -52,7 +52,7 @@ class Claim:
     """What a look-up of several keys found, by key. `hits` are aliases already, safe to read after `completions`."""
 
     hits: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
-    completions: set[Any] = dataclasses.field(default_factory=set)  # of the hits
+    completions: dict[Any, None] = dataclasses.field(default_factory=dict)  # of the hits, each once
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
 

@@ -196,9 +196,11 @@ class Fetch:
         arrived = {entry.key: entry.base for entry in self._entries() if entry.base is not None}
         return {**self.claim.hits, **dict(zip(arrived, aliases_of(arrived.values()), strict=True))}
 
-    def completions(self) -> set[Completion]:
-        """Of the copies that the shards depend on."""
-        return self.claim.completions.union(entry.completion for entry in self._entries() if entry.completion)
+    def completions(self) -> Iterable[Completion]:
+        """Of the copies that the shards depend on, each once."""
+        return self.claim.completions | dict.fromkeys(
+            entry.completion for entry in self._entries() if entry.completion is not None
+        )
 
     def finish(self) -> int:
         """Let go of everything, so that nobody who keeps the fetch or an error of it keeps blocks.

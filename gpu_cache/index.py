@@ -107,7 +107,7 @@ class ShardIndex:
                     ready[key] = base
                     hit_bytes += entry.nbytes
                     if entry.completion is not None:
-                        found.completions.add(entry.completion)
+                        found.completions[entry.completion] = None
                 else:
                     entry.num_joined += 1
                     entry.flight = entry.flight or Future()

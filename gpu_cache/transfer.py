@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -22,6 +21,10 @@ from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.staging import StagingRing
 
 logger = logging.getLogger(__name__)
+
+# Received by one call where nothing is staged, in slots. Larger calls are faster (of the raw socket's speed: 0.73 in
+# calls of 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback); what a fault costs grows with them.
+_DIRECT_SLOTS = 4
 
 
 class Completion:
@@ -169,8 +172,8 @@ class Transfer:
         make_room: Callable[[int], bool],
     ) -> None:
         self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
-        # Without staging a part is received by one call: in calls of 16 MiB a bulk transfer is a tenth slower.
-        self._window_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT if staging else sys.maxsize
+        slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
+        self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
         self._has_warned = False
         self.stream: Stream = device.new_stream()

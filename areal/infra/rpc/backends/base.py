@@ -31,7 +31,9 @@ class RTensorBackend(Protocol):
 class StreamingBackend(Protocol):
     """A backend that can deliver bytes into buffers of the cache's choosing."""
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]) -> ShardSource:
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> ShardSource:
         """A source for these shards; `expected` are meta tensors as they should be, where known."""
 
 

@@ -59,7 +59,9 @@ class HttpRTensorBackend:
     def __repr__(self) -> str:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]) -> HttpSource:
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> HttpSource:
         """A source for these shards by id; `expected` are meta tensors as they should be, where known."""
         return HttpSource(self, shards, expected)
 
