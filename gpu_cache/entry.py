@@ -54,6 +54,7 @@ class Claim:
     hits: dict[Hashable, tuple[torch.Tensor, Entry]] = dataclasses.field(default_factory=dict)
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
+    num_removals: int | None = None  # before the call's first look-up
 
 
 @dataclasses.dataclass(slots=True)

@@ -43,6 +43,7 @@ class ShardIndex:
         self._generations = itertools.count(1)
         self._ready_bytes = 0
         self._has_fetched = False  # since the last clear
+        self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
         self._is_closed = False
         self._counters = LookupCounters()
         self._fetching = BusyClock(now)
@@ -91,16 +92,22 @@ class ShardIndex:
     def claim(self, keys: Iterable[Hashable], found: Claim | None = None, deadline: float = 0.0) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
         end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
-        interrupts this. Those who join a claim may give it up after `deadline`.
+        interrupts this, and can look up again what it lacks. Those who join a claim may give it up after `deadline`.
+
+        Of a call that looks up again after something was cleared, claims are not indexed: the clear may have meant
+        them, and a call that began before it must not bring them back.
         """
         found = Claim() if found is None else found
         with self._lock:
-            entries, counters = self._entries, self._counters
+            entries, counters, num_held = self._entries, self._counters, len(found.hits)
+            if found.num_removals is None:
+                found.num_removals = self._num_removals
             for key in keys:
                 entry = entries.get(key)
                 if entry is None:
                     entry = found.claimed[key] = Entry(key, next(self._generations), is_awaited=True, deadline=deadline)
-                    entries[key] = entry  # second: whatever interrupts this, the caller can abort it
+                    if found.num_removals == self._num_removals:
+                        entries[key] = entry  # second: whatever interrupts this, the caller can abort it
                 elif entry.base is not None:
                     entries.move_to_end(key)
                     found.hits[key] = (self._alias(entry.base), entry)
@@ -109,7 +116,7 @@ class ShardIndex:
                     entry.num_joined += 1
                     entry.flight = entry.flight or Future()
                     found.joined[key] = entry
-            counters.hits += len(found.hits)
+            counters.hits += len(found.hits) - num_held
             counters.joined += len(found.joined)
             counters.misses += len(found.claimed)
             self._has_fetched = self._has_fetched or bool(found.claimed)
@@ -170,6 +177,7 @@ class ShardIndex:
         """
         wanted = list(keys)  # outside the lock: it may be a generator that asks the cache
         with self._lock:
+            self._num_removals += 1
             dropped = []
             for key in wanted:
                 entry = self._entries.get(key)
