@@ -25,8 +25,9 @@ FLOORS = {
     ],
     "areal.infra.rpc": [
         ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket"],
-        ["layout", "store", "backends.base", "backends.http_connection"],
-        ["wire", "backends.ray_backend"],
+        ["layout", "backends.base", "backends.http_connection"],
+        ["owned", "backends.ray_backend"],
+        ["wire", "store"],
         ["backends.http_requester"],
         ["backends.http_reader"],
         ["backends.http_backend"],

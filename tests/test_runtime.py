@@ -137,7 +137,8 @@ def test_an_address_that_only_others_know_can_be_named() -> None:
 
 def test_an_own_shard_may_live_on_a_device() -> None:
     class Elsewhere:
-        nbytes, device = 12, torch.device("cuda")
+        nbytes, dtype, shape, device = 12, torch.float32, (3,), torch.device("cuda")
+        layout, is_nested, ndim, is_cpu = torch.strided, False, 1, False
         detach = lambda self: self  # noqa: E731
         cpu = lambda self: torch.ones(3)  # noqa: E731
 

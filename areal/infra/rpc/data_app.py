@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from aiohttp import web
 
+from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.serialization import tensor_from_json, tensor_to_json
 from areal.infra.rpc.shard import WireError
 from areal.infra.rpc.store import ShardStore
@@ -218,17 +219,17 @@ def _json_answer(tensor: torch.Tensor) -> _Answer:
     return _Answer(_JSON_CONTENT_TYPE, [text], len(text), tensor.nbytes)
 
 
-def _array_answer(found: Sequence[tuple[str, torch.Tensor]]) -> _Answer:
-    text_of_id = {shard_id: _json_text(tensor) for shard_id, tensor in dict(found).items()}
+def _array_answer(found: Sequence[tuple[str, OwnedShard]]) -> _Answer:
+    text_of_id = {shard_id: _json_text(shard.tensor) for shard_id, shard in dict(found).items()}
     parts: list[bytes] = []
     for shard_id, _ in found:
         parts += [b"," if parts else b"[", text_of_id[shard_id]]
     parts.append(b"]" if parts else b"[]")
-    payload_nbytes = sum(tensor.nbytes for _, tensor in found)
+    payload_nbytes = sum(shard.nbytes for _, shard in found)
     return _Answer(_JSON_CONTENT_TYPE, parts, sum(map(len, parts)), payload_nbytes)
 
 
-def _frame_answer(found: Sequence[tuple[str, torch.Tensor]]) -> _Answer:
+def _frame_answer(found: Sequence[tuple[str, OwnedShard]]) -> _Answer:
     frame = Frame(found)
     return _Answer(CONTENT_TYPE, frame, frame.nbytes, frame.payload_nbytes)
 

@@ -5,13 +5,13 @@ reader that knows what it asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 
 from areal.infra.rpc.serialization import DTYPES
 from areal.infra.rpc.shard import WireError
-from gpu_cache import ShardSpec
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20
@@ -24,33 +24,57 @@ NAME_OF_DTYPE = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
+_NAMES = {dtype: NAME_OF_DTYPE.get(dtype, "") for dtype in DTYPES.values()}
+_UNNAMED = {dtype for dtype, name in _NAMES.items() if not name}
 _WIDEST_FIRST = sorted(DTYPES.values(), key=lambda dtype: -dtype.itemsize)
+
+
+class Described(Protocol):
+    """What a layout has to know of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 class Layout:
     """Shards laid out one behind another: widest dtype first, then by dtype, then as they were asked for.
 
     Args:
-        shards: With distinct string ids, in the order asked for.
+        ids: Distinct, in the order asked for.
+        shards: What they name.
+        texts: What `described` says of them.
     Attributes:
         indices: Places in the request, in the order of the bytes.
-        shards: In the order of the bytes.
         header: With its length before it: a frame up to the bytes.
         payload_nbytes: Of the bytes.
     Raises:
         WireError: More shards than a frame has, too long a header, or a dtype that does not travel.
     """
 
-    def __init__(self, shards: Sequence[ShardSpec]) -> None:
+    def __init__(self, ids: Sequence[Hashable], shards: Sequence[Described], texts: Sequence[str]) -> None:
         if len(shards) > MAX_TENSORS:
             raise WireError(f"{len(shards):,} ids; a frame has at most {MAX_TENSORS:,}")
         self.indices = _by_dtype(shards)
-        self.shards = [shards[index] for index in self.indices]
-        self.payload_nbytes = sum(spec.nbytes for spec in shards)
-        self.header = _header([spec.key for spec in shards], self.indices, self.shards)
+        self.payload_nbytes = sum(shard.nbytes for shard in shards)
+        self.header = _header(ids, self.indices, shards, texts)
+
+    def is_of(self, header: bytes | bytearray, payload_nbytes: int) -> bool:
+        """Whether a frame has this header (without the length before it) and so many bytes."""
+        return header == self.header[PREFIX_BYTES:] and payload_nbytes == self.payload_nbytes
 
 
-def _by_dtype(shards: Iterable[ShardSpec]) -> list[int]:
+def described(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> str:
+    """A tensor's dtype and shape in a header; a dtype that has no name there is described in `raw` beside it.
+
+    Raises:
+        KeyError: The dtype does not travel.
+    """
+    name = _NAMES[dtype]
+    return f'"dtype":"{name}","shape":{list(shape)}' if name else f'"dtype":"U8","shape":[{nbytes}]'
+
+
+def _by_dtype(shards: Iterable[Described]) -> list[int]:
     """Indices, grouped; cheaper than a sort with a key of Python's."""
     groups: dict[torch.dtype, list[int]] = {dtype: [] for dtype in _WIDEST_FIRST}
     try:
@@ -61,16 +85,19 @@ def _by_dtype(shards: Iterable[ShardSpec]) -> list[int]:
     return [index for group in groups.values() for index in group]
 
 
-def _header(ids: Sequence[object], indices: Iterable[int], shards: Iterable[ShardSpec]) -> bytes:
+def _header(
+    ids: Sequence[Hashable], indices: Iterable[int], shards: Sequence[Described], texts: Sequence[str]
+) -> bytes:
     """Prefix and header; composed as text, as `json.dumps` takes twice as long."""
-    entries, raw, end = [], {}, 0
-    for index, spec in zip(indices, shards, strict=True):
-        begin, end = end, end + spec.nbytes
-        name, shape = NAME_OF_DTYPE.get(spec.dtype), list(spec.shape)
-        if name is None:
-            raw[str(index)] = [str(spec.dtype).removeprefix("torch."), shape]
-            name, shape = "U8", [spec.nbytes]
-        entries.append(f',"{index}":{{"dtype":"{name}","shape":{shape},"data_offsets":[{begin},{end}]}}')
+    entries, end = [], 0
+    for index in indices:
+        begin, end = end, end + shards[index].nbytes
+        entries.append(f',"{index}":{{{texts[index]},"data_offsets":[{begin},{end}]}}')
+    raw = {
+        str(index): [str(shard.dtype).removeprefix("torch."), list(shard.shape)]
+        for index, shard in enumerate(shards)
+        if shard.dtype in _UNNAMED
+    }
     metadata = {"ids": json.dumps(ids)} | ({"raw": json.dumps(raw)} if raw else {})
     text = f'{{"__metadata__":{json.dumps(metadata)}{"".join(entries)}}}'.encode()
     text += b" " * (-len(text) % 8)

@@ -126,7 +126,9 @@ class Runtime:
         found = dict(self.store.get_many(keys)[0])
         missing = "Failed to fetch shard {} from {}: this process owned it, and does not have it any more"
         return [
-            on_host(found[key]) if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
+            on_host(found[key].tensor)
+            if key in found
+            else ShardMissingError(missing.format(key, shards[key].node_addr))
             for key in keys
         ]
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from areal.infra.rpc.owned import OwnedShard
+
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 
@@ -23,20 +25,19 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
     def __init__(self) -> None:
         # Guards _entries, _total_bytes.
         self._lock = threading.Lock()
-        # With the length at the time of storing: a tensor resized since must not upset the total.
-        self._entries: dict[Hashable, tuple[torch.Tensor, int]] = {}
+        self._entries: dict[Hashable, OwnedShard] = {}
         self._total_bytes = 0
 
     def put(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
         """Keep a tensor as it is, without a copy; replaces what the id named before."""
-        entry = (tensor, tensor.nbytes)
+        entry = OwnedShard(tensor)
         with self._lock:
             previous = self._entries.get(shard_id)
             self._entries[shard_id] = entry
-            self._total_bytes += entry[1] - (previous[1] if previous else 0)
+            self._total_bytes += entry.nbytes - (previous.nbytes if previous else 0)
         # `previous` may be the last reference; it dies here, outside the lock.
 
-    def get_many(self, shard_ids: Iterable[KeyT]) -> tuple[list[tuple[KeyT, torch.Tensor]], list[KeyT]]:
+    def get_many(self, shard_ids: Iterable[KeyT]) -> tuple[list[tuple[KeyT, OwnedShard]], list[KeyT]]:
         """Look up several shards at one moment: either all are from before a concurrent `remove`, or all from after.
 
         Args:
@@ -48,7 +49,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         wanted = list(shard_ids)
         with self._lock:
             entries = [self._entries.get(shard_id) for shard_id in wanted]
-        found = [(shard_id, entry[0]) for shard_id, entry in zip(wanted, entries, strict=True) if entry]
+        found = [(shard_id, entry) for shard_id, entry in zip(wanted, entries, strict=True) if entry]
         missing = [shard_id for shard_id, entry in zip(wanted, entries, strict=True) if entry is None]
         return found, missing
 
@@ -71,7 +72,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
                     continue
                 if entry is not None:
                     removed.append(entry)
-                    self._total_bytes -= entry[1]
+                    self._total_bytes -= entry.nbytes
         return len(removed)
 
     def stats(self) -> dict[str, int]:
@@ -90,7 +91,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
             entry = self._entries.get(shard_id)
         if entry is None:
             raise _not_found(shard_id)
-        return entry[0]
+        return entry.tensor
 
     def __setitem__(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
         self.put(shard_id, tensor)

@@ -25,14 +25,12 @@ from typing import Any
 import torch
 
 from areal.infra.rpc.layout import MAX_HEADER_BYTES, MAX_TENSORS, NAME_OF_DTYPE, PREFIX_BYTES, Layout
+from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.serialization import DTYPES, check_travels, checked_shape, host_bytes
 from areal.infra.rpc.shard import WireError
 from gpu_cache import ShardSpec
 
 CONTENT_TYPE = "application/vnd.safetensors"
-# Tensors up to this length are sent from a joined copy. Up to there, one copy of many (0.3 us a tensor) costs less
-# than handing out the memory of each (3.7 us) and a system call for it.
-_JOINED_BYTES = 128 << 10
 _PART_BYTES = 1 << 20
 
 _NAMED = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
@@ -47,23 +45,22 @@ class Frame:
     turn comes. The frame keeps its tensors alive, whatever happens to the store meanwhile.
 
     Args:
-        items: Distinct ids with their tensors, in the order asked for.
+        items: Distinct ids with their tensors, in the order asked for; an owner has what it takes ready.
 
     Raises:
         TypeError: A dtype or layout that does not travel, or a meta tensor.
         WireError: Ids that repeat, or more than the limits allow.
     """
 
-    def __init__(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
-        listed = list(items)
-        for shard_id, tensor in listed:
-            check_travels(tensor)
-            if tensor.is_meta:
-                raise TypeError(f"shard {shard_id} is a meta tensor: it has no bytes to send")
-        if (num_ids := len({shard_id for shard_id, _ in listed})) != len(listed):
-            raise WireError(f"{len(listed):,} ids, {num_ids:,} distinct")
-        layout = Layout([ShardSpec(shard_id, tensor.dtype, tuple(tensor.shape)) for shard_id, tensor in listed])
-        self._tensors = [listed[index][1] for index in layout.indices]
+    def __init__(self, items: Iterable[tuple[str, torch.Tensor | OwnedShard]]) -> None:
+        listed = [(shard_id, s if isinstance(s, OwnedShard) else _owned(s)) for shard_id, s in items]
+        for shard_id, shard in listed:
+            shard.check(shard_id)
+        ids, shards = [shard_id for shard_id, _ in listed], [shard for _, shard in listed]
+        if (num_ids := len(set(ids))) != len(ids):
+            raise WireError(f"{len(ids):,} ids, {num_ids:,} distinct")
+        layout = Layout(ids, shards, [shard.text for shard in shards])
+        self._shards = [shards[index] for index in layout.indices]
         self.header, self.payload_nbytes = layout.header, layout.payload_nbytes
 
     @property
@@ -72,21 +69,25 @@ class Frame:
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         yield self.header
-        pending: list[torch.Tensor] = []
-        room = 0
-        for tensor in self._tensors:
-            nbytes = tensor.nbytes
-            is_joined = nbytes <= _JOINED_BYTES and tensor.is_cpu
-            if pending and (not is_joined or nbytes > room or tensor.dtype is not pending[0].dtype):
-                yield host_bytes(torch._C._nn.flatten_dense_tensors(pending))
-                pending = []
-            if not is_joined:
-                yield host_bytes(tensor)
-            elif nbytes:
-                room = (room if pending else _PART_BYTES) - nbytes
-                pending.append(tensor)
+        pending: list[memoryview] = []
+        room = _PART_BYTES
+        for shard in self._shards:
+            memory = shard.memory
+            if pending and (memory is None or shard.nbytes > room):
+                yield b"".join(pending)
+                pending, room = [], _PART_BYTES
+            if memory is None:
+                yield host_bytes(shard.tensor)
+            else:
+                pending.append(memory)
+                room -= shard.nbytes
         if pending:
-            yield host_bytes(torch._C._nn.flatten_dense_tensors(pending))
+            yield b"".join(pending)
+
+
+def _owned(tensor: torch.Tensor) -> OwnedShard:
+    check_travels(tensor)
+    return OwnedShard(tensor)
 
 
 def header_nbytes(prefix: bytes, content_length: int) -> int:

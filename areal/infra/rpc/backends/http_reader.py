@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from reprlib import repr as short_repr
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,7 @@ from areal.infra.rpc.backends.http_requester import (
     read_text,
     shortened,
 )
-from areal.infra.rpc.layout import PREFIX_BYTES, Layout
+from areal.infra.rpc.layout import PREFIX_BYTES, Layout, described
 from areal.infra.rpc.serialization import tensor_from_json
 from areal.infra.rpc.shard import ShardFetchError, ShardMissingError, WireError
 from areal.infra.rpc.wire import CONTENT_TYPE, header_nbytes, parse_header
@@ -60,6 +61,13 @@ class FrameBody:
         return self.shards[position:], num_known
 
 
+class Foreseen(NamedTuple):
+    """An answer as the owner will give it if it has what is expected."""
+
+    layout: Layout
+    shards: list[ShardSpec]  # as they were asked for
+
+
 class HttpReader:
     """A `ShardReader` over `POST /data/batch`: one part for each request.
 
@@ -83,7 +91,7 @@ class HttpReader:
         self.failures: dict[Hashable, Exception] = {}
         self._expected, self._requester, self._settings, self._form = expected, requester, settings, form
         self._left = list(reversed(keys))
-        self._foreseen: Layout | None = None  # of the answer to the request under way
+        self._foreseen: Foreseen | None = None  # of the answer to the request under way
         self._body: FrameBody | None = None  # of a binary part
         self._decoded: TensorReader | None = None  # a part in the JSON form
 
@@ -148,8 +156,9 @@ class HttpReader:
         known = self._expected
         expected = [ShardSpec(key, known[key].dtype, tuple(known[key].shape)) for key in wanted if key in known]
         if len(expected) == len(wanted):
-            with contextlib.suppress(WireError):  # the owner will say so
-                self._foreseen = Layout(expected)
+            with contextlib.suppress(WireError, KeyError):  # the owner will say so
+                texts = [described(spec.dtype, spec.shape, spec.nbytes) for spec in expected]
+                self._foreseen = Foreseen(Layout(wanted, expected, texts), expected)
 
     def _failed(self, what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
         return ShardFetchError(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
@@ -186,8 +195,8 @@ class HttpReader:
             raise WireError(f"{length:,} bytes of {answer.content_type}, not a frame of at most {limit:,}")
         header = answer.read(header_nbytes(bytes(answer.read_rest(PREFIX_BYTES)), length))
         foreseen = self._foreseen
-        if foreseen and header == foreseen.header[PREFIX_BYTES:] and answer.unread_bytes == foreseen.payload_nbytes:
-            return foreseen.shards
+        if foreseen and foreseen.layout.is_of(header, answer.unread_bytes):
+            return [foreseen.shards[index] for index in foreseen.layout.indices]
         shards = parse_header(bytes(header), answer.unread_bytes)
         self._check_count(len(shards), wanted)
         if unwanted := {spec.key for spec in shards}.difference(wanted):
