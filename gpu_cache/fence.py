@@ -33,7 +33,9 @@ class StreamFence:
         streams = self._streams()
         if any(map(self._device.is_capturing, streams)):
             return None
-        return [self._device.record(stream) for stream in streams]
+        events = [self._device.record(stream) for stream in streams]
+        # Again: of events that a capture which began meanwhile took in, none could ever be asked.
+        return None if any(map(self._device.is_capturing, streams)) else events
 
     def _streams(self) -> list[Stream]:
         """The streams to fence, each once."""

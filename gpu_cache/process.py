@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import weakref
@@ -26,8 +27,6 @@ class LiveCache(Protocol):
 
 
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
-# Arenas and pinned buffers of the parent. Freeing them here would call a CUDA context that did not survive the fork.
-_inherited: list[object] = []
 
 
 def register(cache: LiveCache) -> None:
@@ -58,7 +57,9 @@ def _close_all() -> None:
 def _disown_all() -> None:
     """In a child, where locks may be held by threads that do not exist here: takes none."""
     for cache in list(_caches):
-        _inherited.append(cache.disown())
+        # Arenas, events and pinned buffers of the parent: freeing them here, be it when the interpreter ends and clears
+        # its modules, would call a CUDA context that did not survive the fork.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(cache.disown()))
     _caches.clear()
 
 

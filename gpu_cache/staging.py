@@ -51,7 +51,10 @@ class StagingRing:
             CacheClosedError: The ring was closed.
         """
         began = time.monotonic()
-        slot = self._reserve(timeout_s) or self._allocate()
+        slot = self._reserve(timeout_s)
+        if slot is not None and slot.guard is not None and not self._device.query(slot.guard) and self._exchange(slot):
+            slot = None
+        slot = slot or self._allocate()
         busy_s = 0.0
         try:
             if slot.guard is not None:
@@ -112,6 +115,16 @@ class StagingRing:
                 return self._idle.popleft()
             self._num_allocating += 1
             return None
+
+    def _exchange(self, slot: Slot) -> bool:
+        """Give back a slot that is still copied from, if another may be allocated: else receiving waits for copies."""
+        with self._changed:
+            if self._is_closed or len(self._slots) + self._num_allocating >= self._max_slots:
+                return False
+            self._idle.appendleft(slot)
+            self._num_allocating += 1
+            self._changed.notify()
+            return True
 
     def _can_proceed_locked(self) -> bool:
         return self._is_closed or bool(self._idle) or len(self._slots) + self._num_allocating < self._max_slots

@@ -8,7 +8,7 @@ import pytest
 from gpu_cache.config import MIB, CacheConfig
 from gpu_cache.device import CudaDevice, HostDevice
 from gpu_cache.errors import CacheClosedError, TransferError
-from gpu_cache.staging import StagingRing
+from gpu_cache.staging import Slot, StagingRing
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.threads import run_threads
@@ -82,16 +82,22 @@ def test_closing_wakes_the_waiting_and_frees_what_comes_back() -> None:
     ring.close()
 
 
+def copied_from(ring: StagingRing, device: CudaDevice) -> Slot:
+    """A slot that was given back while it is copied from."""
+    slot, stream = ring.acquire(1.0), device.new_stream()
+    slot.started = device.record(stream, timing=True)
+    slot.guard = device.record(stream, timing=True)
+    ring.release(slot, num_copies=1, nbytes=512)
+    return slot
+
+
 def test_a_slot_is_given_out_only_after_its_own_last_copy(tmp_path: Path) -> None:
     cuda = FakeCuda()
     device: CudaDevice = cuda_device(cuda, tmp_path)
-    ring = StagingRing(device, CONFIG)
-    stream = device.new_stream()
-    slot = ring.acquire(1.0)
-    slot.started = device.record(stream, timing=True)
-    slot.guard = device.record(stream, timing=True)
+    ring = StagingRing(device, CacheConfig(staging_slots=1, staging_slot_bytes=MIB, run_bytes=4096))
+    slot = copied_from(ring, device)
     guard = slot.guard
-    ring.release(slot, num_copies=1, nbytes=512)
+    assert guard is not None
     assert not device.query(guard)
     assert ring.acquire(1.0) is slot
     assert device.query(guard), "the host waited for it"
@@ -100,6 +106,22 @@ def test_a_slot_is_given_out_only_after_its_own_last_copy(tmp_path: Path) -> Non
     ring.release(slot)
     ring.close()
     assert not cuda.pinned
+
+
+def test_receiving_goes_on_in_another_slot_while_one_is_copied_from(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device: CudaDevice = cuda_device(cuda, tmp_path)
+    ring = StagingRing(device, CONFIG)
+    first = copied_from(ring, device)
+    second = copied_from(ring, device)
+    assert second is not first
+    assert first.guard is not None
+    assert not device.query(first.guard), "nobody waited"
+    assert ring.acquire(1.0) is first, "both are in use, and it was given back first"
+    assert ring.acquire(1.0) is second
+    ring.release(first)
+    ring.release(second)
+    ring.close()
 
 
 def test_a_failed_allocation_leaves_room_for_the_next() -> None:
