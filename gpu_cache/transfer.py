@@ -210,6 +210,12 @@ class Transfer:
             for run in placed:
                 self._pool.abandon(run.range)
 
+    def finish(self) -> None:
+        """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
+        self._pool.trim()
+        if self._staging is not None:
+            self._staging.close()
+
     def _land(self, run: Run, sink: Sink, completion: Completion | None) -> None:
         landings = self._pool.carve(run.range, run.specs, run.offsets)
         sink.land(landings, completion, is_overflow=run.range.slab.is_overflow)
