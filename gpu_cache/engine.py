@@ -77,14 +77,14 @@ class Engine:
 
     def close(self) -> None:
         """Give back what nobody uses now, and what is still held when its last alias dies. Idempotent."""
-        self.finish()
-        self.reaper.retire()
+        try:
+            self.finish()
+        finally:
+            self.reaper.retire()  # which tries again what the device failed
 
     def finish(self) -> None:
         """Give back what nobody uses; waits for copies under way."""
-        self.pool.trim()
-        if self.staging is not None:
-            self.staging.close()
+        self.transfer.finish()
 
     def stats(self) -> dict[str, float]:
         """The device's part of `BufferStats`."""

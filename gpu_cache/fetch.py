@@ -78,7 +78,9 @@ class ReaderTask:
             logger.exception("cutting the connection to %s failed", self.reader.node)
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
-        """Refuse shards that were not asked for, or that come twice."""
+        """Refuse shards that were not asked for, or that come twice, and any once the cache is closed."""
+        if self._index.is_closed:
+            raise CacheClosedError
         keys = {spec.key for spec in specs}
         if len(keys) == len(specs) and keys <= self.entries.keys() and keys.isdisjoint(self._announced):
             self._announced |= keys
@@ -252,6 +254,8 @@ class Fetch:
         finally:
             self._index.fetch_stopped()
             live.discard(task)
+            if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
+                _finish(transfer)
 
     def _pending(self) -> list[Future[Any]]:
         flights = [entry.flight for entry in self.claim.joined.values() if entry.flight is not None]
@@ -266,6 +270,13 @@ class Fetch:
     def _failures(self) -> dict[Hashable, BaseException]:
         late = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
         return {entry.key: entry.error or late for entry in self._entries() if entry.base is None}
+
+
+def _finish(transfer: Transfer) -> None:
+    try:
+        transfer.finish()
+    except Exception:  # top of a thread
+        logger.exception("giving back the memory of a closed cache failed")
 
 
 def _combined(failures: dict[Hashable, BaseException], num_requested: int) -> Exception:

@@ -16,7 +16,7 @@ class BufferStats(TypedDict):
     num_tensors: int  # the same number, under upstream's other name
     total_bytes: int  # cached, over all tiers
     # device pool
-    device_bytes: int  # cached or still held by an alias, alignment included
+    device_bytes: int  # cached, being received, or still held by an alias; alignment included
     device_reserved_bytes: int
     device_capacity_bytes: int
     device_peak_bytes: int

@@ -205,6 +205,12 @@ class Transfer:
             for run in placed:
                 self._pool.abandon(run.range)
 
+    def finish(self) -> None:
+        """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
+        self._pool.trim()
+        if self._staging is not None:
+            self._staging.close()
+
     def _move(
         self, reader: ShardReader, window: list[Piece], sink: Sink, deadline: float, placed: dict[Run, None]
     ) -> None:

@@ -1,133 +1,71 @@
-"""The cache on a real GPU. Everything here skips without one."""
+"""The cache on a real GPU, from end to end: bytes arrive, in every size and from every thread."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache, TransferError
-from gpu_cache.device import CudaDevice
+from gpu_cache import TensorCache
+from tests.support.cuda_devices import in_thread
+from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
+from tests.support.gpu_scene import GPU, MIB, filled, is_all, small_cache
 from tests.support.sources import DictSource, same_bytes, some_tensors
 
-pytestmark = pytest.mark.gpu
-
-MIB = 1 << 20
-CONFIG = CacheConfig(
-    device="cuda:0", slab_bytes="8MiB", pool_bytes="64MiB", prealloc_bytes=0, staging_slots=3,
-    staging_slot_bytes="1MiB", run_bytes="256KiB",
-)  # fmt: skip
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("failures_stay_alone")]
 
 
 @pytest.fixture
 def cache() -> TensorCache:
-    torch.cuda.init()
-    return TensorCache(CONFIG)
+    return small_cache(
+        slab_bytes="16MiB", pool_bytes="64MiB", prealloc_bytes=0, staging_slot_bytes="1MiB", run_bytes="256KiB"
+    )
 
 
-def test_shards_arrive_on_the_gpu_bit_for_bit(cache: TensorCache) -> None:
+def test_shards_arrive_bit_for_bit(cache: TensorCache) -> None:
     tensors = some_tensors(300)
-    tensors["large"] = torch.randint(0, 255, (20 * MIB,), dtype=torch.uint8)
+    tensors["large"] = torch.randint(0, 255, (20 * MIB + 1,), dtype=torch.uint8)
+    tensors["empty"] = torch.empty(0, 3)
+    tensors["scalar"] = torch.tensor(1.5, dtype=torch.float64)
+    tensors["flags"] = torch.rand(1001) < 0.5
     got = cache.get_many(list(tensors), DictSource(tensors))
-    assert all(tensor.is_cuda for tensor in got)
+    assert all(tensor.device == GPU for tensor in got)
     assert all(same_bytes(tensor.cpu(), want) for tensor, want in zip(got, tensors.values(), strict=True))
     stats = cache.buffer_stats()
     assert stats["is_pinned"] == 1
-    assert stats["h2d_bytes"] >= stats["fetch_bytes"]
+    assert stats["h2d_bytes"] >= stats["fetch_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_every_byte_goes_back_to_the_driver(cache: TensorCache) -> None:
-    cache.put("warm", torch.ones(1))
-    cache.clear()
-    cache.synchronize()
-    before = torch.cuda.mem_get_info(0)[0]
-    tensors = {number: torch.full((4 * MIB,), number, dtype=torch.uint8) for number in range(8)}
-    got = cache.get_many(list(tensors), DictSource(tensors))
-    assert torch.cuda.mem_get_info(0)[0] < before
-    del got
-    cache.clear()
-    cache.synchronize()
-    assert cache.buffer_stats()["device_bytes"] == 0
-    assert torch.cuda.mem_get_info(0)[0] == before
+def test_neighbours_keep_their_bytes_while_others_come_and_go(cache: TensorCache) -> None:
+    kept = cache.get_many(range(64), DictSource({number: filled(number, 1000 + number) for number in range(64)}))
+    cache.clear(range(0, 64, 2))
+    del kept[::2]
+    for value in range(100, 110):
+        shards = {f"{value}-{number}": filled(value, 700 + 13 * number) for number in range(40)}
+        got = cache.get_many(list(shards), DictSource(shards))
+        assert all(is_all(tensor, value) for tensor in got)
+        cache.clear(list(shards))
+    assert all(is_all(tensor, number) for number, tensor in zip(range(1, 64, 2), kept, strict=True))
 
 
-def test_a_block_is_not_reused_while_a_kernel_still_reads_it(cache: TensorCache) -> None:
-    side = torch.cuda.Stream()
-    (block,) = cache.get_many(["a"], DictSource({"a": torch.full((MIB,), 5, dtype=torch.uint8)}))
-    out = torch.zeros(MIB, dtype=torch.uint8, device="cuda:0")
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)
-        out.copy_(block)
-    cache.clear()
-    del block
-    others = {number: torch.full((MIB,), 9, dtype=torch.uint8) for number in range(7)}
-    cache.get_many(list(others), DictSource(others))
-    torch.cuda.synchronize()
-    assert bool((out == 5).all())
-
-
-def test_a_first_use_from_a_thread_that_never_chose_a_device(cache: TensorCache) -> None:
-    got: list[torch.Tensor] = []
+def test_a_thread_that_never_chose_a_device_gets_tensors_that_all_streams_may_read(cache: TensorCache) -> None:
     source = DictSource({"a": torch.arange(1000)})
-    thread = threading.Thread(target=lambda: got.extend(cache.get_many(["a"], source)))
-    thread.start()
-    thread.join(60)
-    side = torch.cuda.Stream()
+    (tensor,) = in_thread(lambda: cache.get_many(["a"], source))
+    side = torch.cuda.Stream(GPU)
     with torch.cuda.stream(side):
-        total = got[0].sum()
+        total = tensor.sum()
     side.synchronize()
     assert int(total) == 499_500
 
 
-def test_a_lease_that_backward_frees_fires_on_the_autograd_thread(cache: TensorCache) -> None:
-    weight = torch.ones(1000, device="cuda:0", requires_grad=True)
-    source = DictSource({"a": torch.arange(1000.0)})
-    loss = (weight * cache.get_many(["a"], source)[0]).sum()
-    cache.clear()
-    loss.backward()
-    cache.synchronize()
-    assert cache.buffer_stats()["device_bytes"] == 0
-    assert weight.grad is not None
-    assert torch.equal(weight.grad.cpu(), torch.arange(1000.0))
+def test_a_shard_that_is_put_is_the_one_that_is_got(cache: TensorCache) -> None:
+    assert cache.put("a", torch.arange(12.0).view(3, 4).t(), node="here")
+    found = cache.get("a")
+    assert found is not None
+    assert torch.equal(found.cpu(), torch.arange(12.0).view(3, 4).t())
+    assert cache.clear_node("here") == 1
 
 
-def test_a_captured_graph_reads_what_was_seen_to_arrive(cache: TensorCache) -> None:
-    source = DictSource({"a": torch.ones(64), "b": torch.ones(64)})
-    (seen,) = cache.get_many(["a"], source)
-    out = torch.zeros(64, device="cuda:0")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (again,) = cache.get_many(["a"], source)
-        out.add_(again)
-        with pytest.raises(TransferError, match="cannot fetch 'b'"):
-            cache.get_many(["b"], source)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert out.tolist() == [1.0] * 64
-    assert seen.data_ptr() == again.data_ptr()
-
-
-def test_nothing_is_allocated_in_steady_state(cache: TensorCache) -> None:
-    cache = TensorCache(CacheConfig(device="cuda:0", slab_bytes="8MiB", pool_bytes="64MiB", prealloc_bytes="16MiB"))
-    tensors = some_tensors(200)
-
-    def step() -> None:
-        cache.get_many(list(tensors), DictSource(tensors))
-        cache.clear()
-        cache.synchronize()
-
-    step()
-    before = torch.cuda.memory_stats(0)["allocation.all.allocated"]
-    pinned = cache.buffer_stats()["pinned_capacity_bytes"]
-    for _ in range(20):
-        step()
-    assert torch.cuda.memory_stats(0)["allocation.all.allocated"] == before
-    assert cache.buffer_stats()["pinned_capacity_bytes"] == pinned
-
-
-def test_the_copy_stream_is_none_of_torchs_pool_of_priority_zero() -> None:
-    device = CudaDevice(0)
-    pooled = {torch.cuda.Stream(0).cuda_stream for _ in range(64)}
-    assert device.new_stream().cuda_stream not in pooled
+def test_the_device_is_told_by_the_names_that_nvml_uses(cache: TensorCache) -> None:
+    identity = cache._open_engine().device.identity()
+    assert identity.name == torch.cuda.get_device_name(GPU)
+    assert identity.uuid.startswith("GPU-")

@@ -4,9 +4,6 @@ from collections import deque
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gpu_cache.entry import Entry, Landing, State
 from gpu_cache.index import ShardIndex
@@ -183,70 +180,19 @@ def test_the_oldest_entry_has_an_age() -> None:
     assert index.stats()["oldest_entry_age_seconds"] == 0.0
 
 
-class IndexMachine(RuleBasedStateMachine):
-    """Random fetches, clears, evictions and failures against what a reader may expect."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: set[int] = set()
-        self.index = index_of(self.held)
-        self.flying: list[Entry] = []
-        self.joins: list[tuple[Entry, object]] = []
-        self.ready: dict[object, Entry] = {}
-
-    @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1))
-    def claim(self, keys: set[str]) -> None:
-        found = self.index.claim(sorted(keys))
-        assert found.hits.keys() == {key for key in keys if key in self.ready}
-        standing = {entry.key for entry in self.flying if entry.state is State.PENDING}
-        assert found.joined.keys() == {key for key in keys if key in standing and key not in self.ready}
-        assert all(entry.flight is not None for entry in found.joined.values())
-        self.flying += found.claimed.values()
-
-    @precondition(lambda self: self.flying)
-    @rule(data=st.data(), how=st.sampled_from(["publish", "deliver", "abort"]))
-    def land(self, data: st.DataObject, how: str) -> None:
-        entry = data.draw(st.sampled_from(self.flying))
-        stood = entry.state is State.PENDING
-        self.flying.remove(entry)
-        if how == "abort":
-            self.index.abort([entry], RuntimeError("failed"))
-        else:
-            getattr(self.index, how)([landing(entry)], "n:1", None)
-            self.index.release([entry])
-        if how == "publish" and stood:
-            self.ready[entry.key] = entry
-        assert entry.is_settled
-        assert entry.flight is None or entry.flight.done()
-
-    @rule(keys=st.sets(st.sampled_from(KEYS)))
-    def clear(self, keys: set[str]) -> None:
-        dropped = self.index.remove(sorted(keys))
-        assert {entry.key for entry in dropped} == keys & self.ready.keys()
-        for key in keys:
-            self.ready.pop(key, None)
-
-    @rule(nbytes=st.integers(1, 30))
-    def evict(self, nbytes: int) -> None:
-        for entry in self.index.evict(nbytes):
-            assert self.ready.pop(entry.key) is entry
-
-    @invariant()
-    def adds_up(self) -> None:
-        stats = self.index.stats()
-        assert set(self.index.keys()) == self.ready.keys()
-        assert stats["num_entries"] == len(self.ready)
-        assert stats["total_bytes"] == 8 * len(self.ready)
-        assert stats["requested"] == stats["hits"] + stats["joined"] + stats["misses"]
-        assert stats["requested_bytes"] == stats["hit_bytes"] + stats["joined_bytes"] + stats["miss_bytes"]
-
-
-TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+def test_a_closed_index_keeps_nothing() -> None:
+    index = index_of()
+    cached(index, "a")
+    (late,) = index.claim(["b"]).claimed.values()
+    assert [entry.key for entry in index.close()] == ["a"]
+    (later,) = index.claim(["c"]).claimed.values()
+    index.publish([landing(late), landing(later)], "n:1", None)
+    assert index.is_closed
+    assert index.is_empty
+    assert (late.state, later.state) == (State.GONE, State.GONE)
 
 
 def test_a_block_that_died_under_its_entry_takes_the_entry_along() -> None:
-
     index, freed, arena = index_of(), deque[Lease](), torch.zeros(64, dtype=torch.uint8)
     (entry,) = index.claim(["a"]).claimed.values()
     with plain_tensors():

@@ -7,6 +7,8 @@ import torch
 from gpu_cache.device import Arena, Device, Pinned
 from tests.support.sim_clock import GRANULE, POISON, join
 from tests.support.sim_device import SimDevice
+from tests.support.sim_observer import WatchedLock
+from tests.support.sim_program import few_objects
 from tests.support.sim_streams import SimStream
 from tests.support.threads import run_threads
 
@@ -238,3 +240,59 @@ def test_threads_may_call_it_at_once() -> None:
 
     run_threads([work] * 4)
     assert bench.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("what", "error"), [("arena", torch.OutOfMemoryError), ("slot", OSError), ("copy", RuntimeError)]
+)
+def test_it_refuses_as_often_as_it_is_told(bench: Bench, what: str, error: type[Exception]) -> None:
+    calls = {"arena": lambda: bench.device.arena(512), "slot": lambda: bench.device.pinned(512), "copy": bench.copy}
+    arena_bytes = bench.device.arena_bytes
+    bench.device.refuse(what, 2)
+    for _ in range(2):
+        with pytest.raises(error, match=what):
+            calls[what]()
+    assert (bench.device.num_refused, bench.device.arena_bytes) == (2, arena_bytes)
+    calls[what]()
+    assert bench.finish() == []
+
+
+def test_a_captured_stream_is_not_for_use_nor_is_any_to_its_thread(bench: Bench) -> None:
+    event = bench.device.record(bench.other)
+    bench.device.captured = bench.reader
+    assert bench.device.is_capturing(bench.reader)
+    assert not bench.device.is_capturing(bench.other)
+    bench.device.record(bench.other)
+    assert bench.device.is_capturing(), "the reader is the default stream, and so the current one"
+    with bench.device.stream(bench.other):
+        bench.device.query(event)
+        num_faults = len(bench.device.faults)
+        bench.device.record(bench.reader)
+    assert "use under capture" in bench.device.faults[0]
+    assert (num_faults, len(bench.device.faults)) == (1, 2)
+
+
+def test_an_adversary_without_a_seed_lets_nothing_run_that_nobody_waits_for(bench: Bench) -> None:
+    bench.device.adversary.begin()
+    bench.copy()
+    event = bench.device.record(bench.copies)
+    assert not any(bench.device.query(event) for _ in range(100))
+    bench.device.synchronize(event)
+    assert bench.device.query(event)
+
+
+def test_garbage_is_collected_at_the_moment_of_choice_inside_a_critical_section(bench: Bench) -> None:
+    class Node:
+        def __del__(self) -> None:
+            died_inside.append(lock._lock.locked())
+
+    died_inside: list[bool] = []
+    lock = WatchedLock(bench.device.adversary.moment)
+    with few_objects():
+        cycle = Node()
+        cycle.itself = cycle  # type: ignore[attr-defined]
+        del cycle
+        bench.device.adversary.begin(collect_at=2)
+        with lock:
+            assert died_inside == []
+    assert died_inside == [True]

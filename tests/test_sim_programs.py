@@ -10,16 +10,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache
+from gpu_cache import TensorCache
 from gpu_cache.config import ReadyMode
+from tests.support.sim_accounts import check_accounts
 from tests.support.sim_device import SimDevice
-from tests.support.sim_observer import check_accounts, observe
-from tests.support.sim_program import CONFIG, Program, SimFaultError, few_objects, run_program
+from tests.support.sim_observer import observe
+from tests.support.sim_program import Program, SimFaultError, few_objects, run_script, run_seed
+from tests.support.sim_script import Script, random_script
 from tests.support.sim_shards import contents
+from tests.support.sim_steps import WEIGHTS
+from tests.support.sim_world import CONFIG
 from tests.support.sources import DictSource
 from tests.support.threads import run_threads
 
-BLOCK = 40  # programs a test
+BLOCK = 25  # programs a test
+BLOCKS = 4  # of each configuration: 500 programs in all
+PARTS, PART = 20, 1_000  # of the long test: 20,000 programs
 
 CONFIGS = {
     "small pool": CONFIG,
@@ -39,68 +45,72 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("block", range(6))
-def test_programs_raise_no_alarm(block: int) -> None:
-    for seed in range(block * BLOCK, (block + 1) * BLOCK):
-        run_program(seed)
+@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_programs_raise_no_alarm(name: str, block: int) -> None:
+    first = (list(CONFIGS).index(name) * BLOCKS + block) * BLOCK
+    for seed in range(first, first + BLOCK):
+        run_seed(seed, CONFIGS[name])
 
 
-@pytest.mark.parametrize("config", list(CONFIGS.values())[1:], ids=list(CONFIGS)[1:])
-def test_programs_raise_no_alarm_with_other_settings(config: CacheConfig) -> None:
-    for seed in range(BLOCK):
-        run_program(seed, config)
-
-
-@pytest.mark.stress
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_many_programs_raise_no_alarm(config: CacheConfig) -> None:
-    for seed in range(10_000, 10_400):
-        run_program(seed, config)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS), ids=lambda part: f"part-{part:02}")
+def test_many_programs_raise_no_alarm(part: int) -> None:
+    name = list(CONFIGS)[part % len(CONFIGS)]
+    steps: list[int] = []
+    for seed in range(100_000 + part * PART, 100_000 + (part + 1) * PART):
+        run_seed(seed, CONFIGS[name], lambda program: steps.append(len(program.trace)))
+    print(f"part {part}, {name}: {len(steps):,} programs, {sum(steps):,} steps")
 
 
 def test_tensors_outlive_their_cache() -> None:
-    for seed in range(BLOCK):
-        program = Program(seed)
+    for seed in range(2 * BLOCK):
+        program = Program()
         try:
-            program.run_on_after_close()
+            program.run_on_after_close(random_script(seed, WEIGHTS))
         finally:
-            program.close()
+            program.world.close()
 
 
 def test_programs_get_about() -> None:
     counts: collections.Counter[str] = collections.Counter()
 
     def count(program: Program) -> None:
-        stats = program.cache.buffer_stats()
+        stats = program.world.cache.buffer_stats()
         assert stats["joined"] == 0, "a join would depend on which thread is quicker"
         counts.update({name: int(value) for name, value in stats.items() if isinstance(value, int)})
         counts.update(f"step {line.split()[0]}" for line in program.trace)
+        counts.update(f"{line.split()[0]} refused" for line in program.trace if line.endswith("refused"))
 
-    for seed in range(BLOCK):
-        run_program(seed, watch=count)
-    for name in ("hits", "misses", "evictions", "overflows", "fetch_errors", "cleared", "copies"):
-        assert counts[name] >= BLOCK / 2, (name, counts)
-    assert counts["step read"] >= 5 * BLOCK
+    for seed in range(2 * BLOCK):
+        run_seed(seed, watch=count)
+    for name in ("hits", "misses", "evictions", "overflows", "fetch_errors", "cleared", "copies", "alloc_failures"):
+        assert counts[name] >= BLOCK, (name, counts)
+    for name in WEIGHTS:
+        assert counts[f"step {name}"] >= BLOCK, (name, counts)
+    assert counts["get refused"] >= 5
 
 
 def test_a_program_runs_the_same_way_twice() -> None:
     def story(seed: int) -> tuple[list[str], list[str], float]:
         programs: list[Program] = []
-        run_program(seed, watch=programs.append)
+        run_seed(seed, watch=programs.append)
         (program,) = programs
-        streams = [f"{stream} {stream.clock}" for stream in program.device._streams]
-        return program.trace, streams, program.device._adversary._random.random()
+        device = program.world.device
+        streams = [f"{stream} {stream.clock}" for stream in device._streams]
+        return program.trace, streams, device.adversary._random.random()
 
-    for seed in range(5):
+    for seed in range(20):
         assert story(seed) == story(seed)
 
 
 def test_a_fault_comes_with_the_steps_that_led_there() -> None:
-    program = Program(0)
-    program.device.faults.append("race at arena0+0: planted")
-    with pytest.raises(SimFaultError, match=r"step 1\nrace at arena0\+0: planted\n"):
-        program.run()
-    program.close()
+    def plant(program: Program) -> None:
+        program.world.device.faults.append("race at arena0+0: planted")
+        program.run(Script.of("get 0 0 1 3; drop"))
+
+    with pytest.raises(SimFaultError, match=r"^step 8\nrace at arena0\+0: planted\nland; .*; collect; get \[shard-3 "):
+        run_script(Script(), watch=plant)
 
 
 class Consumer:

@@ -24,7 +24,8 @@ class SimDevice:
     What it finds is in `faults`: two accesses of one granule, at least one of them a write, that nothing orders
     (enqueuing, a stream's own order, record and wait, `query` that said yes, `synchronize`); and kernels that read
     other bytes than they should. The host is one actor, whatever the thread: what one thread saw done counts for
-    all, as locks order them anyway; races of host threads with each other are not looked for.
+    all, as locks order them anyway; races of host threads with each other are not looked for. Also work on a stream
+    while a graph is captured there, and queries, records and waits of a thread whose current stream is captured.
 
     Args:
         seed: Of the adversary.
@@ -37,9 +38,12 @@ class SimDevice:
 
     def __init__(self, seed: int = 0, num_pooled: int = 3) -> None:
         self.faults: list[str] = []
+        self.adversary = Adversary(seed)
+        self.num_refused = 0
+        self.captured: SimStream | None = None  # where a graph is being captured
         # Guards every field below, and the streams, events and regions.
         self._lock = threading.RLock()
-        self._adversary = Adversary(seed)
+        self._refusals: dict[str, int] = {}
         self._names = itertools.count()
         self._streams: list[SimStream] = []
         self._regions: list[Region] = []  # also the released ones: their addresses must not come again
@@ -53,6 +57,7 @@ class SimDevice:
     # Memory.
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        self._refuse("arena", torch.OutOfMemoryError)
         storage = torch.UntypedStorage(nbytes, device="cpu")
         with plain_tensors(), self._lock:
             tensor = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -64,6 +69,7 @@ class SimDevice:
         arena.tensor = _NOTHING
 
     def pinned(self, nbytes: int) -> Pinned:
+        self._refuse("slot", OSError)
         memory = np.empty(nbytes, dtype=np.uint8)
         with plain_tensors(), self._lock:
             tensor = torch.from_numpy(memory)
@@ -79,6 +85,17 @@ class SimDevice:
 
     def identity(self) -> DeviceIdentity:
         return DeviceIdentity("simulated")
+
+    @property
+    def arena_bytes(self) -> int:
+        """Of the arenas that were not released."""
+        with self._lock:
+            return sum(len(one.memory) for one in self._regions if one.name.startswith("arena") and not one.is_released)
+
+    def refuse(self, what: str, times: int) -> None:
+        """Fail the next few calls of a kind: "arena", "slot" (a pinned one) or "copy"."""
+        with self._lock:
+            self._refusals[what] = times
 
     # Streams and events.
 
@@ -103,7 +120,7 @@ class SimDevice:
         return self.pooled
 
     def is_capturing(self, stream: SimStream | None = None) -> bool:
-        return False
+        return self.captured is not None and self.captured is (stream or self.current_stream())
 
     def record(self, stream: SimStream, *, timing: bool = False) -> SimEvent:
         event = SimEvent(stream, timing)
@@ -118,13 +135,15 @@ class SimDevice:
         self._enqueue(stream, lambda at: join(at.clock, event.clock or {}), event)
 
     def query(self, event: SimEvent) -> bool:
+        self._refuse_capture()
         with self._lock:
-            self._adversary.drift(self._streams)
+            self.adversary.drift(self._streams)
             return self._see(event)
 
     def synchronize(self, event: SimEvent) -> None:
+        self._refuse_capture()
         with self._lock:
-            self._adversary.drift(self._streams)
+            self.adversary.drift(self._streams)
             event.stream.reach(event)
             assert self._see(event)
 
@@ -137,12 +156,13 @@ class SimDevice:
     def finish(self) -> None:
         """Run everything that is queued."""
         with self._lock:
-            self._adversary.finish(self._streams)
+            self.adversary.finish(self._streams)
 
     # Work.
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: SimStream) -> None:
         assert dst.numel() == src.numel()
+        self._refuse("copy", RuntimeError)
         (to, to_at), (source, source_at), nbytes = self._find(dst), self._find(src), dst.numel()
 
         def copy(at: SimStream) -> None:
@@ -176,10 +196,24 @@ class SimDevice:
             self._poison(region, begin, tensor.numel(), what)
 
     def _enqueue(self, stream: SimStream, run: Callable[[SimStream], None], blocker: SimEvent | None = None) -> None:
+        self._refuse_capture(stream)
         with self._lock:
             stream.queue.append(Work(dict(self._host), run, blocker))
             self._host[HOST] += 1  # what the host does from here on is not before it
-            self._adversary.drift(self._streams)
+            self.adversary.drift(self._streams)
+
+    def _refuse_capture(self, *used: SimStream) -> None:
+        """Note a fault if a stream that is used, or the thread's current one, is being captured."""
+        if any(map(self.is_capturing, (None, *used))):
+            self._note(f"use under capture: of {self.captured}")
+
+    def _refuse(self, what: str, error: type[Exception]) -> None:
+        with self._lock:
+            self.adversary.moment()
+            if self._refusals.get(what):
+                self._refusals[what] -= 1
+                self.num_refused += 1
+                raise error(f"the simulated device refuses: {what}")
 
     def _see(self, event: SimEvent) -> bool:
         if event.clock is None:
@@ -189,6 +223,7 @@ class SimDevice:
 
     def _release(self, tensor: torch.Tensor) -> None:
         with self._lock:
+            self.adversary.moment()
             region, begin = self._find(tensor)
             self._poison(region, begin, tensor.numel(), "the release")
             region.is_released = True

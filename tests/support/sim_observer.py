@@ -1,9 +1,9 @@
-"""What is looked at in a cache on the simulated device: bytes that become free, and where every byte is."""
+"""What is looked at in a cache on the simulated device: bytes that become free, and moments bad for a collection."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_cache import TensorCache
@@ -11,6 +11,29 @@ from gpu_cache.config import ReadyMode
 from gpu_cache.engine import Engine
 from gpu_cache.transfer import Completion
 from tests.support.sim_device import SimDevice
+
+
+class WatchedLock:
+    """A lock that tells when its critical section begins and ends, from inside."""
+
+    def __init__(self, moment: Callable[[], None]) -> None:
+        self._lock, self._moment = threading.Lock(), moment
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        is_taken = self._lock.acquire(blocking, timeout)
+        if is_taken:
+            self._moment()
+        return is_taken
+
+    def release(self) -> None:
+        self._moment()
+        self._lock.release()
 
 
 def observe(cache: TensorCache, device: SimDevice) -> None:
@@ -34,11 +57,19 @@ def observe(cache: TensorCache, device: SimDevice) -> None:
         return slot
 
     pool._settle, staging.acquire = watched_settle, watched_acquire  # type: ignore[method-assign]
-    _make_orderly(engine)
+    _watch_locks(cache, engine, device.adversary.moment)
+    _make_orderly(cache, engine)
 
 
-def _make_orderly(engine: Engine) -> None:
-    """Take out what differs from run to run: the order of a set, and the clock."""
+def _watch_locks(cache: TensorCache, engine: Engine, moment: Callable[[], None]) -> None:
+    assert engine.staging is not None
+    cache._index._lock = WatchedLock(moment)  # type: ignore[assignment]
+    engine.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+    engine.staging._changed = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+
+
+def _make_orderly(cache: TensorCache, engine: Engine) -> None:
+    """Take out what differs from run to run: the order of a set, the clock, what a thread does after its last word."""
     settle = engine.settle
 
     def settle_one_by_one(completions: Iterable[Completion | None], ready: ReadyMode) -> None:
@@ -47,19 +78,4 @@ def _make_orderly(engine: Engine) -> None:
 
     engine.settle = settle_one_by_one  # type: ignore[method-assign]
     engine.reaper._period_s = 3600.0
-
-
-def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> None:
-    """No byte is lost; nothing is pending unless a fetch is under way, and nothing is in use when all is over."""
-    engine, index = cache._engine, cache._index
-    assert engine is not None
-    assert engine.staging is not None
-    accounts = engine.pool.accounts()
-    reserved = accounts.pop("reserved")
-    assert sum(accounts.values()) == reserved, f"accounts do not add up to {reserved}: {accounts}"
-    if not is_fetching:
-        assert accounts["pending"] == 0, accounts
-        assert len(index) == len(index._entries), index
-        assert engine.staging.stats()["pinned_bytes"] == 0
-    if is_over:
-        assert accounts["held"] == accounts["quarantined"] == 0, accounts
+    cache._index.fetch_stopped = lambda: None  # type: ignore[method-assign]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable
+import threading
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
-from gpu_cache import FetchError, ShardReader
+from gpu_cache import FetchError, ShardReader, ShardSpec
 from tests.support.sim_streams import SimStream
 from tests.support.sources import GatedReader
 
-_LENGTHS = (0, 1, 100, 512, 513, 1500, 3000, 4096, 8000, 20_000)  # bytes; the last takes two slots
+_LENGTHS = (512, 1, 0, 100, 513, 1500, 3000, 4096, 8000, 20_000)  # bytes; the last takes two slots
 
 
 @functools.cache
@@ -36,6 +37,7 @@ class Held:
     expected: np.ndarray
     streams: list[SimStream] | None
     what: str
+    recorded: set[SimStream] = dataclasses.field(default_factory=set)  # those that the cache was told of
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,7 +46,8 @@ class Flight:
 
     future: Future[Any]
     reader: GatedReader
-    keys: set[Hashable]  # not cleared meanwhile
+    asked: list[Hashable]  # by a call that still waits for them
+    keys: set[Hashable]  # those of them that were not cleared meanwhile
     cleared: set[Hashable] = dataclasses.field(default_factory=set)  # and not asked for since
 
     def wait_for_gate(self) -> None:
@@ -56,6 +59,27 @@ class Flight:
         """These are not to be cached when they arrive."""
         self.cleared |= self.keys.intersection(keys)
         self.keys -= self.cleared
+
+
+class LateReader(GatedReader):
+    """Begins when its call has given it up, and lets that call return when it stands still: no clock decides."""
+
+    def __init__(self, inner: ShardReader) -> None:
+        super().__init__(inner)
+        self._is_given_up = threading.Event()
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        assert self._is_given_up.wait(30)
+        return super().next_specs()
+
+    def cancel(self) -> None:
+        super().cancel()
+        self._is_given_up.set()
+        assert self.has_arrived.wait(30)
+
+    def close(self) -> None:
+        self.has_arrived.set()  # there was nothing to read
+        super().close()
 
 
 def broken(reader: ShardReader, num_reads: int) -> GatedReader:

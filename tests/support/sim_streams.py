@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -65,6 +66,7 @@ class Adversary:
     """Chooses, by a seed, which streams get on and how far, each time that the host looks away.
 
     Each stream has a mood (stalled, slow, quick), drawn anew now and then; so one of them can lag for long.
+    It also collects garbage, once a step, at a moment of its choice: within a device call or a critical section.
     """
 
     _MOODS = (0.0, 0.0, 0.2, 1.0, 5.0)
@@ -73,9 +75,30 @@ class Adversary:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._moods: dict[str, float] = {}
+        self._is_idle = False
+        self._moments_left = 0
+
+    def begin(self, seed: int = 0, collect_at: int = 0) -> None:
+        """Begin a step of a program.
+
+        Args:
+            seed: Of what the streams do meanwhile; 0: nothing of their own accord.
+            collect_at: Number of the moment at which garbage is collected; 0: at none.
+        """
+        self._random.seed(seed)
+        self._is_idle, self._moments_left = not seed, collect_at
+
+    def moment(self) -> None:
+        """A bad one for a collection, which may come all the same."""
+        self._moments_left -= 1
+        if self._moments_left == 0:
+            gc.collect()
 
     def drift(self, streams: Sequence[SimStream]) -> None:
         """Let some streams get on, or none."""
+        self.moment()
+        if self._is_idle:
+            return
         if self._random.random() < 0.1:
             self._moods.clear()
         for _ in range(self._random.choice(self._STEPS)):

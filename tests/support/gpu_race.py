@@ -1,0 +1,119 @@
+"""Races on a real GPU: a kernel that reads a block late while another shard wants its bytes; a copy that comes late."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gpu_cache import TensorCache
+from gpu_cache.config import ReadyMode
+from gpu_cache.device import CudaDevice
+from tests.support.gpu_scene import GPU, LONG_CYCLES, SHARD_BYTES, fetch, is_all, keep_busy, load_kernels
+
+OLD, NEW = 5, 9
+_NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream, as torch's own do not
+
+Touch = Callable[[torch.Tensor, torch.cuda.Stream], object]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a reader.
+
+    Attributes:
+        is_reused: The second shard got the bytes of the first.
+        is_corrupt: The reader saw another shard than its own.
+        has_waited: The call that fetched it returned after its copy was done.
+    """
+
+    is_reused: bool
+    is_corrupt: bool
+    has_waited: bool = True
+
+
+def nothing(block: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    """What a consumer does that leaves it all to the cache."""
+
+
+def late_reader(
+    cache: TensorCache, stream: torch.cuda.Stream, touch: Touch = nothing, cycles: int = LONG_CYCLES
+) -> Outcome:
+    """Drop a block that `stream` has yet to read, and fetch a shard that fits nowhere else.
+
+    Args:
+        cache: Its pool holds one shard.
+        stream: Reads the block, after a delay.
+        touch: Called with block and stream before the block is dropped.
+        cycles: The delay.
+    """
+    block = fetch(cache, "old", OLD)
+    address, seen = block.data_ptr(), torch.zeros_like(block)
+    torch.cuda.synchronize(GPU)
+    keep_busy(stream, cycles)
+    with torch.cuda.stream(stream):
+        seen.copy_(block)
+    touch(block, stream)
+    cache.clear()
+    del block
+    successor = fetch(cache, "new", NEW)
+    is_reused = successor.data_ptr() == address
+    torch.cuda.synchronize(GPU)
+    cache.clear()
+    return Outcome(is_reused, not is_all(seen, OLD))
+
+
+def race(cache: TensorCache, streams: Sequence[torch.cuda.Stream], touch: Touch = nothing) -> list[Outcome]:
+    """The same on several streams, one after the other: two may share a hardware queue, which orders them by chance."""
+    load_kernels(*streams)
+    late_reader(cache, streams[0], cycles=1)
+    return [late_reader(cache, stream, touch) for stream in streams]
+
+
+def late_copy(cache: TensorCache, stream: torch.cuda.Stream, ready: ReadyMode) -> Outcome:
+    """Read a shard on `stream` whose copy starts late, in a place that has another one's bytes.
+
+    Args:
+        cache: Its pool holds one shard; closed in the end.
+        stream: Current when the shard is fetched.
+        ready: Who is to wait.
+    """
+    address = fetch(cache, "old", OLD).data_ptr()
+    cache.clear()
+    cache.synchronize()
+    seen = torch.zeros(SHARD_BYTES, dtype=torch.uint8, device=GPU)
+    torch.cuda.synchronize(GPU)
+    copies = cache._open_engine().transfer.stream
+    keep_busy(copies)
+    with torch.cuda.stream(stream):
+        tensor = fetch(cache, "new", NEW, ready=ready)
+        has_waited = copies.query()
+        seen.copy_(tensor)
+    torch.cuda.synchronize(GPU)
+    is_reused = tensor.data_ptr() == address
+    del tensor
+    cache.close()
+    return Outcome(is_reused, not is_all(seen, NEW), has_waited)
+
+
+def consumers() -> list[torch.cuda.Stream]:
+    """Streams as consumers have them."""
+    return [torch.cuda.Stream(GPU, priority=priority) for priority in (0, 0, 0, -1)]
+
+
+@contextlib.contextmanager
+def outside_stream(device: CudaDevice) -> Iterator[torch.cuda.ExternalStream]:
+    """A stream that torch did not make. Close the caches that know of it before it goes."""
+    create = device._runtime._symbols("cudaStreamCreateWithFlags")[0]
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(GPU):
+        assert create(ctypes.byref(handle), _NON_BLOCKING) == 0
+        assert handle.value is not None
+        try:
+            yield torch.cuda.ExternalStream(handle.value, device=GPU)
+        finally:
+            torch.cuda.synchronize(GPU)
+            torch.cuda.cudart().cudaStreamDestroy(handle.value)

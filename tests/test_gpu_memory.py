@@ -1,0 +1,192 @@
+"""Device memory: what the cache takes and gives back, as the driver counts it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpu_cache import TensorCache
+from tests.support.cuda_devices import in_thread
+from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
+from tests.support.gpu_process import run_python
+from tests.support.gpu_scene import (
+    GPU,
+    MIB,
+    SHARD_BYTES,
+    SLACK_BYTES,
+    fetch,
+    fetch_all,
+    is_about,
+    is_all,
+    roomy_cache,
+    small_cache,
+    steady_free_bytes,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("failures_stay_alone")]
+
+SLAB_BYTES = 64 * MIB
+
+
+def rehearsed(cache: TensorCache) -> TensorCache:
+    """The cache, after it has taken and given back: what the driver allocates by the way is there."""
+    fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
+    cache.clear()
+    cache.synchronize()
+    return cache
+
+
+def test_slabs_above_the_preallocated_ones_go_back_when_a_clear_empties_them() -> None:
+    cache = rehearsed(roomy_cache(prealloc_bytes=SLAB_BYTES))
+    before = steady_free_bytes()
+    shards = fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
+    assert is_about(before - steady_free_bytes(), 3 * SLAB_BYTES)
+    cache.clear()
+    cache.synchronize()
+    assert is_about(before - steady_free_bytes(), 3 * SLAB_BYTES), "they are held"
+    del shards
+    cache.synchronize()
+    assert is_about(steady_free_bytes(), before)
+    assert cache.buffer_stats()["device_reserved_bytes"] == SLAB_BYTES
+
+
+def test_trim_gives_the_preallocated_slabs_back_too_and_spares_what_torch_keeps() -> None:
+    cache = rehearsed(roomy_cache(prealloc_bytes=2 * SLAB_BYTES))
+    cached_by_torch = torch.empty(SLAB_BYTES, dtype=torch.uint8, device=GPU)
+    del cached_by_torch
+    before, reserved = steady_free_bytes(), torch.cuda.memory_reserved(GPU)
+    assert cache.trim(to_bytes=SLAB_BYTES)
+    assert is_about(steady_free_bytes(), before + SLAB_BYTES)
+    assert cache.trim()
+    assert is_about(steady_free_bytes(), before + 2 * SLAB_BYTES)
+    assert torch.cuda.memory_reserved(GPU) == reserved - 2 * SLAB_BYTES
+    assert not cache.trim()
+
+
+def test_close_gives_everything_back_but_what_is_held_and_that_when_it_dies() -> None:
+    rehearsed(roomy_cache()).close()
+    before = steady_free_bytes()
+    cache = roomy_cache(prealloc_bytes=SLAB_BYTES)
+    *others, kept = fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
+    del others
+    staged = [slot.pinned.tensor for slot in cache._open_engine().staging._slots]
+    assert all(tensor.is_pinned() for tensor in staged)
+    cache.close()
+    assert is_about(before - steady_free_bytes(), SLAB_BYTES)
+    assert is_all(kept, 3)
+    assert not any(tensor.is_pinned() for tensor in staged)
+    del kept
+    assert is_about(steady_free_bytes(), before)
+
+
+def test_reserved_bytes_explain_what_the_driver_is_short_of() -> None:
+    cache = rehearsed(roomy_cache())
+    before = steady_free_bytes()
+    assert cache.buffer_stats()["device_reserved_bytes"] == 0
+    shards = []
+    for number, nbytes in enumerate((MIB, SLAB_BYTES, 100 * MIB + 4096, 200 * MIB)):
+        shards.append(fetch(cache, number, number, nbytes))
+        stats = cache.buffer_stats()
+        taken = before - steady_free_bytes()
+        assert is_about(taken, stats["device_reserved_bytes"], SLACK_BYTES + len(shards) * 2 * MIB)
+        assert stats["device_reserved_bytes"] <= stats["device_capacity_bytes"]
+        assert stats["device_bytes"] == sum(shard.numel() for shard in shards)
+    assert all(is_all(shard, number) for number, shard in enumerate(shards))
+
+
+def test_what_overflows_is_taken_from_torch_and_goes_back_to_it() -> None:
+    cache = small_cache()
+    held = fetch(cache, "held", 1)
+    reserved, allocated = torch.cuda.memory_reserved(GPU), torch.cuda.memory_allocated(GPU)
+    beyond = fetch(cache, "beyond", 2, SLAB_BYTES)
+    stats = cache.buffer_stats()
+    assert (stats["overflows"], stats["device_reserved_bytes"]) == (1, SHARD_BYTES + SLAB_BYTES)
+    assert is_about(torch.cuda.memory_allocated(GPU), allocated + SLAB_BYTES)
+    assert (is_all(held, 1), is_all(beyond, 2)) == (True, True)
+    del beyond
+    cache.synchronize()
+    steady_free_bytes()
+    assert cache.buffer_stats()["device_reserved_bytes"] == SHARD_BYTES
+    assert torch.cuda.memory_allocated(GPU) == allocated
+    assert torch.cuda.memory_reserved(GPU) >= reserved
+
+
+def test_a_release_during_a_capture_waits_for_its_end_and_leaves_it_intact() -> None:
+    device = small_cache()._open_engine().device
+    arena, later = device.arena(SLAB_BYTES), device.arena(SLAB_BYTES)
+    data, graph = torch.zeros(4, device=GPU), torch.cuda.CUDAGraph()
+    data.add_(0)
+    torch.cuda.empty_cache()  # as the capture will
+    before = steady_free_bytes()
+    with torch.cuda.graph(graph):
+        data.add_(1)
+        reserved = torch.cuda.memory_reserved(GPU)
+        in_thread(lambda: device.release_arena(arena))
+        assert torch.cuda.memory_reserved(GPU) == reserved, "given back during the capture"
+    graph.replay()
+    assert data.tolist() == [1.0] * 4
+    device.release_arena(later)
+    assert is_about(steady_free_bytes(), before + 2 * SLAB_BYTES)
+
+
+def test_a_clear_during_a_capture_gives_its_slabs_back_after_it() -> None:
+    cache = rehearsed(roomy_cache())
+    torch.cuda.empty_cache()  # as the capture will
+    before = steady_free_bytes()
+    fetch_all(cache, dict.fromkeys(range(3), SLAB_BYTES))
+    data, graph = torch.zeros(4, device=GPU), torch.cuda.CUDAGraph()
+    data.add_(0)
+    with torch.cuda.graph(graph):
+        data.add_(1)
+        in_thread(lambda: (cache.clear(), cache.synchronize(), cache.trim()))
+    graph.replay()
+    assert data.tolist() == [1.0] * 4
+    del graph
+    cache.synchronize()
+    assert is_about(steady_free_bytes(), before)
+
+
+EXPANDABLE = """
+import torch
+from tests.support.gpu_scene import *
+cache = roomy_cache()
+fetch_all(cache, dict.fromkeys(range(3), 64 * MIB))
+cache.clear(); cache.synchronize()
+before = steady_free_bytes()
+fetch_all(cache, dict.fromkeys(range(3), 64 * MIB))
+taken = before - steady_free_bytes()
+cache.clear(); cache.synchronize()
+print(is_about(taken, 192 * MIB, 64 * MIB), is_about(steady_free_bytes(), before))
+"""
+
+
+def test_slabs_go_back_with_expandable_segments_too() -> None:
+    assert run_python("-c", EXPANDABLE, PYTORCH_CUDA_ALLOC_CONF="expandable_segments:True") == "True True\n"
+
+
+SAVED = """
+import torch
+from torch_memory_saver import torch_memory_saver
+from gpu_cache import TensorCache
+from tests.support.gpu_scene import *
+weights = torch.ones(64 * MIB, dtype=torch.uint8, device=GPU)
+auto = TensorCache()
+auto.put("a", torch.ones(3))
+cache = roomy_cache()
+fetch(cache, "warm", 1)
+cache.clear(); cache.synchronize()
+before = steady_free_bytes()
+kept = fetch(cache, "kept", 3, 64 * MIB)
+torch_memory_saver.pause()
+readable = is_all(kept.cpu(), 3)
+torch_memory_saver.resume()
+del kept
+cache.clear(); cache.synchronize()
+print(auto.device_name, readable, is_about(steady_free_bytes(), before))
+"""
+
+
+def test_under_torch_memory_saver_slabs_stay_mapped_and_go_back() -> None:
+    saver = pytest.importorskip("torch_memory_saver", reason="torch_memory_saver is not installed")
+    with saver.configure_subprocess():
+        assert run_python("-c", SAVED, TMS_INIT_ENABLE="1").splitlines()[-1] == "cpu True True"

@@ -1,0 +1,188 @@
+"""Random fetches, clears, evictions and failures on an index, against a model that keeps its own books."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from gpu_cache.entry import Entry, Landing, State
+from gpu_cache.index import ShardIndex
+from gpu_cache.lease import aliases_of
+
+KEYS = "abcdef"
+NODES = ("n:1", "n:2")
+COUNTERS = (
+    "hits", "joined", "misses", "hit_bytes", "joined_bytes", "miss_bytes", "fetch_bytes", "evictions", "evicted_bytes",
+    "cleared", "cleared_bytes", "overflows", "overflow_bytes", "fetch_errors",
+)  # fmt: skip
+
+
+class IndexAgainstBooks(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: set[int] = set()  # ids of bases
+        self.index = ShardIndex(aliases_of, lambda base: id(base) in self.held)
+        self.standing: dict[str, Entry] = {}  # one for each key, least recently used first
+        self.ready: dict[str, int] = {}  # bytes of those that arrived, oldest first
+        self.flying: list[Entry] = []
+        self.joins: collections.Counter[Entry] = collections.Counter()
+        self.awaited: set[Entry] = set()
+        self.nodes: dict[Entry, str] = {}
+        self.books: collections.Counter[str] = collections.Counter()
+        self.newest = 0
+
+    def count(self, what: str, nbytes: Iterable[int], bytes_of: str = "") -> None:
+        lengths = list(nbytes)
+        self.books[what] += len(lengths)
+        self.books[bytes_of or f"{what}_bytes"] += sum(lengths)
+
+    def touch(self, key: str) -> None:
+        self.standing[key] = self.standing.pop(key)
+
+    def drop(self, key: str) -> int:
+        """Its bytes, if it had arrived; else -1."""
+        del self.standing[key]
+        return self.ready.pop(key, -1)
+
+    def begin(self, entry: Entry) -> None:
+        assert entry.generation > self.newest, "a key that comes again is another generation"
+        self.newest = entry.generation
+        self.standing[entry.key] = entry
+        self.flying.append(entry)
+        self.awaited.add(entry)
+        self.nodes[entry] = ""
+
+    @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1))
+    def claim(self, keys: set[str]) -> None:
+        wanted = sorted(keys)
+        found = self.index.claim(wanted)
+        assert list(found.hits) == [key for key in wanted if key in self.ready]
+        assert found.joined == {key: self.standing[key] for key in wanted if key in self.standing.keys() - self.ready}
+        assert list(found.claimed) == [key for key in wanted if key not in self.standing]
+        for key, tensor in found.hits.items():
+            assert tensor.data_ptr() == self.standing[key].base.data_ptr()
+        assert all(entry.flight is not None for entry in found.joined.values())
+        self.joins.update(found.joined.values())
+        self.books["joined"] += len(found.joined)
+        self.books["misses"] += len(found.claimed)
+        self.count("hits", [self.ready[key] for key in found.hits], "hit_bytes")
+        for key in wanted:
+            if key in found.hits:
+                self.touch(key)
+            elif key in found.claimed:
+                self.begin(found.claimed[key])
+
+    @rule(key=st.sampled_from(KEYS))
+    def reserve(self, key: str) -> None:
+        entry = self.index.reserve(key)
+        assert (entry is None) == (key in self.standing)
+        if entry is not None:
+            self.begin(entry)
+
+    @rule(key=st.sampled_from(KEYS))
+    def find(self, key: str) -> None:
+        found = self.index.find(key)
+        assert (found is not None) == (key in self.ready)
+        if found is not None:
+            assert found[1] is self.standing[key]
+            self.touch(key)
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), node=st.sampled_from(NODES))
+    def ask_a_node(self, data: st.DataObject, node: str) -> None:
+        entry = self.one_flying(data)
+        self.index.came_from([entry], node)
+        self.nodes[entry] = node
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), how=st.sampled_from(["publish", "deliver", "abort"]), nbytes=st.integers(0, 20))
+    def land(self, data: st.DataObject, how: str, nbytes: int) -> None:
+        entry = self.one_flying(data)
+        self.flying.remove(entry)
+        stood = self.standing.get(entry.key) is entry
+        self.settle(entry, how, nbytes)
+        assert entry.is_settled
+        assert entry.flight is None or entry.flight.done()
+        if how == "abort":
+            self.books["fetch_errors"] += entry.is_fetch
+        else:
+            self.nodes[entry] = NODES[0]
+            self.books["joined_bytes"] += nbytes * self.joins[entry]
+            self.books["miss_bytes"] += nbytes * entry.is_fetch
+            self.books["fetch_bytes"] += nbytes * entry.is_fetch
+        if how == "deliver":
+            self.count("overflows", [nbytes], "overflow_bytes")
+        if stood and how == "publish":
+            self.ready[entry.key] = nbytes
+        elif stood:
+            self.drop(entry.key)
+        self.settle(entry, data.draw(st.sampled_from(["publish", "abort"])), nbytes)  # too late: it changes nothing
+
+    def one_flying(self, data: st.DataObject) -> Entry:
+        return self.flying[data.draw(st.integers(0, len(self.flying) - 1))]
+
+    def settle(self, entry: Entry, how: str, nbytes: int) -> None:
+        if how == "abort":
+            self.index.abort([entry], RuntimeError("failed"))
+        else:
+            arrived = Landing(entry.key, torch.zeros(nbytes, dtype=torch.uint8), None, nbytes)
+            getattr(self.index, how)([(entry, arrived)], NODES[0], None)
+
+    @rule()
+    def hand_out(self) -> None:
+        self.index.release(self.awaited)
+        self.awaited.clear()
+
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data())
+    def hold_or_let_go(self, data: st.DataObject) -> None:
+        self.held ^= {id(self.standing[data.draw(st.sampled_from(sorted(self.ready)))].base)}
+
+    @rule(keys=st.one_of(st.none(), st.sets(st.sampled_from(KEYS))), node=st.sampled_from([None, *NODES]))
+    def clear(self, keys: set[str] | None, node: str | None) -> None:
+        dropped = self.index.remove_node(node) if keys is None else self.index.remove(sorted(keys), node)
+        meant = [
+            key
+            for key, entry in self.standing.items()
+            if (keys is None or key in keys) and (node is None or self.nodes[entry] == node)
+        ]
+        gone = {key: nbytes for key in meant if (nbytes := self.drop(key)) >= 0}
+        assert {entry.key for entry in dropped} == gone.keys()
+        self.count("cleared", gone.values())
+
+    @rule(nbytes=st.integers(1, 40))
+    def evict(self, nbytes: int) -> None:
+        expected: dict[str, int] = {}
+        for key, entry in self.standing.items():
+            is_free = self.ready.get(key) and entry not in self.awaited and id(entry.base) not in self.held
+            if is_free and sum(expected.values()) < nbytes:
+                expected[key] = self.ready[key]
+        assert [entry.key for entry in self.index.evict(nbytes)] == list(expected)
+        for key in expected:
+            self.drop(key)
+        self.count("evictions", expected.values(), "evicted_bytes")
+
+    @invariant()
+    def knows_what_is_there(self) -> None:
+        assert self.index._entries == self.standing
+        assert list(self.index._entries) == list(self.standing), "least recently used first"
+        assert self.index.keys() == list(self.ready)
+        assert self.index.is_empty == (not self.standing)
+        assert all((entry.state is State.READY) == (key in self.ready) for key, entry in self.standing.items())
+
+    @invariant()
+    def adds_up(self) -> None:
+        stats = self.index.stats()
+        assert {name: stats[name] for name in COUNTERS} == {name: self.books[name] for name in COUNTERS}
+        assert (stats["num_entries"], stats["total_bytes"]) == (len(self.ready), sum(self.ready.values()))
+        assert stats["requested"] == stats["hits"] + stats["host_hits"] + stats["joined"] + stats["misses"]
+        assert stats["requested_bytes"] == stats["hit_bytes"] + stats["joined_bytes"] + stats["miss_bytes"]
+
+
+TestIndex = IndexAgainstBooks.TestCase
+TestIndex.settings = settings(max_examples=80, stateful_step_count=60, deadline=None, derandomize=True, database=None)
