@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "gpu_cache": [
         ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry"],
-        ["cudart", "index", "process", "tensor_reader", "reaper"],
+        ["cudart", "index", "process", "tensor_reader", "reaper", "report"],
         ["cuda_pools"],
         ["device"],
         ["placement", "block", "fence", "staging"],
