@@ -57,10 +57,12 @@ class Histogram(TypedDict):
 
 
 class Histograms(TypedDict):
-    """Attributes:
-    fetch_duration_seconds: One observation for each answer of a node, from request to last byte;
-        FETCH_DURATION_EDGES_S.
-    entry_size_bytes: One for each entry that was published; ENTRY_SIZE_EDGES_BYTES.
+    """Those of the metrics.
+
+    Attributes:
+        fetch_duration_seconds: One observation for each answer of a node, from request to last byte;
+            FETCH_DURATION_EDGES_S.
+        entry_size_bytes: One for each entry that was published; ENTRY_SIZE_EDGES_BYTES.
     """
 
     fetch_duration_seconds: Histogram

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_cache.smi.main import run
+from gpu_cache.smi.__main__ import run
 
 if __name__ == "__main__":
     run()

@@ -12,8 +12,7 @@ from gpu_cache.smi import columns, units
 from gpu_cache.smi.columns import NARROW, RED, WIDE, YELLOW
 from gpu_cache.smi.node import HOST_SEAT, Node, Row
 from gpu_cache.smi.nvml import Gpu
-from gpu_cache.smi.problems import WARNING, Problem
-from gpu_cache.smi.process import Process
+from gpu_cache.smi.problems import Problem
 from gpu_cache.smi.units import DASH
 
 DEVICES, PROCESSES, SOURCES = "gpu", "proc", "source"
@@ -24,8 +23,10 @@ _HEADS = (
     "  Pool Used / Cap     Use ",
     "  Pinned  Host Tier ",
 )
-_FOOTNOTE = "* as the process reported it (index inside that process); NVML is not available here"
-_PART = "* as the process reported it (index inside that process); NVML does not know that GPU"
+_FOOTNOTES = {
+    True: "* as the process reported it (index inside that process); ",
+    False: "* index inside that process; ",
+}
 
 
 def screen(node: Node, boxes: tuple[str, ...], is_wide: bool) -> list[Text]:
@@ -43,7 +44,7 @@ def screen(node: Node, boxes: tuple[str, ...], is_wide: bool) -> list[Text]:
     for number, part in enumerate(parts):
         lines += [Text("")] * bool(number) + part
     if PROCESSES in boxes or DEVICES in boxes:
-        lines += _footnote(node)
+        lines += _footnote(node, is_wide)
     return lines
 
 
@@ -54,11 +55,7 @@ def clock_line(unix_time: float) -> str:
 def problem_lines(problems: list[Problem], is_wide: bool) -> list[Text]:
     """WARN and NOTE below the boxes."""
     width = WIDE if is_wide else NARROW
-    return [
-        Text(line, style=RED if problem.severity == WARNING else "")
-        for problem in problems
-        for line in problem.lines(width)
-    ]
+    return [Text(line) for problem in problems for line in problem.lines(width)]
 
 
 def _rule(fill: str, is_wide: bool, corner: str = "+") -> Text:
@@ -161,6 +158,7 @@ def _box(heads: list[str], rows: list[Text], is_wide: bool) -> list[Text]:
     return [_rule("-", is_wide), *map(Text, heads), _rule("=", is_wide, "|"), *rows, _rule("-", is_wide)]
 
 
-def _footnote(node: Node) -> list[Text]:
-    starred: list[Process] = [process for process in node.processes if process.seat.endswith("*")]
-    return [Text(_FOOTNOTE if node.devices.problem else _PART)] if starred else []
+def _footnote(node: Node, is_wide: bool) -> list[Text]:
+    why = "NVML is not available here" if node.devices.problem else "NVML does not know that GPU"
+    has_star = any(process.seat.endswith("*") for process in node.processes)
+    return [Text(_FOOTNOTES[is_wide] + why)] if has_star else []

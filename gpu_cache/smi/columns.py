@@ -13,6 +13,7 @@ from gpu_cache.smi.sources import Source
 
 WIDE, NARROW = 99, 78
 RED, YELLOW, DIM = "red", "yellow", "dim"
+GLUE = "\N{NO-BREAK SPACE}"  # joins words that stay on one line
 _OLD_S = 3600
 
 T = TypeVar("T")
@@ -42,8 +43,10 @@ class Column(NamedTuple, Generic[T]):
 
     def cell(self, text: str, is_wide: bool) -> str:
         width = self.width if is_wide else self.narrow
+        if not width:
+            return ""
         if not self.is_left:
-            return text.rjust(width) if width else ""  # a long number is never cut
+            return text.rjust(width)  # a long number is never cut
         return " " * self.gap + text[: width - self.gap - 1].ljust(width - self.gap)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpu_cache import report
 from gpu_cache.smi import figures, units
-from gpu_cache.smi.columns import WIDE, Column, cells
+from gpu_cache.smi.columns import GLUE, WIDE, Column, cells
 from gpu_cache.smi.process import Process
 from gpu_cache.smi.sources import host_of
 
@@ -33,11 +33,9 @@ def ask(process: Process, sleep: Callable[[float], None] = time.sleep) -> Answer
     """
     wanted = process.file.beside(report.WANT)
     descriptor = os.open(wanted, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.utime(descriptor)
-        asked_at = os.fstat(descriptor).st_mtime_ns
-    finally:
-        os.close(descriptor)
+    # Not touched again: its time must be before the process can have seen it. An old one has had no answer yet.
+    asked_at = os.fstat(descriptor).st_mtime_ns
+    os.close(descriptor)
     for _ in range(round(ANSWER_TIMEOUT_S / _POLL_S)):
         answer = _answer(process, asked_at)
         if answer is not None:
@@ -66,7 +64,7 @@ _COLUMNS: list[Column[Answer]] = [
     Column("Source node", "", 24, 24, lambda leak: figures.text(leak, "source"), is_left=True, gap=2),
     Column("Shard id", "", 26, 26, lambda leak: short_key(figures.text(leak, "key")), is_left=True),
     Column("dtype", "", 8, 0, lambda leak: short_dtype(figures.text(leak, "dtype")), is_left=True),
-    Column("shape", "", 20, 0, lambda leak: str([round(n) for n in figures.numbers(leak, "shape")]), is_left=True),
+    Column("shape", "", 60, 0, lambda leak: str([round(n) for n in figures.numbers(leak, "shape")]), is_left=True),
 ]
 
 
@@ -76,7 +74,8 @@ def screen(process: Process, answer: Answer, *, is_wide: bool, width: int, shows
     num = figures.integer(answer, "outlived_entries") or len(leaks)
     nbytes = units.mib(figures.number(answer, "outlived_bytes"), "MiB")
     where = f"GPU {process.seat}  pid {process.pid}  {process.title:<12}"
-    lines = [f"{where} {num} entries, {nbytes} survived 2 or more clear_batches()"]
+    survived = "survived 2 or more clear_batches()" if is_wide else "survived 2+ clears"
+    lines = [f"{where} {num} entries, {nbytes} {survived}"]
     if not leaks:
         return lines
     shown = leaks if shows_all else leaks[:SHOWN]
@@ -84,7 +83,8 @@ def screen(process: Process, answer: Answer, *, is_wide: bool, width: int, shows
     lines += [cells(_COLUMNS, leak, is_wide).rstrip() for leak in shown]
     if num > len(shown):
         lines.append(f"      ... {num - len(shown)} more{' (--all)' if len(shown) < len(leaks) else ''}")
-    return lines + textwrap.wrap(_hint(process, leaks, num), min(width, WIDE + 1), subsequent_indent=" " * 6)
+    hint = textwrap.wrap(_hint(process, leaks, num), min(width, WIDE + 1), subsequent_indent=" " * 6)
+    return lines + [line.replace(GLUE, " ") for line in hint]
 
 
 def _leaks(answer: Answer) -> list[Answer]:
@@ -101,7 +101,7 @@ def _hint(process: Process, leaks: list[Answer], num: int) -> str:
     whence = f"all {num} came from {host}" if count == num else f"{count} of the {len(leaks)} oldest came from {host}"
     errors = f"; fetches from it failed {failed:.0f} times" if failed else ""
     return (
-        f"Hint: {whence}{errors}. 'Clears' = clear_batches() calls survived: 0 or 1 is normal"
+        f"Hint: {whence}{errors}. 'Clears' = clear_batches() calls{GLUE}survived: 0 or 1 is normal"
         " (the next step's data may arrive early), 2 or more is a leak."
     )
 
@@ -115,6 +115,6 @@ def short_dtype(dtype: str) -> str:
     """torch.bfloat16 as bf16, torch.float32 as f32."""
     name = dtype.removeprefix("torch.")
     for long, short in _SHORT_DTYPES.items():
-        if name.startswith(long) and "_" not in name:
+        if name.startswith(long):
             return short + name.removeprefix(long)
     return name

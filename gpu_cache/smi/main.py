@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from argparse import Namespace
@@ -16,14 +15,6 @@ from gpu_cache.smi.node import Observer
 from gpu_cache.smi.terminal import Terminal
 
 
-def run() -> None:
-    """The console script."""
-    # As gpustat does, so that `| head` ends it silently; not where a scraper that hangs up would end the server.
-    if not any(argument.startswith("--serve") for argument in sys.argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    sys.exit(main(sys.argv[1:]))
-
-
 def main(arguments: list[str], observer: Observer | None = None) -> int:
     """Do what the command line says.
 
@@ -32,6 +23,8 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         observer: Of the machine; a test's own.
     Returns:
         The exit code.
+    Raises:
+        ModuleNotFoundError: The option needs a library that is not installed.
     """
     options = command_line.parse(arguments)
     if options.help or options.help_query:
@@ -43,6 +36,8 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         return _carry_out(Commands(found, Terminal(os.environ, has_color), options), options)
     except KeyboardInterrupt:
         return 0
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         if options.debug:
             traceback.print_exc()
@@ -63,7 +58,3 @@ def _carry_out(commands: Commands, options: Namespace) -> int:
     }
     chosen = next((command for name, command in modes.items() if getattr(options, name)), commands.show)
     return chosen()
-
-
-if __name__ == "__main__":
-    run()

@@ -8,38 +8,46 @@ from collections.abc import Iterator
 
 from gpu_cache.report import SCHEMA_VERSION
 from gpu_cache.smi import figures, units
+from gpu_cache.smi.columns import GLUE
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, Process
 
 WARNING, NOTE = "warning", "note"
-_GLUE = "\N{NO-BREAK SPACE}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Attributes:
-    code: Stable, so that scripts need not parse English.
-    action: The command to run next, with a word before it; "" for none.
-    is_named: Whether the screen puts GPU and pid before the message, which else names its subject itself.
+    """One thing that is wrong.
+
+    Attributes:
+        code: Stable, so that scripts need not parse English.
+        text: What it is; words joined by a no-break space stay together.
+        action: The command to run next, with a word before it; "" for none.
+        is_named: Whether the screen puts GPU and pid before the text, which else names its subject itself.
     """
 
     severity: str
     code: str
-    message: str
+    text: str
     process: Process | None = None
     action: str = ""
     is_named: bool = True
 
+    @property
+    def message(self) -> str:
+        """Without the line's end, and free to be broken anywhere."""
+        return self.text.replace(GLUE, " ")
+
     def lines(self, width: int) -> list[str]:
         """As the screen shows it; the action is never broken."""
         subject = f"{self.process.label}: " if self.process and self.is_named else ""
-        words = f"{subject}{self.message}. {self.action.replace(' ', _GLUE)}".rstrip()
+        words = f"{subject}{self.text}. {self.action.replace(' ', GLUE)}".rstrip()
         head = "WARN  " if self.severity == WARNING else "NOTE  "
         found = textwrap.wrap(
             words, width, initial_indent=head, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
         )
-        return [line.replace(_GLUE, " ") for line in found]
+        return [line.replace(GLUE, " ") for line in found]
 
 
 def problems_of(node: Node) -> list[Problem]:
@@ -62,7 +70,7 @@ def _of_process(process: Process) -> Iterator[Problem]:
     if process.is_alive and process.host_pid is None:
         message = (
             f"{process.title} runs in another PID namespace and its host PID is not visible from here"
-            f" (its own PID is {units.count(process.own_pid)}); its NVML memory is shown as N/A"
+            f" (its own PID{GLUE}is{GLUE}{units.count(process.own_pid)}); its NVML memory is shown as N/A"
         )
         yield Problem(NOTE, "foreign_namespace", message, process, is_named=False)
 

@@ -22,9 +22,11 @@ class NVMLError(Exception):
 
 
 class FakeNvml:
-    """Args:
-    gpus: Each a dict with name, uuid, used, total in bytes, pids (pid -> bytes), parts (MIG devices), is_lost.
-    failure: Number of the error with which it refuses to start.
+    """The module.
+
+    Args:
+        gpus: Each a dict with name, uuid, used, total in bytes, pids (pid -> bytes), parts (MIG devices), is_lost.
+        failure: Number of the error with which it refuses to start.
     """
 
     NVMLError = NVMLError
