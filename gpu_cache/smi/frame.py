@@ -77,10 +77,12 @@ def frame(node: Node, past: History, view: View, size: Size, *, is_ascii: bool =
         return (top + [Text(line) for line in HELP.splitlines()])[: size.height]
     rows = [row for row in node.rows if view.gpu in ("", row.label.rstrip("*"))]
     gpus = [_gpu_head(size), *(_gpu(row, node, past, size, is_ascii) for row in rows), Text("")]
-    lines = top + gpus + [_menu(view, is_ascii)] + _list(node, past, view, size)
+    lines = top + gpus + [_menu(view, size, is_ascii)] + _list(node, past, view, size)
     if view.view != EVENTS and size.height >= _SMALL_HEIGHT and past.events:
-        latest = [_event(event) for event in list(past.events)[: -_NUM_EVENTS - 1 : -1]]
+        latest = [_event(event, size) for event in sorted(past.events, reverse=True)[:_NUM_EVENTS]]
         lines = [*lines[: size.height - len(latest) - 1], Text(""), *latest]
+    for line in lines:
+        line.truncate(size.width)
     return lines[: size.height]
 
 
@@ -89,11 +91,9 @@ def _title(node: Node, view: View, size: Size) -> Text:
     interval = f"{view.interval_s:.1f}" if view.interval_s >= 1 else f"{view.interval_s:g}"
     left = f"gpu-cache-smi {__version__}   {node.hostname}   every {interval} s   {clock}"
     left += "   PAUSED" if view.is_paused else ""
-    keys = "q quit  ? help  space pause"
-    gap = 12 if size.is_wide else 3
     if view.message:
         return Text(f"{left}   {view.message}")
-    return Text(f"{left}{' ' * gap}{keys}" if len(left) + gap + len(keys) <= size.width else left)
+    return Text(f"{left}{' ' * 12}q quit  ? help  space pause" if size.is_wide else f"{left}   ? help")
 
 
 def _gpu_head(size: Size) -> Text:
@@ -133,12 +133,14 @@ def _speed(row: Row, link: str) -> float | None:
     return figures.total(process.rate(f"{link}_bytes_per_second") for process in row.processes)
 
 
-def _menu(view: View, is_ascii: bool) -> Text:
+def _menu(view: View, size: Size, is_ascii: bool) -> Text:
     arrow = "v" if is_ascii else "▾"
     wanted = f"{view.filter}_" if view.is_typing else view.filter or "none"
-    line = Text(f" sort: {view.sort} {arrow} (s)    filter: {wanted} (/)    view: ")
+    gap = " " * (4 if size.is_wide else 2)
+    line = Text(f" sort: {view.sort} {arrow} (s){gap}filter: {wanted} (/){gap}{'view: ' if size.is_wide else ''}")
     for number, (name, shown) in enumerate(_MENU.items()):
-        line.append("  " * bool(number)).append(shown, "bold" if name == view.view else None)
+        line.append(gap[:2] if size.is_wide and number else " " * bool(number))
+        line.append(shown, "bold" if name == view.view else None)
     return line
 
 
@@ -149,7 +151,7 @@ def _list(node: Node, past: History, view: View, size: Size) -> list[Text]:
     if view.view == SOURCES:
         return _table(columns.SOURCE, node.sources, size)
     if view.view == EVENTS:
-        return [_event(event) for event in reversed(past.events)]
+        return [_event(event, size) for event in sorted(past.events, reverse=True)]
     found = view.processes(node)
     if view.view == PROCESSES:
         return _table(_PROCESS, found, size)
@@ -170,7 +172,8 @@ def _line(of_columns: list[Column[T]], row: T, size: Size) -> Text:
     return line
 
 
-def _event(event: Event) -> Text:
+def _event(event: Event, size: Size) -> Text:
     when = time.strftime("%H:%M:%S", time.localtime(event.unix_time))
-    line = Text(f" {when}  {event.who:<15}  {event.what:<54} ")
+    gap, width = ("  ", 54) if size.is_wide else (" ", min(size.width - 31, 49))
+    line = Text(f" {when}{gap}{event.who:<15}{gap}{event.what[:width]:<{width}} ")
     return line.append(event.state.upper(), RED if event.state in ("leak", "hung") else None)

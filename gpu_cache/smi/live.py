@@ -97,8 +97,6 @@ class Watch:
     def _picture(self, node: Node) -> Text:
         size = Size(*self._console.size)
         lines = frame(node, self._history, self._view, size, is_ascii=self._is_ascii)
-        for line in lines:
-            line.truncate(size.width)
         return Text("\n", no_wrap=True).join(lines)
 
     def _snapshot(self, node: Node) -> str:
