@@ -179,6 +179,16 @@ def test_looking_twice_at_one_report_repeats_its_speed(node: Machine) -> None:
     assert [value for _, value in past.trace(node.look().rows[0], "fetch")] == [None, 5e9, 5e9]
 
 
+def test_gpus_that_call_themselves_the_same_are_told_apart(node: Machine) -> None:
+    """Without NVML each process is on its own GPU 0."""
+    node.nvml._failure = 12
+    past = a_minute(node)
+    busy, _, hung = (list(past.trace(node.look().rows[n], "fetch")) for n in (0, 1, 5))
+    assert (len(busy), len(hung)) == (61, 61)
+    assert busy[-1][1] is not None
+    assert hung[-1][1] is None
+
+
 def test_events(node: Machine) -> None:
     past = History()
     past.add(node.look())

@@ -45,7 +45,7 @@ def _gpu(row: Row) -> dict[str, Any]:
     gpu = row.gpu
     return {
         "index": gpu.index if gpu else None,
-        "uuid": gpu.uuid if gpu else row.processes[0].uuid or None,
+        "uuid": row.uuid,
         "name": row.name,
         "memory_used_bytes": gpu.used_bytes if gpu else None,
         "memory_total_bytes": gpu.total_bytes if gpu else None,

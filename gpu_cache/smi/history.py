@@ -24,7 +24,7 @@ class History:
     def __init__(self) -> None:
         self.events: collections.deque[Event] = collections.deque(maxlen=_MAX_EVENTS)
         self._last: Node | None = None
-        self._traces: dict[tuple[str, str], Trace] = {}
+        self._traces: dict[tuple[str, str | None, str], Trace] = {}
         self._speeds: dict[tuple[Path, str], float] = {}
 
     def add(self, node: Node) -> None:
@@ -34,7 +34,7 @@ class History:
         for row in node.rows:
             for link in LINKS:
                 speeds = [self._speed(before.get(process.file.path), process, link) for process in row.processes]
-                trace = self._traces.setdefault((row.label, link), collections.deque())
+                trace = self._traces.setdefault((row.label, row.uuid, link), collections.deque())
                 trace.append((node.unix_time, figures.total(speeds)))
                 while trace[0][0] < node.unix_time - SPAN_S:
                     trace.popleft()
@@ -52,7 +52,7 @@ class History:
 
     def trace(self, row: Row, link: str) -> Sequence[tuple[float, float | None]]:
         """The last minute of a GPU."""
-        return self._traces.get((row.label, link), ())
+        return self._traces.get((row.label, row.uuid, link), ())
 
 
 def buckets(trace: Sequence[tuple[float, float | None]], now: float, count: int) -> list[float | None]:

@@ -29,6 +29,11 @@ class Row:
     gpu: Gpu | None
     processes: tuple[Process, ...]
 
+    @property
+    def uuid(self) -> str | None:
+        """As NVML says it, else its processes."""
+        return self.gpu.uuid if self.gpu else self.processes[0].uuid or None
+
     def summed(self, key: str) -> float | None:
         """A figure over all processes on it."""
         return figures.total(process.figure(key) for process in self.processes)

@@ -68,7 +68,7 @@ _OF_BOTH = {
 FIELDS: dict[str, dict[str, Field]] = {
     "gpu": {
         "index": Field("NVML's index, in PCI bus order", lambda row: row.label),
-        "uuid": Field("as NVML spells it", lambda row: row.gpu and row.gpu.uuid),
+        "uuid": Field("as NVML spells it", lambda row: row.uuid),
         "name": Field("of the GPU", lambda row: row.name),
         "memory.used": mebibytes("by all processes, as NVML counts it", lambda row: row.gpu and row.gpu.used_bytes),
         "memory.total": mebibytes("of the GPU", lambda row: row.gpu and row.gpu.total_bytes),
