@@ -81,7 +81,7 @@ def test_values_are_those_of_the_reports(node: Machine) -> None:
         ("gpu_cache_fetch_duration_seconds_count", {}, 1000),
         ("gpu_cache_fetch_duration_seconds_bucket", {"le": "0.005"}, 600),
         ("gpu_cache_fetch_duration_seconds_sum", {}, 4.5),
-        ("gpu_cache_entry_size_bytes_bucket", {"le": "4.194304e+06"}, 510),
+        ("gpu_cache_entry_size_bytes_bucket", {"le": "4194304.0"}, 510),
     ]
     for name, labels, number in expected:
         assert value(found, name, **first, **labels) == pytest.approx(number), (name, labels)

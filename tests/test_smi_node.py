@@ -192,5 +192,22 @@ def test_a_machine_whose_locks_cannot_be_seen(node: Machine, tmp_path: Path) -> 
     assert next(process.host_pid for process in node.look().processes if process.is_alive) == 41873
 
 
+def test_a_folder_or_a_lock_that_may_not_be_opened(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a process lives is then told by the kernel's list alone."""
+    node.folder.add(report(0), host_pid=41873)
+    node.folder.add(report(1), is_alive=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gpu_cache.smi.locks.is_held", refuse)
+        assert node.look().states == {"ok": 1, "dead": 1}
+    monkeypatch.setattr("gpu_cache.smi.folder.os.listdir", refuse)
+    (unread,) = node.look().unread
+    assert (unread.path, unread.is_denied, unread.problem) == (node.folder.path, True, "Permission denied")
+    assert node.run().code == 4
+
+
 def test_the_clock_of_the_screen_is_that_of_the_look(node: Machine) -> None:
     assert node.look().unix_time == NOW

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from gpu_cache.smi import figures, metrics
 from gpu_cache.smi.metrics import Exported
@@ -85,7 +84,7 @@ def _histogram(buckets: metrics.Buckets, found: list[Exported]) -> Metric:
         histogram = figures.mapping(of_process, buckets.key)
         counts, total = figures.numbers(histogram, "counts"), figures.number(histogram, "sum")
         if len(counts) == len(buckets.edges) + 1 and total is not None:
-            edges = [*(floatToGoString(edge) for edge in buckets.edges), "+Inf"]
+            edges = [*(str(float(edge)) for edge in buckets.edges), "+Inf"]
             steps = list(zip(edges, itertools.accumulate(counts), strict=True))
             family.add_metric(one.labels, steps, total)
     return family

@@ -133,8 +133,3 @@ class Process:
     def oldest_age_s(self) -> float | None:
         """Of its oldest entry; None when it has none."""
         return self.aged(self.figure("oldest_entry_age_seconds")) if self.figure("num_entries") else None
-
-    @property
-    def is_pressed(self) -> bool:
-        """Whether allocations failed or overflowed lately; a pool that is merely full is as it should be."""
-        return bool(self.rate("overflows") or self.rate("alloc_failures"))

@@ -22,8 +22,14 @@ class Terminal:
     def __init__(self, environ: Mapping[str, str], has_color: bool | None = None) -> None:
         self.is_terminal = sys.stdout.isatty()
         self.width = self._width(environ)
-        settings = {"force_terminal": True} if has_color else {"no_color": True} if has_color is False else {}
-        self.console = Console(highlight=False, markup=False, emoji=False, **settings)  # type: ignore[arg-type]
+        self.console = Console(
+            force_terminal=has_color or None,
+            color_system="standard" if has_color else "auto",
+            no_color=None if has_color is None else not has_color,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
 
     def _width(self, environ: Mapping[str, str]) -> int:
         named = environ.get("COLUMNS", "")
