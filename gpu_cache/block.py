@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from gpu_cache.config import aligned
 from gpu_cache.device import Arena, Event
 from gpu_cache.entry import Landing
 from gpu_cache.freelist import FreeList
-from gpu_cache.lease import Lease, carve, plain_tensors
+from gpu_cache.lease import Lease, carve
 from gpu_cache.source import ShardSpec
 
 
@@ -37,6 +37,12 @@ class Range:
     slab: Slab
     offset: int
     nbytes: int
+    leased_bytes: int = 0  # at its beginning: given back by leases, no longer by who took the range
+
+    @property
+    def rest(self) -> Range:
+        """What no lease covers."""
+        return Range(self.slab, self.offset + self.leased_bytes, self.nbytes - self.leased_bytes)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -47,15 +53,19 @@ class Quarantine:
     events: list[Event] | None = None  # None: not yet recorded
 
 
-def carve_shard(taken: Range, spec: ShardSpec, offset: int, freed: deque[Lease]) -> tuple[Landing, Lease]:
-    """The tensor of one shard, `offset` bytes into its run's range, and the lease that gives its bytes back."""
-    start = taken.offset + offset
-    base, lease = carve(taken.slab.arena.tensor, start, spec.nbytes, spec.dtype, spec.shape, freed)
-    lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, taken.slab, start, aligned(spec.nbytes)
-    return Landing(spec.key, base, lease, spec.nbytes), lease
+def carve_shards(
+    taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease]
+) -> Iterator[tuple[Landing, Lease]]:
+    """The tensors of the shards of a run, `offsets` bytes into its range, with the leases that give the bytes back."""
+    slab, first = taken.slab, taken.offset
+    storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
+    templates = {dtype: torch.empty(0, dtype=dtype, device=device) for dtype in {spec.dtype for spec in specs}}
+    for spec, offset in zip(specs, offsets, strict=True):
+        base, lease = carve(storage, first + offset, spec.nbytes, templates[spec.dtype], spec.shape, freed)
+        lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, first + offset, aligned(spec.nbytes)
+        yield Landing(spec.key, base, lease, spec.nbytes), lease
 
 
 def empty_landings(specs: Sequence[ShardSpec], device: torch.device) -> list[Landing]:
-    """Tensors of shards without bytes; they take no room."""
-    with plain_tensors():
-        return [Landing(s.key, torch.empty(s.shape, dtype=s.dtype, device=device), None, 0) for s in specs]
+    """Tensors of shards without bytes; they take no room. Call inside `plain_tensors()`."""
+    return [Landing(s.key, torch.empty(s.shape, dtype=s.dtype, device=device), None, 0) for s in specs]

@@ -18,7 +18,7 @@ from gpu_cache.entry import Entry, State
 from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.fetch import Fetch, ReaderTask
 from gpu_cache.index import ShardIndex
-from gpu_cache.lease import AliasCounter, alias_of, eager, plain_tensors
+from gpu_cache.lease import AliasCounter, aliases_of, eager
 from gpu_cache.source import ShardSource
 from gpu_cache.stats import BufferStats, buffer_stats_of
 from gpu_cache.tensor_reader import TensorReader
@@ -115,9 +115,8 @@ class TensorCache:
                     raise
             finally:
                 fetch.finish()
-        if len(keys) == len(tensors):
-            return [tensors[key] for key in keys]
-        return [alias_of(tensors[key]) for key in keys]  # a key repeats: no two results are one object
+        found = [tensors[key] for key in keys]
+        return found if len(tensors) == len(keys) else aliases_of(found)  # a key repeats: no two results are one object
 
     @eager
     def get(self, key: Hashable) -> torch.Tensor | None:
@@ -132,7 +131,7 @@ class TensorCache:
         if found is None:
             return None
         tensor, entry = found
-        engine.settle([entry.completion], self.config.ready)
+        engine.settle([] if entry.completion is None else [entry.completion], self.config.ready)
         return tensor
 
     @eager
@@ -184,8 +183,7 @@ class TensorCache:
             return False
         task = ReaderTask(TensorReader(node, [key], lambda: [tensor]), {key: entry}, self._index)
         self._tasks.add(task)
-        with plain_tensors():
-            task.run(engine.transfer, self._fetch(timeout_s).deadline, may_overflow=False)
+        task.run(engine.transfer, self._fetch(timeout_s).deadline, may_overflow=False)
         self._tasks.discard(task)
         self._index.release([entry])
         if entry.error is None:
@@ -271,7 +269,7 @@ class TensorCache:
         return inherited
 
     def _start_empty(self) -> None:
-        index = self._index = ShardIndex(alias_of, AliasCounter().is_held)
+        index = self._index = ShardIndex(aliases_of, AliasCounter().is_held)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(
             self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))

@@ -57,7 +57,7 @@ class Engine:
         """Free what can be freed now."""
         self.pool.drain()
 
-    def settle(self, completions: Iterable[Completion | None], ready: ReadyMode) -> None:
+    def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
         """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
 
         Raises:
@@ -66,7 +66,7 @@ class Engine:
         self.reaper.wake()
         stream = self.device.current_stream()
         self.fence.note(stream)
-        unseen = dict.fromkeys(found for found in completions if found is not None and not found.is_seen)
+        unseen = [completion for completion in completions if not completion.is_seen]
         if unseen and self.device.is_capturing():
             raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
         for completion in unseen:

@@ -49,9 +49,10 @@ class Entry:
 
 @dataclasses.dataclass(slots=True)
 class Claim:
-    """What a look-up of several keys found, by key. `hits` hold aliases already."""
+    """What a look-up of several keys found, by key. `hits` are aliases already, safe to read after `completions`."""
 
-    hits: dict[Hashable, tuple[torch.Tensor, Entry]] = dataclasses.field(default_factory=dict)
+    hits: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
+    completions: dict[Any, None] = dataclasses.field(default_factory=dict)  # of the hits, each once
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from gpu_cache.engine import Engine
 from gpu_cache.entry import Claim, Entry, Landing
 from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.index import ShardIndex
-from gpu_cache.lease import alias_of
+from gpu_cache.lease import aliases_of
 from gpu_cache.source import ShardReader, ShardSource, ShardSpec
 from gpu_cache.transfer import Completion, Transfer
 
@@ -79,6 +79,10 @@ class ReaderTask:
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
         """Refuse shards that were not asked for, or that come twice."""
+        keys = {spec.key for spec in specs}
+        if len(keys) == len(specs) and keys <= self.entries.keys() and keys.isdisjoint(self._announced):
+            self._announced |= keys
+            return
         for spec in specs:
             if spec.key not in self.entries or spec.key in self._announced:
                 how = "twice" if spec.key in self._announced else "without being asked for it"
@@ -189,13 +193,14 @@ class Fetch:
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """An alias of every shard, by key; after `wait`."""
-        tensors = {entry.key: alias_of(entry.base) for entry in self._entries() if entry.base is not None}
-        tensors.update((key, tensor) for key, (tensor, _) in self.claim.hits.items())
-        return tensors
+        arrived = {entry.key: entry.base for entry in self._entries() if entry.base is not None}
+        return {**self.claim.hits, **dict(zip(arrived, aliases_of(arrived.values()), strict=True))}
 
-    def completions(self) -> list[Completion | None]:
-        """Of the copies that the shards depend on."""
-        return [entry.completion for entry in (*self._entries(), *(entry for _, entry in self.claim.hits.values()))]
+    def completions(self) -> Iterable[Completion]:
+        """Of the copies that the shards depend on, each once."""
+        return self.claim.completions | dict.fromkeys(
+            entry.completion for entry in self._entries() if entry.completion is not None
+        )
 
     def finish(self) -> int:
         """Let go of everything, so that nobody who keeps the fetch or an error of it keeps blocks.

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,7 +21,7 @@ class ShardIndex:
     """Entries by key, in order of use.
 
     Args:
-        alias: Makes a tensor to hand out from an entry's base; must be quick, it runs under the lock.
+        alias: Makes tensors to hand out from entries' bases; must be quick, it runs under the lock.
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
@@ -30,7 +30,7 @@ class ShardIndex:
 
     def __init__(
         self,
-        alias: Callable[[torch.Tensor], torch.Tensor],
+        alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]],
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,7 +86,7 @@ class ShardIndex:
             if entry is None or entry.base is None:
                 return None
             self._entries.move_to_end(key)
-            return self._alias(entry.base), entry
+            return self._alias([entry.base])[0], entry
 
     def claim(self, keys: Iterable[Hashable], found: Claim | None = None, deadline: float = 0.0) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
@@ -94,25 +94,26 @@ class ShardIndex:
         interrupts this. Those who join a claim may give it up after `deadline`.
         """
         found = Claim() if found is None else found
+        ready: dict[Hashable, torch.Tensor] = {}
         with self._lock:
-            entries, counters = self._entries, self._counters
+            entries, generations, hit_bytes = self._entries, self._generations, 0
             for key in keys:
                 entry = entries.get(key)
                 if entry is None:
-                    entry = found.claimed[key] = Entry(key, next(self._generations), is_awaited=True, deadline=deadline)
+                    entry = found.claimed[key] = Entry(key, next(generations), is_awaited=True, deadline=deadline)
                     entries[key] = entry  # second: whatever interrupts this, the caller can abort it
-                elif entry.base is not None:
+                elif (base := entry.base) is not None:
                     entries.move_to_end(key)
-                    found.hits[key] = (self._alias(entry.base), entry)
-                    counters.hit_bytes += entry.nbytes
+                    ready[key] = base
+                    hit_bytes += entry.nbytes
+                    if entry.completion is not None:
+                        found.completions[entry.completion] = None
                 else:
                     entry.num_joined += 1
                     entry.flight = entry.flight or Future()
                     found.joined[key] = entry
-            counters.hits += len(found.hits)
-            counters.joined += len(found.joined)
-            counters.misses += len(found.claimed)
-            self._has_fetched = self._has_fetched or bool(found.claimed)
+            found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
+            self._count_claim_locked(found, hit_bytes)
         return found
 
     def came_from(self, entries: Iterable[Entry], node: str) -> None:
@@ -132,15 +133,19 @@ class ShardIndex:
     def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them."""
         with self._lock:
-            landed = [entry for entry, landing in landings if self._land_locked(entry, landing, node, completion)]
-            for entry in filter(self._stands_locked, landed):
-                (self._drop_locked if self._is_closed else self._index_locked)(entry)
+            landed = self._land_locked(landings, node, completion)
+            standing = [entry for entry in landed if self._stands_locked(entry)]
+            if self._is_closed:
+                for entry in standing:
+                    self._drop_locked(entry)
+            else:
+                self._index_locked(standing)
         _wake(landed)
 
     def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
         """Hand shards that arrived to those who wait for them, without caching: the pool had no room."""
         with self._lock:
-            landed = [entry for entry, landing in landings if self._land_locked(entry, landing, node, completion)]
+            landed = self._land_locked(landings, node, completion)
             for entry in landed:
                 self._drop_locked(entry)
             self._counters.overflows += len(landed)
@@ -255,23 +260,38 @@ class ShardIndex:
         current = self._entries.get(entry.key)
         return current is not None and current.generation == entry.generation
 
-    def _land_locked(self, entry: Entry, landing: Landing, node: str, completion: Any) -> bool:
-        """Give an entry its tensor, unless its call gave up on it meanwhile."""
-        if entry.is_settled:
-            return False
-        entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
-        entry.node, entry.nbytes = node, landing.nbytes
-        if entry.is_fetch:
-            self._counters.miss_bytes += landing.nbytes
-            self._counters.fetch_bytes += landing.nbytes
-        self._counters.joined_bytes += landing.nbytes * entry.num_joined
-        return True
+    def _count_claim_locked(self, found: Claim, hit_bytes: int) -> None:
+        self._counters.hits += len(found.hits)
+        self._counters.hit_bytes += hit_bytes
+        self._counters.joined += len(found.joined)
+        self._counters.misses += len(found.claimed)
+        self._has_fetched = self._has_fetched or bool(found.claimed)
 
-    def _index_locked(self, entry: Entry) -> None:
-        entry.state, entry.born, entry.epoch = State.READY, self._now(), self._counters.clears
-        self._births[entry.key] = entry.born
-        self._ready_bytes += entry.nbytes
-        self._survivors.add(entry.epoch, 1, entry.nbytes)
+    def _land_locked(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Entry]:
+        """Give entries their tensors, but for those that their calls gave up on meanwhile."""
+        landed = []
+        fetched_bytes = joined_bytes = 0
+        for entry, landing in landings:
+            if entry.is_settled:
+                continue
+            entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
+            entry.node, entry.nbytes = node, landing.nbytes
+            fetched_bytes += entry.nbytes if entry.is_fetch else 0
+            joined_bytes += entry.nbytes * entry.num_joined
+            landed.append(entry)
+        self._counters.miss_bytes += fetched_bytes
+        self._counters.fetch_bytes += fetched_bytes
+        self._counters.joined_bytes += joined_bytes
+        return landed
+
+    def _index_locked(self, entries: Sequence[Entry]) -> None:
+        born, epoch, nbytes = self._now(), self._counters.clears, 0
+        for entry in entries:
+            entry.state, entry.born, entry.epoch = State.READY, born, epoch
+            self._births[entry.key] = born
+            nbytes += entry.nbytes
+        self._ready_bytes += nbytes
+        self._survivors.add(epoch, len(entries), nbytes)
 
     def _drop_locked(self, entry: Entry) -> None:
         """Forget an entry; PENDING ones keep flying, for those who wait."""

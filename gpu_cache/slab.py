@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gpu_cache.block import Quarantine, Range, Slab, carve_shard
+from gpu_cache.block import Quarantine, Range, Slab, carve_shards
 from gpu_cache.config import ALIGNMENT, CacheConfig
 from gpu_cache.device import Device
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.fence import StreamFence
 from gpu_cache.freelist import FreeList
-from gpu_cache.lease import Lease, lease_fault, plain_tensors
+from gpu_cache.lease import Lease, lease_fault
 from gpu_cache.source import ShardSpec
 
 logger = logging.getLogger(__name__)
@@ -100,33 +100,31 @@ class SlabPool:
     def carve(self, taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int]) -> list[Landing]:
         """Turn a run's range into its shards' tensors; from here on their leases alone give the bytes back.
 
-        If building one fails, `taken` shrinks to what no lease covers, for the caller to abandon.
+        Call inside `plain_tensors()`. If building one fails, what no lease covers is for the caller to abandon.
         """
-        leases: list[Lease] = []
+        leases: dict[int, Lease] = {}
         landings = []
+        nbytes = 0
         try:
-            with plain_tensors():
-                for spec, offset in zip(specs, offsets, strict=True):
-                    landing, lease = carve_shard(taken, spec, offset, self._freed)
-                    landings.append(landing)
-                    leases.append(lease)
+            for landing, lease in carve_shards(taken, specs, offsets, self._freed):
+                landings.append(landing)
+                leases[lease.offset] = lease
+                nbytes += lease.nbytes
         finally:
-            nbytes = sum(lease.nbytes for lease in leases)
             with self._lock:
-                taken.slab.leases.update((lease.offset, lease) for lease in leases)
+                taken.slab.leases.update(leases)
                 self._pending_bytes -= nbytes
                 self._held_bytes += nbytes
-            taken.offset += nbytes
-            taken.nbytes -= nbytes
+            taken.leased_bytes += nbytes
         return landings
 
     def abandon(self, taken: Range) -> None:
         """Give back a range whose run failed; copies into it may still be under way."""
-        if not taken.nbytes:
+        if not (rest := taken.rest).nbytes:
             return
         with self._lock:
-            self._pending_bytes -= taken.nbytes
-            self._quarantine_locked([taken], taken.nbytes)
+            self._pending_bytes -= rest.nbytes
+            self._quarantine_locked([rest], rest.nbytes)
 
     def drain(self) -> None:
         """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""

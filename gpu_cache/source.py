@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True, init=False)
 class ShardSpec:
-    """One shard of a stream: its key and what its bytes mean (C order, the machine's byte order)."""
+    """One shard of a stream: its key and what its bytes mean (C order, the machine's byte order). Not to be changed.
+
+    `nbytes` follows from the others; it is kept as it is asked for many times.
+    """
 
     key: Hashable
     dtype: torch.dtype
     shape: tuple[int, ...]
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def __init__(self, key: Hashable, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.key, self.dtype, self.shape = key, dtype, shape
+        self.nbytes = math.prod(shape) * dtype.itemsize
 
 
 class ShardReader(Protocol):

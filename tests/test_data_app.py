@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from areal.infra.rpc import data_app, rpc_server, wire
+from areal.infra.rpc import data_app, layout, rpc_server
 from areal.infra.rpc.rpc_server import ServerHandle
 from areal.infra.rpc.serialization import deserialize_value, serialize_value, tensor_from_json
 from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
@@ -248,9 +248,9 @@ def test_a_batch_with_a_bad_body_is_refused(server: ServerHandle, body: object) 
 def test_more_shards_than_fit_a_frame_are_refused(
     server: ServerHandle, owner: FakeOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "MAX_TENSORS", 2)
+    monkeypatch.setattr(layout, "MAX_TENSORS", 2)
     owner.store.update({name: torch.ones(1) for name in "abc"})
-    assert_refused(batch(server, *"abc", headers=BINARY), 400, "3 ids, 3 distinct; a frame has at most 2")
+    assert_refused(batch(server, *"abc", headers=BINARY), 400, "3 ids; a frame has at most 2")
     assert batch(server, *"abc").status == 200
 
 

@@ -39,8 +39,9 @@ FLOORS = {
     ],
     "areal.infra.rpc": [
         ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket"],
-        ["wire", "store", "backends.base", "backends.http_connection"],
-        ["backends.http_requester", "backends.ray_backend"],
+        ["layout", "store", "backends.base", "backends.http_connection"],
+        ["wire", "backends.ray_backend"],
+        ["backends.http_requester"],
         ["backends.http_reader"],
         ["backends.http_backend"],
         ["runtime"],

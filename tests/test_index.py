@@ -10,14 +10,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gpu_cache.entry import Entry, Landing, State
 from gpu_cache.index import ShardIndex
-from gpu_cache.lease import Lease, carve, plain_tensors
+from gpu_cache.lease import Lease, aliases_of, carve, plain_tensors
 
 KEYS = "abcdef"
 
 
 def index_of(held: set[int] | None = None) -> ShardIndex:
     """An index whose bases are never held but those whose ids are in `held`."""
-    return ShardIndex(lambda base: base.detach(), lambda base: id(base) in (held or set()))
+    return ShardIndex(aliases_of, lambda base: id(base) in (held or set()))
 
 
 def landing(entry: Entry, nbytes: int = 8) -> tuple[Entry, Landing]:
@@ -51,7 +51,7 @@ def test_a_hit_is_an_alias_made_in_the_look_up_itself() -> None:
     index = index_of()
     (entry,) = cached(index, "a")
     assert entry.base is not None
-    tensor, _ = index.claim(["a"]).hits["a"]
+    tensor = index.claim(["a"]).hits["a"]
     assert tensor is not entry.base
     assert tensor.data_ptr() == entry.base.data_ptr()
 
@@ -172,7 +172,7 @@ def test_a_reserved_key_counts_as_no_look_up() -> None:
 
 def test_the_oldest_entry_has_an_age() -> None:
     now = [10.0]
-    index = ShardIndex(lambda base: base.detach(), lambda base: False, lambda: now[0])
+    index = ShardIndex(aliases_of, lambda base: False, lambda: now[0])
     assert index.stats()["oldest_entry_age_seconds"] == 0.0
     cached(index, "a")
     now[0] = 12.5
@@ -247,10 +247,10 @@ TestIndex.settings = settings(max_examples=60, stateful_step_count=50, deadline=
 
 def test_a_block_that_died_under_its_entry_takes_the_entry_along() -> None:
 
-    index, freed = index_of(), deque[Lease]()
+    index, freed, arena = index_of(), deque[Lease](), torch.zeros(64, dtype=torch.uint8)
     (entry,) = index.claim(["a"]).claimed.values()
     with plain_tensors():
-        base, lease = carve(torch.zeros(64, dtype=torch.uint8), 0, 8, torch.uint8, (8,), freed)
+        base, lease = carve(arena.untyped_storage(), 0, 8, arena, (8,), freed)
     lease.key = "a"
     index.publish([(entry, Landing("a", base, lease, 8))], "n:1", None)
     base.share_memory_()

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from gpu_cache.lease import AliasCounter, Lease, alias_of, carve, lease_fault, plain_tensors
+from gpu_cache.lease import AliasCounter, Lease, aliases_of, carve, lease_fault, plain_tensors
 
 
 class Block:
@@ -20,14 +20,14 @@ class Block:
         self.arena = torch.zeros(4096, dtype=torch.uint8)
         self.freed: deque[Lease] = deque()
         with plain_tensors():
-            base, self.lease = carve(self.arena, 512, 256, torch.float32, (8, 8), self.freed)
+            base, self.lease = carve(self.arena.untyped_storage(), 512, 256, torch.empty(0), (8, 8), self.freed)
         base.copy_(torch.arange(64.0).reshape(8, 8))
         self.base: torch.Tensor | None = base
 
     def hand_out(self) -> torch.Tensor:
         """The only alias: the index has dropped its own."""
         assert self.base is not None
-        alias = alias_of(self.base)
+        (alias,) = aliases_of([self.base])
         self.base = None
         return alias
 
@@ -53,8 +53,8 @@ def test_a_block_is_a_tensor_of_its_own() -> None:
 def test_neighbours_have_version_counters_of_their_own() -> None:
     arena, freed = torch.zeros(1024, dtype=torch.uint8), deque[Lease]()
     with plain_tensors():
-        left, _lease = carve(arena, 0, 512, torch.uint8, (512,), freed)
-        right, _lease_too = carve(arena, 512, 512, torch.uint8, (512,), freed)
+        left, _lease = carve(arena.untyped_storage(), 0, 512, arena, (512,), freed)
+        right, _lease_too = carve(arena.untyped_storage(), 512, 512, arena, (512,), freed)
     before = (left._version, right._version)
     left.fill_(1)
     assert (left._version, right._version) == (before[0] + 1, before[1])
@@ -167,7 +167,7 @@ def test_a_lease_may_fire_on_another_thread() -> None:
 def test_blocks_are_plain_whatever_mode_they_are_born_or_handed_out_in() -> None:
     with torch.inference_mode():
         block = Block()
-        first = alias_of(block.base)  # type: ignore[arg-type]
+        (first,) = aliases_of([block.base])  # type: ignore[list-item]
     with FakeTensorMode():
         second = block.hand_out()
     assert type(second) is torch.Tensor
@@ -179,8 +179,8 @@ def test_blocks_are_plain_whatever_mode_they_are_born_or_handed_out_in() -> None
 def test_a_scalar_and_a_single_byte_are_blocks_too() -> None:
     arena, freed = torch.zeros(1024, dtype=torch.uint8), deque[Lease]()
     with plain_tensors():
-        scalar, scalar_lease = carve(arena, 0, 8, torch.float64, (), freed)
-        byte, byte_lease = carve(arena, 512, 1, torch.bool, (1, 1), freed)
+        scalar, scalar_lease = carve(arena.untyped_storage(), 0, 8, torch.empty(0, dtype=torch.float64), (), freed)
+        byte, byte_lease = carve(arena.untyped_storage(), 512, 1, torch.empty(0, dtype=torch.bool), (1, 1), freed)
     assert (scalar.shape, byte.shape) == ((), (1, 1))
     del scalar, byte
     assert list(freed) == [scalar_lease, byte_lease]

@@ -184,7 +184,7 @@ def test_building_that_fails_half_way_loses_nothing() -> None:
     specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (-1,))]
     with pytest.raises((RuntimeError, ValueError)) as caught:
         pool.carve(taken, specs, [0, 512])
-    assert taken.nbytes == 1024
+    assert taken.rest.nbytes == 1024
     pool.abandon(taken)
     del caught
     pool.drain()
@@ -200,8 +200,8 @@ def test_unsound_leases_stop_the_pool_from_starting(monkeypatch: pytest.MonkeyPa
 def test_a_lease_on_the_public_tensor_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test sees through the carving that fires while views live."""
 
-    def on_the_tensor(arena, offset, nbytes, dtype, shape, freed):  # type: ignore[no-untyped-def]
-        tensor = arena[offset : offset + nbytes]
+    def on_the_tensor(arena, offset, nbytes, template, shape, freed):  # type: ignore[no-untyped-def]
+        tensor = template.new().set_(arena)[offset : offset + nbytes]
         return tensor, Lease(tensor, freed.append)
 
     monkeypatch.setattr(lease, "carve", on_the_tensor)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import _TYPES as SAFETENSORS_DTYPES
 from safetensors.torch import load, save
 
-from areal.infra.rpc import wire
+from areal.infra.rpc import layout, wire
 from areal.infra.rpc.shard import WireError
 from areal.infra.rpc.wire import Frame, decode_frame, header_nbytes, parse_header
+from gpu_cache import ShardSpec
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -42,7 +43,7 @@ def header(*entries: Any, **metadata: Any) -> dict[str, Any]:
     return {"__metadata__": ids | metadata} | {str(index): each for index, each in enumerate(entries)}
 
 
-def parse(document: Any, data_nbytes: int = 4) -> list[wire.FrameEntry]:
+def parse(document: Any, data_nbytes: int = 4) -> list[ShardSpec]:
     return parse_header(json.dumps(document).encode(), data_nbytes)
 
 
@@ -134,10 +135,10 @@ def test_entries_describe_the_shards_in_the_order_of_their_bytes() -> None:
     )
     start = 8 + header_nbytes(frame[:8], len(frame))
     entries = parse_header(frame[8:start], len(frame) - start)
-    assert [(each.shard_id, each.dtype, each.shape, each.nbytes, each.index) for each in entries] == [
-        ("raw", torch.complex128, (1,), 16, 2),
-        ("none", torch.float32, (0,), 0, 1),
-        ("half", torch.float16, (2, 2), 8, 0),
+    assert [(each.key, each.dtype, each.shape, each.nbytes) for each in entries] == [
+        ("raw", torch.complex128, (1,), 16),
+        ("none", torch.float32, (0,), 0),
+        ("half", torch.float16, (2, 2), 8),
     ]
 
 
@@ -201,10 +202,10 @@ def test_repeated_ids_and_too_many_are_refused_by_the_sender(monkeypatch: pytest
     one = torch.ones(1)
     with pytest.raises(WireError, match="2 ids, 1 distinct"):
         Frame([("x", one), ("x", one)])
-    monkeypatch.setattr(wire, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(layout, "MAX_HEADER_BYTES", 100)
     with pytest.raises(WireError, match="the limit is 100"):
         Frame([("x" * 50, one)])
-    monkeypatch.setattr(wire, "MAX_TENSORS", 1)
+    monkeypatch.setattr(layout, "MAX_TENSORS", 1)
     with pytest.raises(WireError, match="a frame has at most 1"):
         Frame([("x", one), ("y", one)])
 
@@ -212,7 +213,7 @@ def test_repeated_ids_and_too_many_are_refused_by_the_sender(monkeypatch: pytest
 def test_a_parser_takes_any_key_order_spacing_and_layout() -> None:
     document = header(entry(begin=4, end=8), entry(shape=(), begin=0, end=1), entry(shape=(3,), begin=1, end=4))
     text = json.dumps(dict(reversed(document.items())), indent=3).encode() + b"  \n"
-    assert [each.shard_id for each in parse_header(text, 8)] == ["id1", "id2", "id0"]
+    assert [each.key for each in parse_header(text, 8)] == ["id1", "id2", "id0"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def reader_of(
         pool.close()
     chosen = HttpSettings({}, **{"retry_pause_s": 0.0, **settings})
     requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s)
-    return HttpReader(keys, nbytes or {}, requester, chosen, NodeForm())
+    expected = {key: torch.empty(length, dtype=torch.uint8, device="meta") for key, length in (nbytes or {}).items()}
+    return HttpReader(keys, expected, requester, chosen, NodeForm())
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:

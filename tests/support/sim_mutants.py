@@ -116,12 +116,12 @@ def _stale_events(original: Any, self: SlabPool) -> list[Quarantine]:
 
 @_mutant("an abandoned range skips quarantine", SlabPool, "abandon")
 def _abandon(original: Any, self: SlabPool, taken: Range) -> None:
-    if not taken.nbytes:
+    if not (rest := taken.rest).nbytes:
         return
     with self._lock:
-        self._pending_bytes -= taken.nbytes
-        self._quarantine[Quarantine([taken], events=[])] = None
-        self._quarantined_bytes += taken.nbytes
+        self._pending_bytes -= rest.nbytes
+        self._quarantine[Quarantine([rest], events=[])] = None
+        self._quarantined_bytes += rest.nbytes
     self.drain()
 
 
@@ -206,12 +206,13 @@ def _neighbour_too(original: Any, self: SlabPool) -> None:
 @_mutant("a lease on the tensor of a plain slice", block, "carve")
 def _plain_lease(
     original: Any,
-    arena: torch.Tensor,
+    arena: torch.UntypedStorage,
     offset: int,
     nbytes: int,
-    dtype: torch.dtype,
+    template: torch.Tensor,
     shape: tuple[int, ...],
     freed: deque[Lease],
 ) -> tuple[torch.Tensor, Lease]:
-    tensor = arena[offset : offset + nbytes].view(dtype).view(shape)
+    whole = torch.empty(0, dtype=torch.uint8).set_(arena)
+    tensor = whole[offset : offset + nbytes].view(template.dtype).view(shape)
     return tensor, Lease(tensor, freed.append)  # type: ignore[arg-type]

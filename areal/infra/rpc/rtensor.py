@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
@@ -102,7 +103,7 @@ class RTensor:
             gpu_cache.FetchError: Some did not arrive, see its `failures`; the others are cached.
         """
         _fill(collect_leaves(obj, RTensor))
-        return map_leaves(obj, RTensor, _data_of)
+        return map_leaves(obj, RTensor, _DATA_OF)
 
     @staticmethod
     def prefetch(obj: Any) -> Future[int]:
@@ -111,7 +112,8 @@ class RTensor:
         Returns:
             A future of the number of shards on their way. It need not be waited for.
         """
-        return runtime.current().prefetch(*_wanted(collect_leaves(obj, RTensor)))
+        remote = {handle.shard.shard_id: handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta}
+        return runtime.current().prefetch(remote)
 
     @staticmethod
     def remotize(obj: Any, node_addr: str) -> Any:
@@ -184,6 +186,7 @@ class RTensor:
 
 
 _DICT_OR_TENSOR: Any = (dict, torch.Tensor)
+_DATA_OF = operator.attrgetter("data")
 
 register_dataclass("areal.infra.rpc.rtensor.RTensor", RTensor)
 register_dataclass("areal.infra.rpc.rtensor.TensorShardInfo", TensorShardInfo)
@@ -267,20 +270,15 @@ _store_local = store
 def _fill(handles: Sequence[RTensor]) -> None:
     """Put the tensors of the handles that are still remote in their `data`."""
     remote = [handle for handle in handles if handle.data.is_meta]
-    if remote:
-        tensors = runtime.current().get_many(*_wanted(remote))
-        for handle in remote:
-            handle.data = tensors[handle.shard.shard_id]
-
-
-def _wanted(handles: Iterable[RTensor]) -> tuple[dict[Hashable, TensorShardInfo], dict[Hashable, int]]:
-    """The distinct shards that are still remote, and their lengths."""
-    remote = {handle.shard.shard_id: handle for handle in handles if handle.data.is_meta}
-    return {key: h.shard for key, h in remote.items()}, {key: h.data.nbytes for key, h in remote.items()}
-
-
-def _data_of(handle: RTensor) -> torch.Tensor:
-    return handle.data
+    if not remote:
+        return
+    distinct = {handle.shard.shard_id: handle for handle in remote}
+    tensors = runtime.current().get_many(distinct)
+    if len(distinct) < len(remote):
+        by_id = dict(zip(distinct, tensors, strict=True))
+        tensors = [by_id[handle.shard.shard_id] for handle in remote]
+    for handle, tensor in zip(remote, tensors, strict=True):
+        handle.data = tensor
 
 
 def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:

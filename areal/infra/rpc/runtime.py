@@ -6,10 +6,10 @@ import atexit
 import os
 import sys
 import threading
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,14 @@ from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
 from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
 from areal.infra.rpc.store import ShardStore
+from gpu_cache import ShardReader
+
+
+class Handle(Protocol):
+    """What an `RTensor` says of its shard."""
+
+    shard: TensorShardInfo
+    data: torch.Tensor  # on meta
 
 
 class Runtime:
@@ -63,23 +71,27 @@ class Runtime:
         if isinstance(unused, HttpRTensorBackend):
             unused.close()
 
-    def get_many(
-        self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
-    ) -> dict[Hashable, torch.Tensor]:
-        """The tensors of shards, by id: from the cache, this process's store, or their owners.
+    def get_many(self, handles: Mapping[Hashable, Handle]) -> list[torch.Tensor]:
+        """The tensors of remote handles, given by shard id: from the cache, this process's store, or their owners.
 
-        Args:
-            shards: By shard id.
-            nbytes: Their lengths, where known.
         Raises:
             gpu_cache.FetchError: Some did not arrive; the others are cached.
         """
-        keys = list(shards)
-        return dict(zip(keys, self.cache.get_many(keys, self._source(shards, nbytes)), strict=True))
+        return self.cache.get_many(list(handles), _HandleSource(self, handles))
 
-    def prefetch(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> Future[int]:
+    def prefetch(self, handles: Mapping[Hashable, Handle]) -> Future[int]:
         """Begin to fetch what is not cached."""
-        return self.cache.prefetch(list(shards), self._source(shards, nbytes))
+        return self.cache.prefetch(list(handles), _HandleSource(self, handles))
+
+    def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
+        """Where the tensors of remote handles come from: this process's store, or the backend."""
+        shards = {key: handle.shard for key, handle in handles.items()}
+        remote = source_of(self.backend, shards, {key: handle.data for key, handle in handles.items()})
+        own = self.own_addresses and {key for key, info in shards.items() if info.node_addr in self.own_addresses}
+        if not own:
+            return remote
+        local = CallSource("this process", partial(self._load_own, shards))
+        return NodesSource({key: local if key in own else remote for key in shards})
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
@@ -108,16 +120,6 @@ class Runtime:
         if isinstance(self._backend, HttpRTensorBackend):
             self._backend.close()
 
-    def _source(
-        self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
-    ) -> gpu_cache.ShardSource:
-        remote = source_of(self.backend, shards, nbytes)
-        own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
-        if not own:
-            return remote
-        local = CallSource("this process", partial(self._load_own, shards))
-        return NodesSource({key: local if key in own else remote for key in shards})
-
     def _load_own(
         self, shards: Mapping[Hashable, TensorShardInfo], keys: Iterable[Hashable]
     ) -> list[torch.Tensor | Exception]:
@@ -127,6 +129,17 @@ class Runtime:
             on_host(found[key]) if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
             for key in keys
         ]
+
+
+class _HandleSource:
+    """The source of handles, made only for those that are asked for: of a batch that is cached, none."""
+
+    def __init__(self, runtime: Runtime, handles: Mapping[Hashable, Handle]) -> None:
+        self._runtime, self._handles = runtime, handles
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader for each node and connection."""
+        return self._runtime.source({key: self._handles[key] for key in keys}).open(keys, timeout_s)
 
 
 def is_ray_in_use() -> bool:

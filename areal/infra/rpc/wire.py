@@ -18,36 +18,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from operator import itemgetter
 from reprlib import repr as short_repr
 from typing import Any
 
 import torch
 
+from areal.infra.rpc.layout import MAX_HEADER_BYTES, MAX_TENSORS, NAME_OF_DTYPE, PREFIX_BYTES, Layout
 from areal.infra.rpc.serialization import DTYPES, check_travels, checked_shape, host_bytes
 from areal.infra.rpc.shard import WireError
+from gpu_cache import ShardSpec
 
 CONTENT_TYPE = "application/vnd.safetensors"
-PREFIX_BYTES = 8
-MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 65_536
-
 # Tensors up to this length are sent from a joined copy. Up to there, one copy of many (0.3 us a tensor) costs less
 # than handing out the memory of each (3.7 us) and a system call for it.
 _JOINED_BYTES = 128 << 10
 _PART_BYTES = 1 << 20
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64", torch.uint32: "U32",
-    torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}  # fmt: skip
-_NAMED = {name: dtype for dtype, name in _NAMES.items()}
-_RAW = {name: dtype for name, dtype in DTYPES.items() if dtype not in _NAMES}
-_RANK_OF_DTYPE = {dtype: rank for rank, dtype in enumerate(sorted(DTYPES.values(), key=lambda dtype: -dtype.itemsize))}
+_NAMED = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
+_RAW = {name: dtype for name, dtype in DTYPES.items() if dtype not in NAME_OF_DTYPE}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -67,20 +56,15 @@ class Frame:
 
     def __init__(self, items: Iterable[tuple[str, torch.Tensor]]) -> None:
         listed = list(items)
-        ids = [shard_id for shard_id, _ in listed]
-        if len(set(ids)) != len(ids) or len(ids) > MAX_TENSORS:
-            raise WireError(f"{len(ids):,} ids, {len(set(ids)):,} distinct; a frame has at most {MAX_TENSORS:,}")
         for shard_id, tensor in listed:
             check_travels(tensor)
             if tensor.is_meta:
                 raise TypeError(f"shard {shard_id} is a meta tensor: it has no bytes to send")
-        indexed = sorted(
-            ((index, tensor) for index, (_, tensor) in enumerate(listed)),
-            key=lambda pair: _RANK_OF_DTYPE[pair[1].dtype],
-        )
-        self._tensors = [tensor for _, tensor in indexed]
-        self.header = _header(ids, indexed)
-        self.payload_nbytes = sum(tensor.nbytes for tensor in self._tensors)
+        if (num_ids := len({shard_id for shard_id, _ in listed})) != len(listed):
+            raise WireError(f"{len(listed):,} ids, {num_ids:,} distinct")
+        layout = Layout([ShardSpec(shard_id, tensor.dtype, tuple(tensor.shape)) for shard_id, tensor in listed])
+        self._tensors = [listed[index][1] for index in layout.indices]
+        self.header, self.payload_nbytes = layout.header, layout.payload_nbytes
 
     @property
     def nbytes(self) -> int:
@@ -105,43 +89,6 @@ class Frame:
             yield host_bytes(torch._C._nn.flatten_dense_tensors(pending))
 
 
-def _header(ids: list[str], indexed: list[tuple[int, torch.Tensor]]) -> bytes:
-    """Prefix and header; composed as text, as `json.dumps` takes twice as long."""
-    entries, raw, end = [], {}, 0
-    for index, tensor in indexed:
-        begin, end = end, end + tensor.nbytes
-        name, shape = _NAMES.get(tensor.dtype), list(tensor.shape)
-        if name is None:
-            raw[str(index)] = [str(tensor.dtype).removeprefix("torch."), shape]
-            name, shape = "U8", [end - begin]
-        entries.append(f',"{index}":{{"dtype":"{name}","shape":{shape},"data_offsets":[{begin},{end}]}}')
-    metadata = {"ids": json.dumps(ids)} | ({"raw": json.dumps(raw)} if raw else {})
-    text = f'{{"__metadata__":{json.dumps(metadata)}{"".join(entries)}}}'.encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise WireError(f"a header of {len(text):,} bytes, the limit is {MAX_HEADER_BYTES:,}")
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text
-
-
-@dataclass(slots=True)
-class FrameEntry:
-    """One shard of a frame.
-
-    Attributes:
-        shard_id: The id that was asked for.
-        dtype: Its dtype, also where the header says U8 for want of a name.
-        shape: Its shape.
-        nbytes: Its bytes in the frame.
-        index: Its place in the request.
-    """
-
-    shard_id: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    index: int
-
-
 def header_nbytes(prefix: bytes, content_length: int) -> int:
     """Length of the header, from a frame's first 8 bytes and the length of the whole.
 
@@ -157,7 +104,7 @@ def header_nbytes(prefix: bytes, content_length: int) -> int:
     return nbytes
 
 
-def parse_header(header: bytes, data_nbytes: int) -> list[FrameEntry]:
+def parse_header(header: bytes, data_nbytes: int) -> list[ShardSpec]:
     """Describe the shards of a frame in the order of their bytes.
 
     Everything is checked, so that a reader may allocate what the entries say: together they cover the data exactly.
@@ -181,10 +128,10 @@ def parse_header(header: bytes, data_nbytes: int) -> list[FrameEntry]:
     placed = []
     for index, shard_id in enumerate(ids):
         begin, end, dtype, shape = _placed_tensor(document.get(str(index)), raw.get(str(index)))
-        placed.append((begin, end, FrameEntry(shard_id, dtype, shape, end - begin, index)))
+        placed.append((begin, end, ShardSpec(shard_id, dtype, shape)))
     placed.sort(key=itemgetter(0, 1))
     _check_cover(placed, data_nbytes)
-    return [entry for _, _, entry in placed]
+    return [spec for _, _, spec in placed]
 
 
 def decode_frame(frame: bytes | bytearray | memoryview) -> dict[str, torch.Tensor]:
@@ -196,11 +143,11 @@ def decode_frame(frame: bytes | bytearray | memoryview) -> dict[str, torch.Tenso
     view = memoryview(frame).cast("B")
     at = PREFIX_BYTES + header_nbytes(bytes(view[:PREFIX_BYTES]), len(view))
     tensors = {}
-    for entry in parse_header(bytes(view[PREFIX_BYTES:at]), len(view) - at):
-        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
-        flat.numpy().data[:] = view[at : at + entry.nbytes]
-        tensors[entry.shard_id] = flat.view(entry.dtype).view(entry.shape)
-        at += entry.nbytes
+    for spec in parse_header(bytes(view[PREFIX_BYTES:at]), len(view) - at):
+        flat = torch.empty(spec.nbytes, dtype=torch.uint8)
+        flat.numpy().data[:] = view[at : at + spec.nbytes]
+        tensors[str(spec.key)] = flat.view(spec.dtype).view(spec.shape)
+        at += spec.nbytes
     return tensors
 
 
@@ -268,11 +215,11 @@ def _typed(dtypes: Mapping[str, torch.dtype], name: object, shape: object) -> tu
         raise WireError(str(error)) from error
 
 
-def _check_cover(placed: Iterable[tuple[int, int, FrameEntry]], data_nbytes: int) -> None:
+def _check_cover(placed: Iterable[tuple[int, int, ShardSpec]], data_nbytes: int) -> None:
     covered = 0
-    for begin, end, entry in placed:
+    for begin, end, spec in placed:
         if begin != covered:
-            raise WireError(f"tensor {entry.index} begins at {begin:,}, the one before it ends at {covered:,}")
+            raise WireError(f"shard {spec.key} begins at {begin:,}, the one before it ends at {covered:,}")
         covered = end
     if covered != data_nbytes:
         raise WireError(f"the header describes {covered:,} bytes of data, {data_nbytes:,} are announced")

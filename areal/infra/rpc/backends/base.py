@@ -31,8 +31,10 @@ class RTensorBackend(Protocol):
 class StreamingBackend(Protocol):
     """A backend that can deliver bytes into buffers of the cache's choosing."""
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> ShardSource:
-        """A source for these shards; `nbytes` has the lengths that are known."""
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> ShardSource:
+        """A source for these shards; `expected` are meta tensors as they should be, where known."""
 
 
 class CallSource:
@@ -66,12 +68,12 @@ class NodesSource:
 
 
 def source_of(
-    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]
+    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
 ) -> ShardSource:
     """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
     # Asked of the class: a mock in the place of a backend has every attribute.
     if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
-        return backend.source(shards, nbytes)
+        return backend.source(shards, expected)
 
     def load(keys: Sequence[Hashable]) -> list[torch.Tensor]:
         return [on_host(tensor) for tensor in backend.fetch([shards[key] for key in keys])]

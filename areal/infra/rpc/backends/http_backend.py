@@ -59,17 +59,19 @@ class HttpRTensorBackend:
     def __repr__(self) -> str:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> HttpSource:
-        """A source for these shards by id; `nbytes` has the lengths that are known."""
-        return HttpSource(self, shards, nbytes)
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> HttpSource:
+        """A source for these shards by id; `expected` are meta tensors as they should be, where known."""
+        return HttpSource(self, shards, expected)
 
     def reader(
-        self, address: str, keys: Sequence[Hashable], nbytes: Mapping[Hashable, int], timeout_s: float
+        self, address: str, keys: Sequence[Hashable], expected: Mapping[Hashable, torch.Tensor], timeout_s: float
     ) -> HttpReader:
         """A reader of shards of one node; connects at its first read."""
         return HttpReader(
             keys,
-            nbytes,
+            expected,
             self._requester(address, FETCH, timeout_s),
             self._settings,
             self._forms.setdefault(address, NodeForm()),
@@ -137,16 +139,16 @@ class HttpSource:
         self,
         backend: HttpRTensorBackend,
         shards: Mapping[Hashable, TensorShardInfo],
-        nbytes: Mapping[Hashable, int],
+        expected: Mapping[Hashable, torch.Tensor],
     ) -> None:
-        self._backend, self._shards, self._nbytes = backend, shards, nbytes
+        self._backend, self._shards, self._expected = backend, shards, expected
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node."""
         by_node: dict[str, list[Hashable]] = {}
         for key in keys:
             by_node.setdefault(self._shards[key].node_addr, []).append(key)
-        return [self._backend.reader(node, wanted, self._nbytes, timeout_s) for node, wanted in by_node.items()]
+        return [self._backend.reader(node, wanted, self._expected, timeout_s) for node, wanted in by_node.items()]
 
 
 def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:

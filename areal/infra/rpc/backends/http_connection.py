@@ -11,7 +11,7 @@ import contextlib
 import http.client
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from areal.infra.rpc.backends.deadline_socket import DeadlineSocket
 
@@ -139,7 +139,15 @@ class NodeConnection:
         self._is_cancelled = False
 
     def request(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], *, deadline: float, patience_s: float
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        deadline: float,
+        patience_s: float,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> HttpAnswer:
         """Send a request and read the answer's headers, connecting first if need be.
 
@@ -150,6 +158,7 @@ class NodeConnection:
             headers: Further ones.
             deadline: As by `time.monotonic()`, for the body of the answer too.
             patience_s: The longest silence, in seconds.
+            meanwhile: Work of the caller that may be done while the server prepares its answer.
         Raises:
             OSError: Not connected, cut off, or too late (TimeoutError).
             http.client.HTTPException: Not an HTTP answer.
@@ -160,6 +169,7 @@ class NodeConnection:
         sock = self._sock or self._connect(deadline, patience_s)
         sock.deadline, sock.patience_s = deadline, patience_s
         self._http.request(method, path, body, dict(headers))
+        meanwhile()
         self._response = self._http.getresponse()
         self._answer = HttpAnswer(self._response, sock)
         return self._answer

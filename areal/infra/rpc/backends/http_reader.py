@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -20,9 +21,10 @@ from areal.infra.rpc.backends.http_requester import (
     read_text,
     shortened,
 )
+from areal.infra.rpc.layout import PREFIX_BYTES, Layout
 from areal.infra.rpc.serialization import tensor_from_json
 from areal.infra.rpc.shard import ShardFetchError, ShardMissingError, WireError
-from areal.infra.rpc.wire import CONTENT_TYPE, PREFIX_BYTES, FrameEntry, header_nbytes, parse_header
+from areal.infra.rpc.wire import CONTENT_TYPE, header_nbytes, parse_header
 from gpu_cache import ShardSpec, TensorReader
 
 _SKIPPED_BYTES = 1 << 20  # at a time
@@ -39,23 +41,23 @@ class NodeForm:
 class FrameBody:
     """The tensors' bytes in a binary answer, while they are being read."""
 
-    entries: list[FrameEntry]
+    shards: list[ShardSpec]
     answer: HttpAnswer
     num_known: int = 0  # bytes at its beginning that an answer which broke off had brought already
 
     @property
     def num_new(self) -> int:
         """Bytes read beyond those."""
-        return sum(entry.nbytes for entry in self.entries) - self.answer.unread_bytes - self.num_known
+        return sum(spec.nbytes for spec in self.shards) - self.answer.unread_bytes - self.num_known
 
-    def rest(self) -> tuple[list[FrameEntry], int]:
-        """The entries that are not known to their end, and how many bytes of the first one are."""
+    def rest(self) -> tuple[list[ShardSpec], int]:
+        """The shards that are not known to their end, and how many bytes of the first one are."""
         num_known = self.num_known + self.num_new
         position = 0
-        while self.entries[position].nbytes <= num_known:
-            num_known -= self.entries[position].nbytes
+        while self.shards[position].nbytes <= num_known:
+            num_known -= self.shards[position].nbytes
             position += 1
-        return self.entries[position:], num_known
+        return self.shards[position:], num_known
 
 
 class HttpReader:
@@ -63,7 +65,7 @@ class HttpReader:
 
     Args:
         keys: Shard ids, wanted from this node.
-        nbytes: Their lengths where known.
+        expected: Meta tensors as they should be, where known: bounds requests, and saves parsing a header that says so.
         requester: Of the node, for `FETCH`.
         settings: Limits of a request.
         form: What the node speaks; learnt here, remembered by the backend.
@@ -72,15 +74,16 @@ class HttpReader:
     def __init__(
         self,
         keys: Sequence[Hashable],
-        nbytes: Mapping[Hashable, int],
+        expected: Mapping[Hashable, torch.Tensor],
         requester: Requester,
         settings: HttpSettings,
         form: NodeForm,
     ) -> None:
         self.node, self.keys = requester.address, keys
         self.failures: dict[Hashable, Exception] = {}
-        self._nbytes, self._requester, self._settings, self._form = nbytes, requester, settings, form
+        self._expected, self._requester, self._settings, self._form = expected, requester, settings, form
         self._left = list(reversed(keys))
+        self._foreseen: Layout | None = None  # of the answer to the request under way
         self._body: FrameBody | None = None  # of a binary part
         self._decoded: TensorReader | None = None  # a part in the JSON form
 
@@ -126,7 +129,8 @@ class HttpReader:
         wanted: list[Hashable] = []
         total = 0
         while self._left and len(wanted) < most:
-            total += self._nbytes.get(self._left[-1], limits.max_binary_bytes // limits.max_json_shards)
+            expected = self._expected.get(self._left[-1])
+            total += limits.max_binary_bytes // limits.max_json_shards if expected is None else expected.nbytes
             if wanted and total > limits.max_binary_bytes:
                 break
             wanted.append(self._left.pop())
@@ -134,9 +138,18 @@ class HttpReader:
 
     def _ask(self, wanted: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:
         try:
-            return self._requester.send(wanted, receive)
+            return self._requester.send(wanted, receive, partial(self._foresee, wanted))
         except (ValueError, TypeError, RecursionError) as error:
             raise self._failed(str(error), wanted) from error
+
+    def _foresee(self, wanted: Sequence[Hashable]) -> None:
+        """Lay out what the owner should answer, while it does the same."""
+        self._foreseen = None
+        known = self._expected
+        expected = [ShardSpec(key, known[key].dtype, tuple(known[key].shape)) for key in wanted if key in known]
+        if len(expected) == len(wanted):
+            with contextlib.suppress(WireError):  # the owner will say so
+                self._foreseen = Layout(expected)
 
     def _failed(self, what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
         return ShardFetchError(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
@@ -162,21 +175,24 @@ class HttpReader:
             )
 
     def _binary_part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[ShardSpec]:
-        entries = self._entries(wanted, answer)
-        self._body, self._decoded = FrameBody(entries, answer), None
-        return [ShardSpec(entry.shard_id, entry.dtype, entry.shape) for entry in entries]
+        shards = self._described(wanted, answer)
+        self._body, self._decoded = FrameBody(shards, answer), None
+        return shards
 
-    def _entries(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[FrameEntry]:
+    def _described(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[ShardSpec]:
         """Read a binary answer up to its bytes, and describe its shards in the order of their bytes."""
         length, limit = answer.unread_bytes, self._settings.max_body_bytes
         if answer.content_type != CONTENT_TYPE or not 0 <= length <= limit:
             raise WireError(f"{length:,} bytes of {answer.content_type}, not a frame of at most {limit:,}")
         header = answer.read(header_nbytes(bytes(answer.read_rest(PREFIX_BYTES)), length))
-        entries = parse_header(bytes(header), answer.unread_bytes)
-        self._check_count(len(entries), wanted)
-        if unwanted := {entry.shard_id for entry in entries}.difference(wanted):
-            raise WireError(f"it sent shard {min(unwanted)!r} without being asked for it")
-        return entries
+        foreseen = self._foreseen
+        if foreseen and header == foreseen.header[PREFIX_BYTES:] and answer.unread_bytes == foreseen.payload_nbytes:
+            return foreseen.shards
+        shards = parse_header(bytes(header), answer.unread_bytes)
+        self._check_count(len(shards), wanted)
+        if unwanted := {spec.key for spec in shards}.difference(wanted):
+            raise WireError(f"it sent shard {next(iter(unwanted))!r} without being asked for it")
+        return shards
 
     def _receive(self, left: list[memoryview]) -> None:
         """Fill buffers, the next one last, from the body of the part, and from further ones where it breaks off."""
@@ -192,17 +208,17 @@ class HttpReader:
         if broken.num_new:
             self._requester.num_faults = 0
         self._requester.fault(error)
-        entries, num_known = broken.rest()
-        return self._ask([entry.shard_id for entry in entries], partial(self._resumed, entries, num_known))
+        shards, num_known = broken.rest()
+        return self._ask([spec.key for spec in shards], partial(self._resumed, shards, num_known))
 
-    def _resumed(self, entries: Sequence[FrameEntry], num_known: int, answer: HttpAnswer) -> FrameBody:
+    def _resumed(self, shards: Sequence[ShardSpec], num_known: int, answer: HttpAnswer) -> FrameBody:
         """Check that an answer has the same shards as before, and skip what is known of the first one."""
-        wanted = [entry.shard_id for entry in entries]
+        wanted = [spec.key for spec in shards]
         if answer.status != 200:
             self._note_missing(wanted, answer)
             raise next(self.failures[key] for key in wanted if key in self.failures)
-        again = self._entries(wanted, answer)
-        if list(map(_described, again)) != list(map(_described, entries)):
+        again = self._described(wanted, answer)
+        if again != shards:
             raise WireError("the shards are not what they were before the connection broke")
         for start in range(0, num_known, _SKIPPED_BYTES):
             answer.read(min(num_known - start, _SKIPPED_BYTES))
@@ -237,10 +253,6 @@ class HttpReader:
                 f"Batch fetch from {self._requester.url} returned {num_returned} shards for {len(wanted)} requested "
                 f"({named(wanted)})"
             )
-
-
-def _described(entry: FrameEntry) -> tuple[str, torch.dtype, tuple[int, ...]]:
-    return entry.shard_id, entry.dtype, entry.shape
 
 
 def _missing_ids(text: str) -> frozenset[str]:

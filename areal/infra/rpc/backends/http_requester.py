@@ -81,12 +81,18 @@ class Requester:
         self._cancelled = threading.Event()
         self._named = ""
 
-    def send(self, shard_ids: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:
+    def send(
+        self,
+        shard_ids: Sequence[Hashable],
+        receive: Callable[[HttpAnswer], ResultT],
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> ResultT:
         """Send one request, again after a fault, and return what `receive` makes of the answer.
 
         Args:
             shard_ids: What the request is about.
             receive: Reads the answer, whole or in part; its faults count as the request's.
+            meanwhile: Called between request and answer, at each try.
         Raises:
             ShardFetchError: One fault too many, or too late; says how many there were and which was the last.
             TypeError: Ids that JSON cannot express.
@@ -96,7 +102,7 @@ class Requester:
         payload = json.dumps({"shard_ids": shard_ids}).encode()
         while True:
             try:
-                return receive(self._try(payload))
+                return receive(self._try(payload, meanwhile))
             except FAULTS as error:
                 self.fault(error)
 
@@ -137,7 +143,7 @@ class Requester:
         if (connection := self._connection) is not None:
             connection.cancel()
 
-    def _try(self, payload: bytes) -> HttpAnswer:
+    def _try(self, payload: bytes, meanwhile: Callable[[], object]) -> HttpAnswer:
         if self._connection is not None and not self._connection.can_be_reused:
             self.release()
         if self._connection is None:
@@ -152,6 +158,7 @@ class Requester:
             deadline=self._deadline,
             # A connection that went dead without a word leaves time for the other tries.
             patience_s=(self._deadline - time.monotonic()) / (NUM_TRIES - self.num_faults),
+            meanwhile=meanwhile,
         )
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(read_text(answer))}", answer.retry_after_s)

@@ -25,7 +25,9 @@ class RayRTensorBackend:
     def __init__(self, ray: Any = None) -> None:
         self._ray = importlib.import_module("ray") if ray is None else ray
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], nbytes: Mapping[Hashable, int]) -> CallSource:
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> CallSource:
         """A source over the object store; a lost object fails alone."""
         return CallSource("ray", self._load)
 
