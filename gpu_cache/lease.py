@@ -54,7 +54,7 @@ def carve(
     """
     hidden = _slice_of(arena, slice(offset, offset + nbytes))
     # `new`, as a tensor of a known dtype and device costs half of `torch.empty`.
-    tensor = template.new().set_(_slice_of(hidden, slice(0, nbytes)), 0, shape)
+    tensor = template.new().set_(_slice_of(hidden, slice(0, nbytes)), 0, shape)  # type: ignore[call-overload]
     # Last: had building failed with the lease made, it would have fired for a range that is still the caller's.
     return tensor, Lease(hidden, freed.append)
 

@@ -87,9 +87,9 @@ class Runtime:
         """Where the tensors of remote handles come from: this process's store, or the backend."""
         shards = {key: handle.shard for key, handle in handles.items()}
         remote = source_of(self.backend, shards, {key: handle.data for key, handle in handles.items()})
-        own = self.own_addresses and {key for key, info in shards.items() if info.node_addr in self.own_addresses}
-        if not own:
+        if not self.own_addresses:
             return remote
+        own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
         local = CallSource("this process", partial(self._load_own, shards))
         return NodesSource({key: local if key in own else remote for key in shards})
 
