@@ -103,18 +103,12 @@ class TensorCache:
         if ready not in (None, "host", "stream"):
             raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
         fetch = self._fetch(timeout_s)
-        while True:
-            try:
-                engine = fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
-                fetch.wait()
-                engine.settle(fetch.completions(), ready or self.config.ready)
-                tensors = fetch.hand_out()
-                break
-            except FetchError:
-                if not fetch.has_lost_joins or time.monotonic() >= fetch.deadline:
-                    raise
-            finally:
-                fetch.finish()
+        try:
+            engine = self._arrived(fetch, keys, source)
+            engine.settle(fetch.completions(), ready or self.config.ready)
+            tensors = fetch.hand_out()
+        finally:
+            fetch.finish()
         found = [tensors[key] for key in keys]
         return found if len(tensors) == len(keys) else aliases_of(found)  # a key repeats: no two results are one object
 
@@ -275,6 +269,18 @@ class TensorCache:
             self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))
         )
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
+
+    def _arrived(self, fetch: Fetch, keys: Sequence[Hashable], source: ShardSource) -> Engine:
+        """Fetch until every shard is here; what another call was to bring, and did not, is asked for anew."""
+        while True:
+            try:
+                engine = fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
+                fetch.wait()
+                return engine
+            except FetchError:
+                if not fetch.has_lost_joins or time.monotonic() >= fetch.deadline:
+                    raise
+            fetch.keep_arrived()
 
     def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True) -> Fetch:
         limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s

@@ -55,6 +55,7 @@ class Claim:
     completions: dict[Any, None] = dataclasses.field(default_factory=dict)  # of the hits, each once
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
+    num_removals: int | None = None  # before the call's first look-up
 
 
 @dataclasses.dataclass(slots=True)

@@ -60,11 +60,11 @@ class ReaderTask:
         """Close the reader and settle what it has not delivered."""
         try:
             self.reader.close()
-        except Exception:
+        except BaseException:  # top of a thread: whatever it is, the waiters must be woken
             logger.exception("closing the connection to %s failed", self.reader.node)
         try:
             self._abort_rest(error)
-        except Exception as caught:  # the reader's account of its failures
+        except BaseException as caught:  # the reader's account of its failures
             self._index.abort(self.entries.values(), caught)
         self.entries = {}  # who waits for `done` may count on no block being held from here
         self.done.set_result(None)
@@ -139,7 +139,10 @@ class Fetch:
                 raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
             engine.drain()
             try:
-                self._index.claim(dict.fromkeys(keys), self.claim, self.deadline)
+                wanted = dict.fromkeys(keys)
+                for held in self.claim.hits:
+                    del wanted[held]
+                self._index.claim(wanted, self.claim, self.deadline)
                 if is_current(engine):
                     self.start(source, engine.transfer, live)
                     if self.claim.claimed and self._index.is_closed:
@@ -201,6 +204,12 @@ class Fetch:
         return self.claim.completions | dict.fromkeys(
             entry.completion for entry in self._entries() if entry.completion is not None
         )
+
+    def keep_arrived(self) -> None:
+        """Let go of what failed; the next `begin` looks only that up. After `wait`."""
+        kept = Claim(self.hand_out(), dict.fromkeys(self.completions()), num_removals=self.claim.num_removals)
+        self.finish()
+        self.claim = kept
 
     def finish(self) -> int:
         """Let go of everything, so that nobody who keeps the fetch or an error of it keeps blocks.

@@ -43,6 +43,7 @@ class ShardIndex:
         self._generations = itertools.count(1)
         self._ready_bytes = 0
         self._has_fetched = False  # since the last clear
+        self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
         self._is_closed = False
         self._counters = LookupCounters()
         self._fetching = BusyClock(now)
@@ -91,17 +92,24 @@ class ShardIndex:
     def claim(self, keys: Iterable[Hashable], found: Claim | None = None, deadline: float = 0.0) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
         end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
-        interrupts this. Those who join a claim may give it up after `deadline`.
+        interrupts this, and can look up again what it lacks. Those who join a claim may give it up after `deadline`.
+
+        Of a call that looks up again after something was cleared, claims are not indexed: the clear may have meant
+        them, and a call that began before it must not bring them back.
         """
         found = Claim() if found is None else found
         ready: dict[Hashable, torch.Tensor] = {}
         with self._lock:
             entries, generations, hit_bytes = self._entries, self._generations, 0
+            if found.num_removals is None:
+                found.num_removals = self._num_removals
+            is_current = found.num_removals == self._num_removals
             for key in keys:
                 entry = entries.get(key)
                 if entry is None:
                     entry = found.claimed[key] = Entry(key, next(generations), is_awaited=True, deadline=deadline)
-                    entries[key] = entry  # second: whatever interrupts this, the caller can abort it
+                    if is_current:
+                        entries[key] = entry  # second: whatever interrupts this, the caller can abort it
                 elif (base := entry.base) is not None:
                     entries.move_to_end(key)
                     ready[key] = base
@@ -113,7 +121,7 @@ class ShardIndex:
                     entry.flight = entry.flight or Future()
                     found.joined[key] = entry
             found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
-            self._count_claim_locked(found, hit_bytes)
+            self._count_claim_locked(found, len(ready), hit_bytes)
         return found
 
     def came_from(self, entries: Iterable[Entry], node: str) -> None:
@@ -175,6 +183,7 @@ class ShardIndex:
         """
         wanted = list(keys)  # outside the lock: it may be a generator that asks the cache
         with self._lock:
+            self._num_removals += 1
             dropped = []
             for key in wanted:
                 entry = self._entries.get(key)
@@ -260,8 +269,8 @@ class ShardIndex:
         current = self._entries.get(entry.key)
         return current is not None and current.generation == entry.generation
 
-    def _count_claim_locked(self, found: Claim, hit_bytes: int) -> None:
-        self._counters.hits += len(found.hits)
+    def _count_claim_locked(self, found: Claim, num_hits: int, hit_bytes: int) -> None:
+        self._counters.hits += num_hits
         self._counters.hit_bytes += hit_bytes
         self._counters.joined += len(found.joined)
         self._counters.misses += len(found.claimed)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _COLLECTIONS = 1000
 # What `UntypedStorage.__getitem__` ends in, after looks at the device that cost twice as much: 0.25 instead of 0.8 us.
-_slice_of = torch._C.StorageBase.__getitem__
+_slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage] = torch._C.StorageBase.__getitem__  # type: ignore[misc]
 
 
 class Lease(weakref.ref[torch.UntypedStorage]):
