@@ -93,7 +93,7 @@ class Rates(TypedDict):
     alloc_failures: int
 
 
-class SourceReport(TypedDict):
+class SourceStats(TypedDict):
     """One source node, of `sources`; keyed by its address ("host:port"), LOCAL_SOURCE or OTHER_SOURCES.
 
     Attributes:
@@ -157,7 +157,7 @@ class Report(BufferStats):
     version: str
     config: dict[str, Any]
     rates_10s: Rates
-    sources: dict[str, SourceReport]
+    sources: dict[str, SourceStats]
     histograms: Histograms
     survivors: list[list[int]]
     outlived_max_clears: int

@@ -12,19 +12,20 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = {
     "gpu_cache": [
-        ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry"],
-        ["cudart", "index", "process", "tensor_reader", "reaper", "report"],
-        ["cuda_pools"],
-        ["device"],
-        ["placement", "block", "fence", "staging"],
+        ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry", "throttle", "ranges"],
+        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader"],
+        ["cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
+        ["device", "ledger"],
+        ["placement", "block", "fence", "staging", "index"],
         ["slab"],
         ["transfer"],
-        ["engine"],
-        ["fetch"],
+        ["engine", "reader_task"],
+        ["fetch", "reporter"],
+        ["publish"],
         ["cache"],
     ],
     "gpu_cache.smi": [
-        ["figures", "units", "graphs", "folder", "locks", "keyboard"],
+        ["figures", "graphs", "folder", "locks", "keyboard"],
         ["nvml", "timeline"],
         ["process"],
         ["sources"],
@@ -50,7 +51,7 @@ FLOORS = {
     ],
 }
 # What the stats tool reads of the cache; none of them imports torch.
-OF_THE_TOOL = {"gpu_cache.config", "gpu_cache.report", "gpu_cache.stats"}
+OF_THE_TOOL = {"gpu_cache.config", "gpu_cache.report", "gpu_cache.stats", "gpu_cache.units"}
 FLOOR_OF = {
     f"{package}.{name}": number
     for package, floors in FLOORS.items()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.smi import figures, units
+from gpu_cache import units
+from gpu_cache.smi import figures
 from gpu_cache.smi.leaks import short_dtype, short_key
 from gpu_cache.smi.sources import host_of, quantile_of
 from tests.support.smi_machine import Machine, machine

@@ -6,14 +6,14 @@ import time
 
 from rich.text import Text
 
-from gpu_cache import __version__
+from gpu_cache import __version__, units
 from gpu_cache.report import WINDOW_S
-from gpu_cache.smi import columns, units
+from gpu_cache.smi import columns
 from gpu_cache.smi.columns import NARROW, RED, WIDE, YELLOW
 from gpu_cache.smi.node import HOST_SEAT, Node, Row
 from gpu_cache.smi.nvml import Gpu
 from gpu_cache.smi.problems import Problem
-from gpu_cache.smi.units import DASH
+from gpu_cache.units import DASH
 
 DEVICES, PROCESSES, SOURCES = "gpu", "proc", "source"
 _CELLS = (25, 23, 26, 20)  # of the device box; the last is left out at 78 characters

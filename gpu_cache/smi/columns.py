@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from rich.text import Text
 
-from gpu_cache.smi import units
+from gpu_cache import units
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, Process
 from gpu_cache.smi.sources import Source
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from gpu_cache.smi import columns, units
+from gpu_cache import units
+from gpu_cache.smi import columns
 from gpu_cache.smi.columns import Column, mib_of, rate_of
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import Process

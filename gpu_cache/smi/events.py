@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gpu_cache.smi import units
+from gpu_cache import units
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, Process
 

@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeVar
 
 from rich.text import Text
 
-from gpu_cache import __version__
-from gpu_cache.smi import columns, figures, history, units
+from gpu_cache import __version__, units
+from gpu_cache.smi import columns, figures, history
 from gpu_cache.smi.columns import RED, Column, cells, mib_of
 from gpu_cache.smi.events import Event
 from gpu_cache.smi.graphs import ASCII, BLOCKS, bar, sparkline

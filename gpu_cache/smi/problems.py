@@ -6,8 +6,9 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator
 
+from gpu_cache import units
 from gpu_cache.report import SCHEMA_VERSION
-from gpu_cache.smi import figures, units
+from gpu_cache.smi import figures
 from gpu_cache.smi.columns import GLUE
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.node import Node

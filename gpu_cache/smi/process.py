@@ -10,7 +10,7 @@ from gpu_cache import report
 from gpu_cache.smi import figures
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.nvml import Gpu
-from gpu_cache.smi.units import ratio
+from gpu_cache.units import ratio
 
 OK, LEAK, HUNG, DEAD, NEWER = "ok", "leak", "hung", "dead", "newer"
 STATES = (OK, LEAK, HUNG, DEAD, NEWER)

@@ -9,7 +9,7 @@ from gpu_cache.config import MIB
 from gpu_cache.smi.node import Node, Row
 from gpu_cache.smi.process import Process
 from gpu_cache.smi.sources import Source
-from gpu_cache.smi.units import ratio
+from gpu_cache.units import ratio
 
 UNKNOWN = "[N/A]"
 

@@ -10,7 +10,7 @@ from typing import Any
 from gpu_cache.report import LOCAL_SOURCE, OTHER_SOURCES, SOURCE_DURATION_EDGES_S
 from gpu_cache.smi import figures
 from gpu_cache.smi.process import Process
-from gpu_cache.smi.units import ratio
+from gpu_cache.units import ratio
 
 
 @dataclasses.dataclass(frozen=True)

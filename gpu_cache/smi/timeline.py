@@ -11,7 +11,7 @@ from typing import Any
 
 from gpu_cache.report import MAX_SURVIVED
 from gpu_cache.smi import figures
-from gpu_cache.smi.units import ratio
+from gpu_cache.units import ratio
 
 MAX_SAMPLES = 4000  # more are thinned out evenly; counters keep what happened between
 MAX_SOURCES = 8  # with a colour of their own
