@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import time
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
@@ -14,14 +13,18 @@ from gpu_cache import process
 from gpu_cache.config import CacheConfig, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
-from gpu_cache.entry import Entry, State
-from gpu_cache.errors import CacheClosedError, FetchError, TransferError
-from gpu_cache.fetch import Fetch, ReaderTask
+from gpu_cache.entry import Entry, EntryInfo
+from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
+from gpu_cache.publish import Publisher
+from gpu_cache.ranges import HANDOUT, profiled
+from gpu_cache.reader_task import ReaderTask, put_one
+from gpu_cache.report import SourceStats
 from gpu_cache.source import ShardSource
 from gpu_cache.stats import BufferStats, buffer_stats_of
-from gpu_cache.tensor_reader import TensorReader
+from gpu_cache.summary import summary_of
 
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
@@ -79,6 +82,7 @@ class TensorCache:
         *,
         timeout_s: float | None = None,
         ready: ReadyMode | None = None,
+        keep: bool = False,
     ) -> list[torch.Tensor]:
         """Hand out the tensors of `keys`, fetching those that are not cached.
 
@@ -91,6 +95,7 @@ class TensorCache:
             source: Asked for the missing ones only.
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`.
             ready: Overrides `config.ready` for this call.
+            keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
         Returns:
             One tensor for each key, in order, on the cache's device. Shards that the pool has no room for come all
             the same, uncached.
@@ -102,11 +107,12 @@ class TensorCache:
         """
         if ready not in (None, "host", "stream"):
             raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
-        fetch = self._fetch(timeout_s)
+        fetch = self._fetch(timeout_s, keep=keep)
         try:
-            engine = self._arrived(fetch, keys, source)
-            engine.settle(fetch.completions(), ready or self.config.ready)
-            tensors = fetch.hand_out()
+            engine = fetch.complete(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
+            with profiled(HANDOUT):
+                engine.settle(fetch.completions(), ready or self.config.ready)
+                tensors = fetch.hand_out()
         finally:
             fetch.finish()
         found = [tensors[key] for key in keys]
@@ -129,30 +135,21 @@ class TensorCache:
         return tensor
 
     @eager
-    def prefetch(self, keys: Sequence[Hashable], source: ShardSource, *, timeout_s: float | None = None) -> Future[int]:
-        """Begin to fetch the missing ones of `keys`, and return at once.
+    def prefetch(
+        self, keys: Sequence[Hashable], source: ShardSource, *, timeout_s: float | None = None, keep: bool = False
+    ) -> Future[int]:
+        """Begin to fetch the missing ones of `keys`, and return at once. Arguments as for `get_many`.
 
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
-        fetch = self._fetch(timeout_s, may_overflow=False)
+        fetch = self._fetch(timeout_s, may_overflow=False, keep=keep)
         try:
             fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
         except BaseException:
             fetch.finish()
             raise
-        result: Future[int] = Future()
-        result.set_running_or_notify_cancel()
-
-        def tell(error: BaseException | None) -> None:
-            num_missing = fetch.finish()
-            if error is None:
-                result.set_result(num_missing)
-            else:
-                result.set_exception(error)
-
-        fetch.when_done(tell)
-        return result
+        return fetch.promise()
 
     @eager
     def put(self, key: Hashable, tensor: torch.Tensor, *, node: str = "", timeout_s: float | None = None) -> bool:
@@ -175,17 +172,7 @@ class TensorCache:
         entry = self._index.reserve(key)
         if entry is None:
             return False
-        task = ReaderTask(TensorReader(node, [key], lambda: [tensor]), {key: entry}, self._index)
-        self._tasks.add(task)
-        task.run(engine.transfer, self._fetch(timeout_s).deadline, may_overflow=False)
-        self._tasks.discard(task)
-        self._index.release([entry])
-        if entry.error is None:
-            return entry.state is State.READY
-        try:
-            raise entry.error
-        finally:
-            del entry, task  # else error and frame would keep each other, and the caller's tensors, alive
+        return put_one(entry, tensor, node, self._index, engine.transfer, self._fetch(timeout_s).deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
@@ -232,10 +219,22 @@ class TensorCache:
         """Counters and gauges; each part (index, pool, staging) is consistent in itself. No device call."""
         return buffer_stats_of(self._index.stats(), {} if self._engine is None else self._engine.stats())
 
+    def source_stats(self) -> dict[str, SourceStats]:
+        """What came from each source node and what of it is cached; "local" is this process, as for `put`."""
+        return self._index.report()["sources"]  # type: ignore[no-any-return]
+
+    def entries(self, oldest: int = 10) -> list[EntryInfo]:
+        """The oldest of what is cached, oldest first."""
+        return self._index.oldest(oldest)
+
+    def summary(self) -> str:
+        """The line that `gpu-cache-smi` shows of this process, in its box, for a log or a notebook."""
+        return summary_of(self._publisher.report()) if self._engine is not None else repr(self)
+
     def reset_peak_stats(self) -> None:
-        """Make `device_peak_bytes` what is in use now. Counters are never reset."""
+        """Make the peaks what is in use now. Counters are never reset."""
         if (engine := self._engine) is not None:
-            engine.pool.reset_peak()
+            engine.reset_peaks()
 
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
@@ -254,10 +253,12 @@ class TensorCache:
         concurrent.futures.wait([task.done for task in tasks], _CLOSE_WAIT_S)
         self._drop(dropped)
         self._lazy.close()
+        self._publisher.close()
 
     def disown(self) -> object:
         """Refuse every further call, in a child that inherited this cache; what is returned must never be freed."""
-        inherited = self._lazy, self._index
+        inherited = self._lazy, self._index, self._publisher
+        self._publisher.disown()
         self._start_empty()  # the locks of the others may be held by threads that do not exist here
         self._index.close()
         return inherited
@@ -268,29 +269,20 @@ class TensorCache:
         self._lazy = LazyEngine(
             self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))
         )
+        self._publisher = Publisher(index, self._lazy)
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
+        weakref.finalize(self, self._publisher.retire).atexit = False
 
-    def _arrived(self, fetch: Fetch, keys: Sequence[Hashable], source: ShardSource) -> Engine:
-        """Fetch until every shard is here; what another call was to bring, and did not, is asked for anew."""
-        while True:
-            try:
-                engine = fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
-                fetch.wait()
-                return engine
-            except FetchError:
-                if not fetch.has_lost_joins or time.monotonic() >= fetch.deadline:
-                    raise
-            fetch.keep_arrived()
-
-    def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True) -> Fetch:
+    def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True, keep: bool = False) -> Fetch:
         limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s
-        return Fetch(self._index, limit_s, may_overflow=may_overflow)
+        return Fetch(self._index, limit_s, may_overflow=may_overflow, keep=keep)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:
             raise CacheClosedError
         engine = self._lazy.get(lambda: self._index.is_empty)
         engine.reaper.wake()
+        self._publisher.touch()
         return engine
 
     def _drop(self, dropped: list[Entry]) -> int:
@@ -300,4 +292,5 @@ class TensorCache:
         if (engine := self._engine) is not None:
             engine.drain()
             engine.reaper.wake()
+        self._publisher.soon()
         return count

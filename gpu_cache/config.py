@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -56,6 +58,9 @@ class CacheConfig:
             thread; "stream": at once, the caller's current stream waits instead.
         reuse_fence: "all": freed bytes are reused after all work enqueued before on any stream of torch's; "noted":
             only on the default stream and streams that asked for a shard or were named to `record_stream`.
+        stats: Whether to write reports for `gpu-cache-smi`. None: yes, unless GPU_CACHE_STATS says no.
+        role: What the process is, for those reports. None: GPU_CACHE_ROLE, else the program's name.
+        rank: Which of its kind. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
     Raises:
         ValueError: A value is out of range; names the field and the value.
     """
@@ -70,6 +75,9 @@ class CacheConfig:
     fetch_timeout_s: float = 60.0
     ready: ReadyMode = "host"
     reuse_fence: ReuseFence = "all"
+    stats: bool | None = None
+    role: str | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -91,13 +99,21 @@ class CacheConfig:
         found = {f.name: source[variable(f.name)] for f in dataclasses.fields(cls) if source.get(variable(f.name))}
         return cls(**{**found, **overrides})
 
-    def resolved(self, *, is_cuda: bool, device_bytes: int) -> CacheConfig:
-        """The same settings with every None replaced by its default for a device of `device_bytes`."""
+    def resolved(self, *, is_cuda: bool, device_bytes: int, environ: Mapping[str, str] | None = None) -> CacheConfig:
+        """The same settings with every None replaced: by what `environ` says, or by what suits the device."""
+        known = os.environ if environ is None else environ
         default_pool = min(8 * GIB, device_bytes // 10) if is_cuda else 2 * GIB
         pool = default_pool if self.pool_bytes is None else self.pool_bytes
         default_prealloc = min(GIB, pool) if is_cuda else 0
         prealloc = default_prealloc if self.prealloc_bytes is None else self.prealloc_bytes
-        return dataclasses.replace(self, pool_bytes=pool, prealloc_bytes=prealloc)
+        return dataclasses.replace(
+            self,
+            pool_bytes=pool,
+            prealloc_bytes=prealloc,
+            stats=not _says(known.get("GPU_CACHE_STATS"), "stats", False) if self.stats is None else self.stats,
+            role=self.role or known.get("GPU_CACHE_ROLE") or _program(),
+            rank=_rank_of(known) if self.rank is None else self.rank,
+        )
 
     def _check_together(self) -> None:
         if self.run_bytes > self.staging_slot_bytes:
@@ -117,6 +133,48 @@ def variable(field: str) -> str:
     return f"GPU_CACHE_{field.upper()}"
 
 
+def described(config: CacheConfig, resolved: CacheConfig, environ: Mapping[str, str] | None = None) -> str:
+    """Every setting on one line, each with where it came from: argument, variable, default or computed.
+
+    Args:
+        config: As given; an argument that repeats its variable or the default counts as that.
+        resolved: The same for a device.
+        environ: Where the variables are looked up.
+    """
+    known = os.environ if environ is None else environ
+
+    def described_one(field: dataclasses.Field[Any]) -> str:
+        given, value = getattr(config, field.name), getattr(resolved, field.name)
+        if _says(known.get(variable(field.name)), field.name, value):
+            origin = "variable"
+        elif given != value:
+            origin = "computed"
+        else:
+            origin = "default" if given == field.default else "argument"
+        return f"{field.name}={f'{value:,}' if type(value) is int else value} ({origin})"
+
+    return ", ".join(map(described_one, dataclasses.fields(config)))
+
+
+def _says(text: str | None, field: str, value: Any) -> bool:
+    """Whether a variable's text means this value."""
+    try:
+        return bool(text) and _checked(field, text) == value
+    except ValueError:
+        return False
+
+
+def _rank_of(environ: Mapping[str, str]) -> int:
+    found = [environ.get(name, "") for name in ("GPU_CACHE_RANK", "RANK", "LOCAL_RANK")]
+    return next((int(text) for text in found if text.isdecimal()), 0)
+
+
+def _program() -> str:
+    """Name of the script or module that was started."""
+    path = Path(sys.argv[0] if sys.argv else "")
+    return (path.parent.name if path.stem == "__main__" else path.stem.removeprefix("-c")) or "python"
+
+
 def _checked(field: str, value: Any) -> Any:
     """The value in its field's type, in range."""
     if field == "device":
@@ -129,9 +187,30 @@ def _checked(field: str, value: Any) -> Any:
         return _at_least(float(value), 1e-3)
     if field == "staging_slots":
         return _at_least(int(value), 1)
-    if value is None and field in ("prealloc_bytes", "pool_bytes"):
+    if value is None and field in ("prealloc_bytes", "pool_bytes", "stats", "role", "rank"):
         return None
+    if field == "stats":
+        return _switch(value)
+    if field == "role":
+        return _named(value)
+    if field == "rank":
+        return _at_least(int(value), 0)
     return _at_least(parse_size(value), 0 if field == "prealloc_bytes" else ALIGNMENT)
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text not in ("0", "1", "false", "true", "off", "on", "no", "yes"):
+        raise ValueError("must be 0 or 1")
+    return text in ("1", "true", "on", "yes")
+
+
+def _named(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a name")
+    return value
 
 
 def _one_of(value: Any, pattern: str) -> Any:

@@ -122,6 +122,14 @@ def has_context(index: int) -> bool:
     return bool(torch._C._cuda_hasPrimaryContext(index))  # type: ignore[attr-defined]
 
 
+def nvml_uuid(properties: Any) -> str:
+    """The UUID in a device's properties with NVML's prefix, which tells a slice of a GPU (MIG) from a whole one."""
+    uuid = str(properties.uuid)
+    if uuid.startswith(("GPU-", "MIG-")):
+        return uuid
+    return f"{'MIG' if ' MIG ' in properties.name else 'GPU'}-{uuid}"
+
+
 def pci_address(properties: Any) -> str:
     """The PCI address in a device's properties, as NVML writes it; "" where torch does not tell."""
     parts = [getattr(properties, f"pci_{part}_id", 0) for part in ("domain", "bus", "device")]

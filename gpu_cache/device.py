@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from gpu_cache.cuda_pools import PrivatePools
-from gpu_cache.cudart import CudaRuntime, pci_address, pooled_streams
+from gpu_cache.cudart import CudaRuntime, nvml_uuid, pci_address, pooled_streams
 from gpu_cache.hostmem import host_memory
 from gpu_cache.lease import plain_tensors
 
@@ -281,7 +281,7 @@ class CudaDevice:
 
     def identity(self) -> DeviceIdentity:
         found = self._cuda.get_device_properties(self.torch_device)
-        return DeviceIdentity(found.name, f"GPU-{found.uuid}", pci_address(found))
+        return DeviceIdentity(found.name, nvml_uuid(found), pci_address(found))
 
     @functools.cached_property
     def _streams(self) -> list[Stream]:

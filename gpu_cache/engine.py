@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from gpu_cache import process
-from gpu_cache.config import CacheConfig, ReadyMode
+from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device import Device
 from gpu_cache.errors import TransferError
 from gpu_cache.fence import StreamFence
@@ -90,6 +90,21 @@ class Engine:
         """The device's part of `BufferStats`."""
         return {**self.pool.stats(), **(self.staging.stats() if self.staging is not None else {})}
 
+    def details(self) -> dict[str, int]:
+        """What a report has beyond that, under the report's names."""
+        return self.staging.details() if self.staging is not None else {}
+
+    def gather(self) -> None:
+        """Count copies that are done by now. Not from a thread that captures a CUDA graph; waits for nothing."""
+        if self.staging is not None:
+            self.staging.gather()
+
+    def reset_peaks(self) -> None:
+        """Make the peaks what is in use now."""
+        self.pool.reset_peak()
+        if self.staging is not None:
+            self.staging.reset_peak()
+
 
 class LazyEngine:
     """Builds the engine at first use, and again if the device was not certain and nothing is cached yet.
@@ -134,7 +149,8 @@ class LazyEngine:
                 self.current, self._is_final = built, placement.is_final
             chosen = self.current
         if is_mine:
-            logger.info("caching on %s: %s; %s", placement.device.torch_device, placement.reason, built.config)
+            settings = described(self._config, built.config)
+            logger.info("caching on %s (%s): %s", placement.device.torch_device, placement.reason, settings)
             process.warn_if_shared(placement.device.torch_device)
             if engine is not None:
                 engine.close()

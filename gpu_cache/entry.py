@@ -34,6 +34,7 @@ class Entry:
     completion: Any = None  # of the copy that filled it (transfer.Completion); None: nothing to wait for
     error: BaseException | None = None
     is_fetch: bool = True  # False: put by the caller, which counts as no look-up
+    is_kept: bool = False  # meant to outlive clears
     is_awaited: bool = False  # the claiming call has yet to hand it out, so it is no victim
     born: float = 0.0
     epoch: int = 0  # clears seen when it was published
@@ -66,3 +67,21 @@ class Landing:
     base: torch.Tensor
     lease: weakref.ref[torch.UntypedStorage] | None
     nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EntryInfo:
+    """One cached shard, as of one look.
+
+    Attributes:
+        source: The node that it came from, as `source_stats()` names it.
+        clears_survived: 2 or more is a leak, unless it was fetched with `keep=True`.
+    """
+
+    key: Hashable
+    nbytes: int
+    age_s: float
+    source: str
+    clears_survived: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
+_MAX_CAUSES = 8  # looked at behind an error, of which some chains are rings
+
 
 class GpuCacheError(Exception):
     """Base of every error that the cache raises on purpose."""
@@ -42,7 +44,11 @@ class FetchError(GpuCacheError, RuntimeError):
     Args:
         message: What happened, naming shard, address and numbers.
         failures: Cause by shard key, for a call that asked for several shards. The others are cached.
+    Attributes:
+        reason: The word under which it is counted; "": as its cause is, see `failure_reason`.
     """
+
+    reason = ""
 
     def __init__(self, message: str, failures: Mapping[Hashable, BaseException] | None = None) -> None:
         super().__init__(message, failures)
@@ -55,3 +61,20 @@ class FetchError(GpuCacheError, RuntimeError):
 
 class TransferError(GpuCacheError):
     """Bytes could not be staged or copied to the device."""
+
+
+def failure_reason(error: BaseException) -> str:
+    """One of the words under which failed fetches are counted: that of the error, or of what caused it."""
+    one: BaseException | None = error
+    for _ in range(_MAX_CAUSES):
+        if one is None:
+            break
+        if reason := getattr(one, "reason", "") if isinstance(one, FetchError) else _reason_by_kind(one):
+            return reason
+        one = one.__cause__ or one.__context__
+    return "other"
+
+
+def _reason_by_kind(error: BaseException) -> str:
+    kinds = {TimeoutError: "timeout", OSError: "connection", EOFError: "connection", ValueError: "answer"}
+    return next((reason for kind, reason in kinds.items() if isinstance(error, kind)), "")

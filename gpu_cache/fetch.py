@@ -1,4 +1,4 @@
-"""Fetches under way: one thread for each reader, and what one call waits for."""
+"""What one call asked for: shards in hand, on their way, and to be fetched by a thread for each reader."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import concurrent.futures
 import logging
 import threading
 import time
-import traceback
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
 from gpu_cache.engine import Engine
-from gpu_cache.entry import Claim, Entry, Landing
+from gpu_cache.entry import Claim, Entry
 from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
-from gpu_cache.source import ShardReader, ShardSource, ShardSpec
+from gpu_cache.metered_reader import MeteredReader
+from gpu_cache.ranges import WAIT, profiled
+from gpu_cache.reader_task import ReaderTask
+from gpu_cache.source import ShardSource
 from gpu_cache.transfer import Completion, Transfer
 
 logger = logging.getLogger(__name__)
@@ -26,96 +28,22 @@ logger = logging.getLogger(__name__)
 _NAMED_SHARDS = 3  # how many failed shards a message names
 
 
-class ReaderTask:
-    """Drains one reader into the index. It alone publishes or aborts the entries it was given.
-
-    Thread-safety: `cancel` from any thread; `run` once.
-    """
-
-    def __init__(self, reader: ShardReader, entries: Mapping[Hashable, Entry], index: ShardIndex) -> None:
-        self.reader, self.entries = reader, entries
-        self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
-        self._index = index
-        self._announced: set[Hashable] = set()
-        index.came_from(entries.values(), reader.node)
-        self._owner = threading.Lock()  # taken for good by whoever ends the task
-
-    def run(self, transfer: Transfer, deadline: float, *, may_overflow: bool = True) -> None:
-        """Drain to the end. Never raises: each entry not delivered gets the reason."""
-        if not self.take_over():
-            return  # given up before it began
-        error: BaseException | None = None
-        try:
-            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
-        except BaseException as caught:  # top of a thread: the waiters re-raise it
-            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
-            error = caught
-        self.end(error)
-
-    def take_over(self) -> bool:
-        """Whether the caller is the first, and is to end it."""
-        return self._owner.acquire(blocking=False)
-
-    def end(self, error: BaseException | None) -> None:
-        """Close the reader and settle what it has not delivered."""
-        try:
-            self.reader.close()
-        except BaseException:  # top of a thread: whatever it is, the waiters must be woken
-            logger.exception("closing the connection to %s failed", self.reader.node)
-        try:
-            self._abort_rest(error)
-        except BaseException as caught:  # the reader's account of its failures
-            self._index.abort(self.entries.values(), caught)
-        self.entries = {}  # who waits for `done` may count on no block being held from here
-        self.done.set_result(None)
-
-    def cancel(self, error: BaseException) -> None:
-        """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
-        self._index.abort(self.entries.values(), error)
-        try:
-            self.reader.cancel()
-        except Exception:
-            logger.exception("cutting the connection to %s failed", self.reader.node)
-
-    def expect(self, specs: Sequence[ShardSpec]) -> None:
-        """Refuse shards that were not asked for, or that come twice, and any once the cache is closed."""
-        if self._index.is_closed:
-            raise CacheClosedError
-        keys = {spec.key for spec in specs}
-        if len(keys) == len(specs) and keys <= self.entries.keys() and keys.isdisjoint(self._announced):
-            self._announced |= keys
-            return
-        for spec in specs:
-            if spec.key not in self.entries or spec.key in self._announced:
-                how = "twice" if spec.key in self._announced else "without being asked for it"
-                raise FetchError(f"Failed to fetch shards from {self.reader.node}: it sent shard {spec.key!r} {how}")
-            self._announced.add(spec.key)
-
-    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
-        """Index what arrived; hand it only to the waiting if the pool had no room for it."""
-        pairs = [(self.entries[landing.key], landing) for landing in landings]
-        take = self._index.deliver if is_overflow else self._index.publish
-        take(pairs, self.reader.node, completion)
-
-    def _abort_rest(self, error: BaseException | None) -> None:
-        node, failures = self.reader.node, self.reader.failures
-        for key, entry in self.entries.items():
-            if not entry.is_settled:
-                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
-                self._index.abort([entry], cause)
-
-
 class Fetch:
     """What one call asked for: hits in hand, shards it claimed and fetches, shards it joined.
 
+    Args:
+        index: Where shards are looked up and land.
+        timeout_s: Longest wait, in seconds.
+        may_overflow: Whether shards that find no room may be placed outside the pool.
+        keep: Whether they are meant to outlive clears.
     Thread-safety: used by the call's thread; `cancel` from any.
     """
 
-    def __init__(self, index: ShardIndex, timeout_s: float, *, may_overflow: bool = True) -> None:
+    def __init__(self, index: ShardIndex, timeout_s: float, *, may_overflow: bool = True, keep: bool = False) -> None:
         self.claim = Claim()
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
-        self._index, self._timeout_s, self._may_overflow = index, timeout_s, may_overflow
+        self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
 
     @property
     def has_lost_joins(self) -> bool:
@@ -145,6 +73,8 @@ class Fetch:
                 for held in self.claim.hits:
                     del wanted[held]
                 self._index.claim(wanted, self.claim, self.deadline)
+                if self._keep:
+                    self._index.keep(wanted)
                 if is_current(engine):
                     self.start(source, engine.transfer, live)
                     if self.claim.claimed and self._index.is_closed:
@@ -156,6 +86,25 @@ class Fetch:
                 raise
             self.finish()
 
+    def complete(
+        self,
+        open_engine: Callable[[], Engine],
+        is_current: Callable[[Engine], bool],
+        keys: Sequence[Hashable],
+        source: ShardSource,
+        live: set[ReaderTask],
+    ) -> Engine:
+        """Begin, and wait for every shard; what another call was to bring, and did not, is asked for anew."""
+        while True:
+            try:
+                engine = self.begin(open_engine, is_current, keys, source, live)
+                self.wait()
+                return engine
+            except FetchError:
+                if not self.has_lost_joins or time.monotonic() >= self.deadline:
+                    raise
+            self.keep_arrived()
+
     def start(self, source: ShardSource, transfer: Transfer, live: set[ReaderTask]) -> None:
         """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
         left = dict(self.claim.claimed)
@@ -165,7 +114,8 @@ class Fetch:
                     raise FetchError(
                         f"Failed to fetch shards: {reader.node} offers {_names(foreign)} unasked, or twice"
                     )
-                self.tasks.append(ReaderTask(reader, {key: left.pop(key) for key in reader.keys}, self._index))
+                entries = {key: left.pop(key) for key in reader.keys}
+                self.tasks.append(ReaderTask(MeteredReader(reader, self._index.note_answer), entries, self._index))
             for task in self.tasks:
                 live.add(task)
                 threading.Thread(
@@ -187,9 +137,8 @@ class Fetch:
             FetchError: Some are not, for the reasons in `failures`; the others are cached.
             CacheClosedError: The cache was closed meanwhile.
         """
-        pending = self._pending()
-        if pending and concurrent.futures.wait(pending, max(0.0, self.deadline - time.monotonic())).not_done:
-            late = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
+        if (pending := self._pending()) and self._has_timed_out(pending):
+            late = self._late()
             self.cancel(late)
             now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
             self._index.abort([entry for entry in self.claim.joined.values() if entry.deadline <= now], late)
@@ -223,6 +172,21 @@ class Fetch:
         self._index.release(claim.claimed.values())
         return len(claim.claimed) + len(claim.joined)
 
+    def promise(self) -> Future[int]:
+        """A future of how many shards were not cached when it began; lets go of everything when they are here."""
+        result: Future[int] = Future()
+        result.set_running_or_notify_cancel()
+
+        def tell(error: BaseException | None) -> None:
+            num_missing = self.finish()
+            if error is None:
+                result.set_result(num_missing)
+            else:
+                result.set_exception(error)
+
+        self.when_done(tell)
+        return result
+
     def when_done(self, then: Callable[[BaseException | None], None]) -> None:
         """Call `then` once, with what went wrong if anything, when every shard is here or given up."""
         waiting = self._pending()
@@ -248,14 +212,25 @@ class Fetch:
         self._index.abort(self.claim.claimed.values(), error)
 
     def _drain(self, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
-        self._index.fetch_started()
+        node = task.reader.node
+        self._index.note_fetch(node, begins=True)
         try:
             task.run(transfer, self.deadline, may_overflow=self._may_overflow)
         finally:
-            self._index.fetch_stopped()
+            self._index.note_fetch(node, begins=False)
             live.discard(task)
             if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
                 _finish(transfer)
+
+    def _has_timed_out(self, pending: list[Future[Any]]) -> bool:
+        with profiled(WAIT):
+            left_s = max(0.0, self.deadline - time.monotonic())
+            return bool(concurrent.futures.wait(pending, left_s).not_done)
+
+    def _late(self) -> FetchError:
+        error = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
+        error.reason = "timeout"
+        return error
 
     def _pending(self) -> list[Future[Any]]:
         flights = [entry.flight for entry in self.claim.joined.values() if entry.flight is not None]
@@ -268,7 +243,7 @@ class Fetch:
         return len(self.claim.hits) + sum(entry.base is not None for entry in self._entries())
 
     def _failures(self) -> dict[Hashable, BaseException]:
-        late = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
+        late = self._late()
         return {entry.key: entry.error or late for entry in self._entries() if entry.base is None}
 
 

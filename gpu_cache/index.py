@@ -6,15 +6,16 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from gpu_cache.entry import Claim, Entry, Landing, State
+from gpu_cache.entry import Claim, Entry, EntryInfo, Landing, State
+from gpu_cache.errors import failure_reason
 from gpu_cache.lease import Lease
-from gpu_cache.stats import BusyClock, LookupCounters, Survivors
+from gpu_cache.ledger import Ledger
 
 
 class ShardIndex:
@@ -34,31 +35,27 @@ class ShardIndex:
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._alias, self._is_held, self._now = alias, is_held, now
+        self._alias, self._is_held = alias, is_held
         # Guards every field below, and the fields of every entry.
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
-        self._births: OrderedDict[Hashable, float] = OrderedDict()  # READY entries, oldest first
-        self._survivors = Survivors()
+        self._ledger = Ledger(now)
         self._generations = itertools.count(1)
-        self._ready_bytes = 0
-        self._has_fetched = False  # since the last clear
         self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
         self._is_closed = False
-        self._counters = LookupCounters()
-        self._fetching = BusyClock(now)
 
     def __len__(self) -> int:
         with self._lock:
-            return len(self._births)
+            return len(self._ledger.births)
 
     def __contains__(self, key: Hashable) -> bool:
         with self._lock:
-            return key in self._births
+            return key in self._ledger.births
 
     def __repr__(self) -> str:
-        pending = len(self._entries) - len(self._births)
-        return f"ShardIndex({len(self._births)} ready, {pending} pending, {self._ready_bytes:,} bytes)"
+        num_ready = len(self._ledger.births)
+        pending = len(self._entries) - num_ready
+        return f"ShardIndex({num_ready} ready, {pending} pending, {self._ledger.ready_bytes:,} bytes)"
 
     @property
     def is_closed(self) -> bool:
@@ -73,12 +70,12 @@ class ShardIndex:
     def keys(self) -> list[Hashable]:
         """Keys of the READY entries, oldest first."""
         with self._lock:
-            return list(self._births)
+            return list(self._ledger.births)
 
     def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
         """Those of `keys` that have no READY entry. Counts nothing."""
         with self._lock:
-            return [key for key in keys if key not in self._births]
+            return [key for key in keys if key not in self._ledger.births]
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
         """An alias of a READY entry, and the entry; counts as no look-up."""
@@ -121,8 +118,15 @@ class ShardIndex:
                     entry.flight = entry.flight or Future()
                     found.joined[key] = entry
             found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
-            self._count_claim_locked(found, len(ready), hit_bytes)
+            self._ledger.claimed(found, len(ready), hit_bytes)
         return found
+
+    def keep(self, keys: Iterable[Hashable]) -> None:
+        """Say that these are meant to outlive clears, cached or on their way: they are no leak."""
+        with self._lock:
+            for key in keys:
+                if (entry := self._entries.get(key)) is not None:
+                    self._ledger.kept(entry)
 
     def came_from(self, entries: Iterable[Entry], node: str) -> None:
         """Say which node PENDING entries are asked of, so that clearing the node finds them."""
@@ -135,8 +139,7 @@ class ShardIndex:
         with self._lock:
             if key in self._entries:
                 return None
-            entry = self._entries[key] = Entry(key, next(self._generations), is_fetch=False, is_awaited=True)
-            return entry
+            return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, is_awaited=True))
 
     def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them."""
@@ -147,7 +150,7 @@ class ShardIndex:
                 for entry in standing:
                     self._drop_locked(entry)
             else:
-                self._index_locked(standing)
+                self._ledger.indexed(standing, node)
         _wake(landed)
 
     def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
@@ -156,18 +159,18 @@ class ShardIndex:
             landed = self._land_locked(landings, node, completion)
             for entry in landed:
                 self._drop_locked(entry)
-            self._counters.overflows += len(landed)
-            self._counters.overflow_bytes += sum(entry.nbytes for entry in landed)
+            self._ledger.overflowed(landed)
         _wake(landed)
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
         """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`."""
+        reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
             for entry in failed:
                 entry.error = error
                 self._drop_locked(entry)
-            self._counters.fetch_errors += sum(entry.is_fetch for entry in failed)
+            self._ledger.failed(failed, reason)
         _wake(failed)
 
     def release(self, entries: Iterable[Entry]) -> None:
@@ -193,7 +196,7 @@ class ShardIndex:
                 if entry.base is not None:
                     dropped.append(entry)
             if wanted:
-                self._count_cleared_locked(dropped)
+                self._ledger.cleared(dropped)
             return dropped
 
     def remove_node(self, node: str | None) -> list[Entry]:
@@ -210,13 +213,12 @@ class ShardIndex:
 
     def forget_dead(self, leases: Iterable[Lease]) -> None:
         """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
-        dropped = []
         with self._lock:
-            for lease in leases:
-                entry = self._entries.get(lease.key)
-                if entry is not None and entry.lease is lease:
-                    self._drop_locked(entry)
-                    dropped.append(entry)
+            known = [(self._entries.get(lease.key), lease) for lease in leases]
+            dropped = [entry for entry, lease in known if entry is not None and entry.lease is lease]
+            for entry in dropped:
+                self._drop_locked(entry)
+            self._ledger.died(dropped)
 
     def evict(self, nbytes: int) -> list[Entry]:
         """Drop least recently used READY entries that nobody holds until their bytes suffice; return them."""
@@ -231,94 +233,61 @@ class ShardIndex:
                     total += entry.nbytes
             for entry in victims:
                 self._drop_locked(entry)
-            self._counters.evictions += len(victims)
-            self._counters.evicted_bytes += sum(entry.nbytes for entry in victims)
+            self._ledger.evicted(victims)
             return victims
 
-    def fetch_started(self) -> None:
-        """A reader begins to deliver."""
+    def note_fetch(self, node: str, *, begins: bool) -> None:
+        """A reader of a node begins to deliver, or has ended."""
         with self._lock:
-            self._fetching.start()
-            self._counters.fetches += 1
+            self._ledger.fetching(node, begins=begins)
 
-    def fetch_stopped(self) -> None:
-        """A reader ended."""
+    def note_answer(self, node: str, seconds: float) -> None:
+        """An answer of a node took so long, from the request to its last byte."""
         with self._lock:
-            self._fetching.stop()
+            self._ledger.answered(node, seconds)
 
     def stats(self) -> dict[str, float]:
         """The index's part of `BufferStats`, consistent in itself."""
         with self._lock:
-            outlived_entries, outlived_bytes = self._survivors.since(self._counters.clears - 2)
-            born = next(iter(self._births.values()), None)
-            return {
-                **self._counters.as_dict(),
-                "requested": self._counters.requested,
-                "requested_bytes": self._counters.requested_bytes,
-                "num_entries": len(self._births),
-                "num_tensors": len(self._births),
-                "total_bytes": self._ready_bytes,
-                "fetch_busy_seconds": self._fetching.seconds,
-                "oldest_entry_age_seconds": 0.0 if born is None else self._now() - born,
-                "outlived_entries": outlived_entries,
-                "outlived_bytes": outlived_bytes,
-            }
+            return self._ledger.stats()
+
+    def report(self) -> dict[str, Any]:
+        """The index's part of a report, consistent in itself."""
+        with self._lock:
+            return {**self._ledger.stats(), **self._ledger.details()}
+
+    def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
+        """The oldest READY entries, oldest first; only those that outlived clears and should not, if so wanted."""
+        with self._lock:
+            wanted = (self._entries[key] for key in self._ledger.births)
+            if is_outlived:
+                wanted = (one for one in itertools.takewhile(self._ledger.is_outlived, wanted) if not one.is_kept)
+            return [self._ledger.about(entry) for entry in itertools.islice(wanted, most)]
 
     def _stands_locked(self, entry: Entry) -> bool:
         """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
         current = self._entries.get(entry.key)
         return current is not None and current.generation == entry.generation
 
-    def _count_claim_locked(self, found: Claim, num_hits: int, hit_bytes: int) -> None:
-        self._counters.hits += num_hits
-        self._counters.hit_bytes += hit_bytes
-        self._counters.joined += len(found.joined)
-        self._counters.misses += len(found.claimed)
-        self._has_fetched = self._has_fetched or bool(found.claimed)
-
     def _land_locked(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Entry]:
         """Give entries their tensors, but for those that their calls gave up on meanwhile."""
         landed = []
-        fetched_bytes = joined_bytes = 0
         for entry, landing in landings:
             if entry.is_settled:
                 continue
             entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
             entry.node, entry.nbytes = node, landing.nbytes
-            fetched_bytes += entry.nbytes if entry.is_fetch else 0
-            joined_bytes += entry.nbytes * entry.num_joined
             landed.append(entry)
-        self._counters.miss_bytes += fetched_bytes
-        self._counters.fetch_bytes += fetched_bytes
-        self._counters.joined_bytes += joined_bytes
+        self._ledger.landed(landed, node)
         return landed
-
-    def _index_locked(self, entries: Sequence[Entry]) -> None:
-        born, epoch, nbytes = self._now(), self._counters.clears, 0
-        for entry in entries:
-            entry.state, entry.born, entry.epoch = State.READY, born, epoch
-            self._births[entry.key] = born
-            nbytes += entry.nbytes
-        self._ready_bytes += nbytes
-        self._survivors.add(epoch, len(entries), nbytes)
 
     def _drop_locked(self, entry: Entry) -> None:
         """Forget an entry; PENDING ones keep flying, for those who wait."""
         if self._stands_locked(entry):
             del self._entries[entry.key]
         if entry.state is State.READY:
-            del self._births[entry.key]
-            self._ready_bytes -= entry.nbytes
-            self._survivors.add(entry.epoch, -1, -entry.nbytes)
+            self._ledger.dropped(entry)
         entry.state = State.GONE
-
-    def _count_cleared_locked(self, dropped: list[Entry]) -> None:
-        """All clears between two fetches are one: a step clears its owners one by one."""
-        if self._has_fetched:
-            self._has_fetched = False
-            self._counters.clears += 1
-        self._counters.cleared += len(dropped)
-        self._counters.cleared_bytes += sum(entry.nbytes for entry in dropped)
 
 
 def _wake(entries: Iterable[Entry]) -> None:

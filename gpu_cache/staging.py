@@ -38,6 +38,7 @@ class StagingRing:
         self._num_allocating = 0
         self._is_closed = False
         self._counters = StagingCounters()
+        self._peak_slots = self._alloc_failures = 0
 
     def __repr__(self) -> str:
         with self._changed:
@@ -65,6 +66,7 @@ class StagingRing:
             self.release(slot)
             raise
         with self._changed:
+            self._peak_slots = max(self._peak_slots, len(self._slots) - len(self._idle))
             self._counters.pinned_wait_seconds += time.monotonic() - began
             self._counters.h2d_busy_seconds += busy_s
         return slot
@@ -80,6 +82,21 @@ class StagingRing:
             self._changed.notify()
         if is_orphan:
             self._free(slot)
+
+    def gather(self) -> None:
+        """Count the seconds of copies that are done by now. Waits for none; not during CUDA graph capture."""
+        with self._changed:
+            guarded = [(slot, slot.started, slot.guard) for slot in self._idle if slot.guard is not None]
+        done = [
+            (slot, guard, self._device.elapsed_s(started, guard))
+            for slot, started, guard in guarded
+            if self._device.query(guard)
+        ]
+        with self._changed:
+            for slot, guard, busy_s in done:
+                if slot.guard is guard and slot in self._idle:  # else whoever took it meanwhile counts them
+                    slot.guard = None
+                    self._counters.h2d_busy_seconds += busy_s
 
     def close(self) -> None:
         """Free the idle slots now and the others as they come back; whoever waits for one gets an error. Idempotent."""
@@ -100,6 +117,19 @@ class StagingRing:
                 "pinned_capacity_bytes": len(self._slots) * self.slot_bytes,
                 "is_pinned": int(bool(self._slots) and all(slot.pinned.is_pinned for slot in self._slots)),
             }
+
+    def details(self) -> dict[str, int]:
+        """What a report has beyond that, under the report's names."""
+        with self._changed:
+            return {
+                "pinned_peak_bytes": self._peak_slots * self.slot_bytes,
+                "pinned_alloc_failures": self._alloc_failures,
+            }
+
+    def reset_peak(self) -> None:
+        """Make the peak what is in use now."""
+        with self._changed:
+            self._peak_slots = len(self._slots) - len(self._idle)
 
     def _reserve(self, timeout_s: float) -> Slot | None:
         """An idle slot, or None: the caller is to allocate one."""
@@ -139,6 +169,7 @@ class StagingRing:
                 if slot is not None:
                     self._slots.append(slot)
                 else:
+                    self._alloc_failures += 1
                     self._changed.notify()
         return slot
 

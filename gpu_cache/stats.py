@@ -160,6 +160,10 @@ class Survivors:
         old = [kept for came, kept in self._kept.items() if came <= epoch]
         return sum(entries for entries, _ in old), sum(nbytes for _, nbytes in old)
 
+    def table(self, epoch: int) -> list[list[int]]:
+        """[epochs since, entries, bytes] for each epoch of which something is left."""
+        return [[epoch - came, entries, nbytes] for came, (entries, nbytes) in self._kept.items()]
+
 
 _NOTHING_YET = {key: kind() for key, kind in get_type_hints(BufferStats).items()}
 

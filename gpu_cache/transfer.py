@@ -16,9 +16,11 @@ from gpu_cache.device import Device, Event, Stream
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError
 from gpu_cache.lease import plain_tensors
+from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.staging import StagingRing
+from gpu_cache.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +177,7 @@ class Transfer:
         slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
-        self._has_warned = False
+        self._overflow_warnings = Throttle()
         self.stream: Stream = device.new_stream()
 
     def drain(self, reader: ShardReader, sink: Sink, deadline: float, *, may_overflow: bool = True) -> None:
@@ -257,8 +259,7 @@ class Transfer:
         yield run
 
     def _warn_of_overflow(self, nbytes: int) -> None:
-        if not self._has_warned:
-            self._has_warned = True
+        if self._overflow_warnings.opens():
             logger.warning(
                 "the pool of %s bytes is full of shards that are in use: %s bytes are handed out uncached, and will be "
                 "fetched again; raise pool_bytes (GPU_CACHE_POOL_BYTES), or clear what is done with",
@@ -271,7 +272,8 @@ class Transfer:
         if self._staging is None:
             reader.read_into([view for piece in window for view in piece.buffers(piece.arena_view())])
             return None
-        slot = self._staging.acquire(max(0.0, deadline - time.monotonic()))
+        with profiled(STAGE):
+            slot = self._staging.acquire(max(0.0, deadline - time.monotonic()))
         num_copies = nbytes = 0
         try:
             staged = slot.pinned.view
@@ -279,11 +281,12 @@ class Transfer:
                 [view for piece in window for view in piece.buffers(staged[piece.at : piece.at + piece.nbytes])]
             )
             slot.started = self._device.record(self.stream, timing=True)
-            for piece in window:
-                self._device.copy_async(
-                    piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], self.stream
-                )
-                num_copies, nbytes = num_copies + 1, nbytes + piece.nbytes
+            with profiled(COPY):
+                for piece in window:
+                    self._device.copy_async(
+                        piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], self.stream
+                    )
+                    num_copies, nbytes = num_copies + 1, nbytes + piece.nbytes
         finally:
             try:
                 if num_copies:  # also behind the copies of a window that failed half-way

@@ -17,6 +17,7 @@ from gpu_cache.cache import TensorCache
 
 _OUR_THREADS = ("gpu-cache-", "areal-")
 reaper.PERIOD_S = 0.02  # so that no test waits a second for a thread to end
+os.environ["GPU_CACHE_STATS"] = "0"  # but in the tests of reports, which have a directory of their own
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

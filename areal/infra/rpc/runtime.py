@@ -90,7 +90,7 @@ class Runtime:
         if not self.own_addresses:
             return remote
         own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
-        local = CallSource("this process", partial(self._load_own, shards))
+        local = CallSource("local", partial(self._load_own, shards))
         return NodesSource({key: local if key in own else remote for key in shards})
 
     def evict(self, shard_ids: Iterable[Any]) -> int:

@@ -34,6 +34,8 @@ class ShardFetchError(FetchError):
 class ShardMissingError(ShardFetchError):
     """The owner answered that it does not have the shard."""
 
+    reason = "missing"
+
 
 class WireError(ValueError):
     """A frame that breaks the wire format; nothing was allocated for it."""

@@ -1,0 +1,178 @@
+"""Keeps the report of a cache fresh: once a second, after a clear, and from the cache's calls if nothing else does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from gpu_cache.alarms import Alarms
+from gpu_cache.engine import Engine, LazyEngine
+from gpu_cache.index import ShardIndex
+from gpu_cache.report import PERIOD_S, report_name
+from gpu_cache.report_files import HostileDirectoryError, ReportFiles, report_files
+from gpu_cache.reporter import Reporter, encoded
+
+logger = logging.getLogger(__name__)
+
+_LATE = 1.5  # periods after which a call of the cache does what the thread had no chance to do
+_SETTLE_S = 0.02  # from a clear to its report, as a step clears its owners one by one
+_RETRY_S = 60.0
+_CLOSE_WAIT_S = 1.0
+
+
+class Publisher:
+    """Writes the report of one cache, and lets it warn of what its figures show. Nothing reaches the caller.
+
+    Makes no file and no thread before the first `touch` with an engine; with reports off, or in a directory that
+    others may write, it only warns.
+
+    Args:
+        index: Of the cache.
+        lazy: Its engine, once there is one.
+        period_s: Between two reports.
+        retry_s: After one that could not be written.
+        environ: Where the directory is looked up.
+    Thread-safety: any thread; whoever finds a report being written leaves it to that.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        lazy: LazyEngine,
+        *,
+        period_s: float | None = None,
+        retry_s: float = _RETRY_S,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._lazy, self._environ = lazy, environ
+        self._period_s, self._retry_s = PERIOD_S if period_s is None else period_s, retry_s
+        self._reporter = Reporter(index)
+        self._alarms = Alarms(lambda most: index.oldest(most, is_outlived=True))
+        self._late_at = self._due_at = self._write_at = 0.0
+        self._is_due = self._is_closed = self._has_warned = False
+        self._wake = threading.Event()
+        # A turn rather than a lock: who has it writes the report too. Guards _files, _reporter, _alarms.
+        self._turn = threading.Lock()
+        self._files: ReportFiles | None = None
+        self._thread: threading.Thread | None = None
+        self._is_started = False
+
+    def __repr__(self) -> str:
+        return f"Publisher({self._files or 'off'})"
+
+    def touch(self) -> None:
+        """The cache is in use: report if nobody did for too long. A comparison otherwise."""
+        if time.monotonic() >= self._late_at:
+            self.publish()
+
+    def soon(self) -> None:
+        """Something was cleared: report when the others are too."""
+        if self._thread is not None:
+            self._wake.set()
+
+    def publish(self) -> None:
+        """Report now; who is at it already reports once more."""
+        self._is_due = True
+        while self._is_due and self._turn.acquire(blocking=False):
+            try:
+                self._is_due = False
+                self._report()
+            except Exception:
+                self._warn("reporting for gpu-cache-smi failed", exc_info=True)
+            finally:
+                self._turn.release()
+
+    def report(self) -> dict[str, Any]:
+        """The report as of now, unwritten; of a cache with an engine."""
+        engine = self._lazy.current
+        assert engine is not None
+        with self._turn:
+            return self._reporter.compose(engine)
+
+    def retire(self) -> None:
+        """The cache is gone: the thread cleans up when it wakes. Only sets a flag, as a collection may call it."""
+        self._is_closed = True
+
+    def close(self) -> None:
+        """End, and remove the files. Idempotent."""
+        self._is_closed = True
+        self._wake.set()
+        self._clean_up()
+
+    def disown(self) -> None:
+        """In a forked child, where the thread does not exist: leave the files to the parent."""
+        self._is_closed = True
+        if self._files is not None:
+            self._files.disown()
+
+    def _report(self) -> None:
+        now, engine = time.monotonic(), self._lazy.current
+        self._due_at, self._late_at = now + self._period_s, now + _LATE * self._period_s
+        if engine is None or self._is_closed:
+            return
+        self._start(engine)
+        report = self._reporter.compose(engine)
+        self._alarms.look(report, report["sources"])
+        if self._files is not None and now >= self._write_at:
+            self._write(self._files, encoded(report), now)
+
+    def _write(self, files: ReportFiles, content: bytes, now: float) -> None:
+        try:
+            files.write(content, self._reporter.leaks)
+        except HostileDirectoryError as error:
+            self._files = None
+            self._warn(f"no reports for gpu-cache-smi: {error}")
+        except OSError as error:
+            self._write_at = now + self._retry_s
+            self._warn(f"no reports for gpu-cache-smi for now: {error}; trying again every {self._retry_s:.0f} s")
+
+    def _start(self, engine: Engine) -> None:
+        """At the first report: files and thread, if they are wanted."""
+        if self._is_started:
+            return
+        self._is_started = True
+        config = engine.config
+        if not config.stats:
+            return
+        try:
+            self._files = report_files(report_name(config.role or "", config.rank or 0, os.getpid()), self._environ)
+        except HostileDirectoryError as error:
+            self._warn(f"no reports for gpu-cache-smi: {error}")
+            return
+        self._thread = threading.Thread(target=self._run, name="gpu-cache-publish", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._is_closed and self._files is not None:
+            has_cleared = self._wake.wait(max(0.0, self._due_at - time.monotonic()))
+            self._wake.clear()
+            if has_cleared:
+                time.sleep(_SETTLE_S)
+            self._gather()
+            if not self._is_closed and (has_cleared or time.monotonic() >= self._due_at):
+                self.publish()
+        self._clean_up()
+
+    def _gather(self) -> None:
+        try:
+            if (engine := self._lazy.current) is not None:
+                engine.gather()
+        except Exception:
+            self._warn("timing copies failed", exc_info=True)
+
+    def _clean_up(self) -> None:
+        if self._turn.acquire(timeout=_CLOSE_WAIT_S):
+            files, self._files = self._files, None
+            self._turn.release()
+            if files is not None:
+                files.remove()
+
+    def _warn(self, message: str, *, exc_info: bool = False) -> None:
+        """Once: what fails now fails every second."""
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(message, exc_info=exc_info)

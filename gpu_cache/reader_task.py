@@ -1,0 +1,126 @@
+"""One reader, drained into the index."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from gpu_cache.entry import Entry, Landing, State
+from gpu_cache.errors import CacheClosedError, FetchError
+from gpu_cache.index import ShardIndex
+from gpu_cache.source import ShardReader, ShardSpec
+from gpu_cache.tensor_reader import TensorReader
+from gpu_cache.transfer import Completion, Transfer
+
+logger = logging.getLogger(__name__)
+
+
+class ReaderTask:
+    """Drains one reader into the index. It alone publishes or aborts the entries it was given.
+
+    Thread-safety: `cancel` from any thread; `run` once.
+    """
+
+    def __init__(self, reader: ShardReader, entries: Mapping[Hashable, Entry], index: ShardIndex) -> None:
+        self.reader, self.entries = reader, entries
+        self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
+        self._index = index
+        self._announced: set[Hashable] = set()
+        index.came_from(entries.values(), reader.node)
+        self._owner = threading.Lock()  # taken for good by whoever ends the task
+
+    def run(self, transfer: Transfer, deadline: float, *, may_overflow: bool = True) -> None:
+        """Drain to the end. Never raises: each entry not delivered gets the reason."""
+        if not self.take_over():
+            return  # given up before it began
+        error: BaseException | None = None
+        try:
+            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
+        except BaseException as caught:  # top of a thread: the waiters re-raise it
+            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
+            error = caught
+        self.end(error)
+
+    def take_over(self) -> bool:
+        """Whether the caller is the first, and is to end it."""
+        return self._owner.acquire(blocking=False)
+
+    def end(self, error: BaseException | None) -> None:
+        """Close the reader and settle what it has not delivered."""
+        try:
+            self.reader.close()
+        except BaseException:  # top of a thread: whatever it is, the waiters must be woken
+            logger.exception("closing the connection to %s failed", self.reader.node)
+        try:
+            self._abort_rest(error)
+        except BaseException as caught:  # the reader's account of its failures
+            self._index.abort(self.entries.values(), caught)
+        self.entries = {}  # who waits for `done` may count on no block being held from here
+        self.done.set_result(None)
+
+    def cancel(self, error: BaseException) -> None:
+        """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
+        self._index.abort(self.entries.values(), error)
+        try:
+            self.reader.cancel()
+        except Exception:
+            logger.exception("cutting the connection to %s failed", self.reader.node)
+
+    def expect(self, specs: Sequence[ShardSpec]) -> None:
+        """Refuse shards that were not asked for, or that come twice, and any once the cache is closed."""
+        if self._index.is_closed:
+            raise CacheClosedError
+        keys = {spec.key for spec in specs}
+        if len(keys) == len(specs) and keys <= self.entries.keys() and keys.isdisjoint(self._announced):
+            self._announced |= keys
+            return
+        for spec in specs:
+            if spec.key not in self.entries or spec.key in self._announced:
+                how = "twice" if spec.key in self._announced else "without being asked for it"
+                raise FetchError(f"Failed to fetch shards from {self.reader.node}: it sent shard {spec.key!r} {how}")
+            self._announced.add(spec.key)
+
+    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
+        """Index what arrived; hand it only to the waiting if the pool had no room for it."""
+        pairs = [(self.entries[landing.key], landing) for landing in landings]
+        take = self._index.deliver if is_overflow else self._index.publish
+        take(pairs, self.reader.node, completion)
+
+    def _abort_rest(self, error: BaseException | None) -> None:
+        node, failures = self.reader.node, self.reader.failures
+        for key, entry in self.entries.items():
+            if not entry.is_settled:
+                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                self._index.abort([entry], cause)
+
+
+def put_one(
+    entry: Entry,
+    tensor: torch.Tensor,
+    node: str,
+    index: ShardIndex,
+    transfer: Transfer,
+    deadline: float,
+    live: set[ReaderTask],
+) -> bool:
+    """Copy a host tensor into the pool for an entry that was reserved; whether it is cached now.
+
+    Raises:
+        Exception: Why it could not be; nothing was changed.
+    """
+    task = ReaderTask(TensorReader(node, [entry.key], lambda: [tensor]), {entry.key: entry}, index)
+    live.add(task)
+    task.run(transfer, deadline, may_overflow=False)
+    live.discard(task)
+    index.release([entry])
+    if entry.error is None:
+        return entry.state is State.READY
+    try:
+        raise entry.error
+    finally:
+        del entry, task  # else error and frame would keep each other, and the caller's tensors, alive

@@ -1,0 +1,164 @@
+"""The default screen: boxes of devices, processes and sources, laid out as nvidia-smi does."""
+
+from __future__ import annotations
+
+import time
+
+from rich.text import Text
+
+from gpu_cache import __version__, units
+from gpu_cache.report import WINDOW_S
+from gpu_cache.smi import columns
+from gpu_cache.smi.columns import NARROW, RED, WIDE, YELLOW
+from gpu_cache.smi.node import HOST_SEAT, Node, Row
+from gpu_cache.smi.nvml import Gpu
+from gpu_cache.smi.problems import Problem
+from gpu_cache.units import DASH
+
+DEVICES, PROCESSES, SOURCES = "gpu", "proc", "source"
+_CELLS = (25, 23, 26, 20)  # of the device box; the last is left out at 78 characters
+_HEADS = (
+    " GPU  Name               ",
+    "  GPU-Mem Used / Total ",
+    "  Pool Used / Cap     Use ",
+    "  Pinned  Host Tier ",
+)
+_FOOTNOTES = {
+    True: "* as the process reported it (index inside that process); ",
+    False: "* index inside that process; ",
+}
+
+
+def screen(node: Node, boxes: tuple[str, ...], is_wide: bool) -> list[Text]:
+    """The whole of it, without the warnings."""
+    lines = [Text(clock_line(node.unix_time))]
+    if not node.processes:
+        return lines + _head(node, is_wide) + _no_process(is_wide)
+    parts = []
+    if DEVICES in boxes:
+        parts.append(_head(node, is_wide) + _devices(node, is_wide))
+    if PROCESSES in boxes:
+        parts.append(_processes(node, is_wide))
+    if SOURCES in boxes and node.sources:
+        parts.append(_sources(node, is_wide))
+    for number, part in enumerate(parts):
+        lines += [Text("")] * bool(number) + part
+    if PROCESSES in boxes or DEVICES in boxes:
+        lines += _footnote(node, is_wide)
+    return lines
+
+
+def clock_line(unix_time: float) -> str:
+    return time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(unix_time))
+
+
+def problem_lines(problems: list[Problem], is_wide: bool) -> list[Text]:
+    """WARN and NOTE below the boxes."""
+    width = WIDE if is_wide else NARROW
+    return [Text(line) for problem in problems for line in problem.lines(width)]
+
+
+def _rule(fill: str, is_wide: bool, corner: str = "+") -> Text:
+    return Text(f"{corner}{fill * ((WIDE if is_wide else NARROW) - 2)}{corner}")
+
+
+def _spread(left: str, right: str, is_wide: bool) -> Text:
+    """One line of a box, both ends filled."""
+    inside = (WIDE if is_wide else NARROW) - 4
+    return Text(f"| {left}{right.rjust(inside - len(left))} |" if len(left) < inside else f"| {left[:inside]} |")
+
+
+def _head(node: Node, is_wide: bool) -> list[Text]:
+    driver, cuda = node.devices.driver_version or "N/A", node.devices.cuda_version or "N/A"
+    rates = f"rates: {WINDOW_S:.0f} s busy"
+    used, capacity = (node.summed(f"host_{key}") for key in ("bytes", "capacity_bytes"))
+    if is_wide:
+        versions = f"GPU-CACHE-SMI {__version__:<10} Driver Version: {driver:<12} CUDA Version: {cuda:<10}"
+        host_tier = f"host tier {units.mib(used, 'MiB')} / {units.mib(capacity, 'MiB')}"
+    else:
+        versions, host_tier = f"GPU-CACHE-SMI {__version__:<8} Driver: {driver:<12} CUDA: {cuda:<7}", ""
+    return [
+        _rule("-", is_wide),
+        _spread(versions, rates, is_wide),
+        _spread(f"Node {node.hostname}   {_census(node)}", host_tier, is_wide),
+    ]
+
+
+def _census(node: Node) -> str:
+    """8 processes: 5 ok, 1 leak."""
+    num = len(node.processes)
+    states = ", ".join(f"{count} {state}" for state, count in node.states.items())
+    return f"{num} process{'' if num == 1 else 'es'}{': ' if states else ''}{states}"
+
+
+def _no_process(is_wide: bool) -> list[Text]:
+    return [
+        _rule("-", is_wide),
+        _spread("Processes:", "", is_wide),
+        _rule("=", is_wide, "|"),
+        _spread(" No running gpu_cache processes found", "", is_wide),
+        _rule("-", is_wide),
+    ]
+
+
+def _devices(node: Node, is_wide: bool) -> list[Text]:
+    widths = _CELLS if is_wide else _CELLS[:-1]
+
+    def rule(fill: str, corner: str) -> Text:
+        return Text(corner + "+".join(fill * width for width in widths) + corner)
+
+    head = Text("|" + "|".join(_HEADS[: len(widths)]) + "|")
+    body = [_device(row, is_wide) for row in node.rows]
+    return [rule("-", "|"), head, rule("=", "|"), *body, rule("-", "+")]
+
+
+def _device(row: Row, is_wide: bool) -> Text:
+    line = Text(f"|{row.label:>4}  {row.name[:18]:<19}|{_memory(row)} |")
+    line.append(f"{_pool(row):>25}", _pool_style(row))
+    line.append(" |")
+    if is_wide:
+        pinned, host = (units.mib(row.summed(key), "MiB") for key in ("pinned_capacity_bytes", "host_bytes"))
+        line.append(f"{pinned:>8}{host:>11} |")
+    return line
+
+
+def _memory(row: Row) -> str:
+    gpu = row.gpu or Gpu(0, "", None, "")
+    if row.label == HOST_SEAT:
+        return f"{DASH:>22}"
+    if gpu.used_bytes is None or gpu.total_bytes is None:
+        return f"{'N/A':>22}"
+    return f"{units.mib(gpu.used_bytes, 'MiB'):>10} / {units.mib(gpu.total_bytes, 'MiB'):>9}"
+
+
+def _pool(row: Row) -> str:
+    used, capacity = row.summed("device_bytes"), row.summed("device_capacity_bytes")
+    if used is None or capacity is None:
+        return DASH
+    share = units.percent(units.ratio(used, capacity), 0)
+    return f"{units.mib(used, 'MiB'):>9} / {units.mib(capacity, 'MiB'):>8}{share + '%':>5}"
+
+
+def _pool_style(row: Row) -> str:
+    styles = {columns.pool_style(process) for process in row.processes}
+    return next((style for style in (RED, YELLOW) if style in styles), "")
+
+
+def _processes(node: Node, is_wide: bool) -> list[Text]:
+    rows = [columns.row(columns.PROCESS, process, is_wide, columns.row_style(process)) for process in node.processes]
+    return _box(columns.heads(columns.PROCESS, is_wide), rows, is_wide)
+
+
+def _sources(node: Node, is_wide: bool) -> list[Text]:
+    rows = [columns.row(columns.SOURCE, source, is_wide) for source in node.sources]
+    return _box(columns.heads(columns.SOURCE, is_wide), rows, is_wide)
+
+
+def _box(heads: list[str], rows: list[Text], is_wide: bool) -> list[Text]:
+    return [_rule("-", is_wide), *map(Text, heads), _rule("=", is_wide, "|"), *rows, _rule("-", is_wide)]
+
+
+def _footnote(node: Node, is_wide: bool) -> list[Text]:
+    why = "NVML is not available here" if node.devices.problem else "NVML does not know that GPU"
+    has_star = any(process.seat.endswith("*") for process in node.processes)
+    return [Text(_FOOTNOTES[is_wide] + why)] if has_star else []

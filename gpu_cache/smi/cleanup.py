@@ -1,0 +1,42 @@
+"""`--gc`: the files of processes that ended without cleanup."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+
+from gpu_cache import report
+from gpu_cache.smi.folder import ReportFile
+from gpu_cache.smi.node import Node
+from gpu_cache.smi.process import DEAD
+
+
+def remove_dead(node: Node) -> tuple[list[ReportFile], list[ReportFile]]:
+    """Delete reports of dead processes, and damaged ones that nobody holds: what went, and what may not go."""
+    dead = [process.file for process in node.processes if process.state == DEAD]
+    damaged = [file for file in node.unread if not file.is_denied]
+    removed, refused = [], []
+    for file in [*dead, *damaged]:
+        try:
+            if _remove(file):
+                removed.append(file)
+        except PermissionError:
+            refused.append(file)
+    return removed, refused
+
+
+def _remove(file: ReportFile) -> bool:
+    """Whether it went; it stays if somebody holds the lock after all."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(file.beside(report.LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        # The lock goes last: while it is there, its other files are known to be dead.
+        for suffix in (report.REPORT, report.WANT, report.LEAKS, report.LOCK):
+            file.beside(suffix).unlink(missing_ok=True)
+    return True

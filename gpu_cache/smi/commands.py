@@ -1,0 +1,224 @@
+"""What the options do, each returning the exit code."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gpu_cache.smi import boxes, cleanup, dmon, document, leaks, query, recording, timeline
+from gpu_cache.smi.live import Watch
+from gpu_cache.smi.node import Node, Observer
+from gpu_cache.smi.problems import problems_of
+from gpu_cache.smi.process import DEAD, HUNG, LEAK, Process
+from gpu_cache.smi.terminal import Terminal
+
+FAILED, BAD_ARGUMENT, PROBLEM, DENIED = 1, 2, 3, 4
+_RECORD_S = 1.0
+_HEADS_EVERY = 20
+_BOXES = (boxes.DEVICES, boxes.PROCESSES, boxes.SOURCES)
+
+
+class Commands:
+    """One run of the tool."""
+
+    def __init__(self, observer: Observer, terminal: Terminal, options: Namespace) -> None:
+        self._observer = observer
+        self._terminal = terminal
+        self._options = options
+
+    def look(self) -> Node:
+        """At what passes the filters."""
+        return self._observer.look().filtered(self._options.filters)
+
+    def show(self) -> int:
+        """A table, or what a machine reads, once or again and again."""
+        show = self._renderer()
+        if self._options.interval_s is None:
+            return self._show_once(show)
+        for number, node in enumerate(self._looks(self._options.interval_s)):
+            self._terminal.show([""] * bool(number and show == self._table))
+            show(node, number)
+        return 0
+
+    def _renderer(self) -> Callable[[Node, int], None]:
+        options = self._options
+        chosen = {self._json: options.json, self._csv: options.kind, self._dmon: options.dmon, self._prom: options.prom}
+        return next((show for show, is_chosen in chosen.items() if is_chosen), self._table)
+
+    def _show_once(self, show: Callable[[Node, int], None]) -> int:
+        node = self.look()
+        problem = node.devices.problem
+        is_empty = not node.processes and not node.devices.gpus
+        if problem and (show == self._table or is_empty):
+            self._tell_of_nvml(problem)
+        if node.is_denied:
+            self._tell_of_denial(node)
+            return DENIED
+        if not (problem and is_empty):
+            show(node, 0)
+        return node.devices.code if problem and (is_empty or self._options.strict) else 0
+
+    def _looks(self, interval_s: float) -> Iterator[Node]:
+        due = time.monotonic()
+        for number in itertools.count(1):
+            yield self.look()
+            if number == self._options.count:
+                return
+            due = max(due + interval_s, time.monotonic())
+            time.sleep(max(due - time.monotonic(), 0))
+
+    def _table(self, node: Node, number: int) -> None:
+        wanted = (self._options.by,) if self._options.by else _BOXES
+        is_wide = self._terminal.is_wide
+        self._terminal.show(boxes.screen(node, wanted, is_wide))
+        self._terminal.warn(boxes.problem_lines(problems_of(node), is_wide))
+        if not node.processes and not number:
+            where = ", ".join(map(str, node.searched)) or "no folder, as there is none"
+            others = "" if os.getuid() == 0 else "; reports of other users need root"
+            self._terminal.tell([f"Hint: searched {where}{others}."])
+
+    def _json(self, node: Node, number: int) -> None:
+        self._write(document.as_text(node, is_one_line=self._options.interval_s is not None))
+
+    def _csv(self, node: Node, number: int) -> None:
+        kind, names, style = self._options.kind, self._options.fields, self._options.csv
+        head = [query.head(kind, names)] if "noheader" not in style and not number else []
+        self._write(*head, *query.lines(node, kind, names, has_units="nounits" not in style))
+
+    def _dmon(self, node: Node, number: int) -> None:
+        is_wide = self._terminal.is_wide
+        self._write(*(dmon.heads(is_wide) if number % _HEADS_EVERY == 0 else []), *dmon.lines(node, is_wide))
+
+    def _prom(self, node: Node, number: int) -> None:
+        self._write(_exposition().text(lambda: node).rstrip("\n"))
+
+    def _write(self, *lines: str) -> None:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+
+    def check(self) -> int:
+        """Nothing, unless something is wrong."""
+        node = self.look()
+        wrong = [
+            problem for problem in problems_of(node) if problem.process and problem.process.state in (LEAK, HUNG, DEAD)
+        ]
+        self._terminal.show(boxes.problem_lines(wrong, self._terminal.is_wide))
+        if wrong:
+            return PROBLEM
+        if node.is_denied:
+            self._tell_of_denial(node)
+            return DENIED
+        return node.devices.code if self._options.strict else 0
+
+    def watch(self) -> int:
+        """Full screen, until `q`."""
+        watch = Watch(
+            self.look,
+            self._terminal.console,
+            interval_s=self._options.watch,
+            count=self._options.count,
+            is_ascii=self._options.ascii,
+        )
+        watch.run()
+        return 0
+
+    def leaks(self) -> int:
+        """The entries that outlived a clear."""
+        process = self._named(self._options.leaks)
+        if process is None:
+            self._terminal.tell([f"gpu-cache-smi: no process {self._options.leaks} with a cache"])
+            return BAD_ARGUMENT
+        try:
+            answer = leaks.ask(process) if process.is_alive else None
+        except OSError as error:
+            self._terminal.tell([f"gpu-cache-smi: pid {process.pid} may not be asked: {error.strerror}"])
+            return DENIED
+        if answer is None:
+            self._terminal.tell([_silence(process)])
+            return FAILED
+        is_wide, width = self._terminal.is_wide, self._terminal.width
+        shown = leaks.screen(process, answer, is_wide=is_wide, width=width, shows_all=self._options.all)
+        self._terminal.show(shown)
+        return 0
+
+    def _named(self, wanted: str) -> Process | None:
+        """By pid as seen from here, else by role."""
+        processes = self._observer.look().processes
+        by_pid = (process for process in processes if process.pid == wanted)
+        return next(by_pid, next((process for process in processes if process.title == wanted), None))
+
+    def remove_dead(self) -> int:
+        """Delete what dead processes left."""
+        removed, refused = cleanup.remove_dead(self.look())
+        self._write(*(f"removed {file.path}" for file in removed))
+        self._terminal.tell(f"gpu-cache-smi: may not remove {file.path}" for file in refused)
+        return DENIED if refused else 0
+
+    def serve(self) -> int:
+        """Answer scrapes until Ctrl-C."""
+        host, port = self._options.serve
+        try:
+            with _exposition().serving(self.look, host, port) as bound:
+                self._terminal.tell([f"gpu-cache-smi: metrics on http://{host}:{bound}/metrics"])
+                while True:
+                    time.sleep(3600)
+        except OSError as error:
+            self._terminal.tell([f"gpu-cache-smi: cannot serve on {host}:{port}: {error.strerror}"])
+            return FAILED
+
+    def record(self) -> int:
+        """Append samples until Ctrl-C."""
+        with open(self._options.record, "a", buffering=1) as file:
+            for node in self._looks(self._options.interval_s or _RECORD_S):
+                file.write(recording.line(node) + "\n")
+        return 0
+
+    def timeline(self) -> int:
+        """Draw a recording."""
+        source = self._options.timeline
+        target = self._options.output or source.with_suffix(source.suffix + ".html")
+        try:
+            with open(source) as file:
+                target.write_text(timeline.page(recording.samples(file)))
+        except (OSError, ValueError) as error:
+            self._terminal.tell([f"gpu-cache-smi: {source}: {error}"])
+            return BAD_ARGUMENT
+        self._write(f"wrote {target}")
+        return 0
+
+    def _tell_of_nvml(self, problem: str) -> None:
+        self._terminal.tell(
+            [
+                f"gpu-cache-smi: NVML not available ({problem}); GPU-Mem is N/A.",
+                'Hint: needs the NVIDIA driver and "pip install nvidia-ml-py";'
+                " in a container start it with --gpus all.",
+            ]
+        )
+
+    def _tell_of_denial(self, node: Node) -> None:
+        denied = [file for file in node.unread if file.is_denied]
+        self._terminal.tell(
+            [
+                f"gpu-cache-smi: there are reports, and none may be read ({denied[0].path}: {denied[0].problem}).",
+                "Hint: run it as the user of the trainers, or as root.",
+            ]
+        )
+
+
+def _silence(process: Process) -> str:
+    """Why there is no list."""
+    age_s = process.report_age_s
+    why = {HUNG: f"no report for {age_s:.0f} s", DEAD: "it ended without cleanup"}.get(process.state, "it may be busy")
+    return f"gpu-cache-smi: pid {process.pid} did not answer within {leaks.ANSWER_TIMEOUT_S:.0f} s ({why})"
+
+
+def _exposition() -> Any:
+    """Loaded only when asked for: prometheus_client is an extra."""
+    return importlib.import_module("gpu_cache.smi.exposition")

@@ -1,0 +1,90 @@
+"""The report files of a machine: where they are, and what is in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpu_cache import report
+
+_MAX_BYTES = 4 << 20  # of a file that somebody else wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFile:
+    """One report. `content` is None where it could not be read; `problem` then says why."""
+
+    path: Path
+    content: Mapping[str, Any] | None
+    modified: float = 0.0
+    problem: str = ""
+    is_denied: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(report.REPORT)
+
+    def beside(self, suffix: str) -> Path:
+        """Another file of the same process."""
+        return self.path.with_name(self.name + suffix)
+
+
+def folders(environ: Mapping[str, str], uid: int, root: Path = Path("/")) -> list[Path]:
+    """Where reports may be: one's own folder, and for root those of all users and of containers."""
+    if named := environ.get(report.DIRECTORY_VARIABLE):
+        return [Path(named)]
+    if uid != 0:
+        return [root / path.relative_to("/") for path in report.default_directories(uid)]
+    patterns = ("dev/shm/gpu_cache-*", "tmp/gpu_cache-*", "proc/[0-9]*/root/dev/shm/gpu_cache-*")
+    found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(root / pattern)))]
+    return [path for path in found if not path.is_symlink()]  # anybody may put one there
+
+
+def read_folders(paths: Iterable[Path]) -> list[ReportFile]:
+    """Every report in these folders, each folder once: that of a container may be the machine's own."""
+    found: list[ReportFile] = []
+    seen: set[tuple[int, int]] = set()
+    for path in paths:
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                found += _read_folder(path)
+        except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+            continue
+        except OSError as error:
+            found.append(ReportFile(path, None, problem=error.strerror or "", is_denied=True))
+    return found
+
+
+def _read_folder(path: Path) -> Iterator[ReportFile]:
+    for name in sorted(os.listdir(path)):
+        if report.is_report(name):
+            try:
+                yield _read(path / name)
+            except FileNotFoundError:
+                continue  # its process ended just now
+            except OSError as error:
+                yield ReportFile(
+                    path / name, None, problem=error.strerror or "", is_denied=isinstance(error, PermissionError)
+                )
+
+
+def _read(path: Path) -> ReportFile:
+    """Opened once, so that content and time are of one report while its writer renames the next into place."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        modified = os.fstat(descriptor).st_mtime
+        raw = file.read(_MAX_BYTES)
+    try:
+        content = json.loads(raw, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return ReportFile(path, None, modified, "truncated or damaged")
+    if not isinstance(content, dict):
+        return ReportFile(path, None, modified, "no report")
+    return ReportFile(path, content, modified)

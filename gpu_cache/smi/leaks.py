@@ -1,0 +1,120 @@
+"""`--leaks PID`: the entries that outlived a clear. Reports only count them, so the process is asked for the list."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gpu_cache import report, units
+from gpu_cache.smi import figures
+from gpu_cache.smi.columns import GLUE, WIDE, Column, cells
+from gpu_cache.smi.process import Process
+from gpu_cache.smi.sources import host_of
+
+ANSWER_TIMEOUT_S = 3.0
+SHOWN = 10
+_POLL_S = 0.05
+_SHORT_DTYPES = {"bfloat16": "bf16", "float": "f", "uint": "u", "int": "i", "complex": "c"}
+
+Answer = Mapping[str, Any]
+
+
+def ask(process: Process, sleep: Callable[[float], None] = time.sleep) -> Answer | None:
+    """The entries behind a leak; None if there is no answer in time.
+
+    Raises:
+        OSError: The process may not be asked.
+    """
+    wanted = process.file.beside(report.WANT)
+    descriptor = os.open(wanted, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    # Not touched again: its time must be before the process can have seen it. An old one has had no answer yet.
+    asked_at = os.fstat(descriptor).st_mtime_ns
+    os.close(descriptor)
+    for _ in range(round(ANSWER_TIMEOUT_S / _POLL_S)):
+        answer = _answer(process, asked_at)
+        if answer is not None:
+            return answer
+        sleep(_POLL_S)
+    with contextlib.suppress(OSError):
+        wanted.unlink()
+    return None
+
+
+def _answer(process: Process, asked_at: int) -> Answer | None:
+    try:
+        with open(process.file.beside(report.LEAKS), "rb") as file:
+            if os.fstat(file.fileno()).st_mtime_ns < asked_at:
+                return None
+            found = json.loads(file.read(1 << 20))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+_COLUMNS: list[Column[Answer]] = [
+    Column("Age", "", 9, 9, lambda leak: units.age(figures.number(leak, "age_seconds"))),
+    Column("MiB", "", 10, 10, lambda leak: units.mib(figures.number(leak, "nbytes"))),
+    Column("Clears", "", 8, 8, lambda leak: units.count(figures.number(leak, "clears_survived"))),
+    Column("Source node", "", 24, 24, lambda leak: figures.text(leak, "source"), is_left=True, gap=2),
+    Column("Shard id", "", 26, 26, lambda leak: short_key(figures.text(leak, "key")), is_left=True),
+    Column("dtype", "", 8, 0, lambda leak: short_dtype(figures.text(leak, "dtype")), is_left=True),
+    Column("shape", "", 60, 0, lambda leak: str([round(n) for n in figures.numbers(leak, "shape")]), is_left=True),
+]
+
+
+def screen(process: Process, answer: Answer, *, is_wide: bool, width: int, shows_all: bool) -> list[str]:
+    """Who, the oldest entries, and where they come from."""
+    leaks = _leaks(answer)
+    num = figures.integer(answer, "outlived_entries") or len(leaks)
+    nbytes = units.mib(figures.number(answer, "outlived_bytes"), "MiB")
+    where = f"GPU {process.seat}  pid {process.pid}  {process.title:<12}"
+    survived = "survived 2 or more clear_batches()" if is_wide else "survived 2+ clears"
+    lines = [f"{where} {num} entries, {nbytes} {survived}"]
+    if not leaks:
+        return lines
+    shown = leaks if shows_all else leaks[:SHOWN]
+    lines += ["".join(column.cell(column.head, is_wide) for column in _COLUMNS).rstrip()]
+    lines += [cells(_COLUMNS, leak, is_wide).rstrip() for leak in shown]
+    if num > len(shown):
+        lines.append(f"      ... {num - len(shown)} more{' (--all)' if len(shown) < len(leaks) else ''}")
+    hint = textwrap.wrap(_hint(process, leaks, num), min(width, WIDE + 1), subsequent_indent=" " * 6)
+    return lines + [line.replace(GLUE, " ") for line in hint]
+
+
+def _leaks(answer: Answer) -> list[Answer]:
+    found = answer.get("leaks")
+    return [leak for leak in found if isinstance(leak, dict)] if isinstance(found, list) else []
+
+
+def _hint(process: Process, leaks: list[Answer], num: int) -> str:
+    """Where most of them came from."""
+    host, count = Counter(host_of(figures.text(leak, "source")) for leak in leaks).most_common(1)[0]
+    failed = figures.total(
+        figures.number(one, "fetch_errors") for address, one in process.sources.items() if host_of(address) == host
+    )
+    whence = f"all {num} came from {host}" if count == num else f"{count} of the {len(leaks)} oldest came from {host}"
+    errors = f"; fetches from it failed {failed:.0f} times" if failed else ""
+    return (
+        f"Hint: {whence}{errors}. 'Clears' = clear_batches() calls{GLUE}survived: 0 or 1 is normal"
+        " (the next step's data may arrive early), 2 or more is a leak."
+    )
+
+
+def short_key(key: str) -> str:
+    """A long id by its ends."""
+    return key if len(key) <= 24 else f"{key[:8]}-...-{key[-4:]}"
+
+
+def short_dtype(dtype: str) -> str:
+    """torch.bfloat16 as bf16, torch.float32 as f32."""
+    name = dtype.removeprefix("torch.")
+    for long, short in _SHORT_DTYPES.items():
+        if name.startswith(long):
+            return short + name.removeprefix(long)
+    return name

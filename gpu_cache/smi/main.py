@@ -1,0 +1,60 @@
+"""`gpu-cache-smi`: what the caches of a machine hold and do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from argparse import Namespace
+
+from gpu_cache.smi import options as command_line
+from gpu_cache.smi import query
+from gpu_cache.smi.commands import Commands
+from gpu_cache.smi.folder import folders
+from gpu_cache.smi.node import Observer
+from gpu_cache.smi.terminal import Terminal
+
+
+def main(arguments: list[str], observer: Observer | None = None) -> int:
+    """Do what the command line says.
+
+    Args:
+        arguments: Without the program's name.
+        observer: Of the machine; a test's own.
+    Returns:
+        The exit code.
+    Raises:
+        ModuleNotFoundError: The option needs a library that is not installed.
+    """
+    options = command_line.parse(arguments)
+    if options.help or options.help_query:
+        print(command_line.HELP if options.help else query.help_text(options.help_query), end="\n" * (not options.help))
+        return 0
+    found = observer or Observer(lambda: options.dir or folders(os.environ, os.getuid()))
+    has_color = True if options.color else False if options.no_color else None
+    try:
+        return _carry_out(Commands(found, Terminal(os.environ, has_color), options), options)
+    except KeyboardInterrupt:
+        return 0
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        else:
+            print(f"gpu-cache-smi: {type(error).__name__}: {error} (--debug tells where)", file=sys.stderr)
+        return 1
+
+
+def _carry_out(commands: Commands, options: Namespace) -> int:
+    modes = {
+        "leaks": commands.leaks,
+        "gc": commands.remove_dead,
+        "serve": commands.serve,
+        "record": commands.record,
+        "timeline": commands.timeline,
+        "watch": commands.watch,
+        "check": commands.check,
+    }
+    chosen = next((command for name, command in modes.items() if getattr(options, name)), commands.show)
+    return chosen()

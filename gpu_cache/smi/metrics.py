@@ -1,0 +1,218 @@
+"""The metrics: names, labels, values. Names follow Prometheus' rules, labels are spelt as dcgm-exporter spells them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gpu_cache.report import (
+    ENTRY_SIZE_EDGES_BYTES,
+    FETCH_DURATION_EDGES_S,
+    MAX_SOURCES,
+    OTHER_SOURCES,
+)
+from gpu_cache.smi import figures
+from gpu_cache.smi.node import Node
+from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, Process
+from gpu_cache.smi.sources import host_of
+
+COMMON_LABELS = ("gpu", "role", "rank")
+EXPORTED_STATES = (OK, LEAK, HUNG, DEAD)
+GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
+
+Samples = Iterable[tuple[tuple[str, ...], float | None]]
+
+
+class Metric(NamedTuple):
+    """One name. `read` yields values with those labels that are not common; None: not known, and left out."""
+
+    name: str
+    kind: str
+    meaning: str
+    labels: tuple[str, ...]
+    read: Callable[[Process], Samples]
+
+
+class Buckets(NamedTuple):
+    """One histogram of a process."""
+
+    name: str
+    meaning: str
+    key: str
+    edges: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A process under labels that no other has."""
+
+    labels: tuple[str, ...]
+    process: Process
+
+
+def by_key(**keys: str) -> Callable[[Process], Samples]:
+    """One sample for each label value, from the figure of that key."""
+    return lambda process: [((value,), process.figure(key)) for value, key in keys.items()]
+
+
+def by_reason(capacity: str, clear: str, drop: str) -> Callable[[Process], Samples]:
+    keys = {"capacity": capacity, "clear": clear, "drop": drop}
+    return lambda process: [(("device", reason), process.figure(key)) for reason, key in keys.items()]
+
+
+def single(key: str) -> Callable[[Process], Samples]:
+    return lambda process: [((), process.figure(key))]
+
+
+def by_source(key: str) -> Callable[[Process], Samples]:
+    """By host: the ports of one host are one node."""
+
+    def read(process: Process) -> Samples:
+        return [((host,), figures.number(one, key)) for host, one in _hosts(process)]
+
+    return lambda process: _summed(read(process))
+
+
+def _info(process: Process) -> Samples:
+    return [((process.pid, process.uuid, figures.text(process.report, "version")), 1)]
+
+
+def _state(process: Process) -> Samples:
+    return [((state,), float(process.state == state)) for state in EXPORTED_STATES]
+
+
+def _last_report(process: Process) -> Samples:
+    return [((), process.file.modified)]
+
+
+def _oldest(process: Process) -> Samples:
+    age_s = process.figure("oldest_entry_age_seconds") if process.figure("num_entries") else None
+    return [((), None if age_s is None else process.file.modified - age_s)]
+
+
+def _entries(process: Process) -> Samples:
+    """Without a host tier every entry is on the device, even if the report does not split them."""
+    device = process.figure("device_entries")
+    if device is None and not process.figure("host_capacity_bytes"):
+        device = process.figure("num_entries")
+    return [(("device",), device), (("host",), process.figure("host_entries"))]
+
+
+def _errors(process: Process) -> Samples:
+    """By reason; what the report gives no reason for is "other"."""
+    found: list[tuple[tuple[str, ...], float | None]] = []
+    for host, one in _hosts(process):
+        reasons = figures.mapping(one, "fetch_errors_by_reason")
+        named = {figures.printable(reason): figures.number(reasons, reason) for reason in reasons}
+        found += [((host, reason), count) for reason, count in named.items()]
+        all_errors = figures.number(one, "fetch_errors")
+        if all_errors is not None:
+            found.append(((host, "other"), max(all_errors - (figures.total(named.values()) or 0), 0)))
+    return _summed(found)
+
+
+def _hosts(process: Process) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    by_bytes = sorted(process.sources.items(), key=lambda item: -(figures.number(item[1], "fetch_bytes") or 0))
+    for rank, (address, one) in enumerate(by_bytes):
+        yield host_of(address) if rank < MAX_SOURCES else OTHER_SOURCES, one
+
+
+def _summed(samples: Samples) -> Samples:
+    found: dict[tuple[str, ...], float] = {}
+    for labels, value in samples:
+        if value is not None:
+            found[labels] = found.get(labels, 0) + value
+    return list(found.items())
+
+
+TIERS = {"device": "device_{}", "pinned": "pinned_{}", "host": "host_{}"}
+
+
+def by_tier(what: str) -> Callable[[Process], Samples]:
+    return by_key(**{tier: key.format(what) for tier, key in TIERS.items()})
+
+
+METRICS = [
+    Metric("gpu_cache_process_info", GAUGE, "Always 1; to join on.", ("pid", "UUID", "version"), _info),
+    Metric("gpu_cache_process_state", GAUGE, "1 for the state that the process is in.", ("state",), _state),
+    Metric("gpu_cache_last_report_timestamp_seconds", GAUGE, "When the process last reported.", (), _last_report),
+    Metric("gpu_cache_capacity_bytes", GAUGE, "The most it may hold.", ("tier",), by_tier("capacity_bytes")),
+    Metric("gpu_cache_used_bytes", GAUGE, "Cached or still held; of pinned, in use.", ("tier",), by_tier("bytes")),
+    Metric("gpu_cache_used_peak_bytes", GAUGE, "The most so far, or since a reset.", ("tier",), by_tier("peak_bytes")),
+    Metric("gpu_cache_largest_free_bytes", GAUGE, "Largest free range.", ("tier",), by_tier("largest_free_bytes")),
+    Metric("gpu_cache_entries", GAUGE, "Cached tensors.", ("tier",), _entries),
+    Metric(
+        "gpu_cache_lookups_total", COUNTER, "Look-ups; joined: waited for a fetch already in flight.", ("result",),
+        by_key(hit_device="hits", hit_host="host_hits", joined="joined", miss="misses"),
+    ),
+    Metric(
+        "gpu_cache_evictions_total", COUNTER, "Entries that went.", ("tier", "reason"),
+        by_reason("evictions", "cleared", "dropped"),
+    ),
+    Metric(
+        "gpu_cache_evicted_bytes_total", COUNTER, "Bytes of entries that went.", ("tier", "reason"),
+        by_reason("evicted_bytes", "cleared_bytes", "dropped_bytes"),
+    ),
+    Metric("gpu_cache_fetch_bytes_total", COUNTER, "Bytes fetched.", ("source_node",), by_source("fetch_bytes")),
+    Metric(
+        "gpu_cache_fetch_busy_seconds_total", COUNTER, "Time with a fetch in flight; bandwidth is bytes over it.",
+        ("source_node",), by_source("fetch_busy_seconds"),
+    ),
+    Metric("gpu_cache_fetch_errors_total", COUNTER, "Fetches that failed.", ("source_node", "reason"), _errors),
+    Metric(
+        "gpu_cache_copy_bytes_total", COUNTER, "Bytes copied between host and device.", ("direction",),
+        by_key(h2d="h2d_bytes", d2h="d2h_bytes"),
+    ),
+    Metric(
+        "gpu_cache_copy_busy_seconds_total", COUNTER, "Time with a copy in flight.", ("direction",),
+        by_key(h2d="h2d_busy_seconds", d2h="d2h_busy_seconds"),
+    ),
+    Metric(
+        "gpu_cache_staging_wait_seconds_total", COUNTER, "Time blocked for a free pinned slot.", (),
+        single("pinned_wait_seconds"),
+    ),
+    Metric(
+        "gpu_cache_alloc_failures_total", COUNTER, "Allocations that failed.", ("tier",),
+        by_key(device="alloc_failures", pinned="pinned_alloc_failures", host="host_alloc_failures"),
+    ),
+    Metric("gpu_cache_oldest_entry_timestamp_seconds", GAUGE, "Birth of the oldest entry.", (), _oldest),
+    Metric(
+        "gpu_cache_outlived_clear_entries", GAUGE, "Entries that survived two clears or more.", (),
+        single("outlived_entries"),
+    ),
+    Metric("gpu_cache_outlived_clear_bytes", GAUGE, "Bytes of those.", (), single("outlived_bytes")),
+    Metric("gpu_cache_source_entries", GAUGE, "Cached tensors, by origin.", ("source_node",), by_source("entries")),
+    Metric(
+        "gpu_cache_source_resident_bytes", GAUGE, "Cached bytes, by origin.", ("source_node",),
+        by_source("resident_bytes"),
+    ),
+]  # fmt: skip
+
+HISTOGRAMS = [
+    Buckets(
+        "gpu_cache_fetch_duration_seconds", "Of one answer of a node.", "fetch_duration_seconds", FETCH_DURATION_EDGES_S
+    ),
+    Buckets("gpu_cache_entry_size_bytes", "Of entries that were cached.", "entry_size_bytes", ENTRY_SIZE_EDGES_BYTES),
+]
+
+# Of a process that ended, nothing but that it did.
+OF_THE_DEAD = "gpu_cache_process_state"
+
+
+def exported(node: Node) -> list[Exported]:
+    """Every process once. A dead one gives way to its successor; living ones of equal labels are told apart by pid."""
+    found: dict[tuple[str, ...], Process] = {}
+    for process in sorted(node.processes, key=_precedence):
+        rank = "" if process.rank is None else str(process.rank)
+        labels = (process.gpu.label if process.gpu else "", process.role, rank)
+        if process.state == NEWER or (labels in found and process.state == DEAD):
+            continue
+        if labels in found:
+            labels = (*labels[:2], f"{rank}.{process.pid}.{process.file.name[-6:]}")
+        found[labels] = process
+    return [Exported(labels, process) for labels, process in found.items()]
+
+
+def _precedence(process: Process) -> tuple[object, ...]:
+    return process.state == DEAD, figures.number(process.report, "start_time") or 0, process.file.name

@@ -1,0 +1,184 @@
+"""One look at a machine: its GPUs, its processes with a cache, their sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gpu_cache import report
+from gpu_cache.smi import figures, locks
+from gpu_cache.smi.folder import ReportFile, read_folders
+from gpu_cache.smi.nvml import Devices, Gpu, Nvml
+from gpu_cache.smi.process import STATES, Process
+from gpu_cache.smi.sources import Source, sources_of
+
+HOST_SEAT = "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A GPU, or what stands for one that NVML does not know, with the processes on it."""
+
+    label: str
+    name: str
+    gpu: Gpu | None
+    processes: tuple[Process, ...]
+
+    @property
+    def uuid(self) -> str | None:
+        """As NVML says it, else its processes."""
+        return self.gpu.uuid if self.gpu else self.processes[0].uuid or None
+
+    def summed(self, key: str) -> float | None:
+        """A figure over all processes on it."""
+        return figures.total(process.figure(key) for process in self.processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What to show; empty: everything."""
+
+    gpus: tuple[str, ...] = ()
+    pids: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    def admits_gpu(self, label: str, uuid: str | None) -> bool:
+        wanted = (label.rstrip("*"), label.partition(":")[0], uuid)
+        return not self.gpus or any(gpu in wanted for gpu in self.gpus)
+
+    def admits(self, process: Process) -> bool:
+        return (
+            self.admits_gpu(process.seat, process.uuid)
+            and (not self.pids or process.pid in self.pids)
+            and (not self.roles or process.role in self.roles or process.title in self.roles)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """The machine as of `unix_time`. `unread` are files that hold no report one could read."""
+
+    unix_time: float
+    hostname: str
+    devices: Devices
+    processes: tuple[Process, ...] = ()
+    unread: tuple[ReportFile, ...] = ()
+    searched: tuple[Path, ...] = ()
+    filters: Filters = Filters()
+
+    @property
+    def rows(self) -> list[Row]:
+        """By GPU: those of NVML, used or not, then those that only a process knows, then the host."""
+        known = [
+            Row(gpu.label, gpu.name, gpu, tuple(p for p in self.processes if p.gpu is gpu))
+            for gpu in self.devices.gpus
+            if self.filters.admits_gpu(gpu.label, gpu.uuid)
+        ]
+        others: dict[object, list[Process]] = {}
+        for process in self.processes:
+            if process.gpu is None:
+                others.setdefault((process.seat, process.uuid), []).append(process)
+        return known + [Row(found[0].seat, _name(found[0]), None, tuple(found)) for found in others.values()]
+
+    @property
+    def sources(self) -> list[Source]:
+        wanted = self.filters.sources
+        found = sources_of(self.processes)
+        return [source for source in found if not wanted or any(name in source.title for name in wanted)]
+
+    @property
+    def states(self) -> dict[str, int]:
+        """How many processes are in each state; states of none are left out."""
+        found = Counter(process.state for process in self.processes)
+        return {state: found[state] for state in STATES if found[state]}
+
+    @property
+    def is_denied(self) -> bool:
+        """Whether there are reports and none of them may be read."""
+        return not self.processes and any(file.is_denied for file in self.unread)
+
+    def summed(self, key: str) -> float:
+        """A figure over all processes, 0 for none."""
+        return figures.total(process.figure(key) for process in self.processes) or 0
+
+    def filtered(self, filters: Filters) -> Node:
+        """Only what passes."""
+        admitted = tuple(process for process in self.processes if filters.admits(process))
+        return dataclasses.replace(self, processes=admitted, filters=filters)
+
+
+class Observer:
+    """Looks at the machine.
+
+    Args:
+        folders: Where reports may be, asked at each look: containers come and go.
+        procfs: Where the kernel tells who holds a lock.
+    """
+
+    def __init__(
+        self,
+        folders: Callable[[], Sequence[Path]],
+        *,
+        nvml: Nvml | None = None,
+        clock: Callable[[], float] = time.time,
+        hostname: str | None = None,
+        procfs: Path = Path("/proc"),
+    ) -> None:
+        self._folders = folders
+        self._nvml = nvml or Nvml()
+        self.clock = clock
+        self._hostname = hostname or socket.gethostname()
+        self._procfs = procfs
+
+    def look(self) -> Node:
+        """Everything, now."""
+        searched = tuple(self._folders())
+        files = read_folders(searched)
+        now, devices, holders = self.clock(), self._nvml.look(), locks.holders(self._procfs)
+        processes = [self._process(file, now, devices, holders) for file in files if file.content is not None]
+        return Node(
+            unix_time=now,
+            hostname=self._hostname,
+            devices=devices,
+            processes=tuple(sorted(processes, key=lambda process: process.order)),
+            unread=tuple(file for file in files if file.content is None),
+            searched=searched,
+        )
+
+    def _process(self, file: ReportFile, now: float, devices: Devices, holders: dict[locks.LockId, int]) -> Process:
+        content = file.content or {}
+        lock = locks.lock_id(file.beside(report.LOCK))
+        holder = holders.get(lock) if lock else None
+        try:
+            is_alive = locks.is_held(file.beside(report.LOCK))
+        except PermissionError:
+            is_alive = holder is not None
+        return Process(
+            file=file,
+            report=content,
+            report_age_s=max(now - file.modified, 0.0),
+            is_alive=is_alive,
+            host_pid=holder or self._pid_if_ours(content),
+            gpu=devices.find(figures.text(content, "gpu_uuid")),
+        )
+
+    def _pid_if_ours(self, content: dict[str, object] | object) -> int | None:
+        """The pid that a process gives itself, if it means the same here."""
+        assert isinstance(content, dict)
+        try:
+            ours = os.stat(self._procfs / "self/ns/pid").st_ino
+        except OSError:
+            return None
+        return figures.integer(content, "pid") if content.get("pid_namespace") == ours else None
+
+
+def _name(process: Process) -> str:
+    if process.seat == HOST_SEAT:
+        return "host memory"
+    return figures.text(process.report, "gpu_name") or "N/A"

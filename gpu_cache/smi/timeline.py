@@ -1,0 +1,135 @@
+"""`--timeline FILE`: a recording as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import collections
+import importlib.resources
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gpu_cache.report import MAX_SURVIVED
+from gpu_cache.smi import figures
+from gpu_cache.units import ratio
+
+MAX_SAMPLES = 4000  # more are thinned out evenly; counters keep what happened between
+MAX_SOURCES = 8  # with a colour of their own
+OTHERS, UNINDEXED = "other sources", "held, no longer cached"
+_PLACE = "/*RECORDING*/null"
+
+
+def page(samples: Iterable[Mapping[str, Any]]) -> str:
+    """The HTML.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    recording = json.dumps(drawing(list(samples)), separators=(",", ":")).replace("</", "<\\/")
+    template = (importlib.resources.files("gpu_cache.smi") / "timeline.html").read_text()
+    return template.replace(_PLACE, recording)
+
+
+def drawing(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page draws: for each process its curves, one value for each sample, null where it did not report."""
+    samples = samples[:: len(samples) // MAX_SAMPLES + 1]
+    names = dict.fromkeys(one["name"] for sample in samples for one in _processes(sample))
+    if not names:
+        raise ValueError("the recording has no process with a cache")
+    sources = _most_cached(samples)
+    times = [figures.number(sample, "unix_time") or 0.0 for sample in samples]
+    found = [{one["name"]: one for one in _processes(sample)} for sample in samples]
+    return {
+        "hostname": figures.text(samples[0], "hostname"),
+        "start": times[0],
+        "times": [round(time - times[0], 3) for time in times],
+        "sources": [*sources, OTHERS, UNINDEXED],
+        "processes": [_curves([at.get(name) for at in found], sources) for name in names],
+    }
+
+
+def _processes(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = sample.get("processes")
+    return [one for one in found if isinstance(one, dict) and "name" in one] if isinstance(found, list) else []
+
+
+def _most_cached(samples: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Sources that get a colour, in the order of their names."""
+    most: collections.Counter[str] = collections.Counter()
+    for sample in samples:
+        for one in _processes(sample):
+            resident = figures.mapping(one, "sources")
+            for address in resident:
+                most[address] = max(most[address], figures.integer(resident, address) or 0)
+    return sorted(address for address, _ in most.most_common(MAX_SOURCES))
+
+
+def _curves(found: Sequence[Mapping[str, Any] | None], sources: Sequence[str]) -> dict[str, Any]:
+    """Of one process, over all samples."""
+    last = next(one for one in reversed(found) if one)
+    pool = [_number(one, "device_bytes") for one in found]
+    return {
+        "gpu": figures.text(last, "gpu"),
+        "pid": figures.text(last, "pid"),
+        "title": figures.text(last, "title"),
+        "states": [figures.text(one, "state") if one else "" for one in found],
+        "capacity": figures.largest(_number(one, "device_capacity_bytes") for one in found),
+        "pool": pool,
+        "stack": _stack(found, pool, sources),
+        "survivors": _survivors(found),
+        "clears": _growth(found, "clears"),
+        "cleared": _growth(found, "cleared"),
+        **{f"{link}_bytes": _growth(found, f"{link}_bytes") for link in ("fetch", "h2d")},
+        **{f"{link}_speed": _speed(found, link) for link in ("fetch", "h2d")},
+    }
+
+
+def _number(one: Mapping[str, Any] | None, key: str) -> float | None:
+    return figures.number(one, key) if one else None
+
+
+def _stack(
+    found: Sequence[Mapping[str, Any] | None], pool: Sequence[float | None], sources: Sequence[str]
+) -> list[list[float | None]]:
+    """Bytes by source, then of all other sources, then what the pool holds beyond them."""
+    curves: list[list[float | None]] = []
+    resident = [figures.mapping(one, "sources") if one else {} for one in found]
+    for address in sources:
+        curves.append([figures.number(at, address) or 0 for at in resident])
+    total = [figures.total(figures.number(at, address) for address in at) or 0 for at in resident]
+    named = [sum(curve[i] or 0 for curve in curves) for i in range(len(found))]
+    curves.append([whole - part for whole, part in zip(total, named, strict=True)])
+    curves.append([max((held or 0) - whole, 0) for held, whole in zip(pool, total, strict=True)])
+    return [[None if held is None else value for value, held in zip(curve, pool, strict=True)] for curve in curves]
+
+
+def _survivors(found: Sequence[Mapping[str, Any] | None]) -> dict[int, list[float]]:
+    """Bytes by the number of clears survived, for each number that occurs."""
+    curves: dict[int, list[float]] = {}
+    for i, one in enumerate(found):
+        rows = one.get("survivors") if one else None
+        for row in rows if isinstance(rows, list) else []:
+            numbers = figures.numbers({"": row}, "")
+            if len(numbers) == 3 and 0 < numbers[0] <= MAX_SURVIVED:
+                curves.setdefault(int(numbers[0]), [0.0] * len(found))[i] = numbers[2]
+    return dict(sorted(curves.items()))
+
+
+def _growth(found: Sequence[Mapping[str, Any] | None], key: str) -> list[float]:
+    """Of a counter, from the sample before; 0 where one of the two is missing."""
+    values = [_number(one, key) for one in found]
+    grown = [
+        max(after - before, 0) if before is not None and after is not None else 0
+        for before, after in itertools.pairwise(values)
+    ]
+    return [0.0, *grown]
+
+
+def _speed(found: Sequence[Mapping[str, Any] | None], link: str) -> list[float | None]:
+    """Bytes per busy second since the sample before; 0 without a transfer, null without a new report."""
+    fresh = _growth(found, "report_time")
+    moved, busy = _growth(found, f"{link}_bytes"), _growth(found, f"{link}_busy_seconds")
+    return [
+        (ratio(nbytes, seconds) or 0.0) if is_fresh else None
+        for nbytes, seconds, is_fresh in zip(moved, busy, fresh, strict=True)
+    ]
