@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
 from gpu_cache.report import LOCAL_SOURCE, OTHER_SOURCES, SOURCE_DURATION_EDGES_S, Histogram, SourceStats
@@ -27,9 +27,12 @@ class Tally:
 
     def observe_all(self, values: Iterable[float], total: float) -> None:
         """Count many, whose sum is known."""
-        edges, counts = self._edges, self.counts
-        for value in values:
-            counts[bisect_left(edges, value)] += 1
+        ordered, counted = sorted(values), 0
+        for bucket, edge in enumerate(self._edges):
+            end = bisect_right(ordered, edge)
+            self.counts[bucket] += end - counted
+            counted = end
+        self.counts[-1] += len(ordered) - counted
         self.sum += total
 
     def histogram(self) -> Histogram:
