@@ -78,11 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no such folder")
     try:
         device = _device(options.device)
-    except ValueError as error:
+        if options.json:  # now, not after minutes of work
+            options.json.parent.mkdir(exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
         with _quiet_process():
@@ -107,7 +107,7 @@ def run(names: Sequence[str], extent: Extent, device: str) -> list[dict[str, Any
     console, is_host = _console(), torch.device(device).type == "cpu"
     workloads = [make_workload(name, extent.fraction) for name in names if name in NAMES]
     console.print(report.machine(device))
-    console.print(report.workload_table(workloads))
+    console.print(report.workload_table(workloads, extent.sizes if scale.NAME in names else ()))
     console.print(report.NOTES if is_host else f"{report.NOTES}\n{report.DEVICE_NOTES}")
     found: list[dict[str, Any]] = []
     for workload in workloads:

@@ -57,8 +57,8 @@ def check_rows(file: Path, paths: list[str]) -> None:
 
 
 def test_every_path_of_every_workload_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--json", str(tmp_path / "rows.json")) == 0
-    check_rows(tmp_path / "rows.json", HOST_PATHS)
+    assert run("--json", str(tmp_path / "new" / "rows.json")) == 0
+    check_rows(tmp_path / "new" / "rows.json", HOST_PATHS)
     said = capsys.readouterr().out
     assert "W1 rollout" in said
     assert "Targets" in said
@@ -138,7 +138,7 @@ def test_a_profile_names_functions_of_both_threads(
         (["--workload", "W9"], "'W9' is none of W1, W2, W3, W4"),
         (["--rounds", "0"], "at least 1"),
         (["--fraction", "1.5"], "at most 1"),
-        (["--json", "/no/such/folder/rows.json"], "no such folder"),
+        (["--json", "/no/such/folder/rows.json"], "/no/such/folder"),
         (["--device", "abacus"], "not here"),
     ],
 )

@@ -54,8 +54,8 @@ def machine(device: str) -> str:
     )
 
 
-def workload_table(workloads: Sequence[Workload]) -> Table:
-    """What travels."""
+def workload_table(workloads: Sequence[Workload], sizes: Sequence[int] = ()) -> Table:
+    """What travels; and of W4, where nothing does, the numbers of entries."""
     table = Table(title="Workloads", title_justify="left")
     for heading in ("", "what", "tensors of a trajectory"):
         table.add_column(heading)
@@ -73,6 +73,8 @@ def workload_table(workloads: Sequence[Workload]) -> Table:
             f"{one.nbytes / 1e6:.1f}",
             *(_bytes(lengths[at]) for at in (0, len(lengths) // 2, -1)),
         )
+    if sizes:
+        table.add_row("W4", "scale: index, free list", f"none: {sizes[0]:,} to {sizes[-1]:,} entries")
     return table
 
 
