@@ -171,6 +171,8 @@ def _number(figure: float | None) -> str:
     if not figure:
         return "-" if figure is None else "0"
     magnitude = abs(figure)
+    if magnitude >= 10_000:
+        return f"{figure / 1e3:,.0f}k"
     if magnitude >= 100:
         return f"{figure:,.0f}"
     if magnitude < 0.001:

@@ -49,11 +49,11 @@ def full_rows() -> list[dict[str, Any]]:
     for workload in ("W1", "W2", "W3"):
         late = ("warm", "localized", "upstream_second", "clear")
         paths = [
-            a_path(name, nbytes=10**9, num_shards=3072, is_transfer=name not in late, is_reading=name != "clear")
+            a_path(name, nbytes=10**9, num_shards=128, is_transfer=name not in late, is_reading=name != "clear")
             for name in HOST_PATHS + DEVICE_PATHS
         ]
         courses = [
-            Course(path, 1, [cost(number / 10, lost=0.1 if "busy" in path.name else None)])
+            Course(path, 1, [cost(number * 2.0, lost=0.1 if "busy" in path.name else None)])
             for number, path in enumerate(paths, 1)
         ]
         found += rows(workload, 10**9, courses)
