@@ -1,7 +1,9 @@
-# make demo / test / check / bench. Each makes .venv by itself.
+# make demo / test / check / bench / plot. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=
+# What `make plot` draws: as written by make bench ARGS="--json docs/benchmark.json".
+FILE ?= docs/benchmark.json
 
 ifdef NO_VENV
 PY := $(PYTHON)
@@ -11,13 +13,14 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench plot clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make test   run the tests"
 	@echo "make check  lint, format, types, import floors"
-	@echo "make bench  time the paths side by side"
+	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
+	@echo "make plot   draw docs/benchmark.png and .svg from docs/benchmark.json (another file: FILE=...)"
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +35,9 @@ test: $(READY)
 
 bench: $(READY)
 	$(PY) scripts/benchmark.py $(ARGS)
+
+plot: $(READY)
+	$(PY) scripts/plot_benchmark.py $(FILE) -o docs/benchmark
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -7,10 +7,13 @@ round after round. On a noisy machine look at the ratios: their terms were timed
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,17 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench.exactness import BenchError
+from bench import report, scale
+from bench.allocations import AllocationWatch
+from bench.exactness import BenchError, Original
+from bench.gpu_paths import gpu_paths
+from bench.meter import Meter
 from bench.owner import Owner, OwnerError
 from bench.paths import open_paths
-from bench.report import NOTES, machine, result_table, workload_table
-from bench.rounds import rows, run_rounds
+from bench.profiling import CAVEAT, profiles
+from bench.rounds import Plan, rows, run_rounds
+from bench.targets import verdicts
+from bench.trainer import Trainer
 from bench.workloads import NAMES, Workload, make_workload
 
 from gpu_cache import GpuCacheError
@@ -34,30 +43,50 @@ from gpu_cache import GpuCacheError
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
-_ROUNDS, _QUICK_ROUNDS = 15, 3
-_QUICK_FRACTION = 0.25
-_NUM_PATHS = 8
+_ALL_NAMES = (*NAMES, scale.NAME)
 # Wide enough for the tables where there is no terminal to ask.
 _WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is run.
+
+    Attributes:
+        fraction: Of each workload's trajectories.
+        plan: Rounds of a workload.
+        json_bytes: The JSON form is slow: so many bytes of a workload are fetched in it, and the seconds scaled.
+        sizes: Of W4.
+    """
+
+    fraction: float
+    plan: Plan
+    json_bytes: float
+    sizes: Sequence[int]
+
+
+# The seconds keep all of it under five minutes, and under one, on a machine that has other things to do as well.
+FULL = Extent(1.0, Plan(most=15, least=1, seconds=48), 28e6, scale.SIZES)
+QUICK = Extent(0.25, Plan(most=3, least=1, seconds=8), 7e6, scale.SIZES[:-1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark.
 
     Returns:
-        The exit status: 0, or 1 if a path brought wrong bits or the owner died.
+        The exit status: 0, also where targets are missed, or 1 if a path brought wrong bits or the owner died.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json}: there is no such folder")
     try:
         device = _device(options.device)
-    except ValueError as error:
+        if options.json:  # now, not after minutes of work
+            options.json.parent.mkdir(exist_ok=True)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    num_rounds = options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS)
     try:
-        found = run(options.workload, _QUICK_FRACTION if options.quick else 1.0, num_rounds, device)
+        with _quiet_process():
+            found = (run_profile if options.profile else run)(options.workload, _extent(options), device)
     except (BenchError, OwnerError, GpuCacheError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -68,37 +97,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(names: Sequence[str], fraction: float, num_rounds: int, device: str) -> list[dict[str, Any]]:
-    """Time all paths of some workloads and print a table of each; returns their rows.
+def run(names: Sequence[str], extent: Extent, device: str) -> list[dict[str, Any]]:
+    """Time all paths of some workloads and print a table of each, then the targets; returns the rows.
 
     Raises:
         BenchError: A path brought other bits than were sent.
         OwnerError: The owner died.
     """
-    torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
-    workloads = [make_workload(name, fraction) for name in names]
-    console.print(machine(device))
-    console.print(workload_table(workloads))
-    console.print(NOTES)
+    console, is_host = _console(), torch.device(device).type == "cpu"
+    workloads = [make_workload(name, extent.fraction) for name in names if name in NAMES]
+    console.print(report.machine(device))
+    console.print(report.workload_table(workloads, extent.sizes if scale.NAME in names else ()))
+    console.print(report.NOTES if is_host else f"{report.NOTES}\n{report.DEVICE_NOTES}")
     found: list[dict[str, Any]] = []
     for workload in workloads:
-        figures = _time(workload, fraction, num_rounds, device, console)
-        console.print(result_table(workload, figures, num_rounds))
+        figures = _time(workload, extent, device, console)
+        console.print(report.result_table(workload, figures))
+        if not is_host:
+            console.print(report.device_table(workload, figures))
         found += figures
+    if scale.NAME in names:
+        found += _time_scale(extent, console)
+    console.print(report.target_table(verdicts(found, is_host)))
     return found
 
 
-def _time(workload: Workload, fraction: float, num_rounds: int, device: str, console: Console) -> list[dict[str, Any]]:
+def run_profile(names: Sequence[str], extent: Extent, device: str) -> list[dict[str, Any]]:
+    """Print where cold fetches of some workloads spend their time; times nothing, so returns no rows."""
+    console = _console()
+    console.print(f"{report.machine(device)}\n{CAVEAT}")
+    for workload in [make_workload(name, extent.fraction) for name in names if name in NAMES]:
+        with Owner(workload, extent.fraction) as owner, _trainer(workload, owner, device) as trainer:
+            for title, text in profiles(trainer):
+                console.rule(f"{workload.name}: {title}", align="left")
+                console.out(text, highlight=False)
+    return []
+
+
+def _time(workload: Workload, extent: Extent, device: str, console: Console) -> list[dict[str, Any]]:
     """The rows of one workload."""
+    with _progress(workload.name, console) as advance, Owner(workload, extent.fraction) as owner:
+        advance("is made")
+        original = Original(workload)  # while the owner comes up
+        with (
+            _trainer(workload, owner, device) as trainer,
+            open_paths(workload, owner, trainer, original, extent.json_bytes) as (paths, part),
+        ):
+            if trainer.device != "cpu":
+                paths += gpu_paths(workload, trainer, original, part)
+            meter = Meter(owner.cpu_seconds, AllocationWatch(trainer.stats, trainer.device))
+            courses = run_rounds(paths, extent.plan, meter, advance)
+            trainer.check_pool()
+            return rows(workload.name, workload.nbytes, courses)
+
+
+def _time_scale(extent: Extent, console: Console) -> list[dict[str, Any]]:
+    """The rows of W4."""
+    with _progress(scale.NAME, console) as advance:
+        figures = scale.run(extent.sizes, extent.plan, advance)
+    console.print(report.scale_table(figures))
+    console.print(report.SCALE_NOTES)
+    return figures
+
+
+def _trainer(workload: Workload, owner: Owner, device: str) -> contextlib.closing[Trainer]:
+    return contextlib.closing(Trainer(workload, owner.offer.handles, device))
+
+
+@contextlib.contextmanager
+def _progress(name: str, console: Console) -> Iterator[Callable[[str], None]]:
+    """A line on terminals that says what is run just now."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"{workload.name}: starting the owner", total=(num_rounds + 1) * _NUM_PATHS)
+        line = progress.add_task(name, total=None)
+        yield lambda path: progress.update(line, description=f"{name} {path:18}")
 
-        def advance(path: str) -> None:
-            progress.update(bar, advance=1, description=f"{workload.name} {path:9}")
 
-        with Owner(workload, fraction) as owner, open_paths(workload, owner, device) as paths:
-            return rows(workload.name, workload.nbytes, run_rounds(paths, num_rounds, owner.cpu_seconds, advance))
+@contextlib.contextmanager
+def _quiet_process() -> Iterator[None]:
+    """One thread of torch's own, and no garbage collection that looks at what the imports left."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(num_threads)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
 
 
 def _device(name: str) -> str:
@@ -112,6 +201,16 @@ def _device(name: str) -> str:
     return name
 
 
+def _extent(options: argparse.Namespace) -> Extent:
+    """That of --quick or the full one, with what other options say."""
+    extent: Extent = QUICK if options.quick else FULL
+    plan = Plan(options.rounds, options.rounds, 0) if options.rounds else extent.plan
+    fraction = options.fraction or extent.fraction
+    # Of a fraction of W4 too the smallest size is left, which the growth is taken over.
+    sizes = [number for number in extent.sizes if number <= max(scale.SIZES[0], fraction * scale.SIZES[-1])]
+    return Extent(fraction, plan, extent.json_bytes, sizes)
+
+
 def _fail(message: str) -> int:
     print(f"benchmark: {message}", file=sys.stderr)
     return EXIT_FAILED
@@ -121,20 +220,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--workload", type=_names, default=list(NAMES), help='such as "W1,W3" (default: all)')
-    parser.add_argument("--rounds", type=_positive, help=f"timed rounds (default: {_ROUNDS}, quick: {_QUICK_ROUNDS})")
+    parser.add_argument("--workload", type=_names, default=list(_ALL_NAMES), help='such as "W1,W4" (default: all)')
+    parser.add_argument("--rounds", type=_positive, help=f"timed rounds (default: {FULL.plan.most} if there is time)")
     parser.add_argument("--quick", action="store_true", help="a quarter of each workload, in under a minute")
+    parser.add_argument("--fraction", type=_share, help="so much of each workload (default: 1, quick: 0.25)")
     parser.add_argument(
         "--device", default="auto", help='"cpu", "cuda", "cuda:N"; "auto" takes the GPU if there is one'
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, in seconds and bytes")
+    parser.add_argument("--profile", action="store_true", help="print where cold fetches spend their time, and end")
     return parser
 
 
 def _names(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in NAMES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(NAMES)}")
+    if unknown := [name for name in names if name not in _ALL_NAMES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(_ALL_NAMES)}")
     return list(dict.fromkeys(names))
 
 
@@ -142,6 +243,12 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError("must be above 0, and at most 1")
+    return float(text)
 
 
 if __name__ == "__main__":

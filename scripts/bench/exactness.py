@@ -1,8 +1,9 @@
-"""Did the same bits arrive? Compared with the workload made anew, one trajectory at a time."""
+"""Did the same bits arrive? Compared with the workload made anew on this side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,38 +14,55 @@ class BenchError(RuntimeError):
     """A path brought other bits than were sent, or was measured under conditions that it should not have had."""
 
 
-def check_batch(path: str, workload: Workload, batch: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """Compare trajectories, the first ones of the workload or all.
+class Original:
+    """The bits that the owner has, made a second time.
 
-    Raises:
-        BenchError: One differs in name, dtype, shape or bits.
+    Args:
+        workload: Whose.
+    Attributes:
+        joined: All shards one behind another, `(nbytes,)` uint8 on the host.
     """
-    for number, found in enumerate(batch):
-        expected = workload.trajectory(number)
-        if found.keys() != expected.keys():
-            raise BenchError(f"{path}: trajectory {number} has {sorted(found)}, not {sorted(expected)}")
-        for name, tensor in expected.items():
-            if not _is_same(found[name], tensor):
-                raise BenchError(f"{path}: {name} of trajectory {number} is not what was sent")
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self.joined = torch.empty(workload.nbytes, dtype=torch.uint8)
+        at = 0
+        for trajectory in workload.trajectories():
+            for tensor in trajectory.values():
+                self.joined[at : at + tensor.nbytes] = _bytes_of(tensor)
+                at += tensor.nbytes
+
+    def check_batch(self, path: str, batch: Sequence[Mapping[str, torch.Tensor]], num_trajectories: int) -> None:
+        """Compare the first trajectories of the workload.
+
+        Raises:
+            BenchError: There are more or fewer, or one differs in name, dtype, shape or bits.
+        """
+        if len(batch) != num_trajectories:
+            raise BenchError(f"{path}: brought {len(batch)} trajectories, not {num_trajectories}")
+        layout, at = self._workload.layout, 0
+        for number, found in enumerate(batch):
+            if found.keys() != layout.keys():
+                raise BenchError(f"{path}: trajectory {number} has {sorted(found)}, not {sorted(layout)}")
+            for name, (dtype, shape_for) in layout.items():
+                shape = shape_for(self._workload.lengths[number])
+                end = at + math.prod(shape) * dtype.itemsize
+                if not _is_same(found[name], dtype, shape, self.joined[at:end]):
+                    raise BenchError(f"{path}: {name} of trajectory {number} is not what was sent")
+                at = end
+
+    def check_bytes(self, path: str, joined: torch.Tensor) -> None:
+        """Compare the bytes of all shards one behind another, `(nbytes,)` uint8.
+
+        Raises:
+            BenchError: They differ.
+        """
+        if not torch.equal(joined.cpu(), self.joined):
+            raise BenchError(f"{path}: the bytes are not what was sent")
 
 
-def check_bytes(path: str, workload: Workload, joined: torch.Tensor) -> None:
-    """Compare the bytes of all shards one behind another, `(nbytes,)` uint8.
-
-    Raises:
-        BenchError: They differ.
-    """
-    at = 0
-    for trajectory in workload.trajectories():
-        for name, tensor in trajectory.items():
-            if not torch.equal(joined[at : at + tensor.nbytes], _bytes_of(tensor)):
-                raise BenchError(f"{path}: {name} at byte {at:,} is not what was sent")
-            at += tensor.nbytes
-
-
-def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    is_alike = found.dtype is expected.dtype and found.shape == expected.shape
-    return is_alike and torch.equal(_bytes_of(found.cpu()), _bytes_of(expected))
+def _is_same(found: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], expected: torch.Tensor) -> bool:
+    return found.dtype is dtype and tuple(found.shape) == shape and torch.equal(_bytes_of(found.cpu()), expected)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

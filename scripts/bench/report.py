@@ -11,20 +11,37 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from bench.targets import Verdict
 from bench.workloads import Workload
 
 _CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
+_HEADINGS = (
+    "ms", "least - most", "GB/s", "us/shard", "CPU s/GB", "owner's", "memory", "x raw", "x json", "lost"
+)  # fmt: skip
 NOTES = """\
 raw        one tuned socket (reno, writes of 1 MiB) into one buffer: bytes, no shards      memcpy  between two buffers
 json       AReaL's JSON form, 32 shards a request, by this project's codec
-cold       localize, nothing cached      prefetch   prefetch().result(), then localize
+cold       localize, nothing cached      cold4      the same, the trajectories divided over four threads
+prefetch   prefetch().result(), then localize
 warm       localize, new handles, all cached      localized  localize of handles that have their tensors
 clear      clear_everywhere: evicted here, deleted at the owner
+cold_busy_python, cold_busy_torch   cold, while another thread of the trainer runs pure Python, or small operations of
+           torch; lost: how many steps fewer a second that thread makes meanwhile than alone, just before and after
 Each round runs every path once. Ratios are medians of how many times as fast a path was as raw or json in the same
 round; seconds are median (least to most). Memory is the most that the client grew during one untimed run, where every
 path's bits were compared too. Buffers and slabs are allocated and written before: page faults of fresh memory are in
-no row, but json's tensors are new each time. One owner process, loopback. CPU s/GB: of client and owner."""
+no row, but json's tensors are new each time. One owner process, loopback. CPU s/GB: of client and owner; that of a
+thread beside is left out."""
+DEVICE_NOTES = """\
+pinned_peak      one pinned copy of all bytes      pipeline  get_many from a source that takes no time: room, tensors,
+                 staging buffers, copies; the bytes are not looked at
+upstream_cold    AReaL's way: tensors on the host from JSON, then .to(device) one by one
+upstream_second  the same at a later read: the host has the tensors, .to(device) again; compare with warm
+new blocks: of torch's allocator, slabs included, or of pinned memory, in all timed rounds. Memory: at the most."""
+SCALE_NOTES = """\
+The index and the free list alone, in batches of 1,000, each pass in another random order; keys are equal, not
+identical. us per entry; growth: over the smallest number; and that by the growth of a bare dict of the same keys."""
 
 
 def machine(device: str) -> str:
@@ -37,8 +54,8 @@ def machine(device: str) -> str:
     )
 
 
-def workload_table(workloads: Sequence[Workload]) -> Table:
-    """What travels."""
+def workload_table(workloads: Sequence[Workload], sizes: Sequence[int] = ()) -> Table:
+    """What travels; and of W4, where nothing does, the numbers of entries."""
     table = Table(title="Workloads", title_justify="left")
     for heading in ("", "what", "tensors of a trajectory"):
         table.add_column(heading)
@@ -56,11 +73,14 @@ def workload_table(workloads: Sequence[Workload]) -> Table:
             f"{one.nbytes / 1e6:.1f}",
             *(_bytes(lengths[at]) for at in (0, len(lengths) // 2, -1)),
         )
+    if sizes:
+        table.add_row("W4", "scale: index, free list", f"none: {sizes[0]:,} to {sizes[-1]:,} entries")
     return table
 
 
-def result_table(workload: Workload, rows: Sequence[Mapping[str, Any]], num_rounds: int) -> Table:
+def result_table(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> Table:
     """The figures of a workload's paths."""
+    num_rounds = rows[0]["num_rounds"]
     parts = [row for row in rows if row["measured_bytes"] != workload.nbytes]
     caption = ", ".join(f"* run on {row['measured_bytes'] / 1e6:.0f} MB, seconds scaled" for row in parts)
     table = Table(
@@ -69,11 +89,65 @@ def result_table(workload: Workload, rows: Sequence[Mapping[str, Any]], num_roun
         caption=caption or None,
         caption_justify="left",
     )
-    table.add_column("path")
-    for heading in ("ms", "least - most", "GB/s", "us/shard", "CPU s/GB", "owner's", "memory", "x raw", "x json"):
+    table.add_column("path", no_wrap=True)
+    for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["path"] + ("*" if row in parts else ""), *_cells(row))
+    return table
+
+
+def device_table(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What only a device with memory of its own has."""
+    table = Table(title=f"{workload.name} {workload.title}: the device", title_justify="left")
+    table.add_column("path")
+    for heading in ("x pinned_peak", "x upstream", "new blocks", "memory beyond the pool"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        growth = row["device_growth_bytes"]
+        table.add_row(
+            row["path"],
+            _number(row["ratio_pinned"]),
+            _number(row["ratio_upstream"]),
+            f"{row['num_allocations']:,}",
+            "-" if growth is None else _bytes(growth),
+        )
+    return table
+
+
+def scale_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """W4: a line for each structure and operation."""
+    sizes = sorted({row["num_entries"] for row in rows})
+    table = Table(title=f"W4 scale, median of {rows[0]['num_rounds']} rounds, us per entry", title_justify="left")
+    table.add_column("")
+    for heading in (*(f"{number:,}" for number in sizes), "growth", "by the dict's"):
+        table.add_column(heading, justify="right")
+    for path in dict.fromkeys(row["path"] for row in rows):
+        line = sorted((row for row in rows if row["path"] == path), key=lambda row: row["num_entries"])
+        figures = [*(row["us_per_shard"] for row in line), line[-1]["growth"], line[-1]["growth_over_dict"]]
+        table.add_row(path.replace("_", " "), *map(_number, figures))
+    return table
+
+
+def target_table(found: Sequence[Verdict]) -> Table:
+    """What should be, and what is."""
+    table = Table(title="Targets", title_justify="left")
+    table.add_column("what", no_wrap=True)
+    for heading in ("must", "stretch", "AReaL", "measured"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for verdict in found:
+        target = verdict.target
+        style = {True: "green", False: "red", None: "dim"}[verdict.is_met]
+        table.add_row(
+            target.what,
+            target.must_words or f"{target.must:g}",
+            "" if target.stretch is None else f"{target.stretch:g}",
+            target.upstream,
+            _number(verdict.measured),
+            verdict.words,
+            style=style,
+        )
     return table
 
 
@@ -88,16 +162,26 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         _bytes(row["rss_growth_bytes"]),
         _number(row["ratio_raw"]),
         _number(row["ratio_json"]),
+        _percent(row["lost_percent"]),
     ]
 
 
 def _number(figure: float | None) -> str:
     """Three digits that mean something."""
-    if figure is None:
-        return "-"
-    if figure >= 100:
+    if not figure:
+        return "-" if figure is None else "0"
+    magnitude = abs(figure)
+    if magnitude >= 10_000:
+        return f"{figure / 1e3:,.0f}k"
+    if magnitude >= 100:
         return f"{figure:,.0f}"
-    return f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}" if figure >= 0.1 else f"{figure:.3f}"
+    if magnitude < 0.001:
+        return f"{figure:.1g}"
+    return f"{figure:.1f}" if magnitude >= 10 else f"{figure:.2f}" if magnitude >= 0.1 else f"{figure:.3f}"
+
+
+def _percent(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.0f} %"
 
 
 def _bytes(nbytes: int) -> str:

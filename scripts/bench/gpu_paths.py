@@ -1,0 +1,133 @@
+"""Paths that only a device with memory of its own has: what its link can do, and AReaL's way of getting there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.exactness import BenchError, Original
+from bench.paths import JsonPart, Path
+from bench.trainer import Trainer
+from bench.workloads import Workload
+from gpu_cache import ShardReader, ShardSpec
+
+PINNED_PEAK, PIPELINE = "pinned_peak", "pipeline"
+UPSTREAM_COLD, UPSTREAM_SECOND = "upstream_cold", "upstream_second"
+
+
+def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory()
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way to a device.
+
+    Attributes:
+        device: "cuda:0".
+        pinned: A copy of a host tensor in pinned memory.
+        synchronize: Waits until the device has done everything.
+    """
+
+    device: str
+    pinned: Callable[[torch.Tensor], torch.Tensor] = _pinned_copy
+    synchronize: Callable[[Any], None] = torch.accelerator.synchronize
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """Copy a pinned tensor, and wait until it is there."""
+        target.copy_(source, non_blocking=True)
+        self.synchronize(target.device)
+        return target
+
+    def move(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Move pageable tensors one by one, and wait until they are there."""
+        moved = [tensor.to(self.device) for tensor in tensors]
+        self.synchronize(torch.device(self.device))
+        return moved
+
+
+def gpu_paths(
+    workload: Workload, trainer: Trainer, original: Original, part: JsonPart, link: Link | None = None
+) -> list[Path]:
+    """Link and pipeline, and AReaL's way: host tensors from JSON, then `.to(device)` one by one; again at each read."""
+    link = link or Link(trainer.device)
+    source, target = link.pinned(original.joined), torch.empty_like(original.joined, device=link.device)
+    all_of_it = (workload.nbytes, workload.num_shards)
+    on_host = [tensor for trajectory in workload.trajectories() for tensor in trajectory.values()]
+    check_part = partial(part.check, UPSTREAM_COLD, original)
+    return [
+        Path(PINNED_PEAK, lambda _: link.copy(target, source), partial(original.check_bytes, PINNED_PEAK), *all_of_it),
+        _pipeline(workload, trainer),
+        Path(UPSTREAM_COLD, lambda _: link.move(part.fetch()), check_part, part.nbytes, len(part.shard_ids)),
+        Path(
+            UPSTREAM_SECOND,
+            lambda _: link.move(on_host),
+            partial(_check_alike, UPSTREAM_SECOND, on_host),
+            *all_of_it,
+            is_transfer=False,
+        ),
+    ]
+
+
+def _pipeline(workload: Workload, trainer: Trainer) -> Path:
+    """All that the cache does, from a source that takes no time; the bytes are whatever the staging buffers held."""
+    specs = [
+        ShardSpec(("pipeline", number, name), dtype, shape(length))
+        for number, length in enumerate(workload.lengths)
+        for name, (dtype, shape) in workload.layout.items()
+    ]
+    keys, source = [spec.key for spec in specs], InstantSource(specs)
+
+    def check(tensors: Sequence[torch.Tensor]) -> None:
+        found = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+        if found != [(spec.dtype, spec.shape) for spec in specs]:
+            raise BenchError(f"{PIPELINE}: other dtypes or shapes than were announced")
+
+    def run(_: None) -> list[torch.Tensor]:
+        return trainer.cache.get_many(keys, source)
+
+    finish = trainer.clear_cache  # the pool has room for one batch
+    return Path(PIPELINE, run, check, workload.nbytes, workload.num_shards, trainer.clear_cache, finish)
+
+
+def _check_alike(path: str, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
+    """Raise `BenchError` unless the tensors are the same."""
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one.dtype is not other.dtype or not torch.equal(one.cpu(), other):
+            raise BenchError(f"{path}: tensor {number} is not what was moved")
+
+
+@dataclass(frozen=True)
+class InstantSource:
+    """Delivers shards of which only dtype and shape matter: its reader leaves each buffer as it is."""
+
+    specs: Sequence[ShardSpec]
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> list[ShardReader]:
+        """One reader."""
+        wanted = set(keys)
+        return [_InstantReader([spec for spec in self.specs if spec.key in wanted])]
+
+
+class _InstantReader:
+    def __init__(self, specs: Sequence[ShardSpec]) -> None:
+        self.node = "instant"
+        self.keys: Sequence[Hashable] = [spec.key for spec in specs]
+        self.failures: Mapping[Hashable, Exception] = {}
+        self._parts = [specs]
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        return self._parts.pop() if self._parts else None
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,122 @@
+"""The benchmark's targets, tables and chart, and W4."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path as FilePath
+
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(FilePath(__file__).resolve().parents[1] / "scripts"))
+
+import plot_benchmark
+from bench import report, scale, targets
+from bench.rounds import Plan
+from bench.targets import Target, Verdict
+from bench.workloads import make_workload
+
+from tests.support.bench_rows import KEYS, full_rows
+
+FLOOR = Target("more", lambda rows: rows["W3", "cold"]["ratio_raw"], 0.8, 0.9, is_floor=True)
+CEILING = dataclasses.replace(FLOOR, what="less", is_floor=False, must=8, stretch=4)
+NOTHING = Target("nothing", lambda rows: 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "measured", "words"),
+    [
+        (FLOOR, 0.95, "stretch reached"),
+        (FLOOR, 0.8, "must reached"),
+        (FLOOR, 0.4, "missed by 50%"),
+        (CEILING, 4, "stretch reached"),
+        (CEILING, 10, "missed by 25%"),
+        (CEILING, 20, "missed by a factor of 2.5"),
+        (NOTHING, 0, "reached"),
+        (NOTHING, 3, "missed by 3"),
+        (FLOOR, None, "not measured"),
+    ],
+)
+def test_a_verdict_says_by_how_much(target: Target, measured: float | None, words: str) -> None:
+    assert Verdict(target, measured).words == words
+
+
+def test_every_target_has_its_figure_in_a_full_run() -> None:
+    found = targets.verdicts(full_rows(), is_host=False)
+    assert [verdict.target.what for verdict in found if verdict.measured is None] == []
+    assert {verdict.target for verdict in found} > set(targets.HOST_TARGETS)
+
+
+def test_the_host_is_not_measured_by_targets_of_a_gpu() -> None:
+    found = targets.verdicts(full_rows(), is_host=True)
+    assert [verdict.target for verdict in found] == targets.HOST_TARGETS
+
+
+def test_what_was_not_run_is_not_measured() -> None:
+    assert {verdict.words for verdict in targets.verdicts([], is_host=False)} == {"not measured"}
+
+
+def test_tables_show_targets_beside_figures_and_what_only_a_gpu_has() -> None:
+    found, workload = full_rows(), make_workload("W1", 1 / 512)
+    own = [row for row in found if row["workload"] == "W1"]
+    console = Console(width=120, file=io.StringIO())
+    for table in (
+        report.result_table(workload, own),
+        report.device_table(workload, own),
+        report.scale_table([row for row in found if row["workload"] == "W4"]),
+        report.target_table(targets.verdicts(found, is_host=False)),
+    ):
+        console.print(table)
+    text = console.file.getvalue()
+    assert all(words in text for words in ("cold_busy_torch", "pinned_peak", "1,000,000", "0.014 to 0.016", "missed"))
+    assert "…" not in text, "a column is too narrow"
+
+
+# W4.
+
+
+def test_the_index_and_the_free_list_are_measured_beside_a_dict() -> None:
+    told: list[str] = []
+    found = scale.run([100, 1_500], Plan(1, 1, 0), told.append)
+    assert told[:3] == ["index 100", "dict 100", "freelist 100"]
+    expected = {f"{structure}_{operation}" for structure in ("index", "dict") for operation in scale.OPERATIONS}
+    assert {row["path"] for row in found} == expected | {"freelist_insert", "freelist_clear"}
+    assert all(row.keys() >= KEYS for row in found)
+    assert all(row["growth"] == 1 for row in found if row["num_entries"] == 100)
+    assert all(row["growth_over_dict"] == 1 for row in found if row["path"].startswith("dict"))
+
+
+# The chart.
+
+
+def test_the_chart_is_drawn_as_png_and_svg_the_same_each_time(tmp_path: FilePath) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(full_rows()))
+    pictures = []
+    for name in ("one", "two"):
+        assert plot_benchmark.main([str(tmp_path / "rows.json"), "-o", str(tmp_path / "new" / name)]) == 0
+        pictures.append([(tmp_path / "new" / f"{name}.{kind}").read_bytes() for kind in ("png", "svg")])
+    assert pictures[0] == pictures[1]
+    assert pictures[0][0].startswith(b"\x89PNG")
+    assert b"</svg>" in pictures[0][1]
+
+
+@pytest.mark.parametrize("left_out", ["W1", "W3", "W4"])
+def test_a_chart_is_drawn_of_what_was_measured(left_out: str, tmp_path: FilePath) -> None:
+    rows = [row for row in full_rows() if row["workload"] != left_out]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert plot_benchmark.main([str(tmp_path / "rows.json"), "-o", str(tmp_path / "chart")]) == 0
+
+
+@pytest.mark.parametrize("text", [None, "no json", '{"a": 1}', '[{"path": "cold"}]'])
+def test_a_file_that_is_no_benchmarks_is_reported(
+    text: str | None, tmp_path: FilePath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.json"
+    if text is not None:
+        rows.write_text(text)
+    assert plot_benchmark.main([str(rows), "-o", str(tmp_path / "chart")]) == 1
+    assert f"plot_benchmark: {rows}" in capsys.readouterr().err
+    assert not (tmp_path / "chart.png").exists()
