@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from bench.rounds import Plan
-from gpu_cache import lease
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.entry import Landing
 from gpu_cache.freelist import FreeList
 from gpu_cache.index import ShardIndex
+from gpu_cache.lease import aliases_of
 
 NAME = "W4"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -32,9 +32,6 @@ _LEAST_ENTRIES = 20_000
 _MOST_UNITS = 128  # of 512 bytes, of a block
 _SPARE = 1.25  # capacity of the free list by what is taken from it
 _SEED = 4
-
-# Aliases are made one at a time or a batch at once, depending on the version of the cache.
-_alias: Any = getattr(lease, "aliases_of", None) or getattr(lease, "alias_of", None)
 
 # Microseconds per entry, round by round, by structure, operation and number of entries.
 Found = dict[tuple[str, str, int], list[float]]
@@ -57,7 +54,7 @@ class IndexTable:
     """The cache's index, called as a fetch calls it: claim, publish, release; hits are aliases."""
 
     def __init__(self) -> None:
-        self._index = ShardIndex(_alias, lambda base: False)
+        self._index = ShardIndex(aliases_of, lambda base: False)
 
     def insert(self, keys: Sequence[str], landings: Sequence[Landing]) -> None:
         claimed = self._index.claim(keys).claimed.values()
