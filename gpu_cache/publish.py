@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ class Publisher:
                 self._is_due = False
                 self._report()
             except Exception:
-                self._warn("reporting for gpu-cache-smi failed", exc_info=True)
+                self._warn(f"reporting for gpu-cache-smi failed: {traceback.format_exc()}")
             finally:
                 self._turn.release()
 
@@ -162,7 +163,7 @@ class Publisher:
             if (engine := self._lazy.current) is not None:
                 engine.gather()
         except Exception:
-            self._warn("timing copies failed", exc_info=True)
+            self._warn(f"timing copies failed: {traceback.format_exc()}")
 
     def _clean_up(self) -> None:
         if self._turn.acquire(timeout=_CLOSE_WAIT_S):
@@ -171,8 +172,8 @@ class Publisher:
             if files is not None:
                 files.remove()
 
-    def _warn(self, message: str, *, exc_info: bool = False) -> None:
-        """Once: what fails now fails every second."""
+    def _warn(self, message: str) -> None:
+        """Once, as what fails now fails every second; in text, as an exception kept by a handler keeps tensors."""
         if not self._has_warned:
             self._has_warned = True
-            logger.warning(message, exc_info=exc_info)
+            logger.warning(message)
