@@ -69,7 +69,8 @@ def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
     [
         ("device", "gpu"), ("slab_bytes", 0), ("slab_bytes", "1GB"), ("prealloc_bytes", -1), ("pool_bytes", 100),
         ("staging_slots", 0), ("run_bytes", "x"), ("fetch_timeout_s", 0), ("fetch_timeout_s", float("nan")),
-        ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None), ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),
+        ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None),
+        ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),
         ("rank", -1), ("rank", "x"),
     ],
 )  # fmt: skip
