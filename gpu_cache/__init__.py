@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_cache.cache import TensorCache
     from gpu_cache.config import CacheConfig
+    from gpu_cache.entry import EntryInfo
     from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, TransferError
+    from gpu_cache.report import SourceStats
     from gpu_cache.source import ShardReader, ShardSource, ShardSpec
     from gpu_cache.stats import BufferStats, stats_delta
     from gpu_cache.tensor_reader import TensorReader
@@ -32,6 +34,8 @@ _HOME = {
     "TensorReader": "tensor_reader",
     "BufferStats": "stats",
     "stats_delta": "stats",
+    "SourceStats": "report",
+    "EntryInfo": "entry",
 }
 
 __all__ = [
@@ -43,6 +47,8 @@ __all__ = [
     "TensorReader",
     "BufferStats",
     "stats_delta",
+    "SourceStats",
+    "EntryInfo",
     "GpuCacheError",
     "CacheFullError",
     "CacheClosedError",

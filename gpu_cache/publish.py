@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class Publisher:
         self._period_s, self._retry_s = PERIOD_S if period_s is None else period_s, retry_s
         self._reporter = Reporter(index)
         self._alarms = Alarms(lambda most: index.oldest(most, is_outlived=True))
-        self._late_at = self._due_at = self._write_at = 0.0
+        self._late_at = self._due_at = self._write_at = self._clears_from = 0.0
         self._is_due = self._is_closed = self._has_warned = False
         self._wake = threading.Event()
         # A turn rather than a lock: who has it writes the report too. Guards _files, _reporter, _alarms.
@@ -70,8 +71,8 @@ class Publisher:
             self.publish()
 
     def soon(self) -> None:
-        """Something was cleared: report when the others are too."""
-        if self._thread is not None:
+        """Something was cleared: report when the others are too, unless a clear was reported just before."""
+        if self._thread is not None and time.monotonic() >= self._clears_from:
             self._wake.set()
 
     def publish(self) -> None:
@@ -82,7 +83,7 @@ class Publisher:
                 self._is_due = False
                 self._report()
             except Exception:
-                self._warn("reporting for gpu-cache-smi failed", exc_info=True)
+                self._warn(f"reporting for gpu-cache-smi failed: {traceback.format_exc()}")
             finally:
                 self._turn.release()
 
@@ -151,6 +152,7 @@ class Publisher:
             has_cleared = self._wake.wait(max(0.0, self._due_at - time.monotonic()))
             self._wake.clear()
             if has_cleared:
+                self._clears_from = time.monotonic() + self._period_s  # steps may be short, and reports cost something
                 time.sleep(_SETTLE_S)
             self._gather()
             if not self._is_closed and (has_cleared or time.monotonic() >= self._due_at):
@@ -162,7 +164,7 @@ class Publisher:
             if (engine := self._lazy.current) is not None:
                 engine.gather()
         except Exception:
-            self._warn("timing copies failed", exc_info=True)
+            self._warn(f"timing copies failed: {traceback.format_exc()}")
 
     def _clean_up(self) -> None:
         if self._turn.acquire(timeout=_CLOSE_WAIT_S):
@@ -171,8 +173,8 @@ class Publisher:
             if files is not None:
                 files.remove()
 
-    def _warn(self, message: str, *, exc_info: bool = False) -> None:
-        """Once: what fails now fails every second."""
+    def _warn(self, message: str) -> None:
+        """Once, as what fails now fails every second; in text, as an exception kept by a handler keeps tensors."""
         if not self._has_warned:
             self._has_warned = True
-            logger.warning(message, exc_info=exc_info)
+            logger.warning(message)

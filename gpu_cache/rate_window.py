@@ -10,6 +10,11 @@ from typing import NamedTuple
 from gpu_cache.report import WINDOW_S, Rates
 from gpu_cache.units import ratio
 
+_COUNTERS = (
+    "fetch_bytes", "fetch_busy_seconds", "h2d_bytes", "h2d_busy_seconds", "evictions", "pinned_wait_seconds",
+    "overflows", "alloc_failures",
+)  # fmt: skip
+
 
 class _Look(NamedTuple):
     """At the counters, and when."""
@@ -54,7 +59,7 @@ class RateWindow:
 
     def rates(self, counters: Mapping[str, float], now_s: float) -> Rates:
         """The rates as of now; `counters` are those of `BufferStats`."""
-        looks, now = self._looks, _Look(now_s, counters)
+        looks, now = self._looks, _Look(now_s, {key: counters[key] for key in _COUNTERS if key in counters})
         while len(looks) > 1 and looks[1].at_s <= now_s - WINDOW_S:
             looks.popleft()
         begin, span_s = looks[0], max(now_s - looks[0].at_s, 1e-3)

@@ -49,11 +49,13 @@ def test_every_field_has_its_variable() -> None:
     values = {
         "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB", "staging_slots": "2",
         "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5", "ready": "stream",
-        "reuse_fence": "noted",
+        "reuse_fence": "noted", "stats": "0", "role": "actor", "rank": "3",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
     config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
-    assert config == CacheConfig("cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, "stream", "noted")
+    assert config == CacheConfig(
+        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, "stream", "noted", False, "actor", 3
+    )
 
 
 def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
@@ -68,6 +70,8 @@ def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
         ("device", "gpu"), ("slab_bytes", 0), ("slab_bytes", "1GB"), ("prealloc_bytes", -1), ("pool_bytes", 100),
         ("staging_slots", 0), ("run_bytes", "x"), ("fetch_timeout_s", 0), ("fetch_timeout_s", float("nan")),
         ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None),
+        ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),
+        ("rank", -1), ("rank", "x"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_field(field: str, value: object) -> None:

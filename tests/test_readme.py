@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,10 @@ def run(command: list[str], cwd: Path) -> str:
     """What a command prints; it must succeed and be silent on stderr."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("GPU_CACHE_", "AREAL_"))}
     environ |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
+    with tempfile.TemporaryDirectory() as reports:
+        environ["GPU_CACHE_STATS_DIR"] = reports
+        done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=DEADLINE_S)
+        assert os.listdir(reports) == [], "who ends leaves no report"
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
