@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import TensorCache
+from gpu_cache import reaper, TensorCache
 from gpu_cache.config import ReadyMode
 from tests.support.sim_accounts import check_accounts
 from tests.support.sim_device import SimDevice
@@ -91,7 +91,9 @@ def test_programs_get_about() -> None:
     assert counts["get refused"] >= 5
 
 
-def test_a_program_runs_the_same_way_twice() -> None:
+def test_a_program_runs_the_same_way_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)  # which would look when the clock says so
+
     def story(seed: int) -> tuple[list[str], list[str], float]:
         programs: list[Program] = []
         run_seed(seed, watch=programs.append)
