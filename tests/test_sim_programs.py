@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import reaper, TensorCache
+from gpu_cache import TensorCache, reaper
 from gpu_cache.config import ReadyMode
 from tests.support.sim_accounts import check_accounts
 from tests.support.sim_device import SimDevice

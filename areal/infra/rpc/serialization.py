@@ -101,10 +101,17 @@ def deserialize_value(value: Any) -> Any:
 
     Raises:
         TypeError: A tagged value that does not travel, or a class path that is not admitted; names it.
-        ValueError: A tagged value that is broken.
+        ValueError: A tagged value that is broken, or a value that is nested too deeply.
     """
+    try:
+        return _deserialize(value)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply") from None
+
+
+def _deserialize(value: Any) -> Any:
     if isinstance(value, list):
-        return [deserialize_value(item) for item in value]
+        return [_deserialize(item) for item in value]
     if not isinstance(value, dict):
         return value
     tag = value.get("type")
@@ -114,7 +121,7 @@ def deserialize_value(value: Any) -> Any:
         return _dataclass_from_json(value["class_path"], value["data"])
     if isinstance(tag, str) and value.keys() >= _REFUSED_TAGS.get(tag, {"class_path"}):
         raise TypeError(f"values tagged {short_repr(tag)} do not travel, {_ONLY}")
-    return {name: deserialize_value(item) for name, item in value.items()}
+    return {name: _deserialize(item) for name, item in value.items()}
 
 
 def _dataclass_from_json(class_path: object, described: object) -> Any:
@@ -127,7 +134,7 @@ def _dataclass_from_json(class_path: object, described: object) -> Any:
     names = {field.name for field in fields(cls)}
     if not isinstance(described, dict) or described.keys() != names:
         raise ValueError(f"a {cls.__name__} has the fields {sorted(names)}, not {short_repr(described)}")
-    return cls(**{name: deserialize_value(item) for name, item in described.items()})
+    return cls(**{name: _deserialize(item) for name, item in described.items()})
 
 
 def tensor_to_json(tensor: torch.Tensor) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class HttpAnswer:
             wanted = min(limit - len(body), _PIECE_BYTES)
             if self.unread_bytes > 0:
                 body += self.read(min(wanted, self.unread_bytes))
-            elif piece := self._response.read(wanted):
+            elif piece := self._response.read1(wanted):  # `read` takes a chunk of -1 bytes to mean: to the end
                 body += piece
             else:
                 self.unread_bytes = 0

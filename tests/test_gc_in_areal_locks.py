@@ -1,0 +1,79 @@
+"""Leased tensors die, by garbage collection, inside the critical sections of the data plane: nothing hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from areal.infra.rpc import rpc_server, runtime, store
+from areal.infra.rpc.backends import deadline_socket, http_connection
+from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
+from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache.device import HostDevice
+from tests.support.areal_fixtures import delete, remote
+from tests.support.fake_owner import FakeOwner
+from tests.support.interleave_actors import few_objects, in_background
+from tests.support.interleave_garbage import CollectingLock, Garbage, critical_sections
+from tests.support.sources import DictSource
+from tests.support.wire_tensors import same_bits
+
+DEADLOCK_S = 60.0
+SPARE = {f"spare-{n}": torch.ones(1) for n in range(300)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    with few_objects():
+        yield
+
+
+@pytest.fixture
+def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
+    """What the locks collect that are made from here on."""
+    garbage = Garbage()
+    for module in (runtime, store, deadline_socket, http_connection):
+        monkeypatch.setattr(module, "threading", garbage.threading())
+    monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
+    donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
+    garbage.stock += donor.get_many(list(SPARE), DictSource(SPARE))
+    donor.clear()
+    return garbage
+
+
+def use_everything() -> None:
+    """Store, fetch from a server and from this process, lose a connection, clear, and start anew."""
+    owner, own = FakeOwner(), runtime.current().store
+    with rpc_server.start(owner=owner) as server:
+        owner.store.update({"a": torch.arange(5), "b": torch.ones(2)})
+        handles = [remote(server.address, name, owner.store[name]) for name in "ab"]
+        assert all(map(same_bits, RTensor.localize(handles), [torch.arange(5), torch.ones(2)]))
+        clear_fetch_buffer()
+        backend = HttpRTensorBackend()
+        set_backend(backend)
+        with pytest.raises(FetchError):
+            RTensor.localize([remote(server.address, "x", torch.ones(1)), *handles])
+        assert delete(backend, server.address, "a")["cleared_count"] == 1
+        (reader,) = backend.source({"b": handles[1].shard}, {}).open(["b"], DEADLOCK_S)
+        assert reader.next_specs()
+        reader.cancel()
+        reader.close()
+        backend._connections.forget(server.address)
+        backend.close()
+    set_backend(None)
+    mine = RTensor.remotize({"x": torch.ones(3)}, "nowhere:1")
+    shard_id = mine["x"].shard.shard_id
+    assert shard_id in own
+    assert list(own) == [shard_id]
+    assert len(own) == own.stats()["num_tensors"] == 1
+    assert torch.equal(own[shard_id], torch.ones(3))
+    own.clear()
+
+
+def test_tensors_die_in_every_critical_section_of_the_data_plane(garbage: Garbage) -> None:
+    in_background(use_everything).result(DEADLOCK_S)
+    assert garbage.stock, "there was always one to die"
+    never = critical_sections("areal") - {place for place, count in garbage.collected.items() if count}
+    assert not never, "nothing died there"
+    garbage.stock.clear()
