@@ -74,7 +74,7 @@ def run(plan: Plan, num_workers: int, device: torch.device, console: Console) ->
     with Workers(num_workers) as workers, LiveProgress(plan, console) as progress:
         learner = Learner(device, plan.seed, plan.learner)
         console.print(introduction(learner.num_parameters, num_workers, str(device)), highlight=False)
-        runtime.configure(device=str(device))
+        runtime.configure(device=str(device), role="trainer")
         with rpc_server.start() as server:
             return Session(plan, learner, workers, server.address, progress.show).run()
 

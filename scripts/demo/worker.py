@@ -93,7 +93,7 @@ def main(connection: Connection) -> None:
     # Ctrl-C reaches the whole group; the trainer decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    runtime.configure(device="cpu")
+    runtime.configure(device="cpu", role="rollout")
     with rpc_server.start() as server, contextlib.suppress(EOFError, ConnectionError):
         worker = RolloutWorker(server.address)
         connection.send(server.address)
