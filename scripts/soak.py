@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from soaking.columns import verdict_lines
+from soaking.figures import keep_malloc_from_hoarding
 from soaking.owner import OwnerError
 from soaking.session import Plan, soak
 from soaking.verdict import judge
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
+    keep_malloc_from_hoarding()
     _tell(f"soak: {options.minutes:g} min, {options.threads} threads, seed {options.seed}, device {device}")
     plan = Plan(options.minutes * 60, options.line_seconds, options.seed, options.threads, device)
     try:

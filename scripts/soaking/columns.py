@@ -11,6 +11,10 @@ _WIDTHS = {
     "elapsed": 7, "ops": 8, "checks": 9, "GB": 7, "faults": 6, "kills": 5, "evicted": 8, "overfl": 7, "RSS MB": 7,
     "server": 6, "dev MB": 7, "reserv": 6, "quarant": 7, "threads": 7, "fds": 4,
 }  # fmt: skip
+# What of `buffer_stats()` the lines and the verdict need.
+SHOWN = (
+    "fetch_bytes", "evictions", "overflows", "device_bytes", "device_reserved_bytes", "device_quarantined_bytes",
+)  # fmt: skip
 
 
 def header() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _STEP_S = 0.1
+# Of glibc's mallopt.
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,17 @@ class Sample:
     threads: int
     descriptors: int
     cache: Mapping[str, float]
+
+
+def keep_malloc_from_hoarding() -> None:
+    """Give what is freed back to the system, so that RSS shows what is in use.
+
+    Source: our measurement. By default glibc raises its threshold for mmap, and RSS grew by 5 MB a minute for ten
+    minutes, all of it free memory in arenas (`mallinfo2`); with these two it stayed within 3 MB.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    libc.mallopt(_M_ARENA_MAX, 2)
 
 
 def look(server_pid: int, cache: Mapping[str, float]) -> Sample:

@@ -16,6 +16,7 @@ from gpu_cache import FetchError
 from soaking import columns
 from soaking.catalogue import NUM_OWNERS, Catalogue
 from soaking.chaos import Chaos
+from soaking.columns import SHOWN
 from soaking.consumer import FETCH_TIMEOUT_S, MARGIN_S, Consumer, World
 from soaking.figures import Sample, look, num_descriptors, num_threads, settled_counts, wait_until
 from soaking.owner import Owner, OwnerError
@@ -105,7 +106,9 @@ class Session:
                 next_line += self._plan.line_s
 
     def _sample(self) -> Sample:
-        return look(self._owners[-1].pid, dict(runtime.current().cache.buffer_stats()))
+        """Only what is shown: all samples are kept, and must not look like a leak themselves."""
+        figures = runtime.current().cache.buffer_stats()
+        return look(self._owners[-1].pid, {name: figures[name] for name in SHOWN})  # type: ignore[literal-required]
 
     def _tell_line(self) -> None:
         counts = {

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MB = 1_000_000
-# How much the median RSS may grow from the second quarter of a run to the last. What goes up and down without a leak
-# are tensors that found no room in the pool (up to 3 MB each, some for each consumer) and what malloc's arenas keep of
-# them: over seconds some 20 MB, in a median of minutes far less. In ten minutes 300 s lie between the two, with some
-# 40 operations a second: a leak of 2 kB an operation, or of one shard of average length (240 kB) in 3 s, is found.
-RSS_LIMIT_BYTES = 24 * MB
+# How much the median RSS may grow from the second quarter of a run to the last. With malloc kept from hoarding it stays
+# within 3 MB (tensors outside the pool come and go). In ten minutes 300 s lie between the two, with 160 operations a
+# second: a leak of 200 bytes an operation, or of one shard of average length (240 kB) every 7 s, is found.
+RSS_LIMIT_BYTES = 10 * MB
 # Fewer samples say nothing: the pool is still being filled.
 LEAST_SAMPLES = 60
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec, TensorCache
-from gpu_cache.fetch import Fetch, ReaderTask
+from gpu_cache.fetch import Fetch
+from gpu_cache.metered_reader import MeteredReader
+from gpu_cache.reader_task import ReaderTask
 from gpu_cache.transfer import Transfer
 
 PATIENCE_S = 30.0
@@ -210,8 +212,9 @@ def watched() -> Iterator[None]:
         try:
             drain(fetch, task, transfer, live)
         finally:
-            if isinstance(task.reader, SteppedReader):
-                task.reader.end()
+            reader = task.reader._inner if isinstance(task.reader, MeteredReader) else task.reader
+            if isinstance(reader, SteppedReader):
+                reader.end()
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Fetch, "wait", watched_wait)
