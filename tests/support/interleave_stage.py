@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import threading
 import time
@@ -39,6 +40,9 @@ class Stage:
     def __init__(self, device: HostDevice, config: CacheConfig = CONFIG) -> None:
         self.board = Board()
         self.source = SteppedSource(SHARDS, dict.fromkeys(SHARDS, NODE), self.board)
+        if not device.stages:  # then a read is four slots long
+            slot_bytes = config.staging_slot_bytes // 4
+            config = dataclasses.replace(config, staging_slot_bytes=slot_bytes, run_bytes=slot_bytes)
         self.cache = TensorCache(config, device=device)
 
     def reader(self, number: int = 0) -> SteppedReader:
