@@ -17,7 +17,7 @@ import torch
 from areal.infra.rpc import runtime
 from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, get_backend
 from areal.infra.rpc.serialization import tensor_to_json
-from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache import CacheConfig, FetchError, TensorCache, transfer
 from gpu_cache.device import HostDevice
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import entry
@@ -132,8 +132,9 @@ def http_backend() -> HttpRTensorBackend:
 
 
 @pytest.fixture(params=["into the pool", "through staging"], autouse=True)
-def placed(request: pytest.FixtureRequest) -> None:
+def placed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Received straight into the pool's memory, or into staging buffers and copied; no pause before another try."""
+    monkeypatch.setattr(transfer, "_DIRECT_SLOTS", 1)  # reads as short as those through staging
     runtime.configure(CONFIG)
     if request.param == "through staging":
         runtime.current().cache = TensorCache(CONFIG, device=HostDevice(stages=True))
