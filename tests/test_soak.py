@@ -234,9 +234,18 @@ def test_memory_that_grows_steadily_fails_and_noise_does_not(field: str, name: s
 
 
 def test_rss_counts_what_a_process_uses() -> None:
-    before = figures.rss_bytes(os.getpid())
-    kept = bytearray(os.urandom(64 * MB))
-    assert figures.rss_bytes(os.getpid()) - before > len(kept) / 2
+    """Of a child that does nothing else: this process's own memory shrinks and grows with other tests' garbage."""
+    grows = "import os, sys; print(flush=True); input(); kept = os.urandom(64 * 10**6); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", grows], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as child:
+        assert child.stdin and child.stdout
+        child.stdout.readline()
+        before = figures.rss_bytes(child.pid)
+        child.stdin.write("\n")
+        child.stdout.readline()
+        assert figures.rss_bytes(child.pid) - before > 60 * MB
+        child.stdin.write("\n")
     assert figures.rss_bytes(2**22 + 1) == 0  # more than a pid can be
 
 
