@@ -239,7 +239,8 @@ def test_rss_counts_what_a_process_uses() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", grows], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as child:
-        assert child.stdin and child.stdout
+        assert child.stdin
+        assert child.stdout
         child.stdout.readline()
         before = figures.rss_bytes(child.pid)
         child.stdin.write("\n")
