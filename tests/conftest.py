@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from gpu_cache.cache import TensorCache
 
 _OUR_THREADS = ("gpu-cache-", "areal-")
 reaper.PERIOD_S = 0.02  # so that no test waits a second for a thread to end
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 os.environ["GPU_CACHE_STATS"] = "0"  # but in the tests of reports, which have a directory of their own
 
 

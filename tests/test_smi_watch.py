@@ -254,8 +254,10 @@ def session(folder: Path, cwd: Path) -> Iterator[Session]:
     command = [sys.executable, "-m", "gpu_cache.smi", "--watch", "0.5", "--dir", str(folder)]
     try:
         with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environ, cwd=cwd) as process:
-            yield Session(process, master)
-            process.kill()
+            try:
+                yield Session(process, master)
+            finally:
+                process.kill()
     finally:
         os.close(master)
         os.close(slave)
