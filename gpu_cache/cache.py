@@ -13,23 +13,21 @@ from gpu_cache import process
 from gpu_cache.config import CacheConfig, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
-from gpu_cache.entry import Entry, EntryInfo
+from gpu_cache.entry import Entry
 from gpu_cache.errors import CacheClosedError, TransferError
 from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
+from gpu_cache.observed import ObservedCache
 from gpu_cache.publish import Publisher
 from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.reader_task import ReaderTask, put_one
-from gpu_cache.report import SourceStats
 from gpu_cache.source import ShardSource
-from gpu_cache.stats import BufferStats, buffer_stats_of
-from gpu_cache.summary import summary_of
 
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
 
-class TensorCache:
+class TensorCache(ObservedCache):
     """Tensors of one device by key.
 
     Nothing is allocated, and no device is chosen, before the first use. Equal keys must mean equal bytes.
@@ -48,31 +46,9 @@ class TensorCache:
         self._tasks: set[ReaderTask] = set()
         process.register(self)
 
-    def __repr__(self) -> str:
-        return f"TensorCache({self.device_name or 'no device yet'}, {self._index!r})"
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def keys(self) -> list[Hashable]:
-        """Keys of what is cached, oldest first."""
-        return self._index.keys()
-
     @property
     def _is_closed(self) -> bool:
         return self._index.is_closed
-
-    @property
-    def _engine(self) -> Engine | None:
-        return self._lazy.current
-
-    @property
-    def device_name(self) -> str:
-        """Where it caches ("cuda:0", "cpu"); "" before the first use."""
-        return "" if self._engine is None else str(self._engine.device.torch_device)
 
     @eager
     def get_many(
@@ -214,27 +190,6 @@ class TensorCache:
         """
         self.synchronize()
         return (engine := self._engine) is not None and engine.pool.trim(to_bytes)
-
-    def buffer_stats(self) -> BufferStats:
-        """Counters and gauges; each part (index, pool, staging) is consistent in itself. No device call."""
-        return buffer_stats_of(self._index.stats(), {} if self._engine is None else self._engine.stats())
-
-    def source_stats(self) -> dict[str, SourceStats]:
-        """What came from each source node and what of it is cached; "local" is this process, as for `put`."""
-        return self._index.report()["sources"]  # type: ignore[no-any-return]
-
-    def entries(self, oldest: int = 10) -> list[EntryInfo]:
-        """The oldest of what is cached, oldest first."""
-        return self._index.oldest(oldest)
-
-    def summary(self) -> str:
-        """The line that `gpu-cache-smi` shows of this process, in its box, for a log or a notebook."""
-        return summary_of(self._publisher.report()) if self._engine is not None else repr(self)
-
-    def reset_peak_stats(self) -> None:
-        """Make the peaks what is in use now. Counters are never reset."""
-        if (engine := self._engine) is not None:
-            engine.reset_peaks()
 
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from gpu_cache import process
+from gpu_cache.completion import Completion
 from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device import Device
 from gpu_cache.errors import TransferError
@@ -16,7 +17,7 @@ from gpu_cache.placement import Placement, choose_device
 from gpu_cache.reaper import Reaper
 from gpu_cache.slab import SlabPool
 from gpu_cache.staging import StagingRing
-from gpu_cache.transfer import Completion, Transfer
+from gpu_cache.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gpu_cache.completion import Completion
 from gpu_cache.engine import Engine
 from gpu_cache.entry import Claim, Entry
 from gpu_cache.errors import CacheClosedError, FetchError, TransferError
@@ -21,7 +22,7 @@ from gpu_cache.metered_reader import MeteredReader
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.reader_task import ReaderTask
 from gpu_cache.source import ShardSource
-from gpu_cache.transfer import Completion, Transfer
+from gpu_cache.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 

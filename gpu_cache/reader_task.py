@@ -10,12 +10,13 @@ from concurrent.futures import Future
 
 import torch
 
+from gpu_cache.completion import Completion
 from gpu_cache.entry import Entry, Landing, State
 from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index import ShardIndex
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.tensor_reader import TensorReader
-from gpu_cache.transfer import Completion, Transfer
+from gpu_cache.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 

@@ -1,22 +1,21 @@
-"""Reader -> staging -> slab, in runs: consecutive shards that are placed as one range and copied by one call."""
+"""Reader -> staging -> slab, run by run."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-import torch
-
 from gpu_cache.block import Range, empty_landings
+from gpu_cache.completion import Completion
 from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
-from gpu_cache.device import Device, Event, Stream
+from gpu_cache.device import Device, Stream
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError
 from gpu_cache.lease import plain_tensors
 from gpu_cache.ranges import COPY, STAGE, profiled
+from gpu_cache.runs import Piece, Run, pack, windows
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.staging import StagingRing
@@ -29,40 +28,6 @@ logger = logging.getLogger(__name__)
 _DIRECT_SLOTS = 4
 
 
-class Completion:
-    """A copy to the device, as far as the host has seen it.
-
-    "Done" is remembered only after the host saw it: that a stream waits for the copy proves nothing for another.
-    Thread-safety: any thread; the worst that a race does is to look twice.
-    """
-
-    __slots__ = ("_device", "_event")
-
-    def __init__(self, device: Device, event: Event) -> None:
-        self._device = device
-        self._event: Event | None = event
-
-    @property
-    def is_seen(self) -> bool:
-        """Whether the host has already seen it done. Asks nothing of the device."""
-        return self._event is None
-
-    def wait_host(self) -> None:
-        """Block until it is done."""
-        if (event := self._event) is not None:
-            self._device.synchronize(event)
-            self._event = None
-
-    def wait_on(self, stream: Stream) -> None:
-        """Make later work on `stream` wait for it, unless it is seen to be done."""
-        if (event := self._event) is None:
-            return
-        if self._device.query(event):
-            self._event = None
-        else:
-            self._device.wait(stream, event)
-
-
 class Sink(Protocol):
     """Takes what a transfer moves. Called by the draining thread."""
 
@@ -71,86 +36,6 @@ class Sink(Protocol):
 
     def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
         """Take the shards of a run, whose copy is enqueued and done when `completion` is; None: it is done."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Run:
-    """Consecutive shards of one node, each aligned, placed as one range."""
-
-    specs: list[ShardSpec] = dataclasses.field(default_factory=list)
-    offsets: list[int] = dataclasses.field(default_factory=list)
-    nbytes: int = 0
-    place: Range | None = None
-
-    @property
-    def range(self) -> Range:
-        assert self.place is not None
-        return self.place
-
-    @property
-    def smallest_bytes(self) -> int:
-        return min(spec.nbytes for spec in self.specs)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Piece:
-    """A part of a run that is received and copied at once: all of it, or a stretch of one large shard."""
-
-    run: Run
-    start: int  # within the run
-    nbytes: int
-    at: int  # within the staging slot
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the run is complete with it."""
-        return self.start + self.nbytes == self.run.nbytes
-
-    def arena_bytes(self) -> torch.Tensor:
-        """Where it goes: `(nbytes,)` uint8 on the device."""
-        begin = self.run.range.offset + self.start
-        return self.run.range.slab.arena.tensor[begin : begin + self.nbytes]
-
-    def arena_view(self) -> memoryview:
-        """The same, of an arena in host memory."""
-        return memoryview(self.arena_bytes().numpy())  # type: ignore[arg-type]
-
-    def buffers(self, room: memoryview) -> Iterator[memoryview]:
-        """The shards' places within `room`, which is as long as the piece; alignment gaps are left out."""
-        first = self.start  # only a run of one large shard is cut into pieces
-        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
-            yield room[offset : offset - first + spec.nbytes]
-
-
-def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
-    """Group shards, in order, into runs of at most `run_bytes`; a larger shard is a run of its own."""
-    run = Run()
-    for spec in specs:
-        need = aligned(spec.nbytes)
-        if run.specs and run.nbytes + need > run_bytes:
-            yield run
-            run = Run()
-        run.specs.append(spec)
-        run.offsets.append(run.nbytes)
-        run.nbytes += need
-    if run.specs:
-        yield run
-
-
-def windows(runs: Iterator[Run], slot_bytes: int) -> Iterator[list[Piece]]:
-    """Cut runs into pieces and fill windows of `slot_bytes` with them: what one slot takes and one read fills."""
-    window: list[Piece] = []
-    used = 0
-    for run in runs:
-        for start in range(0, run.nbytes, slot_bytes):
-            nbytes = min(run.nbytes - start, slot_bytes)
-            if used + nbytes > slot_bytes:
-                yield window
-                window, used = [], 0
-            window.append(Piece(run, start, nbytes, used))
-            used += nbytes
-    if window:
-        yield window
 
 
 class Transfer:

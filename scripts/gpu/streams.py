@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 
 from gpu.findings import Assumption
+from gpu_cache.completion import Completion
 from gpu_cache.device import CudaDevice
-from gpu_cache.transfer import Completion
 from tests.support.gpu_race import Outcome, Touch, consumers, late_copy, nothing, race
 from tests.support.gpu_scene import GPU, fence_off, load_kernels, small_cache
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_cache import TensorCache
+from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
 from gpu_cache.engine import Engine
-from gpu_cache.transfer import Completion
 from tests.support.sim_device import SimDevice
 
 
