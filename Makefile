@@ -1,4 +1,4 @@
-# make demo / test / check / bench / plot. Each makes .venv by itself.
+# make demo / test / check / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=
@@ -13,13 +13,14 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: help demo test check bench plot clean
+.PHONY: help demo test check bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make test   run the tests"
 	@echo "make check  lint, format, types, import floors"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
+	@echo "make screenshots  take the README's pictures of gpu-cache-smi from runs of the demo (needs a Chromium)"
 	@echo "make plot   draw docs/benchmark.png and .svg from docs/benchmark.json (another file: FILE=...)"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -38,6 +39,9 @@ bench: $(READY)
 
 plot: $(READY)
 	$(PY) scripts/plot_benchmark.py $(FILE) -o docs/benchmark
+
+screenshots: $(READY)
+	$(PY) scripts/screenshots.py $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .

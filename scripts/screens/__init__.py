@@ -1,0 +1,1 @@
+"""What `screenshots.py` is made of."""
