@@ -25,7 +25,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench import report, scale
+from bench import publishing, report, scale
 from bench.allocations import AllocationWatch
 from bench.exactness import BenchError, Original
 from bench.gpu_paths import gpu_paths
@@ -85,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
+        if options.publishing:
+            share = publishing.percent_of_a_core(options.publishing, device)
+            print(f"publishing reports of {publishing.NUM_ENTRIES:,} entries takes {share:.3f} % of a core")
+            return 0
         with _quiet_process():
             found = (run_profile if options.profile else run)(options.workload, _extent(options), device)
     except (BenchError, OwnerError, GpuCacheError, OSError) as error:
@@ -229,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, in seconds and bytes")
     parser.add_argument("--profile", action="store_true", help="print where cold fetches spend their time, and end")
+    parser.add_argument("--publishing", type=float, metavar="SECONDS", help="time the reports for so long, and end")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import benchmark
-from bench import profiling, scale, trainer
+from bench import profiling, publishing, scale, trainer
 from bench.owner import Owner
 from bench.trainer import Trainer
 
@@ -54,6 +55,12 @@ def check_rows(file: Path, paths: list[str]) -> None:
         assert all(by_path[path]["num_allocations"] == 0 for path in ("cold", "cold4", "prefetch", "warm"))
     assert {row["num_entries"] for row in found["W4"]} == set(scale.SIZES[:2])
     assert all(row.keys() >= KEYS for row in found["W4"])
+
+
+def test_the_cost_of_reports_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "_STEP_S", 0.05)
+    assert run("--publishing", "0.1") == 0
+    assert float(re.fullmatch(r"publishing .* takes ([\d.]+) % of a core\n", capsys.readouterr().out)[1]) > 0  # type: ignore[index]
 
 
 def test_every_path_of_every_workload_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
