@@ -7,9 +7,6 @@ import torch
 from areal.infra.rpc.layout import described
 from areal.infra.rpc.serialization import check_travels, host_bytes
 
-# Up to this length tensors are sent from a joined copy of many: that costs less than a system call for each.
-JOINED_BYTES = 128 << 10
-
 
 class OwnedShard:
     """A tensor and the facts about it that the binary form needs, taken when it is stored and not when it is fetched.
@@ -21,7 +18,7 @@ class OwnedShard:
         tensor: As it was stored.
         nbytes: Its length.
         text: Its dtype and shape, as a frame's header has them.
-        memory: Its bytes, if it is small, dense and in host memory; else None.
+        memory: Its bytes, if it is dense and in host memory; else None.
     """
 
     __slots__ = ("_fault", "dtype", "memory", "nbytes", "shape", "tensor", "text")
@@ -37,8 +34,7 @@ class OwnedShard:
             self._fault = str(error)
             return
         self.text = described(self.dtype, self.shape, self.nbytes)
-        is_plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-        if is_plain and self.nbytes <= JOINED_BYTES:
+        if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             self.memory = host_bytes(tensor)
 
     def check(self, shard_id: str) -> None:

@@ -32,6 +32,8 @@ from gpu_cache import ShardSpec
 
 CONTENT_TYPE = "application/vnd.safetensors"
 _PART_BYTES = 1 << 20
+# Up to this length tensors are sent from a joined copy of many: that costs less than a system call for each.
+_JOINED_BYTES = 128 << 10
 
 _NAMED = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 _RAW = {name: dtype for name, dtype in DTYPES.items() if dtype not in NAME_OF_DTYPE}
@@ -72,15 +74,16 @@ class Frame:
         pending: list[memoryview] = []
         room = _PART_BYTES
         for shard in self._shards:
-            memory = shard.memory
-            if pending and (memory is None or shard.nbytes > room):
+            memory = host_bytes(shard.tensor) if shard.memory is None else shard.memory
+            is_joined = shard.nbytes <= _JOINED_BYTES
+            if pending and not (is_joined and shard.nbytes <= room):
                 yield b"".join(pending)
                 pending, room = [], _PART_BYTES
-            if memory is None:
-                yield host_bytes(shard.tensor)
-            else:
+            if is_joined:
                 pending.append(memory)
                 room -= shard.nbytes
+            else:
+                yield memory
         if pending:
             yield b"".join(pending)
 
