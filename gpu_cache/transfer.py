@@ -102,13 +102,19 @@ class Transfer:
         self, reader: ShardReader, window: list[Piece], sink: Sink, deadline: float, placed: dict[Run, None]
     ) -> None:
         """Receive a window, and land the runs that are complete with it. Tensors are built while bytes arrive."""
-        complete = [
-            (run, run.range.slab.is_overflow, self._pool.carve(run.range, run.specs, run.offsets))
-            for run in [piece.run for piece in window if piece.is_last]
-        ]
+        complete = [piece.run for piece in window if piece.is_last]
+        landings = [self._pool.carve(run.range, run.specs, run.offsets) for run in complete]
         completion = self._receive(reader, window, deadline)
-        for run, is_overflow, landings in complete:
-            sink.land(landings, completion, is_overflow=is_overflow)
+        for is_overflow in (False, True):
+            landed = [
+                landing
+                for run, of_run in zip(complete, landings, strict=True)
+                if run.range.slab.is_overflow == is_overflow
+                for landing in of_run
+            ]
+            if landed:
+                sink.land(landed, completion, is_overflow=is_overflow)
+        for run in complete:
             del placed[run]
 
     def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
