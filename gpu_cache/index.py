@@ -184,7 +184,8 @@ class ShardIndex:
 
         A PENDING one will not be cached when it arrives. Unknown keys are ignored.
         """
-        wanted = list(keys)  # outside the lock: it may be a generator that asks the cache
+        # Outside the lock: it may be a generator that asks the cache; and what is no key must not stop us half-way.
+        wanted = dict.fromkeys(keys)
         with self._lock:
             self._num_removals += 1
             dropped = []
