@@ -44,7 +44,7 @@ FLOORS = {
         ["layout", "clearing", "backends.base", "backends.http_connection"],
         ["owned", "backends.ray_backend"],
         ["wire", "store"],
-        ["backends.http_requester"],
+        ["backends.http_requester", "expiry"],
         ["backends.http_reader", "backends.http_deleter"],
         ["backends.http_backend"],
         ["runtime"],
