@@ -17,7 +17,7 @@ FLOORS = {
         ["cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
         ["device", "ledger"],
         ["placement", "block", "completion", "fence", "staging", "index"],
-        ["slab", "runs"],
+        ["slab", "runs", "scope"],
         ["transfer"],
         ["engine", "reader_task"],
         ["fetch", "reporter"],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import gpu_cache
 from areal.infra.rpc import runtime
 from areal.infra.rpc.backends.base import RTensorBackend
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
@@ -38,6 +39,7 @@ __all__ = [
     "flatten_shard_ids",
     "get_backend",
     "remove",
+    "scope",
     "set_backend",
     "storage_stats",
     "store",
@@ -213,6 +215,15 @@ def clear_fetch_buffer(shard_ids: Iterable[Any] | None = None) -> int:
     """
     current = runtime.current()
     return current.cache.clear() if shard_ids is None else current.evict(shard_ids)
+
+
+def scope(name: str = "") -> gpu_cache.Scope:
+    """A `with` at whose end this process drops from its cache whatever was fetched inside; see `TensorCache.scope`.
+
+    Their owners keep theirs: those are for `clear_everywhere`. After `runtime.configure` a scope from before is of the
+    cache from before.
+    """
+    return runtime.current().cache.scope(name)
 
 
 def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
