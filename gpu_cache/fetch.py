@@ -54,7 +54,7 @@ class Fetch:
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
         self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
-        self._holding = None if keep else holding
+        self._holding = holding
 
     @property
     def has_lost_joins(self) -> bool:

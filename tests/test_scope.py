@@ -236,6 +236,22 @@ def test_a_task_that_outlives_it_fetches_for_whoever_is_around(plain: TensorCach
     asyncio.run(scenario())
 
 
+def test_a_task_that_goes_on_and_on_keeps_no_scopes_that_are_over(plain: TensorCache) -> None:
+    async def late() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+            with plain.scope("inner") as inner:
+                assert inner._holding is not None
+                assert inner._holding.outer is None
+
+    async def scenario() -> None:
+        with plain.scope("outer"):
+            task = asyncio.create_task(late())
+        await task
+
+    asyncio.run(scenario())
+
+
 def test_one_that_is_left_in_another_context_frees_all_the_same(plain: TensorCache) -> None:
     stack = contextlib.ExitStack()
 
