@@ -40,13 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    plan = Plan(
-        options.steps,
-        options.uncached_steps,
-        options.seed,
-        kill_worker_at=options.kill_worker_at,
-        on_worker_death=options.on_worker_death,
-    )
+    plan = _plan(options)
     if (plan.kill_worker_at or 0) > plan.steps:
         parser.error(f"--kill-worker-at {plan.kill_worker_at}: there are {plan.steps} steps")
     if options.workers > plan.num_prompts:
@@ -96,6 +90,16 @@ def _device(name: str) -> torch.device:
     if not (name == "cpu" or (has_cuda and re.fullmatch(r"cuda(:\d+)?", name))):
         raise ValueError(f"--device {name}: not here; choose auto, cpu" + (" or cuda" if has_cuda else ""))
     return torch.device(name)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(
+        options.steps,
+        options.uncached_steps,
+        options.seed,
+        kill_worker_at=options.kill_worker_at,
+        on_worker_death=options.on_worker_death,
+    )
 
 
 def _check(figures: dict[str, Any]) -> int:

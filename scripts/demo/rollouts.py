@@ -191,15 +191,18 @@ class Workers:
 
     def restart_dead(self) -> list[Death]:
         """Start those anew that have died; each at the address that it had, if it can be had."""
-        deaths = []
+        dead: dict[int, tuple[Worker, WorkerDiedError]] = {}
         for number, one in enumerate(self._workers):
             try:
                 one.check()
             except WorkerDiedError as error:
                 one.stop()
-                following = self._workers[number] = Worker(number, one.port)
-                deaths.append(Death(number, str(error), one.address, following.address))
-        return deaths
+                dead[number] = one, error
+                self._workers[number] = Worker(number, one.port)
+        return [
+            Death(number, str(error), one.address, self._workers[number].address)
+            for number, (one, error) in dead.items()
+        ]
 
     def wait_for_death(self) -> None:
         """Give one that was just killed the time to be seen dead."""
