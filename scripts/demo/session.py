@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from areal.infra.rpc import runtime
@@ -138,11 +138,13 @@ class Session:
         for step in range(self._plan.steps):
             batch = self._train_step(step, batch, meter, step_rewards)
             self._on_step(step_rewards[-1] if step_rewards else 0.0, meter.phase(ask_servers=False))
+        self._recovery.revive(self._plan.steps)  # servers are asked now
         if not step_rewards:
             raise WorkerError("every batch died with its workers")
         cached, meter = meter.phase(ask_servers=True), self._meter()
         for step in range(self._plan.steps, self._plan.total_steps):
             batch = self._train_step(step, batch, meter, [])
+        self._recovery.revive(self._plan.total_steps)
         self._publisher.clear()
         cache, clearer = runtime.current().cache, runtime.current().clearer
         cache.synchronize()
@@ -213,7 +215,7 @@ class Session:
         """A worker's text; none if it died and the run is to go on."""
         try:
             return [answer.result()]
-        except WorkerDiedError:
+        except (WorkerDiedError, CancelledError):  # the latter: it died before the order reached it
             if not self._recovery.is_on:
                 raise
             return []

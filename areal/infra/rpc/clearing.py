@@ -178,16 +178,16 @@ class StepClearer:
     async def _tell(self, target: _Target, clear_node: ClearNode) -> Any:
         """Tell one; but not one that hangs since an earlier clear: each call would leave a thread behind."""
         with self._lock:
-            self._hanging = [one for one in self._hanging if one.is_in_call]
-            is_hanging = target.consumer is not None and any(one.consumer == target.consumer for one in self._hanging)
-        if is_hanging:
+            # A new list: one that was handed out is never changed.
+            hanging = self._hanging = [one for one in self._hanging if one.is_in_call]
+        if target.consumer is not None and any(one.consumer == target.consumer for one in hanging):
             raise TimeoutError("it has not returned from an earlier clear")
         try:
             return await target.clear(clear_node, self.timeout_s)
         finally:
             if target.is_in_call:
                 with self._lock:
-                    self._hanging.append(target)
+                    self._hanging = [*self._hanging, target]
 
     def _targets(
         self, shards: Mapping[str, Sequence[SizedId]], consumers: Sequence[Consumer], everything: Sequence[SizedId]
