@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gpu_cache.entry import EntryInfo
     from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, TransferError
     from gpu_cache.report import SourceStats
+    from gpu_cache.scope import Scope
     from gpu_cache.source import ShardReader, ShardSource, ShardSpec
     from gpu_cache.stats import BufferStats, stats_delta
     from gpu_cache.tensor_reader import TensorReader
@@ -36,6 +37,7 @@ _HOME = {
     "stats_delta": "stats",
     "SourceStats": "report",
     "EntryInfo": "entry",
+    "Scope": "scope",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "stats_delta",
     "SourceStats",
     "EntryInfo",
+    "Scope",
     "GpuCacheError",
     "CacheFullError",
     "CacheClosedError",

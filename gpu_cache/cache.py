@@ -6,6 +6,7 @@ import concurrent.futures
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 
 import torch
 
@@ -22,6 +23,7 @@ from gpu_cache.observed import ObservedCache
 from gpu_cache.publish import Publisher
 from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.reader_task import ReaderTask, put_one
+from gpu_cache.scope import Scope, ScopeVariable
 from gpu_cache.source import ShardSource
 
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
@@ -148,6 +150,8 @@ class TensorCache(ObservedCache):
         entry = self._index.reserve(key)
         if entry is None:
             return False
+        if (holding := self._scope.get()) is not None:
+            self._index.adopt(holding, [entry])
         return put_one(entry, tensor, node, self._index, engine.transfer, self._fetch(timeout_s).deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
@@ -161,6 +165,22 @@ class TensorCache(ObservedCache):
     def clear_node(self, node: str, keys: Iterable[Hashable] | None = None) -> int:
         """Drop the shards that came from `node`, or those of them that `keys` names; returns how many were cached."""
         return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
+
+    def scope(self, name: str = "") -> Scope:
+        """A `with` at whose end everything is dropped that was fetched inside, as by `clear`, also if its body raises.
+
+        Fetched means by `get_many`, `prefetch` or `put`, and not with `keep=True`. What was cached before, or is on
+        its way for somebody else, is a hit and stays. Scopes nest: a shard belongs to the innermost one that its fetch
+        began in. A prefetch under way at the end is not cached when it lands. Tensors stay valid while held.
+
+        Inside are the calls of this context: asyncio tasks started within are, other threads only if they run in a
+        copy of it (`asyncio.to_thread`, `contextvars.copy_context().run`). What such a task fetches after the end
+        belongs to the next scope around that is still open, or to none.
+
+        Args:
+            name: For messages, as in "step 17".
+        """
+        return Scope(name, lambda: self._index, self._scope, self._drop)
 
     def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
         """Say that `stream` reads `tensor`: its bytes are reused only after what is enqueued there when it dies.
@@ -220,6 +240,7 @@ class TensorCache(ObservedCache):
 
     def _start_empty(self) -> None:
         index = self._index = ShardIndex(aliases_of, AliasCounter().is_held)
+        self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(
             self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))
@@ -230,7 +251,7 @@ class TensorCache(ObservedCache):
 
     def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True, keep: bool = False) -> Fetch:
         limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s
-        return Fetch(self._index, limit_s, may_overflow=may_overflow, keep=keep)
+        return Fetch(self._index, limit_s, may_overflow=may_overflow, keep=keep, holding=self._scope.get())
 
     def _open_engine(self) -> Engine:
         if self._is_closed:

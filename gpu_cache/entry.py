@@ -59,6 +59,16 @@ class Claim:
     num_removals: int | None = None  # before the call's first look-up
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Holding:
+    """What was fetched inside a scope, as generations by key. Guarded by the index lock."""
+
+    outer: Holding | None = None
+    generations: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+    prune_at: int = 4096  # of what it once held, much may be gone, in a scope around many steps
+    is_over: bool = False
+
+
 @dataclasses.dataclass(slots=True)
 class Landing:
     """One shard that arrived, as the transfer tells it to the index."""

@@ -14,7 +14,7 @@ import torch
 
 from gpu_cache.completion import Completion
 from gpu_cache.engine import Engine
-from gpu_cache.entry import Claim, Entry
+from gpu_cache.entry import Claim, Entry, Holding
 from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
@@ -37,14 +37,24 @@ class Fetch:
         timeout_s: Longest wait, in seconds.
         may_overflow: Whether shards that find no room may be placed outside the pool.
         keep: Whether they are meant to outlive clears.
+        holding: Of the scope that the call is made in.
     Thread-safety: used by the call's thread; `cancel` from any.
     """
 
-    def __init__(self, index: ShardIndex, timeout_s: float, *, may_overflow: bool = True, keep: bool = False) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        timeout_s: float,
+        *,
+        may_overflow: bool = True,
+        keep: bool = False,
+        holding: Holding | None = None,
+    ) -> None:
         self.claim = Claim()
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
         self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
+        self._holding = holding
 
     @property
     def has_lost_joins(self) -> bool:
@@ -76,6 +86,8 @@ class Fetch:
                 self._index.claim(wanted, self.claim, self.deadline)
                 if self._keep:
                     self._index.keep(wanted)
+                if self._holding is not None and self.claim.claimed:
+                    self._index.adopt(self._holding, self.claim.claimed.values())
                 if is_current(engine):
                     self.start(source, engine.transfer, live)
                     if self.claim.claimed and self._index.is_closed:

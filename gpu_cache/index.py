@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache.entry import Claim, Entry, EntryInfo, Landing, State
+from gpu_cache.entry import Claim, Entry, EntryInfo, Holding, Landing, State
 from gpu_cache.errors import failure_reason
 from gpu_cache.lease import Lease
 from gpu_cache.ledger import Ledger
@@ -128,6 +128,39 @@ class ShardIndex:
                 if (entry := self._entries.get(key)) is not None:
                     self._ledger.kept(entry)
 
+    def adopt(self, holding: Holding, entries: Iterable[Entry]) -> None:
+        """Drop these when a scope ends; of one that is over, when the next one around it does."""
+        with self._lock:
+            holder: Holding | None = holding
+            while holder is not None and holder.is_over:
+                holder = holder.outer
+            if holder is None:
+                return
+            holder.generations.update((entry.key, entry.generation) for entry in entries)
+            if len(over := holder.generations) > holder.prune_at:
+                holder.generations = {entry.key: entry.generation for entry in self._held_locked(holder)}
+                holder.prune_at = max(holder.prune_at, 2 * len(holder.generations))
+        del over  # keys may be anything, and die outside the lock
+
+    def held_by(self, holding: Holding) -> list[Entry]:
+        """The READY entries that a scope will drop."""
+        with self._lock:
+            return [entry for entry in self._held_locked(holding) if entry.base is not None]
+
+    def end_scope(self, holding: Holding) -> list[Entry]:
+        """Drop what was fetched inside a scope, but for what is meant to stay; return the READY ones, as `remove`."""
+        with self._lock:
+            self._num_removals += 1
+            held, over = self._held_locked(holding), holding.generations
+            holding.generations, holding.is_over = {}, True
+            for entry in held:
+                self._drop_locked(entry)
+            dropped = [entry for entry in held if entry.base is not None]
+            # What an outer scope holds has outlived no step yet.
+            self._ledger.cleared(dropped, ends_step=holding.outer is None)
+        del over  # keys may be anything, and die outside the lock
+        return dropped
+
     def came_from(self, entries: Iterable[Entry], node: str) -> None:
         """Say which node PENDING entries are asked of, so that clearing the node finds them."""
         with self._lock:
@@ -184,7 +217,8 @@ class ShardIndex:
 
         A PENDING one will not be cached when it arrives. Unknown keys are ignored.
         """
-        wanted = list(keys)  # outside the lock: it may be a generator that asks the cache
+        # Outside the lock: it may be a generator that asks the cache; and what is no key must not stop us half-way.
+        wanted = dict.fromkeys(keys)
         with self._lock:
             self._num_removals += 1
             dropped = []
@@ -263,6 +297,11 @@ class ShardIndex:
             if is_outlived:
                 wanted = (one for one in itertools.takewhile(self._ledger.is_outlived, wanted) if not one.is_kept)
             return [self._ledger.about(entry) for entry in itertools.islice(wanted, most)]
+
+    def _held_locked(self, holding: Holding) -> list[Entry]:
+        """What of a scope's is indexed still, in the generation that it fetched, and not meant to stay."""
+        found = ((self._entries.get(key), generation) for key, generation in holding.generations.items())
+        return [entry for entry, generation in found if entry and entry.generation == generation and not entry.is_kept]
 
     def _stands_locked(self, entry: Entry) -> bool:
         """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""

@@ -117,9 +117,9 @@ class Ledger:
         self._dropped += len(entries)
         self._dropped_bytes += sum(entry.nbytes for entry in entries)
 
-    def cleared(self, entries: Collection[Entry]) -> None:
+    def cleared(self, entries: Collection[Entry], *, ends_step: bool = True) -> None:
         """Entries went on request. All clears between two fetches are one: a step clears its owners one by one."""
-        if self._has_fetched:
+        if self._has_fetched and ends_step:
             self._has_fetched = False
             self._counters.clears += 1
         self._counters.cleared += len(entries)

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import logging
 import os
+import time
 import weakref
 from typing import Protocol
 
@@ -26,12 +27,24 @@ class LiveCache(Protocol):
         """Refuse every further call and return what must never be freed in this process."""
 
 
+class Settling(Protocol):
+    def settle(self, timeout_s: float) -> None:
+        """Wait for what is under way in torch's code and would not survive the interpreter's end."""
+
+
+_SETTLE_S = 2.0  # at exit, for all caches together
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
+_settling: weakref.WeakSet[Settling] = weakref.WeakSet()
 
 
 def register(cache: LiveCache) -> None:
     """Close `cache` at exit, and cut it off in a forked child."""
     _caches.add(cache)
+
+
+def register_settling(one: Settling) -> None:
+    """Wait for it at exit, as it may outlive its cache."""
+    _settling.add(one)
 
 
 def unregister(cache: LiveCache) -> None:
@@ -52,6 +65,9 @@ def _close_all() -> None:
             cache.close()
         except Exception:
             logger.exception("closing %r at exit failed", cache)
+    deadline = time.monotonic() + _SETTLE_S
+    for one in list(_settling):
+        one.settle(max(0.0, deadline - time.monotonic()))
 
 
 def _disown_all() -> None:
@@ -61,6 +77,7 @@ def _disown_all() -> None:
         # its modules, would call a CUDA context that did not survive the fork.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(cache.disown()))
     _caches.clear()
+    _settling.clear()
 
 
 atexit.register(_close_all)

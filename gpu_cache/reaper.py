@@ -36,6 +36,7 @@ class Reaper:
     def __init__(self, pool: Drainable, period_s: float | None = None) -> None:
         self._pool, self._period_s = pool, PERIOD_S if period_s is None else period_s
         self._may_be_busy, self._is_retired = threading.Event(), threading.Event()
+        self._has_looked = threading.Event()  # since it was retired
         # Guards _thread.
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -62,6 +63,14 @@ class Reaper:
         self._is_retired.set()
         self._may_be_busy.set()
 
+    def settle(self, timeout_s: float) -> None:
+        """If it is retired, wait until what nobody holds was given back.
+
+        At exit: a thread that the interpreter ends amid torch's code takes the process with it.
+        """
+        if self._is_retired.is_set() and self._thread is not None:
+            self._has_looked.wait(timeout_s)
+
     def _run(self) -> None:
         pause: Callable[[float], object] = self._is_retired.wait  # retirement cuts it short, once
         while True:
@@ -70,7 +79,10 @@ class Reaper:
             if self._is_retired.is_set():
                 pause = time.sleep
             self._may_be_busy.clear()  # before looking: what is handed out from here on sets it again
+            is_last = self._is_retired.is_set()
             is_idle = self._reap()
+            if is_last:
+                self._has_looked.set()
             if is_idle and self._is_retired.is_set():
                 return
             if not is_idle:

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    plan = Plan(options.steps, options.uncached_steps, options.seed)
+    plan = _plan(options)
+    if (plan.kill_worker_at or 0) > plan.steps:
+        parser.error(f"--kill-worker-at {plan.kill_worker_at}: there are {plan.steps} steps")
     if options.workers > plan.num_prompts:
         parser.error(f"--workers {options.workers}: there are {plan.num_prompts} prompts per step to share out")
     if options.json and not options.json.parent.is_dir():
@@ -76,7 +78,7 @@ def run(plan: Plan, num_workers: int, device: torch.device, console: Console) ->
         console.print(introduction(learner.num_parameters, num_workers, str(device)), highlight=False)
         runtime.configure(device=str(device), role="trainer")
         with rpc_server.start() as server:
-            return Session(plan, learner, workers, server.address, progress.show).run()
+            return Session(plan, learner, workers, server.address, progress.show, progress.tell).run()
 
 
 def _device(name: str) -> torch.device:
@@ -88,6 +90,16 @@ def _device(name: str) -> torch.device:
     if not (name == "cpu" or (has_cuda and re.fullmatch(r"cuda(:\d+)?", name))):
         raise ValueError(f"--device {name}: not here; choose auto, cpu" + (" or cuda" if has_cuda else ""))
     return torch.device(name)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(
+        options.steps,
+        options.uncached_steps,
+        options.seed,
+        kill_worker_at=options.kill_worker_at,
+        on_worker_death=options.on_worker_death,
+    )
 
 
 def _check(figures: dict[str, Any]) -> int:
@@ -120,6 +132,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_at_least(0), default=plan.seed, help="default: %(default)s")
     parser.add_argument(
         "--device", default="auto", help='"cpu", "cuda", "cuda:N"; "auto" takes the GPU if there is one'
+    )
+    parser.add_argument(
+        "--kill-worker-at",
+        type=_at_least(1),
+        metavar="STEP",
+        help="kill a rollout worker when the trainer has this step's handles and has read nothing",
+    )
+    parser.add_argument(
+        "--on-worker-death",
+        choices=["fail", "restart"],
+        default=plan.on_worker_death,
+        help="end the run, or restart the worker and go on without what was lost (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="neither progress nor table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there; waits are seconds per step")

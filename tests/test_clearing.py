@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from areal.infra.rpc.clearing import ClearReport, clear_all
+from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
 from gpu_cache import FetchError
 
 SHARDS: dict[str, list[Any]] = {"node-a:1": ["a", "b"], "node-b:1": ["c"]}
@@ -31,8 +31,12 @@ class Owners:
         return {"cleared_count": len(shard_ids)}
 
 
+def sized(shards: dict[str, list[Any]]) -> dict[str, list[SizedId]]:
+    return {node_addr: [SizedId(shard_id, 100) for shard_id in owned] for node_addr, owned in shards.items()}
+
+
 def run(owners: Owners, *consumers: Any, shards: dict[str, list[Any]] = SHARDS) -> ClearReport:
-    return asyncio.run(clear_all(shards, owners.clear_node, consumers))
+    return asyncio.run(StepClearer().clear(sized(shards), owners.clear_node, consumers))
 
 
 def test_owners_and_consumers_are_told() -> None:
@@ -102,7 +106,8 @@ def test_owners_are_told_all_at_once() -> None:
                 all_are.set()
             await asyncio.wait_for(all_are.wait(), 30)
 
-        return await clear_all({f"node-{number}:1": [number] for number in range(50)}, clear_node, [])
+        shards = sized({f"node-{number}:1": [number] for number in range(50)})
+        return await StepClearer().clear(shards, clear_node)
 
     report = asyncio.run(scenario())
     assert len(report.owners) == 50

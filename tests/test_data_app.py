@@ -315,6 +315,8 @@ def test_health_counts_what_is_stored_and_what_was_sent(server: ServerHandle, ow
             "total_bytes": 44,
             "sent_payload_bytes": 44 + 80 + 4,
             "sent_body_bytes": sum(map(len, bodies)),
+            "expired_shards": 0,
+            "expired_bytes": 0,
         },
     )
 

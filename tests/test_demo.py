@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +12,21 @@ import psutil
 import pytest
 import torch
 
+from tests.support.demo_run import DEADLINE_S, figures_of, is_worker, started
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import train_demo
 from demo import policy, report, rollouts, session, task, trajectory
 from demo.learner import Learner
 
-# Far beyond what anything here takes; a test that meets it has hung.
-DEADLINE_S = 120
 BYTE_KEYS = {"read_bytes", "wire_bytes", "served_bytes", "saved_bytes", "uncached_read_bytes", "uncached_wire_bytes"}
 OTHER_KEYS = {
     "device", "workers", "seed", "reward_first", "reward_last", "rewards", "steps", "trajectories", "shards",
     "hit_rate", "wait_seconds", "wait_seconds_total", "uncached_steps", "wait_seconds_uncached",
-    "rollout_wait_seconds", "seconds", "device_bytes_after_clear", "shards_left",
+    "rollout_wait_seconds", "seconds", "device_bytes_after_clear", "shards_left", "evictions", "overflows",
+    "num_lost_shards", "num_worker_restarts", "num_retried_clears", "num_given_up_clears",
 }  # fmt: skip
-
-
-@contextlib.contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The demo in a process of its own; whatever is left of it in the end is killed."""
-    command = [sys.executable, train_demo.__file__, "--device", "cpu", *arguments]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, env={**os.environ, "COLUMNS": "100"}) as process:
-        family = [psutil.Process(process.pid)]
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                family += family[0].children(recursive=True)
-            for one in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
 
 
 def family_in_training(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -54,17 +34,6 @@ def family_in_training(process: subprocess.Popen[str]) -> list[psutil.Process]:
     assert process.stdout is not None
     assert any(line.startswith("step 1/") for line in process.stdout), process.communicate()
     return psutil.Process(process.pid).children(recursive=True)
-
-
-def is_worker(child: psutil.Process) -> bool:
-    """Whether a child is a rollout worker; the other one keeps track of multiprocessing's resources."""
-    return "spawn_main" in " ".join(child.cmdline())
-
-
-def figures_of(process: subprocess.Popen[str], path: Path) -> dict[str, Any]:
-    output = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    return dict(json.loads(path.read_text()))
 
 
 Runs = tuple[dict[str, Any], dict[str, Any]]
@@ -155,6 +124,9 @@ def test_a_bad_argument_ends_the_process_with_status_2() -> None:
         (["--device", "tpu"], "--device tpu: not here; choose auto, cpu"),
         (["--json", "no/such/folder/figures.json"], "there is no such folder"),
         (["--step", "3"], "unrecognized arguments"),
+        (["--kill-worker-at", "61"], "--kill-worker-at 61: there are 60 steps"),
+        (["--kill-worker-at", "0"], "--kill-worker-at: must be at least 1"),
+        (["--on-worker-death", "shrug"], "invalid choice: 'shrug'"),
     ],
 )
 def test_a_bad_argument_is_refused_before_anything_starts(

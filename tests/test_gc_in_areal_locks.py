@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime, store
+from areal.infra.rpc import clearing, expiry, rpc_server, runtime, store
 from areal.infra.rpc.backends import deadline_socket, http_connection
 from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache import CacheConfig, FetchError, TensorCache
@@ -33,7 +35,7 @@ def quick_collections() -> Iterator[None]:
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, deadline_socket, http_connection):
+    for module in (runtime, store, clearing, expiry, deadline_socket, http_connection):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
@@ -69,6 +71,18 @@ def use_everything() -> None:
     assert len(own) == own.stats()["num_tensors"] == 1
     assert torch.equal(own[shard_id], torch.ones(3))
     own.clear()
+    own["old"] = torch.ones(3)
+    assert expiry.ShardExpiry(own, -DEADLOCK_S, runtime.current().evict).sweep() == 1
+    clear_in_vain()
+
+
+def clear_in_vain() -> None:
+    """At a consumer that hangs."""
+    clearer, is_over = clearing.StepClearer(timeout_s=0.05), threading.Event()
+    handle = remote("127.0.0.1:1", "a", torch.ones(1))
+    asyncio.run(RTensor.clear_everywhere(handle, [lambda ids: is_over.wait(DEADLOCK_S)], clearer=clearer))
+    is_over.set()
+    assert clearer.num_owed >= 1
 
 
 def test_tensors_die_in_every_critical_section_of_the_data_plane(garbage: Garbage) -> None:

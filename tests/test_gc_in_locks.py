@@ -139,7 +139,12 @@ class Workload:
         self._cache.get_many(list(LARGE), self._source)
 
     def _clear(self) -> None:
-        self._cache.clear(["s1", "unknown"])
+        self._cache.clear()
+        with self._cache.scope() as scope:
+            self._cache.get_many(["s1", "s2"], self._source)
+            assert scope.num_shards == 2
+        assert self._cache.clear(["s1", "unknown"]) == 0
+        self._cache.get_many(["s2"], self._source)
         self._cache.clear_node(self._source.node, ["s2"])
         self._cache.clear_node(self._source.node)
         self._cache.clear()

@@ -138,6 +138,22 @@ def test_clearing_frees_the_objects(ray: FakeRay) -> None:
     assert runtime.current().store.stats()["num_tensors"] == 0
 
 
+def test_what_is_no_reference_keeps_none_of_the_others(ray: FakeRay) -> None:
+    handles = RTensor.remotize([torch.ones(2), torch.zeros(2)], "")
+    ids = [handles[0].shard.shard_id, "no reference", handles[1].shard.shard_id]
+
+    def free(refs: Sequence[Any]) -> None:
+        if not all(isinstance(ref, ObjectRef) for ref in refs):
+            raise TypeError("Attempting to call `free` on the value no reference")
+        ray._free(refs)
+
+    ray.internal.free = free
+    with pytest.raises(FetchError, match=r"Failed to clear 1 of 3 shards in ray: TypeError\(.*no reference") as caught:
+        asyncio.run(RTensor.clear_node("", ids))
+    assert caught.value.shard_ids == ["no reference"]
+    assert ray.objects == {}
+
+
 def test_tensors_on_a_device_come_through_the_host(ray: FakeRay) -> None:
     """As Ray gives back what was put; the cache takes tensors from host memory only."""
 

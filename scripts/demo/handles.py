@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from typing import Any, cast
 
 from areal.infra.rpc import deserialize_value, serialize_value
@@ -31,24 +32,37 @@ class RemoteBatch:
     Attributes:
         handles: The batch in handles that are never localized, for prefetching and clearing.
         shard_ids: Ids of all their tensors.
-        nbytes: Bytes of these tensors, as the handles describe them.
-        num_reads: Reads so far.
+        nbytes: Bytes of the tensors that a read asks for, as the handles describe them.
+        read_bytes: Bytes that the reads so far asked for.
         wait_s: Seconds that the reads waited for tensors; making handles of text is not counted.
     """
 
     def __init__(self, texts: Sequence[str], *, is_cached: bool) -> None:
-        self._texts = texts
+        self._texts = list(texts)
         self._is_cached = is_cached
         self.handles = self._new_handles()
         self.shard_ids: list[Any] = flatten_shard_ids(self.handles)
-        self.nbytes = sum(tensor.data.nbytes for trajectory in self.handles for tensor in trajectory.values())
-        self.num_reads = 0
+        self.nbytes = _nbytes(self.handles)
+        self.read_bytes = 0
         self.wait_s = 0.0
 
     @property
-    def read_bytes(self) -> int:
-        """Bytes that the reads so far asked for."""
-        return self.num_reads * self.nbytes
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read."""
+        return not self._texts
+
+    def owners_of(self, shard_ids: Container[Any]) -> Counter[str]:
+        """At how many of these shards each owner's address is."""
+        shards = (tensor.shard for trajectory in self.handles for tensor in trajectory.values())
+        return Counter(shard.node_addr for shard in shards if shard.shard_id in shard_ids)
+
+    def drop_owner(self, address: str) -> int:
+        """Read nothing of one owner's any more; returns its trajectories. They stay in `handles`, to be cleared."""
+        by_text = {text: from_text(text) for text in self._texts}
+        dropped = {text for text, owned in by_text.items() if next(iter(owned[0].values())).shard.node_addr == address}
+        self._texts = [text for text in self._texts if text not in dropped]
+        self.nbytes = _nbytes(self._new_handles())
+        return sum(len(by_text[text]) for text in dropped)
 
     def read(self) -> list[Trajectory]:
         """The batch in tensors on the trainer's device, through handles of this read's own."""
@@ -58,8 +72,12 @@ class RemoteBatch:
         start = time.perf_counter()
         tensors = RTensor.localize(handles)
         self.wait_s += time.perf_counter() - start
-        self.num_reads += 1
+        self.read_bytes += self.nbytes
         return cast(list[Trajectory], tensors)
 
     def _new_handles(self) -> list[dict[str, RTensor]]:
         return [trajectory for text in self._texts for trajectory in from_text(text)]
+
+
+def _nbytes(handles: Sequence[dict[str, RTensor]]) -> int:
+    return sum(tensor.data.nbytes for trajectory in handles for tensor in trajectory.values())

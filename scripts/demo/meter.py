@@ -23,6 +23,8 @@ class Phase:
         served_bytes: What the workers' servers say they sent.
         hit_rate: Share of the cache's look-ups that found their shard; a prefetch looks up too, and misses.
         wait_s: Seconds that the reads waited for their tensors.
+        evictions: Shards that the cache dropped to make room for others.
+        overflows: Shards that it handed out without keeping them, for want of room.
     """
 
     steps: int
@@ -33,6 +35,8 @@ class Phase:
     served_bytes: int
     hit_rate: float
     wait_s: float
+    evictions: int
+    overflows: int
 
     @property
     def saved_bytes(self) -> int:
@@ -79,4 +83,6 @@ class Meter:
             served_bytes=self._served_bytes() - self._served_before if ask_servers else 0,
             hit_rate=delta.get("hit_ratio", 0.0),
             wait_s=self._wait_s,
+            evictions=int(delta["evictions"]),
+            overflows=int(delta["overflows"]),
         )

@@ -67,6 +67,10 @@ class LiveProgress:
                 self._task, description=f"without the cache, to compare (steps: {self._plan.uncached_steps})"
             )
 
+    def tell(self, text: str) -> None:
+        """Show a line of text."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
 
 def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[str, Any]:
     """The figures of a run by name; bytes, hits and waits are the trainer's own, and of the steps with the cache.
@@ -90,6 +94,8 @@ def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[s
         "served_bytes": cached.served_bytes,
         "saved_bytes": cached.saved_bytes,
         "hit_rate": cached.hit_rate,
+        "evictions": cached.evictions,
+        "overflows": cached.overflows,
         "wait_seconds": cached.wait_s_per_step,
         "wait_seconds_total": cached.wait_s,
         "uncached_steps": uncached.steps,
@@ -100,6 +106,10 @@ def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[s
         "seconds": outcome.seconds,
         "device_bytes_after_clear": outcome.device_bytes,
         "shards_left": outcome.shards_left,
+        "num_lost_shards": outcome.num_lost_shards,
+        "num_worker_restarts": outcome.num_worker_restarts,
+        "num_retried_clears": outcome.num_retried_clears,
+        "num_given_up_clears": outcome.num_given_up_clears,
     }
 
 
@@ -140,12 +150,25 @@ def rows(figures: Mapping[str, Any]) -> dict[str, str]:
         "bytes over the wire": f"{figures['wire_bytes']:,}",
         "bytes saved by the cache": f"{figures['saved_bytes']:,}",
         "hit rate": f"{figures['hit_rate']:.1%}",
+        "evicted for want of room": f"{figures['evictions']:,}",
+        "handed out uncached (overflows)": f"{figures['overflows']:,}",
         "time in localize, per step": milliseconds(figures["wait_seconds"]),
         f"the same without the cache (steps: {figures['uncached_steps']})": milliseconds(
             figures["wait_seconds_uncached"]
         ),
+        **deaths(figures),
         "bytes in the cache after the last clear": f"{figures['device_bytes_after_clear']:,}",
         "run time": f"{figures['seconds']:.1f} s",
+    }
+
+
+def deaths(figures: Mapping[str, Any]) -> dict[str, str]:
+    """What the deaths of workers cost, if there were any."""
+    if not figures["num_worker_restarts"]:
+        return {}
+    return {
+        "rollout workers restarted": f"{figures['num_worker_restarts']:,}",
+        "shards lost with them": f"{figures['num_lost_shards']:,}",
     }
 
 

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import connection
 from types import TracebackType
 from typing import Any
@@ -25,19 +26,41 @@ class WorkerError(RuntimeError):
     """A worker died, or could not do what it was told."""
 
 
+class WorkerDiedError(WorkerError):
+    """A worker's process has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A worker that died and was started anew.
+
+    Attributes:
+        number: Its place among the workers.
+        what: How it died.
+        address: Of the dead one's shard server.
+        new_address: Of the new one's.
+    """
+
+    number: int
+    what: str
+    address: str
+    new_address: str
+
+
 class Worker:
     """One worker process and the pipe to it. Orders are sent one at a time, from a thread of its own.
 
     Args:
         number: Its place among the workers, from 0.
+        port: Of its shard server, if it can be had.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, port: int = 0) -> None:
         self._number = number
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker.main, args=(theirs,), name=f"rollout-worker-{number}", daemon=True
+            target=worker.main, args=(theirs, port), name=f"rollout-worker-{number}", daemon=True
         )
         self._process.start()
         # With our copy of its end closed, the pipe ends when the worker does.
@@ -49,6 +72,11 @@ class Worker:
     def address(self) -> str:
         """Of its shard server; waits until the worker is up."""
         return str(self._address.result())
+
+    @property
+    def port(self) -> int:
+        """Of its shard server."""
+        return int(self.address.rpartition(":")[2])
 
     @property
     def sentinel(self) -> int:
@@ -66,9 +94,14 @@ class Worker:
             return dict(json.load(server.getresponse()))
 
     def check(self) -> None:
-        """Raise `WorkerError` if the process has ended."""
+        """Raise `WorkerDiedError` if the process has ended."""
         if not self._process.is_alive():
             raise self._death()
+
+    def kill(self) -> None:
+        """End the process as a fault of the machine would."""
+        self._process.kill()
+        self._process.join(_STOP_WAIT_S)
 
     def request_stop(self) -> None:
         """Tell the process to end once it has done what it is at; it may be dead already."""
@@ -101,9 +134,9 @@ class Worker:
             raise WorkerError(f"rollout worker {self._number} (pid {self._process.pid}) failed:\n{answer.text}")
         return answer
 
-    def _death(self) -> WorkerError:
+    def _death(self) -> WorkerDiedError:
         self._process.join(_REAP_WAIT_S)
-        return WorkerError(
+        return WorkerDiedError(
             f"rollout worker {self._number} (pid {self._process.pid}) died with exit code {self._process.exitcode}"
         )
 
@@ -117,6 +150,7 @@ class Workers:
 
     def __init__(self, num_workers: int) -> None:
         self._workers = [Worker(number) for number in range(num_workers)]
+        self._sent_by_dead = 0  # bytes of tensors, as far as is known
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -145,8 +179,37 @@ class Workers:
         """A figure of `GET /health`, summed over the workers' servers."""
         return sum(int(one.health()[key]) for one in self._workers)
 
-    def check(self) -> None:
-        """Raise `WorkerError` if one has died; to be asked when a fetch or a clear failed."""
+    @property
+    def served_bytes(self) -> int:
+        """Bytes of tensors that the workers' servers say they sent; of dead ones, those that `kill` killed only."""
+        return self._sent_by_dead + self.health_total("sent_payload_bytes")
+
+    def kill(self, number: int) -> None:
+        """Kill one, with all the shards that it keeps."""
+        self._sent_by_dead += int(self._workers[number].health()["sent_payload_bytes"])
+        self._workers[number].kill()
+
+    def restart_dead(self) -> list[Death]:
+        """Start those anew that have died; each at the address that it had, if it can be had."""
+        dead: dict[int, tuple[Worker, WorkerDiedError]] = {}
+        for number, one in enumerate(self._workers):
+            try:
+                one.check()
+            except WorkerDiedError as error:
+                one.stop()
+                dead[number] = one, error
+                self._workers[number] = Worker(number, one.port)
+        return [
+            Death(number, str(error), one.address, self._workers[number].address)
+            for number, (one, error) in dead.items()
+        ]
+
+    def wait_for_death(self) -> None:
+        """Give one that was just killed the time to be seen dead."""
         connection.wait([one.sentinel for one in self._workers], _REAP_WAIT_S)
+
+    def check(self) -> None:
+        """Raise `WorkerDiedError` if one has died; to be asked when a fetch or a clear failed."""
+        self.wait_for_death()
         for one in self._workers:
             one.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from areal.infra.rpc import runtime
@@ -12,10 +12,12 @@ from areal.infra.rpc.rtensor import RTensor
 from demo.handles import RemoteBatch
 from demo.learner import Learner, LearnerConfig, Targets
 from demo.meter import Meter, Phase
-from demo.rollouts import Workers
+from demo.recovery import OnDeath, Recovery
+from demo.rollouts import WorkerDiedError, WorkerError, Workers
 from demo.trajectory import rewards
 from demo.weights import WeightPublisher, clear_everywhere
 from demo.worker import SampleOrder
+from gpu_cache import FetchError
 
 NUM_EPOCHS = 2
 # Of each batch: for the reference's log-probs, the actor's, the rewards, and in each epoch.
@@ -32,6 +34,8 @@ class Plan:
         seed: Of the weights, the prompts and the sampling. On a CPU, equal plans bring equal batches.
         num_prompts: Prompts per step, over all workers.
         learner: Settings of the update.
+        kill_worker_at: The step, from 1, whose batch loses a worker between the handles and the first read.
+        on_worker_death: End the run, or restart the worker and go on without what was lost.
     """
 
     steps: int = 60
@@ -39,6 +43,8 @@ class Plan:
     seed: int = 0
     num_prompts: int = 32
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    kill_worker_at: int | None = None
+    on_worker_death: OnDeath = "fail"
 
     @property
     def total_steps(self) -> int:
@@ -50,13 +56,17 @@ class Outcome:
     """What a run brought.
 
     Attributes:
-        step_rewards: Mean reward of each step with the cache.
+        step_rewards: Mean reward of each step with the cache, but for those whose whole batch was lost.
         cached: Figures of these steps.
         uncached: Figures of the steps without.
         rollout_wait_s: Seconds that the trainer waited for the workers to sample.
         seconds: From the first order to the last clear.
         device_bytes: In the trainer's cache after the last clear and `synchronize()`.
         shards_left: In the workers' stores after the last clear.
+        num_lost_shards: That died with their workers before they were read.
+        num_worker_restarts: Workers that were started anew.
+        num_retried_clears: Shards that somebody had to be told of twice.
+        num_given_up_clears: Shards that somebody could not be told of twice.
     """
 
     step_rewards: list[float]
@@ -66,6 +76,10 @@ class Outcome:
     seconds: float
     device_bytes: int
     shards_left: int
+    num_lost_shards: int = 0
+    num_worker_restarts: int = 0
+    num_retried_clears: int = 0
+    num_given_up_clears: int = 0
 
 
 class Session:
@@ -80,15 +94,23 @@ class Session:
         workers: Started; they may still be on their way up.
         address: Of this process's shard server.
         on_step: Told after each step with the cache: its mean reward, and the figures so far.
+        tell: Takes lines about what went wrong and was mended.
     """
 
     def __init__(
-        self, plan: Plan, learner: Learner, workers: Workers, address: str, on_step: Callable[[float, Phase], None]
+        self,
+        plan: Plan,
+        learner: Learner,
+        workers: Workers,
+        address: str,
+        on_step: Callable[[float, Phase], None],
+        tell: Callable[[str], None] = print,
     ) -> None:
         self._plan = plan
         self._learner = learner
         self._workers = workers
-        self._publisher = WeightPublisher(address, workers)
+        self._recovery = Recovery(workers, plan.on_worker_death, tell)
+        self._publisher = WeightPublisher(address, workers, is_strict=not self._recovery.is_on)
         self._on_step = on_step
         self._gatherer = ThreadPoolExecutor(1, thread_name_prefix="gather")
         self._rollout_wait_s = 0.0
@@ -115,12 +137,16 @@ class Session:
         batch = self._order_batch(0)
         for step in range(self._plan.steps):
             batch = self._train_step(step, batch, meter, step_rewards)
-            self._on_step(step_rewards[-1], meter.phase(ask_servers=False))
+            self._on_step(step_rewards[-1] if step_rewards else 0.0, meter.phase(ask_servers=False))
+        self._recovery.revive(self._plan.steps)  # servers are asked now
+        if not step_rewards:
+            raise WorkerError("every batch died with its workers")
         cached, meter = meter.phase(ask_servers=True), self._meter()
         for step in range(self._plan.steps, self._plan.total_steps):
             batch = self._train_step(step, batch, meter, [])
+        self._recovery.revive(self._plan.total_steps)
         self._publisher.clear()
-        cache = runtime.current().cache
+        cache, clearer = runtime.current().cache, runtime.current().clearer
         cache.synchronize()
         return Outcome(
             step_rewards=step_rewards,
@@ -130,10 +156,14 @@ class Session:
             seconds=time.perf_counter() - start,
             device_bytes=cache.buffer_stats()["device_bytes"],
             shards_left=self._workers.health_total("num_tensors"),
+            num_lost_shards=self._recovery.num_lost_shards,
+            num_worker_restarts=self._recovery.num_restarts,
+            num_retried_clears=clearer.num_retried,
+            num_given_up_clears=clearer.num_given_up,
         )
 
     def _meter(self) -> Meter:
-        return Meter(lambda: self._workers.health_total("sent_payload_bytes"))
+        return Meter(lambda: self._workers.served_bytes)
 
     def _train_step(
         self, step: int, arriving: Future[RemoteBatch], meter: Meter, step_rewards: list[float]
@@ -142,11 +172,21 @@ class Session:
         start = time.perf_counter()
         batch = arriving.result()
         self._rollout_wait_s += time.perf_counter() - start
+        self._recovery.revive(step + 1)
         following = self._order_batch(step + 1)
-        step_rewards.append(train(self._learner, batch))
-        clear_everywhere(batch.handles)
+        step_rewards += self._train(step, batch)
+        clear_everywhere(batch.handles, is_strict=not self._recovery.is_on)
         meter.note(batch)
         return following
+
+    def _train(self, step: int, batch: RemoteBatch) -> list[float]:
+        """The mean reward of a batch; none if all of it was lost. What is lost is found out by reading it."""
+        while not batch.is_empty:
+            try:
+                return [train(self._learner, batch)]
+            except FetchError as error:
+                self._recovery.drop_lost(step + 1, batch, error)
+        return []
 
     def _order_batch(self, step: int) -> Future[RemoteBatch]:
         """Publish the weights and have a batch sampled from them; the workers must be idle."""
@@ -158,18 +198,30 @@ class Session:
             SampleOrder(weights, version, share, self._plan.learner.group_rows, self._seed(step, number))
             for number, share in enumerate(shares)
         ]
-        return self._gatherer.submit(gather, self._workers.sample(orders), is_cached=step < self._plan.steps)
+        return self._gatherer.submit(self._gather, step, self._workers.sample(orders))
+
+    def _gather(self, step: int, answers: Sequence[Future[str]]) -> RemoteBatch:
+        """Wait for all workers and make one batch of their handles; begin to fetch it if it is to be cached."""
+        is_cached = step < self._plan.steps
+        texts = [text for answer in answers for text in self._answered(answer)]
+        batch = RemoteBatch(texts, is_cached=is_cached)
+        if step + 1 == self._plan.kill_worker_at:
+            self._workers.kill(len(self._workers) - 1)
+        if is_cached:
+            RTensor.prefetch(batch.handles)
+        return batch
+
+    def _answered(self, answer: Future[str]) -> list[str]:
+        """A worker's text; none if it died and the run is to go on."""
+        try:
+            return [answer.result()]
+        except (WorkerDiedError, CancelledError):  # the latter: it died before the order reached it
+            if not self._recovery.is_on:
+                raise
+            return []
 
     def _seed(self, step: int, worker: int) -> int:
         return (self._plan.seed * 1_000_003 + step) * 1_009 + worker
-
-
-def gather(answers: Sequence[Future[str]], *, is_cached: bool) -> RemoteBatch:
-    """Wait for all workers and make one batch of their handles; begin to fetch it if it is to be cached."""
-    batch = RemoteBatch([answer.result() for answer in answers], is_cached=is_cached)
-    if is_cached:
-        RTensor.prefetch(batch.handles)
-    return batch
 
 
 def train(learner: Learner, batch: RemoteBatch) -> float:

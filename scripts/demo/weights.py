@@ -17,14 +17,20 @@ class ClearError(RuntimeError):
     """A clear did not reach every process that may hold the shards."""
 
 
-def clear_everywhere(handles: Any, consumers: Sequence[Callable[[list[Any]], object]] = ()) -> None:
+def clear_everywhere(
+    handles: Any, consumers: Sequence[Callable[[list[Any]], object]] = (), *, is_strict: bool = True
+) -> None:
     """Clear shards in this process, at their owners and at the consumers.
 
+    Args:
+        handles: Of the shards.
+        consumers: Of these, further ones.
+        is_strict: False: who could not be reached is left to the next clear, which asks once more.
     Raises:
         ClearError: Somebody could not be reached; the others have cleared.
     """
     report = asyncio.run(RTensor.clear_everywhere(handles, consumers))
-    if not report.is_complete:
+    if is_strict and not report.is_complete:
         raise ClearError(f"clearing {len(flatten_shard_ids(handles)):,} shards: {report}")
 
 
@@ -34,11 +40,13 @@ class WeightPublisher:
     Args:
         address: Of this process's shard server.
         workers: Who fetches the weights, and forgets them when they are old.
+        is_strict: As for `clear_everywhere`.
     """
 
-    def __init__(self, address: str, workers: Workers) -> None:
+    def __init__(self, address: str, workers: Workers, *, is_strict: bool = True) -> None:
         self._address = address
         self._workers = workers
+        self._is_strict = is_strict
         self._handles: dict[str, RTensor] = {}
 
     def publish(self, module: nn.Module) -> str:
@@ -57,5 +65,5 @@ class WeightPublisher:
     def clear(self) -> None:
         """Clear what is published, everywhere."""
         if self._handles:
-            clear_everywhere(self._handles, [self._workers.clear])
+            clear_everywhere(self._handles, [self._workers.clear], is_strict=self._is_strict)
             self._handles = {}

@@ -85,17 +85,25 @@ class RolloutWorker:
         return to_text(RTensor.remotize(batch, node_addr=self._address))
 
 
-def main(connection: Connection) -> None:
+def main(connection: Connection, port: int) -> None:
     """Run a worker until it is told to stop or the trainer is gone, which closes the pipe.
 
-    Sends the address of its shard server first, then one answer for each order.
+    Sends the address of its shard server first, then one answer for each order. Serves on another port than `port`
+    if that is taken.
     """
     # Ctrl-C reaches the whole group; the trainer decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     runtime.configure(device="cpu", role="rollout")
-    with rpc_server.start() as server, contextlib.suppress(EOFError, ConnectionError):
+    with _serving(port) as server, contextlib.suppress(EOFError, ConnectionError):
         worker = RolloutWorker(server.address)
         connection.send(server.address)
         while not isinstance(order := connection.recv(), StopOrder):
             connection.send(worker.obey(order))
+
+
+def _serving(port: int) -> rpc_server.ServerHandle:
+    try:
+        return rpc_server.start(port=port)
+    except OSError:
+        return rpc_server.start()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from aiohttp import web
 
+from areal.infra.rpc.expiry import ShardExpiry
 from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.serialization import tensor_from_json, tensor_to_json
 from areal.infra.rpc.shard import WireError
@@ -49,19 +50,28 @@ class DataOwner(Protocol):
         """Give unused memory back; returns whether any was."""
 
 
-def make_app(owner: DataOwner, *, token: str | None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> web.Application:
+def make_app(
+    owner: DataOwner,
+    *,
+    token: str | None,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    expiry: ShardExpiry | None = None,
+) -> web.Application:
     """Build the application.
 
     Args:
         owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
         token: What every route but `/health` asks for as `Authorization: Bearer`; None asks for nothing.
         max_body_bytes: The longest request body; a longer one is answered 413.
+        expiry: Drops old shards while the application runs; None: they stay until they are cleared.
     """
     middlewares: list[Middleware] = [_errors_as_json]
     if token is not None:
         middlewares.append(_bearer_auth(token))
     app = web.Application(client_max_size=max_body_bytes, middlewares=middlewares)
-    routes = _DataRoutes(owner, max_body_bytes)
+    if expiry is not None:
+        app.cleanup_ctx.append(expiry.sweeping)
+    routes = _DataRoutes(owner, max_body_bytes, expiry)
     app.add_routes(
         [
             web.get("/health", routes.health),
@@ -89,8 +99,8 @@ class _Answer:
 class _DataRoutes:
     """The handlers. What may take long (encoding, decoding, the owner's methods) runs on a thread of the executor."""
 
-    def __init__(self, owner: DataOwner, max_body_bytes: int) -> None:
-        self._owner = owner
+    def __init__(self, owner: DataOwner, max_body_bytes: int, expiry: ShardExpiry | None) -> None:
+        self._owner, self._expiry = owner, expiry
         self._max_body_bytes = max_body_bytes
         # Of complete answers. Only the event loop's thread touches these.
         self._sent_payload_bytes = 0
@@ -103,6 +113,8 @@ class _DataRoutes:
                 **self._owner.store.stats(),
                 "sent_payload_bytes": self._sent_payload_bytes,
                 "sent_body_bytes": self._sent_body_bytes,
+                "expired_shards": self._expiry.num_shards if self._expiry else 0,
+                "expired_bytes": self._expiry.nbytes if self._expiry else 0,
             }
         )
 

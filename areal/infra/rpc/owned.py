@@ -19,15 +19,17 @@ class OwnedShard:
         nbytes: Its length.
         text: Its dtype and shape, as a frame's header has them.
         memory: Its bytes, if it is dense and in host memory; else None.
+        stored_at: When, by the clock of its store.
     """
 
-    __slots__ = ("_fault", "dtype", "memory", "nbytes", "shape", "tensor", "text")
+    __slots__ = ("_fault", "dtype", "memory", "nbytes", "shape", "stored_at", "tensor", "text")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.nbytes = tensor, tensor.nbytes
         self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
         self.text, self._fault = "", ""
         self.memory: memoryview | None = None
+        self.stored_at = 0.0
         try:
             check_travels(tensor)
         except TypeError as error:

@@ -21,6 +21,7 @@ from aiohttp import web
 
 from areal.infra.rpc import runtime
 from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DataOwner, make_app
+from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from gpu_cache.config import parse_size
 
 try:
@@ -125,6 +126,7 @@ def start(
     token: str | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     allow_unauthenticated: bool = False,
+    shard_ttl_s: float | str | None = None,
     owner: ServedOwner | None = None,
 ) -> ServerHandle:
     """Serve shards from a thread of this process.
@@ -136,6 +138,8 @@ def start(
         token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`.
         max_body_bytes: The longest request body.
         allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
+        shard_ttl_s: Drop shards that are older, in seconds or as text ("10m", "2h"): a backstop for those that nobody
+            clears. Longer than anything is meant to live, weights too. None: they stay.
         owner: Whose shards; None means this process's runtime.
 
     Returns:
@@ -143,7 +147,8 @@ def start(
 
     Raises:
         OSError: The address cannot be bound.
-        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant.
+        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or
+            `shard_ttl_s` is not a time.
     """
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
@@ -155,7 +160,8 @@ def start(
             f"with --allow-unauthenticated or {ALLOW_VARIABLE}=1"
         )
     served = runtime.current() if owner is None else owner
-    app = make_app(served, token=token, max_body_bytes=max_body_bytes)
+    expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
+    app = make_app(served, token=token, max_body_bytes=max_body_bytes, expiry=expiry)
     listener = socket.create_server(location, family=family, backlog=_BACKLOG)
     return ServerHandle(served, app, listener, _address(listener))
 
@@ -180,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_ignored(vars(options))
     try:
         token = _token(options.token_file)
+        shard_ttl_s = None if options.shard_ttl is None else parse_seconds(options.shard_ttl)
         ending = _readable_on(signal.SIGTERM, signal.SIGINT)
         server = start(
             options.host,
@@ -187,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             token=token,
             max_body_bytes=options.max_body_bytes,
             allow_unauthenticated=options.allow_unauthenticated,
+            shard_ttl_s=shard_ttl_s,
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -221,6 +229,11 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-unauthenticated",
         action="store_true",
         help=f"serve other hosts without token (or {ALLOW_VARIABLE}=1)",
+    )
+    parser.add_argument(
+        "--shard-ttl",
+        metavar="TIME",
+        help='drop shards that are older: seconds, or such as "10m" or "2h" (default: they stay until cleared)',
     )
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     for flag in _IGNORED_FLAGS:

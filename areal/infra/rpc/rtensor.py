@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+import gpu_cache
 from areal.infra.rpc import runtime
 from areal.infra.rpc.backends.base import RTensorBackend
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
-from areal.infra.rpc.clearing import ClearReport, clear_all
+from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
 from areal.infra.rpc.serialization import register_dataclass
 from areal.infra.rpc.shard import TensorShardInfo, collect_leaves, map_leaves
 from areal.infra.rpc.trimming import trim_padding
@@ -28,6 +29,7 @@ __all__ = [
     "RTensor",
     "RTensorBackend",
     "RayRTensorBackend",
+    "StepClearer",
     "TensorShardInfo",
     "buffer_stats",
     "clear_batches",
@@ -37,6 +39,7 @@ __all__ = [
     "flatten_shard_ids",
     "get_backend",
     "remove",
+    "scope",
     "set_backend",
     "storage_stats",
     "store",
@@ -139,10 +142,7 @@ class RTensor:
     @staticmethod
     def collect_shards(obj: Any) -> dict[str, list[Any]]:
         """The distinct shard ids in nested containers, by address of their owner."""
-        shards: dict[str, dict[Any, None]] = {}
-        for handle in collect_leaves(obj, RTensor):
-            shards.setdefault(handle.shard.node_addr, {})[handle.shard.shard_id] = None
-        return {node_addr: list(ids) for node_addr, ids in shards.items()}
+        return {node_addr: [one.shard_id for one in owned] for node_addr, owned in _sized_shards(obj).items()}
 
     @staticmethod
     async def clear_node(node_addr: str, shard_ids: Sequence[Any]) -> Any:
@@ -157,16 +157,21 @@ class RTensor:
         return await get_backend().delete(node_addr, list(shard_ids))
 
     @staticmethod
-    async def clear_everywhere(obj: Any, consumers: Iterable[Callable[[list[Any]], Any]] = ()) -> ClearReport:
+    async def clear_everywhere(
+        obj: Any, consumers: Iterable[Callable[[list[Any]], Any]] = (), *, clearer: StepClearer | None = None
+    ) -> ClearReport:
         """End a step: clear the shards in `obj` here, at their owners, and at every consumer, all at once.
 
         Args:
             obj: Containers of handles.
-            consumers: Called with the flat list of ids, each on a thread of its own; may return an awaitable.
+            consumers: Called with the flat list of ids, each on a thread of its own; may return an awaitable. One that
+                hangs is given up.
+            clearer: Remembers what could not be cleared, for the next step to try once more. None: this process's.
         Returns:
             What was cleared, and what could not be: one who fails keeps nobody else from being cleared.
         """
-        return await clear_all(RTensor.collect_shards(obj), RTensor.clear_node, consumers)
+        ending = runtime.current().clearer if clearer is None else clearer
+        return await ending.clear(_sized_shards(obj), RTensor.clear_node, consumers)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__wire_fields__()
@@ -210,6 +215,15 @@ def clear_fetch_buffer(shard_ids: Iterable[Any] | None = None) -> int:
     """
     current = runtime.current()
     return current.cache.clear() if shard_ids is None else current.evict(shard_ids)
+
+
+def scope(name: str = "") -> gpu_cache.Scope:
+    """A `with` at whose end this process drops from its cache whatever was fetched inside; see `TensorCache.scope`.
+
+    Their owners keep theirs: those are for `clear_everywhere`. After `runtime.configure` a scope from before is of the
+    cache from before.
+    """
+    return runtime.current().cache.scope(name)
 
 
 def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
@@ -265,6 +279,21 @@ def storage_stats() -> dict[str, int]:
 
 # Upstream's private name.
 _store_local = store
+
+
+def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
+    """The distinct shards in nested containers, by address of their owner.
+
+    An id that cannot be a key counts as one of its own: it must not keep the others from being cleared.
+    """
+    shards: dict[str, dict[Any, SizedId]] = {}
+    for handle in collect_leaves(obj, RTensor):
+        owned, sized = shards.setdefault(handle.shard.node_addr, {}), SizedId(handle.shard.shard_id, handle.data.nbytes)
+        try:
+            owned[sized.shard_id] = sized
+        except TypeError:  # unhashable
+            owned["unhashable", id(sized.shard_id)] = sized
+    return {node_addr: list(owned.values()) for node_addr, owned in shards.items()}
 
 
 def _fill(handles: Sequence[RTensor]) -> None:

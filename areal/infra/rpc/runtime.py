@@ -17,6 +17,7 @@ import gpu_cache
 from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBackend, on_host, source_of
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
+from areal.infra.rpc.clearing import StepClearer
 from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import ShardReader
@@ -35,6 +36,8 @@ class Runtime:
     Args:
         config: Settings of the cache; None reads the GPU_CACHE_* variables.
         store: The tensors that this process owns.
+    Attributes:
+        clearer: Clears the steps that this process ends, unless it has been given one for each controller.
     Thread-safety: any thread.
     """
 
@@ -42,6 +45,7 @@ class Runtime:
         self.pid = os.getpid()
         self.store = ShardStore() if store is None else store
         self.cache = gpu_cache.TensorCache(config)
+        self.clearer = StepClearer()
         self.own_addresses: set[str] = set()  # of servers in this process
         # Guards _backend, _is_chosen_here.
         self._lock = threading.Lock()
@@ -95,7 +99,7 @@ class Runtime:
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
-        return self.cache.clear([shard_id for shard_id in shard_ids if isinstance(shard_id, Hashable)])
+        return self.cache.clear([shard_id for shard_id in shard_ids if _can_be_id(shard_id)])
 
     def trim(self) -> bool:
         """Give the cache's unused memory back; whether any was."""
@@ -142,6 +146,15 @@ class _HandleSource:
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
         return self._runtime.source({key: self._handles[key] for key in keys}).open(keys, timeout_s)
+
+
+def _can_be_id(value: Any) -> bool:
+    """Whether it can be hashed; a tuple says so of itself whatever it contains."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def is_ray_in_use() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -35,6 +35,23 @@ class ShardMissingError(ShardFetchError):
     """The owner answered that it does not have the shard."""
 
     reason = "missing"
+
+
+class ShardClearError(ShardFetchError):
+    """An owner was not told to delete some shards, or refused.
+
+    Args:
+        message: What happened.
+        shard_ids: What it may still have.
+        statistics: What it said after the others; empty if nothing.
+    """
+
+    def __init__(
+        self, message: str, shard_ids: Iterable[Any] = (), statistics: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.shard_ids, self.statistics = list(shard_ids), dict(statistics or {})
+        self.args = (message, self.shard_ids, self.statistics)
 
 
 class WireError(ValueError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable, Iterator, MutableMapping
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from typing import TypeVar
 
 import torch
@@ -19,20 +21,24 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
     A mapping, so that code which knows upstream's plain dict finds what it expects; the operations named below are
     each atomic, and what `MutableMapping` builds from them (`setdefault`, `popitem`) is not.
 
+    Args:
+        now: Seconds, monotonic; shards are dated by it.
     Thread-safety: any thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         # Guards _entries, _total_bytes.
         self._lock = threading.Lock()
-        self._entries: dict[Hashable, OwnedShard] = {}
+        self._entries: OrderedDict[Hashable, OwnedShard] = OrderedDict()  # in the order of their dates
         self._total_bytes = 0
 
     def put(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
         """Keep a tensor as it is, without a copy; replaces what the id named before."""
         entry = OwnedShard(tensor)
         with self._lock:
-            previous = self._entries.get(shard_id)
+            previous = self._entries.pop(shard_id, None)
+            entry.stored_at = self._now()
             self._entries[shard_id] = entry
             self._total_bytes += entry.nbytes - (previous.nbytes if previous else 0)
         # `previous` may be the last reference; it dies here, outside the lock.
@@ -75,6 +81,19 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
                     self._total_bytes -= entry.nbytes
         return len(removed)
 
+    def remove_stored_before(self, moment: float) -> list[tuple[Hashable, int]]:
+        """Forget what was stored before a moment of this store's clock; returns ids and bytes, oldest first.
+
+        Looks at what it removes, and at one more.
+        """
+        removed: list[tuple[Hashable, OwnedShard]] = []
+        with self._lock:
+            while self._entries and (oldest := next(iter(self._entries.items())))[1].stored_at < moment:
+                removed.append(oldest)
+                del self._entries[oldest[0]]
+                self._total_bytes -= oldest[1].nbytes
+        return [(shard_id, entry.nbytes) for shard_id, entry in removed]
+
     def stats(self) -> dict[str, int]:
         """`num_tensors` and `total_bytes`, of one moment. Kept as they change: asking costs nothing."""
         with self._lock:
@@ -83,7 +102,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            dropped, self._entries, self._total_bytes = self._entries, {}, 0
+            dropped, self._entries, self._total_bytes = self._entries, OrderedDict(), 0
         dropped.clear()
 
     def __getitem__(self, shard_id: Hashable) -> torch.Tensor:

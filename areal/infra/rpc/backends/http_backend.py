@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import os
 import time
 import uuid
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer
+from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.http_deleter import HttpDeleter
 from areal.infra.rpc.backends.http_reader import HttpReader, NodeForm
 from areal.infra.rpc.backends.http_requester import (
     CLEAR,
@@ -20,12 +20,9 @@ from areal.infra.rpc.backends.http_requester import (
     HttpSettings,
     Requester,
     Route,
-    named,
-    read_text,
-    shortened,
 )
-from areal.infra.rpc.clearing import in_own_thread
-from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
+from areal.infra.rpc.own_thread import in_own_thread
+from areal.infra.rpc.shard import TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import ShardReader
 
@@ -108,10 +105,12 @@ class HttpRTensorBackend:
     async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
         """Delete shards at their owner: three tries within 10 s. Unknown ids are no error.
 
+        What the owner refuses is asked for in halves: one id that it chokes on keeps none of the others.
+
         Returns:
             The owner's statistics.
         Raises:
-            ShardFetchError: The owner could not be told, or refused.
+            ShardFetchError: The owner could not be told, or refused. A `ShardClearError` says what it may still have.
         """
         return await in_own_thread(self._delete, node_addr, list(shard_ids))
 
@@ -125,9 +124,7 @@ class HttpRTensorBackend:
     def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
         requester = self._requester(node_addr, CLEAR, self._settings.delete_timeout_s)
         try:
-            return requester.send(shard_ids, _statistics)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ShardFetchError(f"Failed to clear shards at {requester.url}: {error} ({named(shard_ids)})") from error
+            return HttpDeleter(requester).delete(shard_ids)
         finally:
             requester.release()
 
@@ -166,12 +163,3 @@ def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
     finally:
         reader.close()
     return tensors
-
-
-def _statistics(answer: HttpAnswer) -> dict[str, Any]:
-    """What the owner says after a clear."""
-    text = read_text(answer)
-    statistics = json.loads(text) if answer.status == 200 else None
-    if not isinstance(statistics, dict):
-        raise ValueError(f"{answer.status} body={shortened(text)}")
-    return statistics

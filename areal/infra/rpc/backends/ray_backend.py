@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from areal.infra.rpc.backends.base import CallSource, on_host
-from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
+from areal.infra.rpc.shard import ShardClearError, ShardFetchError, TensorShardInfo
 
 
 class RayRTensorBackend:
@@ -45,10 +45,25 @@ class RayRTensorBackend:
         return self._ray.put(tensor)
 
     async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
-        """Free objects wherever they are. Unknown ones are no error."""
-        if shard_ids:
-            self._ray.internal.free(list(shard_ids))
+        """Free objects wherever they are. Unknown ones are no error.
+
+        Raises:
+            ShardClearError: Ray refused some, and says which; the others are freed.
+        """
+        refused = [] if self._free(shard_ids) is None else [one for one in shard_ids if self._free([one]) is not None]
+        if refused:
+            message = f"Failed to clear {len(refused):,} of {len(shard_ids):,} shards in ray: {self._free(refused)}"
+            raise ShardClearError(message, refused)
         return {"status": "ok", "cleared_count": len(shard_ids)}
+
+    def _free(self, shard_ids: Sequence[Any]) -> str | None:
+        """Free objects; why Ray would not, if so."""
+        try:
+            if shard_ids:
+                self._ray.internal.free(list(shard_ids))
+        except (TypeError, ValueError, self._ray.exceptions.RayError) as error:  # such as for what is no reference
+            return repr(error)
+        return None
 
     def _load(self, keys: Sequence[Hashable]) -> list[torch.Tensor | Exception]:
         try:
