@@ -19,6 +19,7 @@ ALIGNMENT = 512
 
 ReadyMode = Literal["host", "stream"]
 ReuseFence = Literal["all", "noted"]
+OnError = Literal["raise", "none"]  # what a call makes of shards that did not arrive
 
 
 def parse_size(text: int | str) -> int:

@@ -59,6 +59,12 @@ class FetchError(GpuCacheError, RuntimeError):
         return self.message
 
 
+class FetchTimeoutError(FetchError):
+    """A shard did not arrive in time. It may still be there."""
+
+    reason = "timeout"
+
+
 class TransferError(GpuCacheError):
     """Bytes could not be staged or copied to the device."""
 

@@ -41,9 +41,9 @@ FLOORS = {
     ],
     "areal.infra.rpc": [
         ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket"],
-        ["layout", "backends.base", "backends.http_connection"],
-        ["owned", "backends.ray_backend"],
-        ["wire", "store"],
+        ["layout", "backends.bounded_call", "backends.http_connection"],
+        ["owned", "backends.base"],
+        ["wire", "store", "backends.ray_backend"],
         ["backends.http_requester"],
         ["backends.http_reader"],
         ["backends.http_backend"],

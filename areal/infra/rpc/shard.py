@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from gpu_cache.errors import FetchError
+from gpu_cache.errors import FetchError, FetchTimeoutError
 
 LeafT = TypeVar("LeafT")
 
@@ -32,9 +32,33 @@ class ShardFetchError(FetchError):
 
 
 class ShardMissingError(ShardFetchError):
-    """The owner answered that it does not have the shard."""
+    """The owner answered that it does not have the shard. Asking again does not help."""
 
     reason = "missing"
+
+
+class ShardRefusedError(ShardFetchError):
+    """The owner refused: a token that is missing or wrong (401), a request too long (413), any other status 4xx."""
+
+    reason = "refused"
+
+
+class ShardAnswerError(ShardFetchError):
+    """The owner's answer is no use: a broken frame, no HTTP, or a fault of its own (status 5xx)."""
+
+    reason = "answer"
+
+
+class ShardUnreachableError(ShardFetchError):
+    """No connection to the owner, or it broke off, and other tries did not mend that."""
+
+    reason = "connection"
+
+
+class ShardTimeoutError(ShardFetchError, FetchTimeoutError):
+    """The owner did not answer in time, or was busy until the time was up. Asking again may help."""
+
+    reason = "timeout"
 
 
 class WireError(ValueError):

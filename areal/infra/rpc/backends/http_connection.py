@@ -24,6 +24,14 @@ _MAX_IDLE = 256
 _RETRY_AFTER_DATE_S = 1.0
 
 
+class AddressError(ValueError):
+    """Not an address."""
+
+
+class BrokenOffError(http.client.HTTPException):
+    """Headers that broke off, or an answer that does not say where it ends; the two cannot be told apart."""
+
+
 class HttpAnswer:
     """The answer to one request: status, headers, and a body that is read exactly once.
 
@@ -31,7 +39,7 @@ class HttpAnswer:
         retry_after_s: How long the server asks to wait; None where it does not.
         unread_bytes: Of the body; -1 where it comes in chunks.
     Raises:
-        http.client.HTTPException: Nothing says where the body ends. So do headers that broke off, too.
+        BrokenOffError: Nothing says where the body ends.
     """
 
     def __init__(self, response: http.client.HTTPResponse, sock: DeadlineSocket) -> None:
@@ -41,7 +49,7 @@ class HttpAnswer:
         self.unread_bytes = -1 if response.length is None else response.length
         self._response, self._sock = response, sock
         if response.length is None and not response.chunked:
-            raise http.client.HTTPException("an answer that does not say where it ends")
+            raise BrokenOffError("an answer that does not say where it ends")
         self._is_ahead = True  # http.client may have read more than the headers
 
     @property
@@ -123,7 +131,7 @@ class NodeConnection:
     """One connection to one node.
 
     Raises:
-        ValueError: Not an address.
+        AddressError: Not an address.
     Thread-safety: one thread; `cancel` from any.
     """
 
@@ -240,7 +248,7 @@ class ConnectionPool:
         """An idle connection to the node that is still alive, or a new one, not yet connected.
 
         Raises:
-            ValueError: Not an address.
+            AddressError: Not an address.
         """
         while (connection := self._take_idle(address)) is not None:
             if not connection.is_stale:
@@ -285,11 +293,11 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port" or "[ipv6]:port".
 
     Raises:
-        ValueError: Not such an address.
+        AddressError: Not such an address.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 0xFFFF:
-        raise ValueError(f"{address!r} is not an address: write host:port or [ipv6]:port")
+        raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

@@ -12,19 +12,26 @@ from typing import NamedTuple
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import HttpAnswer
+from areal.infra.rpc.backends.http_connection import AddressError, HttpAnswer
 from areal.infra.rpc.backends.http_requester import (
     FAULTS,
     HttpSettings,
     Requester,
     ResultT,
+    kind_of_status,
     named,
     read_text,
     shortened,
 )
 from areal.infra.rpc.layout import PREFIX_BYTES, Layout, described
 from areal.infra.rpc.serialization import tensor_from_json
-from areal.infra.rpc.shard import ShardFetchError, ShardMissingError, WireError
+from areal.infra.rpc.shard import (
+    ShardAnswerError,
+    ShardFetchError,
+    ShardMissingError,
+    ShardUnreachableError,
+    WireError,
+)
 from areal.infra.rpc.wire import CONTENT_TYPE, header_nbytes, parse_header
 from gpu_cache import ShardSpec, TensorReader
 
@@ -147,8 +154,12 @@ class HttpReader:
     def _ask(self, wanted: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:
         try:
             return self._requester.send(wanted, receive, partial(self._foresee, wanted))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise self._failed(str(error), wanted) from error
+        except AddressError as error:
+            raise self._failed(ShardUnreachableError, str(error), wanted) from error
+        except TypeError as error:  # an id that JSON cannot express
+            raise self._failed(ShardFetchError, str(error), wanted) from error
+        except (ValueError, RecursionError) as error:
+            raise self._failed(ShardAnswerError, str(error), wanted) from error
 
     def _foresee(self, wanted: Sequence[Hashable]) -> None:
         """Lay out what the owner should answer, while it does the same."""
@@ -160,8 +171,8 @@ class HttpReader:
                 texts = [described(spec.dtype, spec.shape, spec.nbytes) for spec in expected]
                 self._foreseen = Foreseen(Layout(wanted, expected, texts), expected)
 
-    def _failed(self, what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
-        return ShardFetchError(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
+    def _failed(self, kind: type[ShardFetchError], what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
+        return kind(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
 
     def _part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec] | None:
         """Describe the shards of an answer; None if the owner lacks some, which are `failures` now."""
@@ -177,7 +188,7 @@ class HttpReader:
         missing = _missing_ids(text) if answer.status == 400 else frozenset()
         lost = [key for key in wanted if key in missing]
         if not lost:
-            raise self._failed(f"{answer.status} body={shortened(text)}", wanted)
+            raise self._failed(kind_of_status(answer.status), f"{answer.status} body={shortened(text)}", wanted)
         for key in lost:
             self.failures[key] = ShardMissingError(
                 f"Failed to fetch shard {key} from {self.node}: the owner does not have it"
@@ -253,12 +264,12 @@ class HttpReader:
         try:
             tensor = tensor_from_json(described)
         except ValueError as error:
-            return self._failed(str(error), [key])
-        return self._failed("a tensor without data", [key]) if tensor.is_meta else tensor
+            return self._failed(ShardAnswerError, str(error), [key])
+        return self._failed(ShardAnswerError, "a tensor without data", [key]) if tensor.is_meta else tensor
 
     def _check_count(self, num_returned: int, wanted: Sequence[Hashable]) -> None:
         if num_returned != len(wanted):
-            raise ShardFetchError(
+            raise ShardAnswerError(
                 f"Batch fetch from {self._requester.url} returned {num_returned} shards for {len(wanted)} requested "
                 f"({named(wanted)})"
             )

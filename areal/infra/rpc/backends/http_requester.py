@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer, NodeConnection
-from areal.infra.rpc.shard import ShardFetchError
+from areal.infra.rpc.backends.http_connection import BrokenOffError, ConnectionPool, HttpAnswer, NodeConnection
+from areal.infra.rpc.shard import (
+    ShardAnswerError,
+    ShardFetchError,
+    ShardMissingError,
+    ShardRefusedError,
+    ShardTimeoutError,
+    ShardUnreachableError,
+)
 from areal.infra.rpc.wire import CONTENT_TYPE
 
 ResultT = TypeVar("ResultT")
@@ -47,7 +55,7 @@ class HttpSettings:
     max_body_bytes: int = 8 << 30
     fetch_timeout_s: float = 60.0
     delete_timeout_s: float = 10.0
-    retry_pause_s: float = 0.05
+    retry_pause_s: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +102,10 @@ class Requester:
             receive: Reads the answer, whole or in part; its faults count as the request's.
             meanwhile: Called between request and answer, at each try.
         Raises:
-            ShardFetchError: One fault too many, or too late; says how many there were and which was the last.
+            ShardUnreachableError: One fault too many, or ShardTimeoutError or ShardAnswerError, by the last fault; says
+                how many there were.
             TypeError: Ids that JSON cannot express.
-            ValueError: The address is none.
+            AddressError: The address is none.
         """
         self._named = named(shard_ids)
         payload = json.dumps({"shard_ids": shard_ids}).encode()
@@ -117,12 +126,12 @@ class Requester:
         if connection is not None:
             connection.close()
             self._pool.forget(self.address)  # the idle ones are likely to be as dead
-        pause_s = self._settings.retry_pause_s * self.num_faults
+        pause_s = back_off_s(self._settings.retry_pause_s, self.num_faults, random.random())
         if isinstance(error, NodeBusyError):
             pause_s = error.retry_after_s
         is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
         if is_last or self._cancelled.wait(pause_s):
-            raise ShardFetchError(
+            raise kind_of_fault(error)(
                 f"Failed to {self._route.work} {self.url} after {self.num_faults} attempts. "
                 f"Last error: {error!r} ({self._named})"
             ) from error
@@ -163,6 +172,30 @@ class Requester:
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(read_text(answer))}", answer.retry_after_s)
         return answer
+
+
+def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
+    """The pause after that many faults in a row: twice as long each time, and up to half more or less by `chance`, so
+    that all who lost the same node do not come back at the same moment.
+    """
+    return first_s * 2.0 ** (num_faults - 1) * (0.5 + chance)
+
+
+def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
+    """What a request has failed of whose last fault this was."""
+    if isinstance(error, (TimeoutError, NodeBusyError)):
+        return ShardTimeoutError
+    if isinstance(error, (OSError, BrokenOffError, http.client.IncompleteRead)):
+        return ShardUnreachableError
+    is_cut = isinstance(error, http.client.BadStatusLine) and not str(error).endswith("\n")
+    return ShardUnreachableError if is_cut else ShardAnswerError
+
+
+def kind_of_status(status: int) -> type[ShardFetchError]:
+    """What an answer of a status other than 200 means."""
+    if status == 404:
+        return ShardMissingError
+    return ShardRefusedError if 400 <= status < 500 else ShardAnswerError
 
 
 def read_text(answer: HttpAnswer) -> str:
