@@ -39,12 +39,10 @@ class ReaderTask:
         """Drain to the end. Never raises: each entry not delivered gets the reason."""
         if not self.take_over():
             return  # given up before it began
-        error: BaseException | None = None
-        try:
-            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
-        except BaseException as caught:  # top of a thread: the waiters re-raise it
-            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
-            error = caught
+        error = self._drain(transfer, deadline, may_overflow)
+        while isinstance(error, FetchError) and error.may_go_on:
+            self._announced = {key for key in self._announced if self.entries[key].base is not None}
+            error = self._drain(transfer, deadline, may_overflow)
         self.end(error)
 
     def take_over(self) -> bool:
@@ -91,6 +89,14 @@ class ReaderTask:
         pairs = [(self.entries[landing.key], landing) for landing in landings]
         take = self._index.deliver if is_overflow else self._index.publish
         take(pairs, self.reader.node, completion)
+
+    def _drain(self, transfer: Transfer, deadline: float, may_overflow: bool) -> BaseException | None:
+        try:
+            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
+        except BaseException as caught:  # top of a thread: the waiters re-raise it
+            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
+            return caught
+        return None
 
     def _abort_rest(self, error: BaseException | None) -> None:
         node, failures = self.reader.node, self.reader.failures

@@ -307,7 +307,7 @@ def test_health_counts_what_is_stored_and_what_was_sent(server: ServerHandle, ow
     ]
     batch(server, "missing")
     reply = ask(server, "GET", "/health")
-    assert (reply.status, reply.json) == (
+    assert (reply.status, {key: reply.json[key] for key in reply.json if key != "incarnation"}) == (
         200,
         {
             "status": "ok",
@@ -499,3 +499,25 @@ def test_only_connections_within_the_host_change_their_congestion_control(peer_h
         data_app._use_reno_within_host(SocketTransport(connected, peer_host))
         after = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         assert after.rstrip(b"\0") == (b"reno" if is_tuned else before.rstrip(b"\0"))
+
+
+def test_every_answer_names_the_incarnation(owner: FakeOwner) -> None:
+    owner.store["a"] = torch.ones(3)
+    with rpc_server.start(owner=owner, token="s3cret", max_body_bytes=1000) as server:
+        known = ask(server, "GET", "/health").json["incarnation"]
+        shown = {"Authorization": "Bearer s3cret"}
+        asked = [
+            ("GET", "/health", None, shown, 200),
+            ("GET", "/data/a", None, shown, 200),
+            ("GET", "/data/b", None, shown, 404),
+            ("GET", "/data/a", None, {}, 401),
+            ("POST", "/data/batch", {"shard_ids": ["a"]}, shown, 200),
+            ("POST", "/data/batch", {"shard_ids": ["b"]}, shown, 400),
+            ("PUT", "/data/c", b"x" * 2000, shown, 413),
+            ("PUT", "/data/c", b"junk", shown, 400),
+            ("DELETE", "/data/clear", {"shard_ids": []}, shown, 200),
+            ("POST", "/data/reclaim", None, shown, 200),
+        ]
+        for method, path, body, headers, status in asked:
+            reply = ask(server, method, path, body, headers)
+            assert (reply.status, reply.headers["X-Shard-Incarnation"]) == (status, known), path

@@ -40,7 +40,7 @@ FLOORS = {
         ["__main__"],
     ],
     "areal.infra.rpc": [
-        ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket"],
+        ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket", "backends.node_state"],
         ["layout", "backends.bounded_call", "backends.http_connection"],
         ["owned", "backends.base"],
         ["wire", "store", "backends.ray_backend"],

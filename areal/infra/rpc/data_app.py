@@ -8,7 +8,8 @@ import hmac
 import json
 import logging
 import socket
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +19,7 @@ from aiohttp import web
 
 from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.serialization import tensor_from_json, tensor_to_json
-from areal.infra.rpc.shard import WireError
+from areal.infra.rpc.shard import INCARNATION_HEADER, WireError
 from areal.infra.rpc.store import ShardStore
 from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
 
@@ -50,7 +51,7 @@ class DataOwner(Protocol):
 
 
 def make_app(owner: DataOwner, *, token: str | None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> web.Application:
-    """Build the application.
+    """Build the application. It names its incarnation, a random id, in `/health` and in a header of every answer.
 
     Args:
         owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
@@ -61,7 +62,9 @@ def make_app(owner: DataOwner, *, token: str | None, max_body_bytes: int = DEFAU
     if token is not None:
         middlewares.append(_bearer_auth(token))
     app = web.Application(client_max_size=max_body_bytes, middlewares=middlewares)
-    routes = _DataRoutes(owner, max_body_bytes)
+    incarnation = uuid.uuid4().hex
+    app.on_response_prepare.append(_naming(incarnation))
+    routes = _DataRoutes(owner, max_body_bytes, incarnation)
     app.add_routes(
         [
             web.get("/health", routes.health),
@@ -89,8 +92,8 @@ class _Answer:
 class _DataRoutes:
     """The handlers. What may take long (encoding, decoding, the owner's methods) runs on a thread of the executor."""
 
-    def __init__(self, owner: DataOwner, max_body_bytes: int) -> None:
-        self._owner = owner
+    def __init__(self, owner: DataOwner, max_body_bytes: int, incarnation: str) -> None:
+        self._owner, self._incarnation = owner, incarnation
         self._max_body_bytes = max_body_bytes
         # Of complete answers. Only the event loop's thread touches these.
         self._sent_payload_bytes = 0
@@ -100,6 +103,7 @@ class _DataRoutes:
         return web.json_response(
             {
                 "status": "ok",
+                "incarnation": self._incarnation,
                 **self._owner.store.stats(),
                 "sent_payload_bytes": self._sent_payload_bytes,
                 "sent_body_bytes": self._sent_body_bytes,
@@ -247,6 +251,13 @@ def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:
 
 def _error(status: int, message: str, **more: object) -> web.Response:
     return web.json_response({"status": "error", "message": message, **more}, status=status)
+
+
+def _naming(incarnation: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def name(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers[INCARNATION_HEADER] = incarnation
+
+    return name
 
 
 @web.middleware

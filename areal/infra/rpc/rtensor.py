@@ -21,6 +21,7 @@ from areal.infra.rpc.serialization import register_dataclass
 from areal.infra.rpc.shard import (
     ShardAnswerError,
     ShardFetchError,
+    ShardLostError,
     ShardMissingError,
     ShardRefusedError,
     ShardTimeoutError,
@@ -41,6 +42,7 @@ __all__ = [
     "RayRTensorBackend",
     "ShardAnswerError",
     "ShardFetchError",
+    "ShardLostError",
     "ShardMissingError",
     "ShardRefusedError",
     "ShardTimeoutError",

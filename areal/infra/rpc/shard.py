@@ -13,6 +13,9 @@ LeafT = TypeVar("LeafT")
 
 _CONTAINERS = (dict, list, tuple)
 
+# Of every answer of a server: a random id that it took when it started.
+INCARNATION_HEADER = "X-Shard-Incarnation"
+
 
 @dataclass
 class TensorShardInfo:
@@ -35,6 +38,25 @@ class ShardMissingError(ShardFetchError):
     """The owner answered that it does not have the shard. Asking again does not help."""
 
     reason = "missing"
+
+
+class ShardLostError(ShardMissingError):
+    """The owner restarted since it was first asked, and does not have the shard: it is gone for good.
+
+    Args:
+        shard_id: Which.
+        node_addr: The owner's address.
+        before: Incarnation of the server that answered there first.
+        now: Incarnation of the one that answers now.
+    """
+
+    def __init__(self, shard_id: Any, node_addr: str, before: str, now: str) -> None:
+        super().__init__(
+            f"Failed to fetch shard {shard_id} from {node_addr}: the owner does not have it; it restarted "
+            f"(incarnation {before} before, {now} now)"
+        )
+        self.args = (shard_id, node_addr, before, now)
+        self.shard_id, self.node_addr, self.before, self.now = shard_id, node_addr, before, now
 
 
 class ShardRefusedError(ShardFetchError):

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from areal.infra.rpc.backends.deadline_socket import DeadlineSocket
+from areal.infra.rpc.shard import INCARNATION_HEADER
 
 # The most buffers of one call: IOV_MAX of Linux is 1,024.
 _MAX_BUFFERS = 1000
@@ -37,6 +38,7 @@ class HttpAnswer:
 
     Attributes:
         retry_after_s: How long the server asks to wait; None where it does not.
+        incarnation: Which server answered; "" where it does not say.
         unread_bytes: Of the body; -1 where it comes in chunks.
     Raises:
         BrokenOffError: Nothing says where the body ends.
@@ -46,6 +48,7 @@ class HttpAnswer:
         self.status = response.status
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _seconds(response.headers.get("Retry-After"))
+        self.incarnation = response.headers.get(INCARNATION_HEADER, "")
         self.unread_bytes = -1 if response.length is None else response.length
         self._response, self._sock = response, sock
         if response.length is None and not response.chunked:

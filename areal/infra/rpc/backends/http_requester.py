@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TypeVar
 
 from areal.infra.rpc.backends.http_connection import BrokenOffError, ConnectionPool, HttpAnswer, NodeConnection
+from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.shard import (
     ShardAnswerError,
     ShardFetchError,
@@ -74,15 +75,28 @@ CLEAR = Route("DELETE", "/data/clear", "clear shards at")
 class Requester:
     """Sends requests to one route of one node over one connection, trying again where that can help.
 
+    Args:
+        address: Of the node.
+        route: Of the node's server.
+        pool: Where connections come from.
+        settings: What all requests have in common.
+        deadline: As by `time.monotonic()`, of all its requests together.
+        node: Learns which server answers.
     Attributes:
         num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0.
     Thread-safety: one thread; `cancel` from any.
     """
 
     def __init__(
-        self, address: str, route: Route, pool: ConnectionPool, settings: HttpSettings, deadline: float
+        self,
+        address: str,
+        route: Route,
+        pool: ConnectionPool,
+        settings: HttpSettings,
+        deadline: float,
+        node: NodeState,
     ) -> None:
-        self.address, self.url = address, f"http://{address}{route.path}"
+        self.address, self.url, self.node = address, f"http://{address}{route.path}", node
         self.num_faults = 0
         self._route, self._pool, self._settings, self._deadline = route, pool, settings, deadline
         self._connection: NodeConnection | None = None
@@ -169,6 +183,8 @@ class Requester:
             patience_s=(self._deadline - time.monotonic()) / (NUM_TRIES - self.num_faults),
             meanwhile=meanwhile,
         )
+        if self.node.note(answer.incarnation):
+            self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(read_text(answer))}", answer.retry_after_s)
         return answer
