@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from areal.infra.rpc import data_app, layout, rpc_server
+from areal.infra.rpc import answers, data_app, layout, rpc_server
 from areal.infra.rpc.rpc_server import ServerHandle
 from areal.infra.rpc.serialization import deserialize_value, serialize_value, tensor_from_json
 from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
@@ -458,7 +458,7 @@ def test_an_encoding_under_way_does_not_keep_others_waiting(
         assert released.wait(timeout=10)
         return {"slow": tensor.tolist()}
 
-    monkeypatch.setattr(data_app, "tensor_to_json", slow)
+    monkeypatch.setattr(answers, "tensor_to_json", slow)
     owner.store["a"] = torch.ones(1)
     replies: list[Reply] = []
     thread = threading.Thread(target=lambda: replies.append(ask(server, "GET", "/data/a")))

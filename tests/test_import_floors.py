@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "gpu_cache": [
         ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry", "throttle", "ranges"],
-        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader"],
+        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader", "inflight"],
         ["cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
         ["device", "ledger"],
         ["placement", "block", "completion", "fence", "staging", "index"],
@@ -43,8 +43,8 @@ FLOORS = {
         ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket", "backends.node_state"],
         ["layout", "backends.bounded_call", "backends.http_connection"],
         ["owned", "backends.base"],
-        ["wire", "store", "backends.ray_backend"],
-        ["backends.http_requester"],
+        ["wire", "store", "backends.ray_backend", "backends.connection_pool"],
+        ["backends.http_requester", "answers"],
         ["backends.http_reader"],
         ["backends.http_backend"],
         ["runtime"],

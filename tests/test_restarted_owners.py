@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from areal.infra.rpc import rpc_server, runtime
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.backends.http_connection import ConnectionPool
 from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.rtensor import RTensor, ShardLostError, ShardMissingError, get_backend

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
 from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import FETCH, HttpSettings, Requester
 from areal.infra.rpc.backends.node_state import NodeState

@@ -9,29 +9,33 @@ import json
 import logging
 import socket
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from aiohttp import web
 
-from areal.infra.rpc.owned import OwnedShard
-from areal.infra.rpc.serialization import tensor_from_json, tensor_to_json
-from areal.infra.rpc.shard import INCARNATION_HEADER, WireError
+from areal.infra.rpc.answers import Answer, array_answer, frame_answer, json_answer
+from areal.infra.rpc.serialization import tensor_from_json
+from areal.infra.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, WireError
 from areal.infra.rpc.store import ShardStore
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
+from areal.infra.rpc.wire import CONTENT_TYPE, decode_frame
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
     from aiohttp.typedefs import Handler, Middleware
 
 DEFAULT_MAX_BODY_BYTES = 1 << 30
+# Answers with tensors under way at once. Each may keep some MB in the transport; with more of them none is faster.
+DEFAULT_MAX_RESPONSES = 32
+# What a client that comes beyond that is told. Seconds are whole in the standard's header; ours says it exactly.
+_COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: "50"}
+# A client that takes nothing for so long is as good as gone, and must not keep its turn.
+_STALLED_S = 120.0
 # Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
 _WRITE_BYTES = 1 << 20
 # What may wait in the transport (large parts by reference): it is sent without a turn of the loop for each write.
 _AHEAD_BYTES = 8 << 20
-_JSON_CONTENT_TYPE = "application/octet-stream"
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +54,20 @@ class DataOwner(Protocol):
         """Give unused memory back; returns whether any was."""
 
 
-def make_app(owner: DataOwner, *, token: str | None, max_body_bytes: int = DEFAULT_MAX_BODY_BYTES) -> web.Application:
+def make_app(
+    owner: DataOwner,
+    *,
+    token: str | None,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    max_responses: int = DEFAULT_MAX_RESPONSES,
+) -> web.Application:
     """Build the application. It names its incarnation, a random id, in `/health` and in a header of every answer.
 
     Args:
         owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
         token: What every route but `/health` asks for as `Authorization: Bearer`; None asks for nothing.
         max_body_bytes: The longest request body; a longer one is answered 413.
+        max_responses: Answers with tensors under way at once; who comes beyond that is answered 503 with Retry-After.
     """
     middlewares: list[Middleware] = [_errors_as_json]
     if token is not None:
@@ -64,7 +75,7 @@ def make_app(owner: DataOwner, *, token: str | None, max_body_bytes: int = DEFAU
     app = web.Application(client_max_size=max_body_bytes, middlewares=middlewares)
     incarnation = uuid.uuid4().hex
     app.on_response_prepare.append(_naming(incarnation))
-    routes = _DataRoutes(owner, max_body_bytes, incarnation)
+    routes = _DataRoutes(owner, max_body_bytes, max_responses, incarnation)
     app.add_routes(
         [
             web.get("/health", routes.health),
@@ -78,24 +89,15 @@ def make_app(owner: DataOwner, *, token: str | None, max_body_bytes: int = DEFAU
     return app
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A body ready to be sent."""
-
-    content_type: str
-    parts: Iterable[bytes | memoryview]
-    nbytes: int
-    # Bytes of tensors that the body carries, in whatever form.
-    payload_nbytes: int
-
-
 class _DataRoutes:
     """The handlers. What may take long (encoding, decoding, the owner's methods) runs on a thread of the executor."""
 
-    def __init__(self, owner: DataOwner, max_body_bytes: int, incarnation: str) -> None:
+    def __init__(self, owner: DataOwner, max_body_bytes: int, max_responses: int, incarnation: str) -> None:
         self._owner, self._incarnation = owner, incarnation
-        self._max_body_bytes = max_body_bytes
-        # Of complete answers. Only the event loop's thread touches these.
+        self._max_body_bytes, self._max_responses = max_body_bytes, max_responses
+        # Only the event loop's thread touches what follows.
+        self._num_responses = self._num_refused = 0  # under way; refused, as there were too many
+        # Of complete answers.
         self._sent_payload_bytes = 0
         self._sent_body_bytes = 0
 
@@ -104,6 +106,8 @@ class _DataRoutes:
             {
                 "status": "ok",
                 "incarnation": self._incarnation,
+                "num_responses": self._num_responses,
+                "num_busy_refusals": self._num_refused,
                 **self._owner.store.stats(),
                 "sent_payload_bytes": self._sent_payload_bytes,
                 "sent_body_bytes": self._sent_body_bytes,
@@ -122,13 +126,31 @@ class _DataRoutes:
         return web.json_response({"status": "ok", "shard_id": shard_id})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        shard_id = request.match_info["shard_id"]
-        tensor = self._owner.store.get(shard_id)
-        if tensor is None:
-            return _error(404, f"Shard {shard_id} not found")
-        return await self._send(request, await asyncio.to_thread(_json_answer, tensor))
+        with self._responding():
+            shard_id = request.match_info["shard_id"]
+            tensor = self._owner.store.get(shard_id)
+            if tensor is None:
+                return _error(404, f"Shard {shard_id} not found")
+            return await self._send(request, await asyncio.to_thread(json_answer, tensor))
 
     async def get_batch(self, request: web.Request) -> web.StreamResponse:
+        with self._responding():
+            return await self._get_batch(request)
+
+    @contextlib.contextmanager
+    def _responding(self) -> Iterator[None]:
+        """An answer with tensors is under way; refused, before any of its request's body is read, if too many are."""
+        if self._num_responses >= self._max_responses:
+            self._num_refused += 1
+            busy = f"busy: {self._num_responses} answers are under way"
+            raise web.HTTPServiceUnavailable(text=busy, headers=_COME_BACK)
+        self._num_responses += 1
+        try:
+            yield
+        finally:
+            self._num_responses -= 1
+
+    async def _get_batch(self, request: web.Request) -> web.StreamResponse:
         shard_ids = _listed_ids(await self._body(request))
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             return _error(400, "Expected JSON body with string list field 'shard_ids'")
@@ -137,7 +159,7 @@ class _DataRoutes:
         if missing:
             return _error(400, "One or more requested shards were not found", missing_shard_ids=missing)
         try:
-            answer = await asyncio.to_thread(_frame_answer if is_binary else _array_answer, found)
+            answer = await asyncio.to_thread(frame_answer if is_binary else array_answer, found)
         except WireError as error:  # more than fits a frame
             return _error(400, str(error))
         return await self._send(request, answer)
@@ -166,7 +188,7 @@ class _DataRoutes:
             raise web.HTTPRequestEntityTooLarge(self._max_body_bytes, announced, text=message)
         return await request.read()
 
-    async def _send(self, request: web.Request, answer: _Answer) -> web.StreamResponse:
+    async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": answer.content_type})
         response.content_length = answer.nbytes
         if request.transport is not None:
@@ -174,11 +196,7 @@ class _DataRoutes:
             request.transport.set_write_buffer_limits(high=_AHEAD_BYTES)
         await response.prepare(request)
         try:
-            for part in answer.parts:
-                view = memoryview(part)
-                for start in range(0, len(view), _WRITE_BYTES):
-                    await response.write(view[start : start + _WRITE_BYTES])
-            await response.write_eof()
+            await _write(response, answer.parts)
         except BaseException:
             # A half-sent body must end in a broken connection: a second answer would be taken for the rest of it.
             if request.transport is not None:
@@ -187,6 +205,21 @@ class _DataRoutes:
         self._sent_payload_bytes += answer.payload_nbytes
         self._sent_body_bytes += answer.nbytes
         return response
+
+
+async def _write(response: web.StreamResponse, parts: Iterable[bytes | memoryview]) -> None:
+    """Send a body; raises `ConnectionError` if the client stops taking it."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_STALLED_S) as patience:
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), _WRITE_BYTES):
+                    patience.reschedule(loop.time() + _STALLED_S)
+                    await response.write(view[start : start + _WRITE_BYTES])
+            await response.write_eof()
+    except TimeoutError:
+        raise ConnectionAbortedError(f"the client took nothing for {_STALLED_S:.0f} s") from None
 
 
 def _listed_ids(body: bytes) -> list[Any] | None:
@@ -211,31 +244,6 @@ def _tensor_of_frame(body: bytes, shard_id: str) -> torch.Tensor:
     if tensors.keys() != {shard_id}:
         raise ValueError(f"expected one tensor with the id {shard_id}, got {short_repr(list(tensors))}")
     return tensors[shard_id]
-
-
-def _json_text(tensor: torch.Tensor) -> bytes:
-    """One call a tensor, so that other threads get the interpreter between the shards of a batch."""
-    return json.dumps(tensor_to_json(tensor)).encode()
-
-
-def _json_answer(tensor: torch.Tensor) -> _Answer:
-    text = _json_text(tensor)
-    return _Answer(_JSON_CONTENT_TYPE, [text], len(text), tensor.nbytes)
-
-
-def _array_answer(found: Sequence[tuple[str, OwnedShard]]) -> _Answer:
-    text_of_id = {shard_id: _json_text(shard.tensor) for shard_id, shard in dict(found).items()}
-    parts: list[bytes] = []
-    for shard_id, _ in found:
-        parts += [b"," if parts else b"[", text_of_id[shard_id]]
-    parts.append(b"]" if parts else b"[]")
-    payload_nbytes = sum(shard.nbytes for _, shard in found)
-    return _Answer(_JSON_CONTENT_TYPE, parts, sum(map(len, parts)), payload_nbytes)
-
-
-def _frame_answer(found: Sequence[tuple[str, OwnedShard]]) -> _Answer:
-    frame = Frame(found)
-    return _Answer(CONTENT_TYPE, frame, frame.nbytes, frame.payload_nbytes)
 
 
 def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:

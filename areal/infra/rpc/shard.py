@@ -15,6 +15,8 @@ _CONTAINERS = (dict, list, tuple)
 
 # Of every answer of a server: a random id that it took when it started.
 INCARNATION_HEADER = "X-Shard-Incarnation"
+# Of a busy server's answer, beside Retry-After: the same in milliseconds.
+RETRY_AFTER_MS_HEADER = "Retry-After-Ms"
 
 
 @dataclass

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
+from areal.infra.rpc.backends.http_connection import HttpAnswer
 from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import (
     CLEAR,

@@ -12,7 +12,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from areal.infra.rpc.backends.http_connection import BrokenOffError, ConnectionPool, HttpAnswer, NodeConnection
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
+from areal.infra.rpc.backends.http_connection import BrokenOffError, HttpAnswer, NodeConnection
 from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.shard import (
     ShardAnswerError,
@@ -31,6 +32,7 @@ NUM_TRIES = 3
 _MAX_TEXT_BYTES = 16 << 20
 _MAX_SHOWN = 2000  # characters of a refusal in a message
 _NAMED_SHARDS = 3  # how many shards a message names
+_SHORTEST_PAUSE_S = 0.01  # before a busy node is asked again, whatever it says
 
 
 class NodeBusyError(http.client.HTTPException):
@@ -83,7 +85,8 @@ class Requester:
         deadline: As by `time.monotonic()`, of all its requests together.
         node: Learns which server answers.
     Attributes:
-        num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0.
+        num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0. That a node is busy
+            is none.
     Thread-safety: one thread; `cancel` from any.
     """
 
@@ -97,7 +100,7 @@ class Requester:
         node: NodeState,
     ) -> None:
         self.address, self.url, self.node = address, f"http://{address}{route.path}", node
-        self.num_faults = 0
+        self.num_faults = self._num_busy = 0
         self._route, self._pool, self._settings, self._deadline = route, pool, settings, deadline
         self._connection: NodeConnection | None = None
         self._cancelled = threading.Event()
@@ -121,7 +124,7 @@ class Requester:
             TypeError: Ids that JSON cannot express.
             AddressError: The address is none.
         """
-        self._named = named(shard_ids)
+        self._named, self._num_busy = named(shard_ids), 0
         payload = json.dumps({"shard_ids": shard_ids}).encode()
         while True:
             try:
@@ -130,25 +133,36 @@ class Requester:
                 self.fault(error)
 
     def fault(self, error: BaseException) -> None:
-        """Give up the connection, and let some time pass before the next try.
+        """Give up the connection, unless the node is only busy, and let some time pass before the next try.
 
         Raises:
             ShardFetchError: There is none: too many faults in a row, no time left, or cancelled.
         """
-        self.num_faults += 1
+        if isinstance(error, NodeBusyError):
+            self._num_busy += 1
+            pause_s = self._wait_s(error)
+        else:
+            self.num_faults += 1
+            self._drop_connections()
+            pause_s = back_off_s(self._settings.retry_pause_s, self.num_faults, random.random())
+        is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
+        if is_last or self._cancelled.wait(pause_s):
+            raise kind_of_fault(error)(
+                f"Failed to {self._route.work} {self.url} after {self.num_faults + self._num_busy} attempts. "
+                f"Last error: {error!r} ({self._named})"
+            ) from error
+
+    def _wait_s(self, busy: NodeBusyError) -> float:
+        """As long as the node says, and up to half longer where there is time: those it refused came together."""
+        told_s = max(busy.retry_after_s, _SHORTEST_PAUSE_S)
+        longer_s = told_s * (1 + random.random() / 2)
+        return longer_s if time.monotonic() + longer_s < self._deadline else told_s
+
+    def _drop_connections(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
             self._pool.forget(self.address)  # the idle ones are likely to be as dead
-        pause_s = back_off_s(self._settings.retry_pause_s, self.num_faults, random.random())
-        if isinstance(error, NodeBusyError):
-            pause_s = error.retry_after_s
-        is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
-        if is_last or self._cancelled.wait(pause_s):
-            raise kind_of_fault(error)(
-                f"Failed to {self._route.work} {self.url} after {self.num_faults} attempts. "
-                f"Last error: {error!r} ({self._named})"
-            ) from error
 
     def release(self) -> None:
         """Give the connection back for others, or close it if its last answer was not read to the end."""
