@@ -310,6 +310,8 @@ def test_health_counts_what_is_stored_and_what_was_sent(server: ServerHandle, ow
     assert (reply.status, {key: reply.json[key] for key in reply.json if key != "incarnation"}) == (
         200,
         {
+            "num_responses": 0,
+            "num_busy_refusals": 0,
             "status": "ok",
             "num_tensors": 2,
             "total_bytes": 44,

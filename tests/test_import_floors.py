@@ -40,7 +40,7 @@ FLOORS = {
         ["__main__"],
     ],
     "areal.infra.rpc": [
-        ["serialization", "shard", "trimming", "clearing", "backends.deadline_socket", "backends.node_state"],
+        ["serialization", "shard", "trimming", "clearing", "turns", "backends.deadline_socket", "backends.node_state"],
         ["layout", "backends.bounded_call", "backends.http_connection"],
         ["owned", "backends.base"],
         ["wire", "store", "backends.ray_backend", "backends.connection_pool"],

@@ -20,6 +20,7 @@ from areal.infra.rpc.answers import Answer, array_answer, frame_answer, json_ans
 from areal.infra.rpc.serialization import tensor_from_json
 from areal.infra.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, WireError
 from areal.infra.rpc.store import ShardStore
+from areal.infra.rpc.turns import RETRY_AFTER_S, Turns
 from areal.infra.rpc.wire import CONTENT_TYPE, decode_frame
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
@@ -29,7 +30,7 @@ DEFAULT_MAX_BODY_BYTES = 1 << 30
 # Answers with tensors under way at once. Each may keep some MB in the transport; with more of them none is faster.
 DEFAULT_MAX_RESPONSES = 32
 # What a client that comes beyond that is told. Seconds are whole in the standard's header; ours says it exactly.
-_COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: "50"}
+_COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: str(round(1000 * RETRY_AFTER_S))}
 # A client that takes nothing for so long is as good as gone, and must not keep its turn.
 _STALLED_S = 120.0
 # Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
@@ -94,9 +95,9 @@ class _DataRoutes:
 
     def __init__(self, owner: DataOwner, max_body_bytes: int, max_responses: int, incarnation: str) -> None:
         self._owner, self._incarnation = owner, incarnation
-        self._max_body_bytes, self._max_responses = max_body_bytes, max_responses
+        self._max_body_bytes = max_body_bytes
         # Only the event loop's thread touches what follows.
-        self._num_responses = self._num_refused = 0  # under way; refused, as there were too many
+        self._turns = Turns(max_responses)
         # Of complete answers.
         self._sent_payload_bytes = 0
         self._sent_body_bytes = 0
@@ -106,8 +107,8 @@ class _DataRoutes:
             {
                 "status": "ok",
                 "incarnation": self._incarnation,
-                "num_responses": self._num_responses,
-                "num_busy_refusals": self._num_refused,
+                "num_responses": self._turns.num_taken,
+                "num_busy_refusals": self._turns.num_refusals,
                 **self._owner.store.stats(),
                 "sent_payload_bytes": self._sent_payload_bytes,
                 "sent_body_bytes": self._sent_body_bytes,
@@ -126,7 +127,7 @@ class _DataRoutes:
         return web.json_response({"status": "ok", "shard_id": shard_id})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        with self._responding():
+        with self._responding(request):
             shard_id = request.match_info["shard_id"]
             tensor = self._owner.store.get(shard_id)
             if tensor is None:
@@ -134,21 +135,19 @@ class _DataRoutes:
             return await self._send(request, await asyncio.to_thread(json_answer, tensor))
 
     async def get_batch(self, request: web.Request) -> web.StreamResponse:
-        with self._responding():
+        with self._responding(request):
             return await self._get_batch(request)
 
     @contextlib.contextmanager
-    def _responding(self) -> Iterator[None]:
+    def _responding(self, request: web.Request) -> Iterator[None]:
         """An answer with tensors is under way; refused, before any of its request's body is read, if too many are."""
-        if self._num_responses >= self._max_responses:
-            self._num_refused += 1
-            busy = f"busy: {self._num_responses} answers are under way"
+        if not self._turns.take(id(request.transport)):  # a client that is told to come back keeps its connection
+            busy = f"busy: {self._turns.num_taken} answers are under way, others were here before"
             raise web.HTTPServiceUnavailable(text=busy, headers=_COME_BACK)
-        self._num_responses += 1
         try:
             yield
         finally:
-            self._num_responses -= 1
+            self._turns.leave()
 
     async def _get_batch(self, request: web.Request) -> web.StreamResponse:
         shard_ids = _listed_ids(await self._body(request))
