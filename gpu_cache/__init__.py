@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from gpu_cache.cache import TensorCache
     from gpu_cache.config import CacheConfig
     from gpu_cache.entry import EntryInfo
-    from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, TransferError
+    from gpu_cache.errors import (
+        CacheClosedError,
+        CacheFullError,
+        FetchError,
+        FetchTimeoutError,
+        GpuCacheError,
+        TransferError,
+    )
     from gpu_cache.report import SourceStats
     from gpu_cache.scope import Scope
     from gpu_cache.source import ShardReader, ShardSource, ShardSpec
@@ -27,6 +34,7 @@ _HOME = {
     "CacheClosedError": "errors",
     "CacheFullError": "errors",
     "FetchError": "errors",
+    "FetchTimeoutError": "errors",
     "GpuCacheError": "errors",
     "TransferError": "errors",
     "ShardReader": "source",
@@ -56,6 +64,7 @@ __all__ = [
     "CacheFullError",
     "CacheClosedError",
     "FetchError",
+    "FetchTimeoutError",
     "TransferError",
 ]
 

@@ -7,11 +7,12 @@ import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
+from typing import Literal, overload
 
 import torch
 
 from gpu_cache import process
-from gpu_cache.config import CacheConfig, ReadyMode
+from gpu_cache.config import CacheConfig, OnError, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry
@@ -52,6 +53,30 @@ class TensorCache(ObservedCache):
     def _is_closed(self) -> bool:
         return self._index.is_closed
 
+    @overload
+    def get_many(
+        self,
+        keys: Sequence[Hashable],
+        source: ShardSource,
+        *,
+        timeout_s: float | None = ...,
+        ready: ReadyMode | None = ...,
+        keep: bool = ...,
+        on_error: Literal["raise"] = ...,
+    ) -> list[torch.Tensor]: ...
+
+    @overload
+    def get_many(
+        self,
+        keys: Sequence[Hashable],
+        source: ShardSource,
+        *,
+        timeout_s: float | None = ...,
+        ready: ReadyMode | None = ...,
+        keep: bool = ...,
+        on_error: OnError,
+    ) -> Sequence[torch.Tensor | None]: ...
+
     @eager
     def get_many(
         self,
@@ -61,7 +86,8 @@ class TensorCache(ObservedCache):
         timeout_s: float | None = None,
         ready: ReadyMode | None = None,
         keep: bool = False,
-    ) -> list[torch.Tensor]:
+        on_error: OnError = "raise",
+    ) -> Sequence[torch.Tensor | None]:
         """Hand out the tensors of `keys`, fetching those that are not cached.
 
         Each tensor aliases the cache's memory: zero copy, `storage_offset()` 0, a storage of exactly the shard's
@@ -74,25 +100,34 @@ class TensorCache(ObservedCache):
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`.
             ready: Overrides `config.ready` for this call.
             keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
+            on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
         Returns:
             One tensor for each key, in order, on the cache's device. Shards that the pool has no room for come all
             the same, uncached.
         Raises:
-            FetchError: Some did not arrive; `failures` has the cause by key. The others are cached.
+            FetchError: Some did not arrive; `failures` has the cause by key. The others are cached, so that another
+                call asks for the rest only.
             CacheClosedError: The cache is closed.
             TransferError: During CUDA graph capture: a shard is not cached, or its copy was not yet seen complete.
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
         if ready not in (None, "host", "stream"):
             raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
+        if on_error not in ("raise", "none"):
+            raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'none'")
         fetch = self._fetch(timeout_s, keep=keep)
         try:
-            engine = fetch.complete(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
+            may_lack = on_error == "none"
+            engine = fetch.complete(
+                self._open_engine, self._lazy.is_current, keys, source, self._tasks, may_lack=may_lack
+            )
             with profiled(HANDOUT):
                 engine.settle(fetch.completions(), ready or self.config.ready)
                 tensors = fetch.hand_out()
         finally:
             fetch.finish()
+        if may_lack and not tensors.keys() >= set(keys):
+            return [aliases_of([tensors[key]])[0] if key in tensors else None for key in keys]
         found = [tensors[key] for key in keys]
         return found if len(tensors) == len(keys) else aliases_of(found)  # a key repeats: no two results are one object
 

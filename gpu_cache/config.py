@@ -19,6 +19,7 @@ ALIGNMENT = 512
 
 ReadyMode = Literal["host", "stream"]
 ReuseFence = Literal["all", "noted"]
+OnError = Literal["raise", "none"]  # what a call makes of shards that did not arrive
 
 
 def parse_size(text: int | str) -> int:
@@ -54,6 +55,9 @@ class CacheConfig:
         staging_slot_bytes: Bytes of one such buffer.
         run_bytes: The most bytes of consecutive shards that are placed and copied together.
         fetch_timeout_s: Longest wait of one call for its shards, in seconds.
+        max_inflight_bytes: The most bytes that are being received at once, over all nodes and all calls; whoever comes
+            later waits for its turn. A window (a staging buffer's bytes; without staging, four) that is larger is
+            received alone.
         ready: "host": tensors are handed out when the host has seen their copies done, safe on every stream and
             thread; "stream": at once, the caller's current stream waits instead.
         reuse_fence: "all": freed bytes are reused after all work enqueued before on any stream of torch's; "noted":
@@ -73,6 +77,7 @@ class CacheConfig:
     staging_slot_bytes: int = 16 * MIB
     run_bytes: int = 4 * MIB
     fetch_timeout_s: float = 60.0
+    max_inflight_bytes: int = GIB
     ready: ReadyMode = "host"
     reuse_fence: ReuseFence = "all"
     stats: bool | None = None

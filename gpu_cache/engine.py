@@ -89,7 +89,11 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """The device's part of `BufferStats`."""
-        return {**self.pool.stats(), **(self.staging.stats() if self.staging is not None else {})}
+        return {
+            **self.pool.stats(),
+            **self.transfer.inflight.stats(),
+            **(self.staging.stats() if self.staging is not None else {}),
+        }
 
     def details(self) -> dict[str, int]:
         """What a report has beyond that, under the report's names."""

@@ -46,9 +46,11 @@ class FetchError(GpuCacheError, RuntimeError):
         failures: Cause by shard key, for a call that asked for several shards. The others are cached.
     Attributes:
         reason: The word under which it is counted; "": as its cause is, see `failure_reason`.
+        may_go_on: Whether a reader that raised it has more to deliver; see `ShardReader.read_into`.
     """
 
     reason = ""
+    may_go_on = False
 
     def __init__(self, message: str, failures: Mapping[Hashable, BaseException] | None = None) -> None:
         super().__init__(message, failures)
@@ -57,6 +59,12 @@ class FetchError(GpuCacheError, RuntimeError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class FetchTimeoutError(FetchError):
+    """A shard did not arrive in time. It may still be there."""
+
+    reason = "timeout"
 
 
 class TransferError(GpuCacheError):

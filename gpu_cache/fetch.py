@@ -15,7 +15,7 @@ import torch
 from gpu_cache.completion import Completion
 from gpu_cache.engine import Engine
 from gpu_cache.entry import Claim, Entry, Holding
-from gpu_cache.errors import CacheClosedError, FetchError, TransferError
+from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, TransferError
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
 from gpu_cache.metered_reader import MeteredReader
@@ -55,6 +55,10 @@ class Fetch:
         self.tasks: list[ReaderTask] = []
         self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
         self._holding = holding
+
+    @property
+    def _left_s(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
 
     @property
     def has_lost_joins(self) -> bool:
@@ -106,23 +110,31 @@ class Fetch:
         keys: Sequence[Hashable],
         source: ShardSource,
         live: set[ReaderTask],
+        *,
+        may_lack: bool = False,
     ) -> Engine:
-        """Begin, and wait for every shard; what another call was to bring, and did not, is asked for anew."""
+        """Begin, and wait for every shard; what another call was to bring, and did not, is asked for anew.
+
+        With `may_lack` some may fail: the log tells which, and `hand_out` lacks them.
+        """
         while True:
             try:
                 engine = self.begin(open_engine, is_current, keys, source, live)
                 self.wait()
                 return engine
-            except FetchError:
+            except FetchError as error:
                 if not self.has_lost_joins or time.monotonic() >= self.deadline:
-                    raise
+                    if not may_lack or not error.failures:
+                        raise
+                    logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
+                    return engine
             self.keep_arrived()
 
     def start(self, source: ShardSource, transfer: Transfer, live: set[ReaderTask]) -> None:
         """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
         left = dict(self.claim.claimed)
         try:
-            for reader in source.open(list(left), self._timeout_s) if left else ():
+            for reader in source.open(list(left), self._left_s) if left else ():
                 if foreign := [key for key in reader.keys if key not in left]:
                     raise FetchError(
                         f"Failed to fetch shards: {reader.node} offers {_names(foreign)} unasked, or twice"
@@ -237,13 +249,12 @@ class Fetch:
 
     def _has_timed_out(self, pending: list[Future[Any]]) -> bool:
         with profiled(WAIT):
-            left_s = max(0.0, self.deadline - time.monotonic())
-            return bool(concurrent.futures.wait(pending, left_s).not_done)
+            return bool(concurrent.futures.wait(pending, self._left_s).not_done)
 
-    def _late(self) -> FetchError:
-        error = FetchError(f"Failed to fetch shards: not here within {self._timeout_s:.1f} s")
-        error.reason = "timeout"
-        return error
+    def _late(self) -> FetchTimeoutError:
+        waited_for = {task.reader.node: None for task in self.tasks if not task.done.done()}
+        nodes = f" from {_listed(waited_for)}" if waited_for else ""
+        return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:.1f} s")
 
     def _pending(self) -> list[Future[Any]]:
         flights = [entry.flight for entry in self.claim.joined.values() if entry.flight is not None]
@@ -283,5 +294,9 @@ def _combined(failures: dict[Hashable, BaseException], num_requested: int) -> Ex
 
 
 def _names(keys: Iterable[Hashable]) -> str:
-    listed = [repr(key) for key in keys]
+    return _listed([repr(key) for key in keys])
+
+
+def _listed(texts: Iterable[str]) -> str:
+    listed = list(texts)
     return ", ".join(listed[:_NAMED_SHARDS]) + (", ..." if len(listed) > _NAMED_SHARDS else "")

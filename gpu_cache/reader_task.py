@@ -14,6 +14,7 @@ from gpu_cache.completion import Completion
 from gpu_cache.entry import Entry, Landing, State
 from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index import ShardIndex
+from gpu_cache.inflight import Turn
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.tensor_reader import TensorReader
 from gpu_cache.transfer import Transfer
@@ -32,6 +33,8 @@ class ReaderTask:
         self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
         self._index = index
         self._announced: set[Hashable] = set()
+        self._turn = Turn(reader.node)
+        self._transfer: Transfer | None = None  # once it runs
         index.came_from(entries.values(), reader.node)
         self._owner = threading.Lock()  # taken for good by whoever ends the task
 
@@ -39,12 +42,11 @@ class ReaderTask:
         """Drain to the end. Never raises: each entry not delivered gets the reason."""
         if not self.take_over():
             return  # given up before it began
-        error: BaseException | None = None
-        try:
-            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow)
-        except BaseException as caught:  # top of a thread: the waiters re-raise it
-            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
-            error = caught
+        self._transfer = transfer
+        error = self._drain(transfer, deadline, may_overflow)
+        while isinstance(error, FetchError) and error.may_go_on:
+            self._announced = {key for key in self._announced if self.entries[key].base is not None}
+            error = self._drain(transfer, deadline, may_overflow)
         self.end(error)
 
     def take_over(self) -> bool:
@@ -67,6 +69,9 @@ class ReaderTask:
     def cancel(self, error: BaseException) -> None:
         """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
         self._index.abort(self.entries.values(), error)
+        self._turn.is_given_up = True  # looked at after _transfer was set: from then on it is woken
+        if self._transfer is not None:
+            self._transfer.inflight.wake()
         try:
             self.reader.cancel()
         except Exception:
@@ -91,6 +96,14 @@ class ReaderTask:
         pairs = [(self.entries[landing.key], landing) for landing in landings]
         take = self._index.deliver if is_overflow else self._index.publish
         take(pairs, self.reader.node, completion)
+
+    def _drain(self, transfer: Transfer, deadline: float, may_overflow: bool) -> BaseException | None:
+        try:
+            transfer.drain(self.reader, self, deadline, may_overflow=may_overflow, turn=self._turn)
+        except BaseException as caught:  # top of a thread: the waiters re-raise it
+            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
+            return caught
+        return None
 
     def _abort_rest(self, error: BaseException | None) -> None:
         node, failures = self.reader.node, self.reader.failures

@@ -51,7 +51,11 @@ class ShardReader(Protocol):
         """Ask for the next part and describe its shards in stream order; None at the end of the stream."""
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers (writable, bytes) with the next bytes of the part, in order; blocks until all are full."""
+        """Fill the buffers (writable, bytes) with the next bytes of the part, in order; blocks until all are full.
+
+        A `FetchError` with `may_go_on` set ends the part, not the stream: shards of it that earlier reads have not
+        completed are among `failures`, or announced again by the next `next_specs`.
+        """
 
     def cancel(self) -> None:
         """Make a blocked `next_specs` or `read_into` fail soon. Any thread; idempotent; frees nothing."""

@@ -53,6 +53,8 @@ class BufferStats(TypedDict):
     fetch_bytes: int
     fetch_busy_seconds: float
     fetch_errors: int
+    inflight_bytes: int  # being received; room is taken for them
+    inflight_wait_seconds: float  # spent waiting for a turn to receive, over all readers
     # copies
     copies: int
     h2d_bytes: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 from gpu_cache.block import Range, empty_landings
@@ -13,6 +14,7 @@ from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
 from gpu_cache.device import Device, Stream
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError
+from gpu_cache.inflight import InflightBudget, Turn
 from gpu_cache.lease import plain_tensors
 from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.runs import Piece, Run, pack, windows
@@ -63,22 +65,34 @@ class Transfer:
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
         self._overflow_warnings = Throttle()
+        self.inflight = InflightBudget(config.max_inflight_bytes)
         self.stream: Stream = device.new_stream()
 
-    def drain(self, reader: ShardReader, sink: Sink, deadline: float, *, may_overflow: bool = True) -> None:
+    def drain(
+        self,
+        reader: ShardReader,
+        sink: Sink,
+        deadline: float,
+        *,
+        may_overflow: bool = True,
+        turn: Turn | None = None,
+    ) -> None:
         """Receive everything a reader delivers; the sink gets each run as soon as its copy is enqueued.
 
         Args:
             reader: Read to its end; closing it is the caller's.
             sink: Where the shards go.
-            deadline: `time.monotonic()` after which no staging buffer is waited for.
+            deadline: `time.monotonic()` after which neither a turn nor a staging buffer is waited for.
             may_overflow: Whether shards that find no room may be placed outside the pool.
+            turn: What the reader waits with for its turn to receive, for whoever wants to end that.
         Raises:
             CacheFullError: No room, and no overflow wanted or possible.
+            FetchTimeoutError: It was not its turn in time.
             TransferError: No staging buffer came free in time.
             Exception: Whatever the reader raised. Runs that landed before stay; the others' ranges are given back.
         """
         placed: dict[Run, None] = {}
+        turn = turn or Turn(reader.node)
         try:
             with plain_tensors():  # once, as entering costs as much as three shards
                 while (specs := reader.next_specs()) is not None:
@@ -86,17 +100,32 @@ class Transfer:
                     if empty := [spec for spec in specs if not spec.nbytes]:
                         sink.land(empty_landings(empty, self._device.torch_device), None, is_overflow=False)
                     full = [spec for spec in specs if spec.nbytes]
-                    for window in windows(self._place_all(full, placed, may_overflow), self._window_bytes):
-                        self._move(reader, window, sink, deadline, placed)
+                    runs = self._place_all(full, placed, may_overflow)
+                    with contextlib.closing(self._in_turn(full, runs, turn, deadline)) as granted:
+                        for window in granted:
+                            self._move(reader, window, sink, deadline, placed)
         finally:
             for run in placed:
                 self._pool.abandon(run.range)
 
     def finish(self) -> None:
         """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
+        self.inflight.close()
         self._pool.trim()
         if self._staging is not None:
             self._staging.close()
+
+    def _in_turn(
+        self, specs: Sequence[ShardSpec], runs: Iterator[Run], turn: Turn, deadline: float
+    ) -> Generator[list[Piece], None, None]:
+        """Windows, each when its bytes may be on their way: before room is taken for them, until the next is wanted."""
+        ready = windows(runs, self._window_bytes)
+        left = sum(aligned(spec.nbytes) for spec in specs)
+        while left:
+            with self.inflight.granted(min(left, self._window_bytes), turn, deadline):
+                window = next(ready)
+                yield window
+            left -= sum(piece.nbytes for piece in window)
 
     def _move(
         self, reader: ShardReader, window: list[Piece], sink: Sink, deadline: float, placed: dict[Run, None]

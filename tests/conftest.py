@@ -68,6 +68,7 @@ def check_accounts(cache: TensorCache) -> None:
     reserved = accounts.pop("reserved")
     assert accounts["pending"] == 0, engine.pool
     assert sum(accounts.values()) == reserved, engine.pool
+    assert engine.transfer.inflight.stats()["inflight_bytes"] == 0, engine.transfer.inflight
     if engine.staging is not None:
         assert engine.staging.stats()["pinned_bytes"] == 0, engine.staging
     stats = cache.buffer_stats()

@@ -48,13 +48,14 @@ def test_a_small_device_is_not_preallocated_beyond_its_pool() -> None:
 def test_every_field_has_its_variable() -> None:
     values = {
         "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB", "staging_slots": "2",
-        "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5", "ready": "stream",
-        "reuse_fence": "noted", "stats": "0", "role": "actor", "rank": "3",
+        "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5",
+        "max_inflight_bytes": "32MiB", "ready": "stream", "reuse_fence": "noted", "stats": "0", "role": "actor",
+        "rank": "3",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
     config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
     assert config == CacheConfig(
-        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, "stream", "noted", False, "actor", 3
+        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, 32 * MIB, "stream", "noted", False, "actor", 3
     )
 
 

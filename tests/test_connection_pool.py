@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from areal.infra.rpc.backends import http_connection
-from areal.infra.rpc.backends.http_connection import ConnectionPool, NodeConnection
+from areal.infra.rpc.backends import connection_pool
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
+from areal.infra.rpc.backends.http_connection import NodeConnection
 from tests.support.areal_fixtures import ask, asked_once, nothing_forgotten
 from tests.support.fault_server import FaultServer, reply, whole
 
@@ -91,7 +92,7 @@ def test_a_node_is_forgotten(server: FaultServer, pool: ConnectionPool) -> None:
 def test_the_longest_idle_makes_room(
     server: FaultServer, pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_connection, "_MAX_IDLE", 2)
+    monkeypatch.setattr(connection_pool, "_MAX_IDLE", 2)
     connections = [asked_once(server.address) for _ in range(3)]
     for connection in connections:
         pool.release(connection)

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from areal.infra.rpc import data_app, layout, rpc_server
+from areal.infra.rpc import answers, data_app, layout, rpc_server
 from areal.infra.rpc.rpc_server import ServerHandle
 from areal.infra.rpc.serialization import deserialize_value, serialize_value, tensor_from_json
 from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
@@ -307,9 +307,11 @@ def test_health_counts_what_is_stored_and_what_was_sent(server: ServerHandle, ow
     ]
     batch(server, "missing")
     reply = ask(server, "GET", "/health")
-    assert (reply.status, reply.json) == (
+    assert (reply.status, {key: reply.json[key] for key in reply.json if key != "incarnation"}) == (
         200,
         {
+            "num_responses": 0,
+            "num_busy_refusals": 0,
             "status": "ok",
             "num_tensors": 2,
             "total_bytes": 44,
@@ -460,7 +462,7 @@ def test_an_encoding_under_way_does_not_keep_others_waiting(
         assert released.wait(timeout=10)
         return {"slow": tensor.tolist()}
 
-    monkeypatch.setattr(data_app, "tensor_to_json", slow)
+    monkeypatch.setattr(answers, "tensor_to_json", slow)
     owner.store["a"] = torch.ones(1)
     replies: list[Reply] = []
     thread = threading.Thread(target=lambda: replies.append(ask(server, "GET", "/data/a")))
@@ -501,3 +503,25 @@ def test_only_connections_within_the_host_change_their_congestion_control(peer_h
         data_app._use_reno_within_host(SocketTransport(connected, peer_host))
         after = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         assert after.rstrip(b"\0") == (b"reno" if is_tuned else before.rstrip(b"\0"))
+
+
+def test_every_answer_names_the_incarnation(owner: FakeOwner) -> None:
+    owner.store["a"] = torch.ones(3)
+    with rpc_server.start(owner=owner, token="s3cret", max_body_bytes=1000) as server:
+        known = ask(server, "GET", "/health").json["incarnation"]
+        shown = {"Authorization": "Bearer s3cret"}
+        asked = [
+            ("GET", "/health", None, shown, 200),
+            ("GET", "/data/a", None, shown, 200),
+            ("GET", "/data/b", None, shown, 404),
+            ("GET", "/data/a", None, {}, 401),
+            ("POST", "/data/batch", {"shard_ids": ["a"]}, shown, 200),
+            ("POST", "/data/batch", {"shard_ids": ["b"]}, shown, 400),
+            ("PUT", "/data/c", b"x" * 2000, shown, 413),
+            ("PUT", "/data/c", b"junk", shown, 400),
+            ("DELETE", "/data/clear", {"shard_ids": []}, shown, 200),
+            ("POST", "/data/reclaim", None, shown, 200),
+        ]
+        for method, path, body, headers, status in asked:
+            reply = ask(server, method, path, body, headers)
+            assert (reply.status, reply.headers["X-Shard-Incarnation"]) == (status, known), path

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from areal.infra.rpc import clearing, expiry, rpc_server, runtime, store
-from areal.infra.rpc.backends import deadline_socket, http_connection
+from areal.infra.rpc.backends import connection_pool, deadline_socket
 from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device import HostDevice
@@ -35,7 +35,7 @@ def quick_collections() -> Iterator[None]:
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, deadline_socket, http_connection):
+    for module in (runtime, store, clearing, expiry, deadline_socket, connection_pool):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())

@@ -23,6 +23,7 @@ from gpu_cache import (
     cuda_pools,
     engine,
     index,
+    inflight,
     publish,
     reaper,
     slab,
@@ -159,6 +160,8 @@ class Workload:
         assert self._cache._engine.pool.free_bytes
         assert self._cache._engine.pool.accounts()["reserved"]
         assert repr(self._cache._engine.staging)
+        assert repr(self._cache._engine.transfer.inflight)
+        self._cache._engine.transfer.inflight.wake()
         self._cache.buffer_stats()
         self._cache.get_many(["s2"], self._source, keep=True)
         assert self._cache.entries(oldest=1)
@@ -177,7 +180,7 @@ def donor() -> TensorCache:
 def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (index, publish, slab, staging, reaper, engine):
+    for module in (index, inflight, publish, slab, staging, reaper, engine):
         monkeypatch.setattr(module, "threading", garbage.threading())
     pools = cuda_pools.PrivatePools
     monkeypatch.setattr(pools, "_lock", CollectingLock(pools._lock, garbage))

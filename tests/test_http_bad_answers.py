@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
 from areal.infra.rpc.serialization import tensor_to_json
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.bad_frames import BAD_FRAMES, PAIR, A, B

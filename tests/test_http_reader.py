@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from areal.infra.rpc.backends import http_requester
-from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
 from areal.infra.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
@@ -136,8 +136,32 @@ def test_a_busy_node_is_asked_again(serve: Callable[..., FaultServer]) -> None:
     server = serve(busy, busy, whole(frames_of(PAIR)))
     assert same_bits(drained(reader_of(server.address, ["a", "b"]))["a"], A)
     server = serve(busy)
-    expected = f"Failed to fetch shards from http://{server.address}/data/batch after 3 attempts. Last error: "
-    assert failure(server).startswith(expected + "NodeBusyError('503 body=later')")
+    text = failure(server, timeout_s=0.2)
+    expected = f"Failed to fetch shards from http://{server.address}/data/batch after {len(server.asked)} attempts. "
+    assert text.startswith(expected + "Last error: NodeBusyError('503 body=later')")
+
+
+def test_a_busy_answer_is_no_fault(serve: Callable[..., FaultServer]) -> None:
+    busy = whole(refusal(503, "later", Retry_After="0"))
+    server = serve(*[busy] * 7, hanging_up, busy, hanging_up, *[busy] * 4, whole(frames_of(PAIR)))
+    assert same_bits(drained(reader_of(server.address, ["a", "b"]))["a"], A)
+    assert (len(server.asked), server.num_connections) == (15, 3), "a busy node's connection is kept"
+
+
+@pytest.mark.parametrize(
+    ("headers", "told_s"), [({"Retry_After": "2"}, 2.0), ({"Retry_After": "1", "Retry_After_Ms": "50"}, 0.05)]
+)
+def test_a_busy_node_is_waited_for_as_it_says_and_a_little_longer(
+    serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], told_s: float
+) -> None:
+    busy, pauses = whole(refusal(503, "later", **headers)), list[float]()
+    server = serve(busy, busy, busy, whole(frames_of(PAIR)))
+    reader = reader_of(server.address, ["a", "b"])
+    monkeypatch.setattr(reader._requester._cancelled, "wait", lambda pause_s: pauses.append(pause_s))
+    drained(reader)
+    assert len(pauses) == 3
+    assert all(told_s <= pause_s <= 1.5 * told_s for pause_s in pauses)
+    assert len(set(pauses)) == 3, "so that those it refused do not all come back at once"
 
 
 def test_a_node_that_is_busy_beyond_the_deadline_is_not_waited_for(serve: Callable[..., FaultServer]) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "gpu_cache": [
         ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry", "throttle", "ranges"],
-        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader"],
+        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader", "inflight"],
         ["cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
         ["device", "ledger"],
         ["placement", "block", "completion", "fence", "staging", "index"],
@@ -40,11 +40,19 @@ FLOORS = {
         ["__main__"],
     ],
     "areal.infra.rpc": [
-        ["serialization", "shard", "trimming", "own_thread", "backends.deadline_socket"],
-        ["layout", "clearing", "backends.base", "backends.http_connection"],
-        ["owned", "backends.ray_backend"],
-        ["wire", "store"],
-        ["backends.http_requester", "expiry"],
+        [
+            "serialization",
+            "shard",
+            "trimming",
+            "turns",
+            "own_thread",
+            "backends.deadline_socket",
+            "backends.node_state",
+        ],
+        ["layout", "clearing", "backends.bounded_call", "backends.http_connection"],
+        ["owned", "backends.base"],
+        ["wire", "store", "backends.ray_backend", "backends.connection_pool"],
+        ["backends.http_requester", "expiry", "answers"],
         ["backends.http_reader", "backends.http_deleter"],
         ["backends.http_backend"],
         ["runtime"],

@@ -22,7 +22,7 @@ from areal.infra.rpc.rtensor import (
     get_backend,
     set_backend,
 )
-from gpu_cache import FetchError
+from gpu_cache import FetchError, FetchTimeoutError
 from tests.support.wire_tensors import patterned, same_bits
 
 
@@ -35,7 +35,13 @@ class FakeRay(ModuleType):
         super().__init__("ray")
         self.objects: dict[ObjectRef, Any] = {}
         self.asked: list[Any] = []
-        self.exceptions = SimpleNamespace(RayError=type("RayError", (Exception,), {}))
+        self.timeouts: list[Any] = []
+        error = type("RayError", (Exception,), {})
+        self.exceptions = SimpleNamespace(
+            RayError=error,
+            ObjectLostError=type("ObjectLostError", (error,), {}),
+            GetTimeoutError=type("GetTimeoutError", (error, TimeoutError), {}),
+        )
         self.internal = SimpleNamespace(free=self._free)
         self.is_initialized = lambda: is_initialized
 
@@ -44,13 +50,14 @@ class FakeRay(ModuleType):
         self.objects[ref] = value
         return ref
 
-    def get(self, refs: Any) -> Any:
+    def get(self, refs: Any, timeout: float | None = None) -> Any:
         self.asked.append(refs)
+        self.timeouts.append(timeout)
         return [self._get(ref) for ref in refs] if isinstance(refs, list) else self._get(refs)
 
     def _get(self, ref: ObjectRef) -> Any:
         if ref not in self.objects:
-            raise self.exceptions.RayError(f"{ref} is lost")
+            raise self.exceptions.ObjectLostError(f"{ref} is lost")
         return self.objects[ref]
 
     def _free(self, refs: Sequence[ObjectRef]) -> None:
@@ -171,3 +178,21 @@ def test_tensors_on_a_device_come_through_the_host(ray: FakeRay) -> None:
     with pytest.raises(FetchError):
         RTensor.localize(RTensor(TensorShardInfo(ObjectRef(), ""), torch.empty(4, device="meta")))
     assert torch.equal(handle.to_local(), torch.ones(4))
+
+
+def test_an_object_that_does_not_come_in_time_fails_alone(ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = RTensor.remotize([torch.ones(2), torch.zeros(2)], "")
+    late = handles[1].shard.shard_id
+
+    def get(ref: ObjectRef, whole: Any = ray._get) -> Any:
+        if ref is late:
+            raise ray.exceptions.GetTimeoutError("not here yet")
+        return whole(ref)
+
+    monkeypatch.setattr(ray, "_get", get)
+    with pytest.raises(FetchError) as caught:
+        RTensor.localize(as_remote(handles), timeout_s=20)
+    assert list(caught.value.failures) == [late]
+    assert isinstance(caught.value.failures[late], FetchTimeoutError)
+    assert all(0 < timeout < 20 for timeout in ray.timeouts)
+    assert buffer_stats()["num_entries"] == 1

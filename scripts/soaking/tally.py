@@ -16,7 +16,7 @@ from gpu_cache import CacheFullError, FetchError
 from gpu_cache.errors import failure_reason
 
 # What faults, kills and clears lead to. "answer" is not among them: the proxies alter no byte.
-EXPECTED_REASONS = frozenset({"missing", "connection", "timeout", "other"})
+EXPECTED_REASONS = frozenset({"missing", "connection", "timeout"})
 # A prefetch puts nothing outside the pool; whoever asks for a tensor gets it, pool full or not.
 EXPECTED_OF_PREFETCH = EXPECTED_REASONS | {"full"}
 _KEPT = 20  # texts of each kind

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool
-from areal.infra.rpc.backends.http_reader import HttpReader, NodeForm
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
+from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import FETCH, HttpSettings, Requester
+from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.shard import ShardFetchError
 from gpu_cache import ShardReader
 from tests.support.areal_fixtures import LONG_S
@@ -25,6 +26,7 @@ def reader_of(
     nbytes: Mapping[Hashable, int] | None = None,
     pool: ConnectionPool | None = None,
     timeout_s: float = LONG_S,
+    node: NodeState | None = None,
     **settings: Any,
 ) -> HttpReader:
     """Tries again without a pause, and keeps its connection in a pool that is closed."""
@@ -32,9 +34,9 @@ def reader_of(
         pool = ConnectionPool()
         pool.close()
     chosen = HttpSettings({}, **{"retry_pause_s": 0.0, **settings})
-    requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s)
+    requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s, node or NodeState())
     expected = {key: torch.empty(length, dtype=torch.uint8, device="meta") for key, length in (nbytes or {}).items()}
-    return HttpReader(keys, expected, requester, chosen, NodeForm())
+    return HttpReader(keys, expected, requester, chosen)
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:

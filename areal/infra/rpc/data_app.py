@@ -8,30 +8,36 @@ import hmac
 import json
 import logging
 import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from aiohttp import web
 
+from areal.infra.rpc.answers import Answer, array_answer, frame_answer, json_answer
 from areal.infra.rpc.expiry import ShardExpiry
-from areal.infra.rpc.owned import OwnedShard
-from areal.infra.rpc.serialization import tensor_from_json, tensor_to_json
-from areal.infra.rpc.shard import WireError
+from areal.infra.rpc.serialization import tensor_from_json
+from areal.infra.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, WireError
 from areal.infra.rpc.store import ShardStore
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
+from areal.infra.rpc.turns import RETRY_AFTER_S, Turns
+from areal.infra.rpc.wire import CONTENT_TYPE, decode_frame
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
     from aiohttp.typedefs import Handler, Middleware
 
 DEFAULT_MAX_BODY_BYTES = 1 << 30
+# Answers with tensors under way at once. Each may keep some MB in the transport; with more of them none is faster.
+DEFAULT_MAX_RESPONSES = 32
+# What a client that comes beyond that is told. Seconds are whole in the standard's header; ours says it exactly.
+_COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: str(round(1000 * RETRY_AFTER_S))}
+# A client that takes nothing for so long is as good as gone, and must not keep its turn.
+_STALLED_S = 120.0
 # Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
 _WRITE_BYTES = 1 << 20
 # What may wait in the transport (large parts by reference): it is sent without a turn of the loop for each write.
 _AHEAD_BYTES = 8 << 20
-_JSON_CONTENT_TYPE = "application/octet-stream"
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +61,16 @@ def make_app(
     *,
     token: str | None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    max_responses: int = DEFAULT_MAX_RESPONSES,
     expiry: ShardExpiry | None = None,
 ) -> web.Application:
-    """Build the application.
+    """Build the application. It names its incarnation, a random id, in `/health` and in a header of every answer.
 
     Args:
         owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
         token: What every route but `/health` asks for as `Authorization: Bearer`; None asks for nothing.
         max_body_bytes: The longest request body; a longer one is answered 413.
+        max_responses: Answers with tensors under way at once; who comes beyond that is answered 503 with Retry-After.
         expiry: Drops old shards while the application runs; None: they stay until they are cleared.
     """
     middlewares: list[Middleware] = [_errors_as_json]
@@ -71,7 +79,9 @@ def make_app(
     app = web.Application(client_max_size=max_body_bytes, middlewares=middlewares)
     if expiry is not None:
         app.cleanup_ctx.append(expiry.sweeping)
-    routes = _DataRoutes(owner, max_body_bytes, expiry)
+    incarnation = uuid.uuid4().hex
+    app.on_response_prepare.append(_naming(incarnation))
+    routes = _DataRoutes(owner, max_body_bytes, max_responses, incarnation, expiry)
     app.add_routes(
         [
             web.get("/health", routes.health),
@@ -85,24 +95,22 @@ def make_app(
     return app
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A body ready to be sent."""
-
-    content_type: str
-    parts: Iterable[bytes | memoryview]
-    nbytes: int
-    # Bytes of tensors that the body carries, in whatever form.
-    payload_nbytes: int
-
-
 class _DataRoutes:
     """The handlers. What may take long (encoding, decoding, the owner's methods) runs on a thread of the executor."""
 
-    def __init__(self, owner: DataOwner, max_body_bytes: int, expiry: ShardExpiry | None) -> None:
-        self._owner, self._expiry = owner, expiry
+    def __init__(
+        self,
+        owner: DataOwner,
+        max_body_bytes: int,
+        max_responses: int,
+        incarnation: str,
+        expiry: ShardExpiry | None,
+    ) -> None:
+        self._owner, self._incarnation, self._expiry = owner, incarnation, expiry
         self._max_body_bytes = max_body_bytes
-        # Of complete answers. Only the event loop's thread touches these.
+        # Only the event loop's thread touches what follows.
+        self._turns = Turns(max_responses)
+        # Of complete answers.
         self._sent_payload_bytes = 0
         self._sent_body_bytes = 0
 
@@ -110,6 +118,9 @@ class _DataRoutes:
         return web.json_response(
             {
                 "status": "ok",
+                "incarnation": self._incarnation,
+                "num_responses": self._turns.num_taken,
+                "num_busy_refusals": self._turns.num_refusals,
                 **self._owner.store.stats(),
                 "sent_payload_bytes": self._sent_payload_bytes,
                 "sent_body_bytes": self._sent_body_bytes,
@@ -130,13 +141,29 @@ class _DataRoutes:
         return web.json_response({"status": "ok", "shard_id": shard_id})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
-        shard_id = request.match_info["shard_id"]
-        tensor = self._owner.store.get(shard_id)
-        if tensor is None:
-            return _error(404, f"Shard {shard_id} not found")
-        return await self._send(request, await asyncio.to_thread(_json_answer, tensor))
+        with self._responding(request):
+            shard_id = request.match_info["shard_id"]
+            tensor = self._owner.store.get(shard_id)
+            if tensor is None:
+                return _error(404, f"Shard {shard_id} not found")
+            return await self._send(request, await asyncio.to_thread(json_answer, tensor))
 
     async def get_batch(self, request: web.Request) -> web.StreamResponse:
+        with self._responding(request):
+            return await self._get_batch(request)
+
+    @contextlib.contextmanager
+    def _responding(self, request: web.Request) -> Iterator[None]:
+        """An answer with tensors is under way; refused, before any of its request's body is read, if too many are."""
+        if not self._turns.take(id(request.transport)):  # a client that is told to come back keeps its connection
+            busy = f"busy: {self._turns.num_taken} answers are under way, others were here before"
+            raise web.HTTPServiceUnavailable(text=busy, headers=_COME_BACK)
+        try:
+            yield
+        finally:
+            self._turns.leave()
+
+    async def _get_batch(self, request: web.Request) -> web.StreamResponse:
         shard_ids = _listed_ids(await self._body(request))
         if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
             return _error(400, "Expected JSON body with string list field 'shard_ids'")
@@ -145,7 +172,7 @@ class _DataRoutes:
         if missing:
             return _error(400, "One or more requested shards were not found", missing_shard_ids=missing)
         try:
-            answer = await asyncio.to_thread(_frame_answer if is_binary else _array_answer, found)
+            answer = await asyncio.to_thread(frame_answer if is_binary else array_answer, found)
         except WireError as error:  # more than fits a frame
             return _error(400, str(error))
         return await self._send(request, answer)
@@ -174,7 +201,7 @@ class _DataRoutes:
             raise web.HTTPRequestEntityTooLarge(self._max_body_bytes, announced, text=message)
         return await request.read()
 
-    async def _send(self, request: web.Request, answer: _Answer) -> web.StreamResponse:
+    async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": answer.content_type})
         response.content_length = answer.nbytes
         if request.transport is not None:
@@ -182,11 +209,7 @@ class _DataRoutes:
             request.transport.set_write_buffer_limits(high=_AHEAD_BYTES)
         await response.prepare(request)
         try:
-            for part in answer.parts:
-                view = memoryview(part)
-                for start in range(0, len(view), _WRITE_BYTES):
-                    await response.write(view[start : start + _WRITE_BYTES])
-            await response.write_eof()
+            await _write(response, answer.parts)
         except BaseException:
             # A half-sent body must end in a broken connection: a second answer would be taken for the rest of it.
             if request.transport is not None:
@@ -195,6 +218,21 @@ class _DataRoutes:
         self._sent_payload_bytes += answer.payload_nbytes
         self._sent_body_bytes += answer.nbytes
         return response
+
+
+async def _write(response: web.StreamResponse, parts: Iterable[bytes | memoryview]) -> None:
+    """Send a body; raises `ConnectionError` if the client stops taking it."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_STALLED_S) as patience:
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), _WRITE_BYTES):
+                    patience.reschedule(loop.time() + _STALLED_S)
+                    await response.write(view[start : start + _WRITE_BYTES])
+            await response.write_eof()
+    except TimeoutError:
+        raise ConnectionAbortedError(f"the client took nothing for {_STALLED_S:.0f} s") from None
 
 
 def _listed_ids(body: bytes) -> list[Any] | None:
@@ -221,31 +259,6 @@ def _tensor_of_frame(body: bytes, shard_id: str) -> torch.Tensor:
     return tensors[shard_id]
 
 
-def _json_text(tensor: torch.Tensor) -> bytes:
-    """One call a tensor, so that other threads get the interpreter between the shards of a batch."""
-    return json.dumps(tensor_to_json(tensor)).encode()
-
-
-def _json_answer(tensor: torch.Tensor) -> _Answer:
-    text = _json_text(tensor)
-    return _Answer(_JSON_CONTENT_TYPE, [text], len(text), tensor.nbytes)
-
-
-def _array_answer(found: Sequence[tuple[str, OwnedShard]]) -> _Answer:
-    text_of_id = {shard_id: _json_text(shard.tensor) for shard_id, shard in dict(found).items()}
-    parts: list[bytes] = []
-    for shard_id, _ in found:
-        parts += [b"," if parts else b"[", text_of_id[shard_id]]
-    parts.append(b"]" if parts else b"[]")
-    payload_nbytes = sum(shard.nbytes for _, shard in found)
-    return _Answer(_JSON_CONTENT_TYPE, parts, sum(map(len, parts)), payload_nbytes)
-
-
-def _frame_answer(found: Sequence[tuple[str, OwnedShard]]) -> _Answer:
-    frame = Frame(found)
-    return _Answer(CONTENT_TYPE, frame, frame.nbytes, frame.payload_nbytes)
-
-
 def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:
     """Between two processes of one host there is no network to model, and bbr's pacing only costs.
 
@@ -259,6 +272,13 @@ def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:
 
 def _error(status: int, message: str, **more: object) -> web.Response:
     return web.json_response({"status": "error", "message": message, **more}, status=status)
+
+
+def _naming(incarnation: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def name(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers[INCARNATION_HEADER] = incarnation
+
+    return name
 
 
 @web.middleware

@@ -20,7 +20,7 @@ from typing import Protocol
 from aiohttp import web
 
 from areal.infra.rpc import runtime
-from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DataOwner, make_app
+from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner, make_app
 from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from gpu_cache.config import parse_size
 
@@ -125,6 +125,7 @@ def start(
     *,
     token: str | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    max_concurrent_responses: int = DEFAULT_MAX_RESPONSES,
     allow_unauthenticated: bool = False,
     shard_ttl_s: float | str | None = None,
     owner: ServedOwner | None = None,
@@ -137,6 +138,7 @@ def start(
         port: 0 takes a free one.
         token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`.
         max_body_bytes: The longest request body.
+        max_concurrent_responses: Answers with tensors under way at once; who comes beyond that is told to come back.
         allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
         shard_ttl_s: Drop shards that are older, in seconds or as text ("10m", "2h"): a backstop for those that nobody
             clears. Longer than anything is meant to live, weights too. None: they stay.
@@ -147,9 +149,11 @@ def start(
 
     Raises:
         OSError: The address cannot be bound.
-        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or
-            `shard_ttl_s` is not a time.
+        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or not
+            even one answer may be under way, or `shard_ttl_s` is not a time.
     """
+    if max_concurrent_responses < 1:
+        raise ValueError(f"max_concurrent_responses={max_concurrent_responses}: must be at least 1")
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
     family, location = _resolve(host, port)
@@ -161,7 +165,9 @@ def start(
         )
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
-    app = make_app(served, token=token, max_body_bytes=max_body_bytes, expiry=expiry)
+    app = make_app(
+        served, token=token, max_body_bytes=max_body_bytes, max_responses=max_concurrent_responses, expiry=expiry
+    )
     listener = socket.create_server(location, family=family, backlog=_BACKLOG)
     return ServerHandle(served, app, listener, _address(listener))
 
@@ -193,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.port,
             token=token,
             max_body_bytes=options.max_body_bytes,
+            max_concurrent_responses=options.max_concurrent_responses,
             allow_unauthenticated=options.allow_unauthenticated,
             shard_ttl_s=shard_ttl_s,
         )
@@ -224,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
         type=parse_size,
         default=DEFAULT_MAX_BODY_BYTES,
         help='longest request body, such as "1GiB", the default',
+    )
+    parser.add_argument(
+        "--max-concurrent-responses",
+        type=int,
+        default=DEFAULT_MAX_RESPONSES,
+        help="answers with tensors at once; who comes beyond that is told to come back (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-unauthenticated",

@@ -19,9 +19,21 @@ from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
 from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
 from areal.infra.rpc.serialization import register_dataclass
-from areal.infra.rpc.shard import TensorShardInfo, collect_leaves, map_leaves
+from areal.infra.rpc.shard import (
+    ShardAnswerError,
+    ShardFetchError,
+    ShardLostError,
+    ShardMissingError,
+    ShardRefusedError,
+    ShardTimeoutError,
+    ShardUnreachableError,
+    TensorShardInfo,
+    collect_leaves,
+    map_leaves,
+)
 from areal.infra.rpc.trimming import trim_padding
 from areal.infra.rpc.views import FetchBufferView, StorageView
+from gpu_cache.config import OnError
 
 __all__ = [
     "ClearReport",
@@ -29,6 +41,13 @@ __all__ = [
     "RTensor",
     "RTensorBackend",
     "RayRTensorBackend",
+    "ShardAnswerError",
+    "ShardFetchError",
+    "ShardLostError",
+    "ShardMissingError",
+    "ShardRefusedError",
+    "ShardTimeoutError",
+    "ShardUnreachableError",
     "StepClearer",
     "TensorShardInfo",
     "buffer_stats",
@@ -85,38 +104,46 @@ class RTensor:
         """Its number of dimensions."""
         return self.data.ndim
 
-    def to_local(self) -> torch.Tensor:
+    def to_local(self, *, timeout_s: float | None = None) -> torch.Tensor:
         """The tensor itself: from `data` if it is there, else from the cache or the owner; kept in `data`.
 
+        Args:
+            timeout_s: Longest wait, in seconds; None: `fetch_timeout_s` of the cache's settings.
         Raises:
             gpu_cache.FetchError: It did not arrive.
         """
-        _fill([self])
+        _fill([self], timeout_s)
         return self.data
 
     @staticmethod
-    def localize(obj: Any) -> Any:
+    def localize(obj: Any, *, timeout_s: float | None = None, on_error: OnError = "raise") -> Any:
         """Replace the handles in nested containers by their tensors; misses are fetched in one go.
 
         Args:
             obj: A handle, or dicts, lists and tuples of them; anything else passes through.
+            timeout_s: Longest wait, in seconds; None: `fetch_timeout_s` of the cache's settings.
+            on_error: "none": what does not arrive is None in the result, its handle stays remote; the log tells why.
         Returns:
             New containers of the same types. The handles are filled too.
         Raises:
-            gpu_cache.FetchError: Some did not arrive, see its `failures`; the others are cached.
+            gpu_cache.FetchError: Some did not arrive; its `failures` has a `ShardFetchError` for each. The others are
+                cached, so that another call asks for the rest only.
         """
-        _fill(collect_leaves(obj, RTensor))
-        return map_leaves(obj, RTensor, _DATA_OF)
+        _fill(collect_leaves(obj, RTensor), timeout_s, on_error)
+        return map_leaves(obj, RTensor, _DATA_OF if on_error == "raise" else _data_or_none)
 
     @staticmethod
-    def prefetch(obj: Any) -> Future[int]:
+    def prefetch(obj: Any, *, timeout_s: float | None = None) -> Future[int]:
         """Begin to fetch what `localize` of the same handles would have to fetch, and return at once.
 
+        Args:
+            obj: As for `localize`.
+            timeout_s: How long that may take, in seconds; None: `fetch_timeout_s` of the cache's settings.
         Returns:
             A future of the number of shards on their way. It need not be waited for.
         """
         remote = {handle.shard.shard_id: handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta}
-        return runtime.current().prefetch(remote)
+        return runtime.current().prefetch(remote, timeout_s)
 
     @staticmethod
     def remotize(obj: Any, node_addr: str) -> Any:
@@ -296,18 +323,23 @@ def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
     return {node_addr: list(owned.values()) for node_addr, owned in shards.items()}
 
 
-def _fill(handles: Sequence[RTensor]) -> None:
+def _data_or_none(handle: RTensor) -> torch.Tensor | None:
+    return None if handle.data.is_meta else handle.data
+
+
+def _fill(handles: Sequence[RTensor], timeout_s: float | None, on_error: OnError = "raise") -> None:
     """Put the tensors of the handles that are still remote in their `data`."""
     remote = [handle for handle in handles if handle.data.is_meta]
     if not remote:
         return
     distinct = {handle.shard.shard_id: handle for handle in remote}
-    tensors = runtime.current().get_many(distinct)
+    tensors = runtime.current().get_many(distinct, timeout_s, on_error)
     if len(distinct) < len(remote):
         by_id = dict(zip(distinct, tensors, strict=True))
         tensors = [by_id[handle.shard.shard_id] for handle in remote]
     for handle, tensor in zip(remote, tensors, strict=True):
-        handle.data = tensor
+        if tensor is not None:
+            handle.data = tensor
 
 
 def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from areal.infra.rpc.clearing import StepClearer
 from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import ShardReader
+from gpu_cache.config import OnError
 
 
 class Handle(Protocol):
@@ -75,17 +76,20 @@ class Runtime:
         if isinstance(unused, HttpRTensorBackend):
             unused.close()
 
-    def get_many(self, handles: Mapping[Hashable, Handle]) -> list[torch.Tensor]:
+    def get_many(
+        self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, on_error: OnError = "raise"
+    ) -> Sequence[torch.Tensor | None]:
         """The tensors of remote handles, given by shard id: from the cache, this process's store, or their owners.
 
         Raises:
-            gpu_cache.FetchError: Some did not arrive; the others are cached.
+            gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
         """
-        return self.cache.get_many(list(handles), _HandleSource(self, handles))
+        source = _HandleSource(self, handles)
+        return self.cache.get_many(list(handles), source, timeout_s=timeout_s, on_error=on_error)
 
-    def prefetch(self, handles: Mapping[Hashable, Handle]) -> Future[int]:
+    def prefetch(self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None) -> Future[int]:
         """Begin to fetch what is not cached."""
-        return self.cache.prefetch(list(handles), _HandleSource(self, handles))
+        return self.cache.prefetch(list(handles), _HandleSource(self, handles), timeout_s=timeout_s)
 
     def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
         """Where the tensors of remote handles come from: this process's store, or the backend."""
@@ -94,7 +98,7 @@ class Runtime:
         if not self.own_addresses:
             return remote
         own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
-        local = CallSource("local", partial(self._load_own, shards))
+        local = CallSource("local", partial(self._load_own, shards), may_hang=False)
         return NodesSource({key: local if key in own else remote for key in shards})
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
@@ -125,7 +129,7 @@ class Runtime:
             self._backend.close()
 
     def _load_own(
-        self, shards: Mapping[Hashable, TensorShardInfo], keys: Iterable[Hashable]
+        self, shards: Mapping[Hashable, TensorShardInfo], keys: Iterable[Hashable], timeout_s: float
     ) -> list[torch.Tensor | Exception]:
         found = dict(self.store.get_many(keys)[0])
         missing = "Failed to fetch shard {} from {}: this process owned it, and does not have it any more"

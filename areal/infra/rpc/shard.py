@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from gpu_cache.errors import FetchError
+from gpu_cache.errors import FetchError, FetchTimeoutError
 
 LeafT = TypeVar("LeafT")
 
 _CONTAINERS = (dict, list, tuple)
+
+# Of every answer of a server: a random id that it took when it started.
+INCARNATION_HEADER = "X-Shard-Incarnation"
+# Of a busy server's answer, beside Retry-After: the same in milliseconds.
+RETRY_AFTER_MS_HEADER = "Retry-After-Ms"
 
 
 @dataclass
@@ -32,7 +37,7 @@ class ShardFetchError(FetchError):
 
 
 class ShardMissingError(ShardFetchError):
-    """The owner answered that it does not have the shard."""
+    """The owner answered that it does not have the shard. Asking again does not help."""
 
     reason = "missing"
 
@@ -52,6 +57,49 @@ class ShardClearError(ShardFetchError):
         super().__init__(message)
         self.shard_ids, self.statistics = list(shard_ids), dict(statistics or {})
         self.args = (message, self.shard_ids, self.statistics)
+
+
+class ShardLostError(ShardMissingError):
+    """The owner restarted since it was first asked, and does not have the shard: it is gone for good.
+
+    Args:
+        shard_id: Which.
+        node_addr: The owner's address.
+        before: Incarnation of the server that answered there first.
+        now: Incarnation of the one that answers now.
+    """
+
+    def __init__(self, shard_id: Any, node_addr: str, before: str, now: str) -> None:
+        super().__init__(
+            f"Failed to fetch shard {shard_id} from {node_addr}: the owner does not have it; it restarted "
+            f"(incarnation {before} before, {now} now)"
+        )
+        self.args = (shard_id, node_addr, before, now)
+        self.shard_id, self.node_addr, self.before, self.now = shard_id, node_addr, before, now
+
+
+class ShardRefusedError(ShardFetchError):
+    """The owner refused: a token that is missing or wrong (401), a request too long (413), any other status 4xx."""
+
+    reason = "refused"
+
+
+class ShardAnswerError(ShardFetchError):
+    """The owner's answer is no use: a broken frame, no HTTP, or a fault of its own (status 5xx)."""
+
+    reason = "answer"
+
+
+class ShardUnreachableError(ShardFetchError):
+    """No connection to the owner, or it broke off, and other tries did not mend that."""
+
+    reason = "connection"
+
+
+class ShardTimeoutError(ShardFetchError, FetchTimeoutError):
+    """The owner did not answer in time, or was busy until the time was up. Asking again may help."""
+
+    reason = "timeout"
 
 
 class WireError(ValueError):

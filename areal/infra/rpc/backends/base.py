@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from areal.infra.rpc.backends.bounded_call import BoundedCall
 from areal.infra.rpc.shard import TensorShardInfo
 from gpu_cache import ShardReader, ShardSource, TensorReader
 
@@ -37,20 +39,29 @@ class StreamingBackend(Protocol):
         """A source for these shards; `expected` are meta tensors as they should be, where known."""
 
 
+# Takes keys and how long that may take, in seconds; returns a tensor or an exception for each, in order.
+Load = Callable[[Sequence[Hashable], float], Sequence[torch.Tensor | Exception]]
+
+
 class CallSource:
     """A source over one blocking call that returns tensors.
 
     Args:
         node: Where the tensors come from, for messages and `clear_node`.
-        load: Takes keys and returns a tensor or an exception for each, in order.
+        load: The call.
+        may_hang: Whether the call may last longer than it may take. Then a thread of its own makes it.
     """
 
-    def __init__(self, node: str, load: Callable[[Sequence[Hashable]], Sequence[torch.Tensor | Exception]]) -> None:
-        self._node, self._load = node, load
+    def __init__(self, node: str, load: Load, *, may_hang: bool = True) -> None:
+        self._node, self._load, self._may_hang = node, load, may_hang
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
-        """One reader; the call has no time-out of its own."""
-        return [TensorReader(self._node, keys, lambda: self._load(keys))]
+        """One reader; its call is given up after `timeout_s`."""
+        load = partial(self._load, keys, timeout_s)
+        if not self._may_hang:
+            return [TensorReader(self._node, keys, load)]
+        call = BoundedCall(load, self._node, timeout_s)
+        return [TensorReader(self._node, keys, call.result, call.cancel)]
 
 
 class NodesSource:
@@ -75,7 +86,7 @@ def source_of(
     if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
         return backend.source(shards, expected)
 
-    def load(keys: Sequence[Hashable]) -> list[torch.Tensor]:
+    def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
         return [on_host(tensor) for tensor in backend.fetch([shards[key] for key in keys])]
 
     nodes = sorted({info.node_addr for info in shards.values()})

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
 from areal.infra.rpc.backends.http_deleter import HttpDeleter
-from areal.infra.rpc.backends.http_reader import HttpReader, NodeForm
+from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import (
     CLEAR,
     FETCH,
@@ -21,6 +21,7 @@ from areal.infra.rpc.backends.http_requester import (
     Requester,
     Route,
 )
+from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.own_thread import in_own_thread
 from areal.infra.rpc.shard import TensorShardInfo
 from areal.infra.rpc.store import ShardStore
@@ -51,7 +52,7 @@ class HttpRTensorBackend:
             {"Authorization": f"Bearer {secret}"} if secret else {}, max_json_shards=max_shards_per_request
         )
         self._connections = ConnectionPool()
-        self._forms: dict[str, NodeForm] = {}
+        self._nodes: dict[str, NodeState] = {}
 
     def __repr__(self) -> str:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
@@ -66,13 +67,7 @@ class HttpRTensorBackend:
         self, address: str, keys: Sequence[Hashable], expected: Mapping[Hashable, torch.Tensor], timeout_s: float
     ) -> HttpReader:
         """A reader of shards of one node; connects at its first read."""
-        return HttpReader(
-            keys,
-            expected,
-            self._requester(address, FETCH, timeout_s),
-            self._settings,
-            self._forms.setdefault(address, NodeForm()),
-        )
+        return HttpReader(keys, expected, self._requester(address, FETCH, timeout_s), self._settings)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
@@ -119,7 +114,8 @@ class HttpRTensorBackend:
         self._connections.close()
 
     def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
-        return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s)
+        node = self._nodes.setdefault(address, NodeState())
+        return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s, node)
 
     def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
         requester = self._requester(node_addr, CLEAR, self._settings.delete_timeout_s)

@@ -10,18 +10,24 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
-import threading
 from collections.abc import Callable, Mapping
 
 from areal.infra.rpc.backends.deadline_socket import DeadlineSocket
+from areal.infra.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER
 
 # The most buffers of one call: IOV_MAX of Linux is 1,024.
 _MAX_BUFFERS = 1000
 # What is read of a text before room is made for more: a length that was only announced must not cost memory.
 _PIECE_BYTES = 1 << 20
-# Of idle connections, over all nodes. Workers come and go; one to a worker that is gone would stay open for ever.
-_MAX_IDLE = 256
 _RETRY_AFTER_DATE_S = 1.0
+
+
+class AddressError(ValueError):
+    """Not an address."""
+
+
+class BrokenOffError(http.client.HTTPException):
+    """Headers that broke off, or an answer that does not say where it ends; the two cannot be told apart."""
 
 
 class HttpAnswer:
@@ -29,19 +35,21 @@ class HttpAnswer:
 
     Attributes:
         retry_after_s: How long the server asks to wait; None where it does not.
+        incarnation: Which server answered; "" where it does not say.
         unread_bytes: Of the body; -1 where it comes in chunks.
     Raises:
-        http.client.HTTPException: Nothing says where the body ends. So do headers that broke off, too.
+        BrokenOffError: Nothing says where the body ends.
     """
 
     def __init__(self, response: http.client.HTTPResponse, sock: DeadlineSocket) -> None:
         self.status = response.status
         self.content_type = response.headers.get_content_type()
-        self.retry_after_s = _seconds(response.headers.get("Retry-After"))
+        self.retry_after_s = _retry_after_s(response.headers)
+        self.incarnation = response.headers.get(INCARNATION_HEADER, "")
         self.unread_bytes = -1 if response.length is None else response.length
         self._response, self._sock = response, sock
         if response.length is None and not response.chunked:
-            raise http.client.HTTPException("an answer that does not say where it ends")
+            raise BrokenOffError("an answer that does not say where it ends")
         self._is_ahead = True  # http.client may have read more than the headers
 
     @property
@@ -123,7 +131,7 @@ class NodeConnection:
     """One connection to one node.
 
     Raises:
-        ValueError: Not an address.
+        AddressError: Not an address.
     Thread-safety: one thread; `cancel` from any.
     """
 
@@ -227,74 +235,23 @@ class NodeConnection:
         return sock
 
 
-class ConnectionPool:
-    """Idle connections. Thread-safety: any thread."""
-
-    def __init__(self) -> None:
-        # Guards _idle, _is_closed.
-        self._lock = threading.Lock()
-        self._idle: list[NodeConnection] = []  # longest idle first
-        self._is_closed = False
-
-    def acquire(self, address: str) -> NodeConnection:
-        """An idle connection to the node that is still alive, or a new one, not yet connected.
-
-        Raises:
-            ValueError: Not an address.
-        """
-        while (connection := self._take_idle(address)) is not None:
-            if not connection.is_stale:
-                return connection
-            connection.close()
-        return NodeConnection(address)
-
-    def release(self, connection: NodeConnection) -> None:
-        """Keep the connection for the next request if its last answer was read to the end, else close it."""
-        unwanted: list[NodeConnection] = []
-        is_kept = connection.can_be_reused
-        with self._lock:
-            (self._idle if is_kept else unwanted).append(connection)
-            while len(self._idle) > (0 if self._is_closed else _MAX_IDLE):
-                unwanted.append(self._idle.pop(0))
-        for surplus in unwanted:
-            surplus.close()
-
-    def forget(self, address: str) -> None:
-        """Close the idle connections to a node: one of them turned out to be dead."""
-        while (connection := self._take_idle(address)) is not None:
-            connection.close()
-
-    def close(self) -> None:
-        """Close what is idle, and what comes back from now on. Idempotent."""
-        with self._lock:
-            self._is_closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-    def _take_idle(self, address: str) -> NodeConnection | None:
-        """The one to the node that was idle for the shortest time."""
-        with self._lock:
-            for position in reversed(range(len(self._idle))):
-                if self._idle[position].address == address:
-                    return self._idle.pop(position)
-        return None
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port" or "[ipv6]:port".
 
     Raises:
-        ValueError: Not such an address.
+        AddressError: Not such an address.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 0xFFFF:
-        raise ValueError(f"{address!r} is not an address: write host:port or [ipv6]:port")
+        raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _seconds(header: str | None) -> float | None:
-    """The delay of a Retry-After header; its other form, a date, is too coarse to be computed with."""
-    if header is None:
+def _retry_after_s(headers: http.client.HTTPMessage) -> float | None:
+    """The delay that a server asks for; the other form of the header, a date, is too coarse to be computed with."""
+    exactly, told = headers.get(RETRY_AFTER_MS_HEADER, ""), headers.get("Retry-After")
+    if exactly.isdecimal():
+        return float(exactly) / 1000
+    if told is None:
         return None
-    return float(header) if header.isdecimal() else _RETRY_AFTER_DATE_S
+    return float(told) if told.isdecimal() else _RETRY_AFTER_DATE_S

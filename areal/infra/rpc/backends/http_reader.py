@@ -12,30 +12,31 @@ from typing import NamedTuple
 
 import torch
 
-from areal.infra.rpc.backends.http_connection import HttpAnswer
+from areal.infra.rpc.backends.http_connection import AddressError, HttpAnswer
 from areal.infra.rpc.backends.http_requester import (
     FAULTS,
     HttpSettings,
     Requester,
     ResultT,
+    kind_of_status,
     named,
     read_text,
     shortened,
 )
 from areal.infra.rpc.layout import PREFIX_BYTES, Layout, described
 from areal.infra.rpc.serialization import tensor_from_json
-from areal.infra.rpc.shard import ShardFetchError, ShardMissingError, WireError
+from areal.infra.rpc.shard import (
+    ShardAnswerError,
+    ShardFetchError,
+    ShardLostError,
+    ShardMissingError,
+    ShardUnreachableError,
+    WireError,
+)
 from areal.infra.rpc.wire import CONTENT_TYPE, header_nbytes, parse_header
 from gpu_cache import ShardSpec, TensorReader
 
 _SKIPPED_BYTES = 1 << 20  # at a time
-
-
-@dataclasses.dataclass(slots=True)
-class NodeForm:
-    """What a node's server spoke when it last answered; few shards are asked for before it did."""
-
-    is_binary: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +77,6 @@ class HttpReader:
         expected: Meta tensors as they should be, where known: bounds requests, and saves parsing a header that says so.
         requester: Of the node, for `FETCH`.
         settings: Limits of a request.
-        form: What the node speaks; learnt here, remembered by the backend.
     """
 
     def __init__(
@@ -85,14 +85,16 @@ class HttpReader:
         expected: Mapping[Hashable, torch.Tensor],
         requester: Requester,
         settings: HttpSettings,
-        form: NodeForm,
     ) -> None:
         self.node, self.keys = requester.address, keys
         self.failures: dict[Hashable, Exception] = {}
-        self._expected, self._requester, self._settings, self._form = expected, requester, settings, form
+        self._expected, self._requester, self._settings = expected, requester, settings
+        self._node_state = requester.node  # what the node speaks is learnt here, and remembered by the backend
         self._left = list(reversed(keys))
         self._foreseen: Foreseen | None = None  # of the answer to the request under way
         self._body: FrameBody | None = None  # of a binary part
+        self._announced: Sequence[ShardSpec] = ()  # the shards of that part
+        self._num_read = 0  # of its bytes, by reads that succeeded
         self._decoded: TensorReader | None = None  # a part in the JSON form
 
     def next_specs(self) -> Sequence[ShardSpec] | None:
@@ -115,12 +117,16 @@ class HttpReader:
         """Receive straight into the buffers; after a fault, the shards that are not complete are asked for again.
 
         Raises:
+            ShardMissingError: The owner lost some of these meanwhile; `next_specs` goes on with the others.
             ShardFetchError: Too many faults without a byte between them, or the time was up.
         """
         if self._decoded is not None:
             self._decoded.read_into(buffers)
-        else:
-            self._receive([buffer for buffer in reversed(buffers) if len(buffer)])
+            return
+        left = [buffer for buffer in reversed(buffers) if len(buffer)]
+        num_bytes = sum(map(len, left))
+        self._receive(left)
+        self._num_read += num_bytes
 
     def cancel(self) -> None:
         """Cut the connection."""
@@ -133,7 +139,7 @@ class HttpReader:
     def _next_wanted(self) -> list[Hashable]:
         """As many as one request may name: bounded by bytes and by number, the latter lower in the JSON form."""
         limits = self._settings
-        most = limits.max_binary_shards if self._form.is_binary else limits.max_json_shards
+        most = limits.max_binary_shards if self._node_state.is_binary else limits.max_json_shards
         wanted: list[Hashable] = []
         total = 0
         while self._left and len(wanted) < most:
@@ -147,8 +153,12 @@ class HttpReader:
     def _ask(self, wanted: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:
         try:
             return self._requester.send(wanted, receive, partial(self._foresee, wanted))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise self._failed(str(error), wanted) from error
+        except AddressError as error:
+            raise self._failed(ShardUnreachableError, str(error), wanted) from error
+        except TypeError as error:  # an id that JSON cannot express
+            raise self._failed(ShardFetchError, str(error), wanted) from error
+        except (ValueError, RecursionError) as error:
+            raise self._failed(ShardAnswerError, str(error), wanted) from error
 
     def _foresee(self, wanted: Sequence[Hashable]) -> None:
         """Lay out what the owner should answer, while it does the same."""
@@ -160,16 +170,16 @@ class HttpReader:
                 texts = [described(spec.dtype, spec.shape, spec.nbytes) for spec in expected]
                 self._foreseen = Foreseen(Layout(wanted, expected, texts), expected)
 
-    def _failed(self, what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
-        return ShardFetchError(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
+    def _failed(self, kind: type[ShardFetchError], what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
+        return kind(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
 
     def _part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec] | None:
         """Describe the shards of an answer; None if the owner lacks some, which are `failures` now."""
         if answer.status != 200:
             self._note_missing(wanted, answer)
             return None
-        self._form.is_binary = answer.content_type == CONTENT_TYPE
-        return self._binary_part(wanted, answer) if self._form.is_binary else self._json_part(wanted, answer)
+        self._node_state.is_binary = is_binary = answer.content_type == CONTENT_TYPE
+        return self._binary_part(wanted, answer) if is_binary else self._json_part(wanted, answer)
 
     def _note_missing(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> None:
         """Make shards that the owner lacks `failures`; any other refusal ends the fetch."""
@@ -177,15 +187,19 @@ class HttpReader:
         missing = _missing_ids(text) if answer.status == 400 else frozenset()
         lost = [key for key in wanted if key in missing]
         if not lost:
-            raise self._failed(f"{answer.status} body={shortened(text)}", wanted)
+            raise self._failed(kind_of_status(answer.status), f"{answer.status} body={shortened(text)}", wanted)
         for key in lost:
-            self.failures[key] = ShardMissingError(
-                f"Failed to fetch shard {key} from {self.node}: the owner does not have it"
-            )
+            self.failures[key] = self._missing(key)
+
+    def _missing(self, key: Hashable) -> ShardMissingError:
+        if (restart := self._node_state.restart) is not None:
+            return ShardLostError(key, self.node, restart.before, restart.now)
+        return ShardMissingError(f"Failed to fetch shard {key} from {self.node}: the owner does not have it")
 
     def _binary_part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[ShardSpec]:
         shards = self._described(wanted, answer)
         self._body, self._decoded = FrameBody(shards, answer), None
+        self._announced, self._num_read = shards, 0
         return shards
 
     def _described(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[ShardSpec]:
@@ -225,13 +239,26 @@ class HttpReader:
         wanted = [spec.key for spec in shards]
         if answer.status != 200:
             self._note_missing(wanted, answer)
-            raise next(self.failures[key] for key in wanted if key in self.failures)
+            raise self._part_lost()
         again = self._described(wanted, answer)
         if again != shards:
             raise WireError("the shards are not what they were before the connection broke")
         for start in range(0, num_known, _SKIPPED_BYTES):
             answer.read(min(num_known - start, _SKIPPED_BYTES))
         return FrameBody(again, answer, num_known)
+
+    def _part_lost(self) -> Exception:
+        """Announce again, with the next part, what of this one has not been read and is not lost; returns why."""
+        again, end = [], 0
+        for spec in self._announced:
+            end += spec.nbytes
+            if spec.nbytes and end > self._num_read:
+                again.append(spec.key)
+        self._left += [key for key in reversed(again) if key not in self.failures]
+        error = next(self.failures[key] for key in again if key in self.failures)
+        assert isinstance(error, ShardFetchError)
+        error.may_go_on = True
+        return error
 
     def _json_part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec]:
         limit = self._settings.max_body_bytes
@@ -253,12 +280,12 @@ class HttpReader:
         try:
             tensor = tensor_from_json(described)
         except ValueError as error:
-            return self._failed(str(error), [key])
-        return self._failed("a tensor without data", [key]) if tensor.is_meta else tensor
+            return self._failed(ShardAnswerError, str(error), [key])
+        return self._failed(ShardAnswerError, "a tensor without data", [key]) if tensor.is_meta else tensor
 
     def _check_count(self, num_returned: int, wanted: Sequence[Hashable]) -> None:
         if num_returned != len(wanted):
-            raise ShardFetchError(
+            raise ShardAnswerError(
                 f"Batch fetch from {self._requester.url} returned {num_returned} shards for {len(wanted)} requested "
                 f"({named(wanted)})"
             )

@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from areal.infra.rpc.backends.http_connection import ConnectionPool, HttpAnswer, NodeConnection
-from areal.infra.rpc.shard import ShardFetchError
+from areal.infra.rpc.backends.connection_pool import ConnectionPool
+from areal.infra.rpc.backends.http_connection import BrokenOffError, HttpAnswer, NodeConnection
+from areal.infra.rpc.backends.node_state import NodeState
+from areal.infra.rpc.shard import (
+    ShardAnswerError,
+    ShardFetchError,
+    ShardMissingError,
+    ShardRefusedError,
+    ShardTimeoutError,
+    ShardUnreachableError,
+)
 from areal.infra.rpc.wire import CONTENT_TYPE
 
 ResultT = TypeVar("ResultT")
@@ -22,6 +32,7 @@ NUM_TRIES = 3
 _MAX_TEXT_BYTES = 16 << 20
 _MAX_SHOWN = 2000  # characters of a refusal in a message
 _NAMED_SHARDS = 3  # how many shards a message names
+_SHORTEST_PAUSE_S = 0.01  # before a busy node is asked again, whatever it says
 
 
 class NodeBusyError(http.client.HTTPException):
@@ -47,7 +58,7 @@ class HttpSettings:
     max_body_bytes: int = 8 << 30
     fetch_timeout_s: float = 60.0
     delete_timeout_s: float = 10.0
-    retry_pause_s: float = 0.05
+    retry_pause_s: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +77,30 @@ CLEAR = Route("DELETE", "/data/clear", "clear shards at")
 class Requester:
     """Sends requests to one route of one node over one connection, trying again where that can help.
 
+    Args:
+        address: Of the node.
+        route: Of the node's server.
+        pool: Where connections come from.
+        settings: What all requests have in common.
+        deadline: As by `time.monotonic()`, of all its requests together.
+        node: Learns which server answers.
     Attributes:
-        num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0.
+        num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0. That a node is busy
+            is none.
     Thread-safety: one thread; `cancel` from any.
     """
 
     def __init__(
-        self, address: str, route: Route, pool: ConnectionPool, settings: HttpSettings, deadline: float
+        self,
+        address: str,
+        route: Route,
+        pool: ConnectionPool,
+        settings: HttpSettings,
+        deadline: float,
+        node: NodeState,
     ) -> None:
-        self.address, self.url = address, f"http://{address}{route.path}"
-        self.num_faults = 0
+        self.address, self.url, self.node = address, f"http://{address}{route.path}", node
+        self.num_faults = self._num_busy = 0
         self._route, self._pool, self._settings, self._deadline = route, pool, settings, deadline
         self._connection: NodeConnection | None = None
         self._cancelled = threading.Event()
@@ -94,11 +119,12 @@ class Requester:
             receive: Reads the answer, whole or in part; its faults count as the request's.
             meanwhile: Called between request and answer, at each try.
         Raises:
-            ShardFetchError: One fault too many, or too late; says how many there were and which was the last.
+            ShardUnreachableError: One fault too many, or ShardTimeoutError or ShardAnswerError, by the last fault; says
+                how many there were.
             TypeError: Ids that JSON cannot express.
-            ValueError: The address is none.
+            AddressError: The address is none.
         """
-        self._named = named(shard_ids)
+        self._named, self._num_busy = named(shard_ids), 0
         payload = json.dumps({"shard_ids": shard_ids}).encode()
         while True:
             try:
@@ -107,25 +133,36 @@ class Requester:
                 self.fault(error)
 
     def fault(self, error: BaseException) -> None:
-        """Give up the connection, and let some time pass before the next try.
+        """Give up the connection, unless the node is only busy, and let some time pass before the next try.
 
         Raises:
             ShardFetchError: There is none: too many faults in a row, no time left, or cancelled.
         """
-        self.num_faults += 1
+        if isinstance(error, NodeBusyError):
+            self._num_busy += 1
+            pause_s = self._wait_s(error)
+        else:
+            self.num_faults += 1
+            self._drop_connections()
+            pause_s = back_off_s(self._settings.retry_pause_s, self.num_faults, random.random())
+        is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
+        if is_last or self._cancelled.wait(pause_s):
+            raise kind_of_fault(error)(
+                f"Failed to {self._route.work} {self.url} after {self.num_faults + self._num_busy} attempts. "
+                f"Last error: {error!r} ({self._named})"
+            ) from error
+
+    def _wait_s(self, busy: NodeBusyError) -> float:
+        """As long as the node says, and up to half longer where there is time: those it refused came together."""
+        told_s = max(busy.retry_after_s, _SHORTEST_PAUSE_S)
+        longer_s = told_s * (1 + random.random() / 2)
+        return longer_s if time.monotonic() + longer_s < self._deadline else told_s
+
+    def _drop_connections(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
             self._pool.forget(self.address)  # the idle ones are likely to be as dead
-        pause_s = self._settings.retry_pause_s * self.num_faults
-        if isinstance(error, NodeBusyError):
-            pause_s = error.retry_after_s
-        is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
-        if is_last or self._cancelled.wait(pause_s):
-            raise ShardFetchError(
-                f"Failed to {self._route.work} {self.url} after {self.num_faults} attempts. "
-                f"Last error: {error!r} ({self._named})"
-            ) from error
 
     def release(self) -> None:
         """Give the connection back for others, or close it if its last answer was not read to the end."""
@@ -160,9 +197,35 @@ class Requester:
             patience_s=(self._deadline - time.monotonic()) / (NUM_TRIES - self.num_faults),
             meanwhile=meanwhile,
         )
+        if self.node.note(answer.incarnation):
+            self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(read_text(answer))}", answer.retry_after_s)
         return answer
+
+
+def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
+    """The pause after that many faults in a row: twice as long each time, and up to half more or less by `chance`, so
+    that all who lost the same node do not come back at the same moment.
+    """
+    return first_s * 2.0 ** (num_faults - 1) * (0.5 + chance)
+
+
+def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
+    """What a request has failed of whose last fault this was."""
+    if isinstance(error, (TimeoutError, NodeBusyError)):
+        return ShardTimeoutError
+    if isinstance(error, (OSError, BrokenOffError, http.client.IncompleteRead)):
+        return ShardUnreachableError
+    is_cut = isinstance(error, http.client.BadStatusLine) and not str(error).endswith("\n")
+    return ShardUnreachableError if is_cut else ShardAnswerError
+
+
+def kind_of_status(status: int) -> type[ShardFetchError]:
+    """What an answer of a status other than 200 means."""
+    if status == 404:
+        return ShardMissingError
+    return ShardRefusedError if 400 <= status < 500 else ShardAnswerError
 
 
 def read_text(answer: HttpAnswer) -> str:

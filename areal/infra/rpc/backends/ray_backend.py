@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from areal.infra.rpc.backends.base import CallSource, on_host
-from areal.infra.rpc.shard import ShardClearError, ShardFetchError, TensorShardInfo
+from areal.infra.rpc.shard import (
+    ShardClearError,
+    ShardFetchError,
+    ShardMissingError,
+    ShardTimeoutError,
+    TensorShardInfo,
+)
+
+# Of a call's time, for getting all objects at once; in the rest it is found out which of them are there.
+_SHARE_OF_ALL = 0.9
+_SHORTEST_S = 1e-3  # of a time-out: some versions of Ray take zero to mean none
 
 
 class RayRTensorBackend:
@@ -65,14 +76,19 @@ class RayRTensorBackend:
             return repr(error)
         return None
 
-    def _load(self, keys: Sequence[Hashable]) -> list[torch.Tensor | Exception]:
+    def _load(self, keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor | Exception]:
+        deadline = time.monotonic() + timeout_s * _SHARE_OF_ALL
         try:
-            return [on_host(tensor) for tensor in self._ray.get(list(keys))]
+            return [on_host(tensor) for tensor in self._ray.get(list(keys), timeout=timeout_s * _SHARE_OF_ALL)]
         except self._ray.exceptions.RayError:
-            return [self._load_one(key) for key in keys]
+            return [self._load_one(key, deadline) for key in keys]
 
-    def _load_one(self, key: Hashable) -> torch.Tensor | Exception:
+    def _load_one(self, key: Hashable, deadline: float) -> torch.Tensor | Exception:
         try:
-            return on_host(self._ray.get(key))
+            return on_host(self._ray.get(key, timeout=max(_SHORTEST_S, deadline - time.monotonic())))
+        except self._ray.exceptions.GetTimeoutError as error:
+            return ShardTimeoutError(f"Failed to fetch shard {key!r} from ray: {error!r}")
         except self._ray.exceptions.RayError as error:
-            return ShardFetchError(f"Failed to fetch shard {key!r} from ray: {error}")
+            is_lost = isinstance(error, self._ray.exceptions.ObjectLostError)
+            kind = ShardMissingError if is_lost else ShardFetchError
+            return kind(f"Failed to fetch shard {key!r} from ray: {error}")

@@ -1,0 +1,199 @@
+"""A server that takes on no more than it can, and clients that come back when it says so."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from areal.infra.rpc import data_app, rpc_server, runtime, turns
+from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
+from areal.infra.rpc.rpc_server import ServerHandle
+from areal.infra.rpc.rtensor import RTensor
+from areal.infra.rpc.shard import TensorShardInfo
+from areal.infra.rpc.turns import Turns
+from tests.support.areal_fixtures import remote
+from tests.support.fake_owner import FakeOwner
+from tests.support.interleave_stage import eventually
+from tests.support.wire_tensors import patterned, same_bits
+
+HUGE = torch.zeros(256 << 20, dtype=torch.uint8)  # more than sockets and transports take on the way
+SHARDS = {f"s{number}": patterned(torch.float32, 50_000, seed=number) for number in range(24)}
+
+
+@pytest.fixture
+def owner() -> FakeOwner:
+    owner = FakeOwner()
+    owner.store.update(SHARDS | {"huge": HUGE})
+    return owner
+
+
+@pytest.fixture
+def server(owner: FakeOwner) -> Iterator[ServerHandle]:
+    with rpc_server.start(owner=owner, max_concurrent_responses=1) as server:
+        yield server
+
+
+class SlowClient:
+    """Asks for a huge shard, and takes none of it."""
+
+    def __init__(self, server: ServerHandle) -> None:
+        host, port = server.address.split(":")
+        self.sock = socket.create_connection((host, int(port)))
+        body = json.dumps({"shard_ids": ["huge"]}).encode()
+        headers = f"Host: x\r\nAccept: application/vnd.safetensors\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.sock.sendall(b"POST /data/batch HTTP/1.1\r\n" + headers.encode() + body)
+        eventually(lambda: health(server)["num_responses"] == 1)
+
+
+@pytest.fixture
+def slow(server: ServerHandle) -> Iterator[SlowClient]:
+    client = SlowClient(server)
+    yield client
+    client.sock.close()
+
+
+def ask(server: ServerHandle, method: str, path: str, document: Any = None) -> tuple[http.client.HTTPResponse, Any]:
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    try:
+        connection.request(method, path, None if document is None else json.dumps(document).encode())
+        response = connection.getresponse()
+        return response, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def health(server: ServerHandle) -> Any:
+    response, found = ask(server, "GET", "/health")
+    assert response.status == 200
+    return found
+
+
+def test_beyond_its_limit_a_server_says_when_to_come_back(server: ServerHandle, slow: SlowClient) -> None:
+    for method, path, document in [("GET", "/data/s1", None), ("POST", "/data/batch", {"shard_ids": ["s1"]})]:
+        response, refusal = ask(server, method, path, document)
+        assert response.status == 503
+        assert refusal == {"status": "error", "message": "busy: 1 answers are under way, others were here before"}
+        assert (response.headers["Retry-After"], response.headers["Retry-After-Ms"]) == ("1", "50")
+    assert health(server)["num_busy_refusals"] == 2
+
+
+def test_a_busy_server_is_still_told_to_clear_and_to_keep(
+    server: ServerHandle, slow: SlowClient, owner: FakeOwner
+) -> None:
+    assert ask(server, "DELETE", "/data/clear", {"shard_ids": ["s1"]})[1]["cleared_count"] == 1
+    tensor = {"type": "tensor", "data": "AACAPw==", "shape": [1], "dtype": "torch.float32"}
+    assert ask(server, "PUT", "/data/new", tensor)[0].status == 200
+    assert ask(server, "POST", "/data/reclaim")[0].status == 200
+    assert "new" in owner.store
+
+
+def test_eight_clients_of_a_server_with_one_place_are_all_served(server: ServerHandle, slow: SlowClient) -> None:
+    def fetch(first: int) -> list[torch.Tensor]:
+        backend = HttpRTensorBackend()
+        try:
+            return backend.fetch([TensorShardInfo(f"s{number}", server.address) for number in range(first, first + 3)])
+        finally:
+            backend.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        fetched = [pool.submit(fetch, 3 * number) for number in range(8)]
+        eventually(lambda: health(server)["num_busy_refusals"] >= 40)  # five times each: more than three tries
+        slow.sock.close()
+        tensors = [tensor for one in fetched for tensor in one.result(60)]
+    assert all(map(same_bits, tensors, SHARDS.values()))
+    eventually(lambda: health(server)["num_responses"] == 0)
+
+
+def test_a_batch_waits_for_a_busy_owner_and_counts_no_error(server: ServerHandle, slow: SlowClient) -> None:
+    runtime.configure(device="cpu")
+    batch = {name: remote(server.address, name, tensor) for name, tensor in SHARDS.items()}
+    future = RTensor.prefetch(batch)
+    eventually(lambda: health(server)["num_busy_refusals"] >= 5)
+    slow.sock.close()
+    future.result(60)
+    localized = RTensor.localize(batch)
+    assert all(same_bits(localized[name], SHARDS[name]) for name in SHARDS)
+    assert runtime.current().cache.buffer_stats()["fetch_errors"] == 0
+
+
+def test_no_end_of_an_answer_keeps_its_place(server: ServerHandle) -> None:
+    assert ask(server, "GET", "/data/unknown")[0].status == 404
+    assert ask(server, "POST", "/data/batch", {"shard_ids": ["unknown"]})[0].status == 400
+    assert ask(server, "POST", "/data/batch", {"shard_ids": 7})[0].status == 400
+    assert health(server)["num_responses"] == 0
+    SlowClient(server).sock.close()
+    eventually(lambda: health(server)["num_responses"] == 0)
+
+
+def test_a_client_that_takes_nothing_loses_its_place(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_app, "_STALLED_S", 0.3)
+    client = SlowClient(server)
+    eventually(lambda: health(server)["num_responses"] == 0)
+    client.sock.settimeout(30)
+    num_received = 0
+    with contextlib.suppress(ConnectionError):
+        while taken := client.sock.recv(1 << 20):
+            num_received += len(taken)
+    assert num_received < HUGE.nbytes
+    client.sock.close()
+
+
+def test_who_was_refused_goes_before_who_was_not(
+    server: ServerHandle, slow: SlowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "_KEPT_S", 60.0)
+    first, second = (http.client.HTTPConnection(server.address, timeout=30) for _ in range(2))
+
+    def status(connection: http.client.HTTPConnection) -> int:
+        connection.request("GET", "/data/s1")
+        response = connection.getresponse()
+        response.read()
+        return response.status
+
+    assert status(first) == 503
+    slow.sock.close()
+    eventually(lambda: health(server)["num_responses"] == 0)
+    assert status(second) == 503, "the place is free, but was refused to another"
+    assert [status(first), status(second)] == [200, 200]
+    first.close()
+    second.close()
+
+
+def test_who_was_refused_and_stays_away_is_forgotten() -> None:
+    time_s = [0.0]
+    places = Turns(1, lambda: time_s[0])
+    assert places.take("a")
+    assert not places.take("b")
+    places.leave()
+    time_s[0] = 0.1
+    assert not places.take("c"), "b may come back"
+    time_s[0] = 0.25
+    assert not places.take("d"), "c may"
+    time_s[0] = 1.0
+    assert places.take("e")
+    assert places.num_refusals == 3
+
+
+def test_places_beyond_those_that_were_refused_are_free_for_all() -> None:
+    places = Turns(3, lambda: 0.0)
+    assert all(map(places.take, "abc"))
+    assert not places.take("d")
+    places.leave()
+    places.leave()
+    assert places.take("e"), "two are free, and only one was refused"
+    assert not places.take("f")
+    assert places.take("d")
+    assert (places.num_taken, places.num_refusals) == (3, 2)
+
+
+def test_not_even_one_answer_is_a_mistake(owner: FakeOwner) -> None:
+    with pytest.raises(ValueError, match="max_concurrent_responses=0: must be at least 1"):
+        rpc_server.start(owner=owner, max_concurrent_responses=0)
