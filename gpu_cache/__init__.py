@@ -27,6 +27,7 @@ _HOME = {
     "CacheFullError": "errors",
     "FetchError": "errors",
     "GpuCacheError": "errors",
+    "MutatedError": "errors",
     "TransferError": "errors",
     "ShardReader": "source",
     "ShardSource": "source",
@@ -54,6 +55,7 @@ __all__ = [
     "CacheClosedError",
     "FetchError",
     "TransferError",
+    "MutatedError",
 ]
 
 

@@ -173,6 +173,34 @@ class SimDevice:
 
         self._enqueue(stream, copy)
 
+    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: SimStream) -> Callable[[], bool]:
+        assert left.numel() == right.numel()
+        self._refuse("compare", torch.OutOfMemoryError)
+        places, nbytes, results = [self._find(one) for one in (left, right) if len(one)], left.numel(), [False]
+
+        def compare(at: SimStream) -> None:
+            touch = Touch(at.name, at.clock[at.name], "a comparison")
+            for region, begin in places:
+                self._note(region.read(begin, nbytes, touch, at.clock))
+            one, other = (region.memory[begin : begin + nbytes] for region, begin in places)
+            results[0] = not np.array_equal(one, other)
+
+        if nbytes:
+            self._enqueue(stream, compare)
+        return lambda: results[0]
+
+    def write(self, stream: SimStream, tensor: torch.Tensor, values: np.ndarray) -> None:
+        """Enqueue a kernel that writes into a contiguous tensor in place, which torch counts at once."""
+        tensor.add_(0)
+        region, begin = self._find(tensor)
+
+        def write(at: SimStream) -> None:
+            touch = Touch(at.name, at.clock[at.name], "a write in place")
+            self._note(region.write(begin, len(values), touch, at.clock))
+            region.memory[begin : begin + len(values)] = values
+
+        self._enqueue(stream, write)
+
     def kernel(self, stream: SimStream, tensor: torch.Tensor, expected: np.ndarray, what: str = "a kernel") -> None:
         """Enqueue a read of a contiguous tensor, whose bytes must be `expected` when it runs; keeps no alias of it."""
         nbytes = tensor.numel() * tensor.element_size()
