@@ -40,8 +40,14 @@ class Comparisons:
 
     def __init__(self, device: Device, fence: StreamFence) -> None:
         self._device, self._fence = device, fence
-        self._pending: deque[Comparison] = deque()
+        self._pending: deque[Comparison] = deque()  # those that nobody looks at just now
+        self._open: dict[Comparison, None] = {}  # those that were not told yet
         self._stream: Stream | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is yet to be told."""
+        return bool(self._open)
 
     def begin(self, pairs: Iterable[tuple[Entry, Entry]], tell: Callable[[Entry, Exception | None], None]) -> None:
         """Compare entries that arrived with those that they replaced; others are left out.
@@ -56,7 +62,9 @@ class Comparisons:
             if (new.base.dtype, new.base.shape) != (old.base.dtype, old.base.shape):
                 tell(old, None)
             else:
-                self._pending.append(Comparison(old, aliases_of([new.base, old.base]), tell))
+                one = Comparison(old, aliases_of([new.base, old.base]), tell)
+                self._open[one] = None
+                self._pending.append(one)
         self.look()
 
     def look(self) -> None:
@@ -73,8 +81,13 @@ class Comparisons:
         except RuntimeError as error:  # of the device, such as no memory for the result
             for one in fresh:
                 one.tell(one.entry, error)
-            mine = [one for one in mine if one not in fresh]
-        self._pending.extend([one for one in mine if not self._is_over(one)])
+                del self._open[one]
+            mine = [one for one in mine if one in self._open]
+        for one in mine:
+            if self._is_over(one):
+                del self._open[one]
+            else:
+                self._pending.append(one)
 
     def _enqueue(self, fresh: list[Comparison]) -> None:
         if not fresh or (events := self._fence.record()) is None:  # a stream is being captured: another time
