@@ -194,7 +194,7 @@ class TensorCache(ObservedCache):
         if (engine := self._engine) is not None:
             if engine.device.is_capturing():
                 raise TransferError("cannot synchronize the cache during CUDA graph capture")
-            engine.pool.synchronize()
+            engine.synchronize()
 
     def trim(self, to_bytes: int = 0) -> bool:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.

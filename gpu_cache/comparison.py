@@ -89,6 +89,14 @@ class Comparisons:
             else:
                 self._pending.append(one)
 
+    def finish(self) -> None:
+        """Wait for what was enqueued, and tell of it. Not during CUDA graph capture."""
+        self.look()
+        for one in list(self._open):
+            if one.event is not None:
+                self._device.synchronize(one.event)
+        self.look()
+
     def _enqueue(self, fresh: list[Comparison]) -> None:
         if not fresh or (events := self._fence.record()) is None:  # a stream is being captured: another time
             return

@@ -61,6 +61,11 @@ class Engine:
         self.comparisons.look()
         self.pool.drain()
 
+    def synchronize(self) -> None:
+        """Wait until what was freed is reusable, and what is held only to be compared is freed."""
+        self.comparisons.finish()
+        self.pool.synchronize()
+
     def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
         """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
 

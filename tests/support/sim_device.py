@@ -153,6 +153,11 @@ class SimDevice:
                 self.faults.append("elapsed_s of events that are not both timed and done")
         return 1e-6
 
+    def synchronize_all(self) -> None:
+        """Run everything, and see it done."""
+        for stream in list(self._streams):
+            self.synchronize(self.record(stream))
+
     def finish(self) -> None:
         """Run everything that is queued."""
         with self._lock:
