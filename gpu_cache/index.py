@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
@@ -38,6 +39,8 @@ class ShardIndex(SuspectIndex):
         doubts: Doubts | None = None,
     ) -> None:
         super().__init__(alias, Ledger(now), doubts or Doubts())
+        # Guards every field, also those of _ledger and _doubts, and the fields of every entry.
+        self._lock = threading.Lock()
         self._is_held = is_held
         self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
 

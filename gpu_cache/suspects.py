@@ -20,12 +20,12 @@ class SuspectIndex:
     What cannot be fetched is settled with the suspect's tensor, so that those who wait get what is there.
     """
 
+    _lock: threading.Lock  # of the index that this is a part of
+
     def __init__(
         self, alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]], ledger: Ledger, doubts: Doubts
     ) -> None:
         self._alias = alias
-        # Guards every field, the fields of every entry, and those of _ledger and _doubts.
-        self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
         self._ledger, self._doubts = ledger, doubts
         self._generations = itertools.count(1)

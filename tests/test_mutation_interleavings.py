@@ -153,6 +153,16 @@ def test_a_caller_with_less_patience_gives_up_alone(stage: Stage) -> None:
     check_books(stage, mutations=1)
 
 
+def test_a_block_that_died_under_its_entry_is_handed_out_but_not_cached(stage: Stage) -> None:
+    old = written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    reader = stage.at("before a read")
+    old.share_memory_()  # moves it into memory of its own
+    reader.break_off()
+    assert not first.result(PATIENCE_S)[0].any()
+    assert "a" not in stage.cache
+
+
 def test_a_call_that_fails_in_part_still_tells_what_changed(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     written(stage)
     with pytest.raises(FetchError):
