@@ -36,6 +36,7 @@ _HOME = {
     "FetchError": "errors",
     "FetchTimeoutError": "errors",
     "GpuCacheError": "errors",
+    "MutatedError": "errors",
     "TransferError": "errors",
     "ShardReader": "source",
     "ShardSource": "source",
@@ -66,6 +67,7 @@ __all__ = [
     "FetchError",
     "FetchTimeoutError",
     "TransferError",
+    "MutatedError",
 ]
 
 

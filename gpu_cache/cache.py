@@ -12,6 +12,7 @@ from typing import Literal, overload
 import torch
 
 from gpu_cache import process
+from gpu_cache.checksum import check_bytes
 from gpu_cache.config import CacheConfig, OnError, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
@@ -20,6 +21,7 @@ from gpu_cache.errors import CacheClosedError, TransferError
 from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
+from gpu_cache.mutation import Doubts
 from gpu_cache.observed import ObservedCache
 from gpu_cache.publish import Publisher
 from gpu_cache.ranges import HANDOUT, profiled
@@ -91,8 +93,12 @@ class TensorCache(ObservedCache):
         """Hand out the tensors of `keys`, fetching those that are not cached.
 
         Each tensor aliases the cache's memory: zero copy, `storage_offset()` 0, a storage of exactly the shard's
-        bytes. It stays valid for as long as any alias of it lives, cleared or not. Writing into it changes what later
-        readers get.
+        bytes. It stays valid for as long as any alias of it lives, cleared or not. Do not write into it: others that
+        hold it read what was written. A later call sees the write by torch's version counter and does as
+        `config.on_mutation` says: by default it fetches the shard again, and its caller gets the original bytes in a
+        fresh block. What cannot be fetched is handed out as it is, with a warning. The counter misses writes through
+        `.data`, numpy, DLPack, fused optimisers, collectives and kernels of one's own, which `config.debug_checksum`
+        sees, and counts those that change nothing, such as `add_(0)`, which cost a fetch.
 
         Args:
             keys: Shard ids; one that repeats is looked up once and gives aliases of one block.
@@ -108,7 +114,9 @@ class TensorCache(ObservedCache):
             FetchError: Some did not arrive; `failures` has the cause by key. The others are cached, so that another
                 call asks for the rest only.
             CacheClosedError: The cache is closed.
-            TransferError: During CUDA graph capture: a shard is not cached, or its copy was not yet seen complete.
+            TransferError: During CUDA graph capture: a shard is not cached or was written to, or its copy was not yet
+                seen complete.
+            MutatedError: Somebody wrote into a shard, and `config.on_mutation` is "error".
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
         if ready not in (None, "host", "stream"):
@@ -117,6 +125,7 @@ class TensorCache(ObservedCache):
             raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'none'")
         fetch = self._fetch(timeout_s, keep=keep)
         try:
+            self._check_bytes(keys)
             may_lack = on_error == "none"
             engine = fetch.complete(
                 self._open_engine, self._lazy.is_current, keys, source, self._tasks, may_lack=may_lack
@@ -124,6 +133,7 @@ class TensorCache(ObservedCache):
             with profiled(HANDOUT):
                 engine.settle(fetch.completions(), ready or self.config.ready)
                 tensors = fetch.hand_out()
+            self._check_bytes(keys, only_new=True)  # before anybody has what came
         finally:
             fetch.finish()
         if may_lack and not tensors.keys() >= set(keys):
@@ -135,11 +145,15 @@ class TensorCache(ObservedCache):
     def get(self, key: Hashable) -> torch.Tensor | None:
         """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up.
 
+        What somebody wrote into is handed out as it is, with a warning: there is no source to fetch it from.
+
         Raises:
             CacheClosedError: The cache is closed.
-            TransferError: As for `get_many`.
+            TransferError: During CUDA graph capture: its copy was not yet seen complete.
+            MutatedError: As for `get_many`.
         """
         engine = self._open_engine()
+        self._check_bytes([key])
         found = self._index.find(key)
         if found is None:
             return None
@@ -156,7 +170,7 @@ class TensorCache(ObservedCache):
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
-        fetch = self._fetch(timeout_s, may_overflow=False, keep=keep)
+        fetch = self._fetch(timeout_s, is_prefetch=True, keep=keep)
         try:
             fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
         except BaseException:
@@ -235,7 +249,7 @@ class TensorCache(ObservedCache):
         if (engine := self._engine) is not None:
             if engine.device.is_capturing():
                 raise TransferError("cannot synchronize the cache during CUDA graph capture")
-            engine.pool.synchronize()
+            engine.synchronize()
 
     def trim(self, to_bytes: int = 0) -> bool:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
@@ -274,7 +288,7 @@ class TensorCache(ObservedCache):
         return inherited
 
     def _start_empty(self) -> None:
-        index = self._index = ShardIndex(aliases_of, AliasCounter().is_held)
+        index = self._index = ShardIndex(aliases_of, AliasCounter().is_held, doubts=Doubts(self.config.on_mutation))
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(
@@ -284,9 +298,20 @@ class TensorCache(ObservedCache):
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
         weakref.finalize(self, self._publisher.retire).atexit = False
 
-    def _fetch(self, timeout_s: float | None, *, may_overflow: bool = True, keep: bool = False) -> Fetch:
+    def _fetch(self, timeout_s: float | None, *, is_prefetch: bool = False, keep: bool = False) -> Fetch:
         limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s
-        return Fetch(self._index, limit_s, may_overflow=may_overflow, keep=keep, holding=self._scope.get())
+        return Fetch(
+            self._index,
+            limit_s,
+            may_overflow=not is_prefetch,
+            keep=keep,
+            hands_out=not is_prefetch,
+            holding=self._scope.get(),
+        )
+
+    def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:
+        if self.config.debug_checksum and (engine := self._engine) is not None:
+            check_bytes(self._index, engine, dict.fromkeys(keys), only_new=only_new)
 
     def _open_engine(self) -> Engine:
         if self._is_closed:

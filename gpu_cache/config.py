@@ -20,6 +20,7 @@ ALIGNMENT = 512
 ReadyMode = Literal["host", "stream"]
 ReuseFence = Literal["all", "noted"]
 OnError = Literal["raise", "none"]  # what a call makes of shards that did not arrive
+MutationPolicy = Literal["refetch", "error", "ignore"]
 
 
 def parse_size(text: int | str) -> int:
@@ -65,6 +66,9 @@ class CacheConfig:
         stats: Whether to write reports for `gpu-cache-smi`. None: yes, unless GPU_CACHE_STATS says no.
         role: What the process is, for those reports. None: GPU_CACHE_ROLE, else the program's name.
         rank: Which of its kind. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
+        on_mutation: What becomes of a shard that a reader wrote into, when it is next asked for. "refetch": it is
+            fetched again, so that others get the original bytes; "error": `MutatedError`; "ignore": nothing.
+        debug_checksum: Whether to look at every byte at each hand-out, for writes that torch does not count. Slow.
     Raises:
         ValueError: A value is out of range; names the field and the value.
     """
@@ -83,6 +87,8 @@ class CacheConfig:
     stats: bool | None = None
     role: str | None = None
     rank: int | None = None
+    on_mutation: MutationPolicy = "refetch"
+    debug_checksum: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -131,6 +137,8 @@ class CacheConfig:
             raise ValueError(
                 f"CacheConfig.prealloc_bytes={self.prealloc_bytes:,}: must not exceed pool_bytes {self.pool_bytes:,}"
             )
+        if self.debug_checksum and self.on_mutation == "ignore":
+            raise ValueError("CacheConfig.debug_checksum=True: on_mutation='ignore' does nothing about what it finds")
 
 
 def variable(field: str) -> str:
@@ -188,13 +196,15 @@ def _checked(field: str, value: Any) -> Any:
         return _one_of(value, "host|stream")
     if field == "reuse_fence":
         return _one_of(value, "all|noted")
+    if field == "on_mutation":
+        return _one_of(value, "refetch|error|ignore")
     if field == "fetch_timeout_s":
         return _at_least(float(value), 1e-3)
     if field == "staging_slots":
         return _at_least(int(value), 1)
     if value is None and field in ("prealloc_bytes", "pool_bytes", "stats", "role", "rank"):
         return None
-    if field == "stats":
+    if field in ("stats", "debug_checksum"):
         return _switch(value)
     if field == "role":
         return _named(value)

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from gpu_cache.bitwise import differing
 from gpu_cache.cuda_pools import PrivatePools
 from gpu_cache.cudart import CudaRuntime, nvml_uuid, pci_address, pooled_streams
 from gpu_cache.hostmem import host_memory
@@ -99,6 +100,13 @@ class Device(Protocol):
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""
 
+    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
+        """Enqueue a comparison of equal uint8 ranges of arenas on `stream`.
+
+        Returns:
+            Whether they differ; to be called when an event recorded behind it is done.
+        """
+
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         """A new event behind everything enqueued on `stream` so far."""
 
@@ -158,6 +166,10 @@ class HostDevice:
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         dst.copy_(src)
+
+    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
+        differs = bool(differing(left, right))
+        return lambda: differs
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         return time.perf_counter() if timing else None
@@ -249,6 +261,16 @@ class CudaDevice:
             if self._cuda.is_current_stream_capturing():
                 raise RuntimeError(f"{stream} is being captured: the copy would become a part of somebody's graph")
             dst.copy_(src, non_blocking=True)
+
+    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
+        with self._here(), self._cuda.stream(stream):
+            differs = differing(left, right)
+
+        def seen() -> bool:
+            with self._here(), self._cuda.stream(stream):  # where it is copied to the host, behind nothing else
+                return bool(differs)
+
+        return seen
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         event = self._cuda.Event(enable_timing=timing)

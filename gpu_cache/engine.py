@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from gpu_cache import process
+from gpu_cache.comparison import Comparisons
 from gpu_cache.completion import Completion
 from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device import Device
@@ -47,6 +48,7 @@ class Engine:
         self.staging = StagingRing(device, self.config) if device.stages else None
         self.transfer = Transfer(device, self.pool, self.staging, self.config, make_room)
         self.fence.note(self.transfer.stream)
+        self.comparisons = Comparisons(device, self.fence)
         self.reaper = Reaper(self)
 
     @property
@@ -56,7 +58,13 @@ class Engine:
 
     def drain(self) -> None:
         """Free what can be freed now."""
+        self.comparisons.look()
         self.pool.drain()
+
+    def synchronize(self) -> None:
+        """Wait until what was freed is reusable, and what is held only to be compared is freed."""
+        self.comparisons.finish()
+        self.pool.synchronize()
 
     def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
         """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
@@ -85,6 +93,7 @@ class Engine:
 
     def finish(self) -> None:
         """Give back what nobody uses; waits for copies under way."""
+        self.comparisons.look()
         self.transfer.finish()
 
     def stats(self) -> dict[str, float]:

@@ -40,12 +40,20 @@ class Entry:
     epoch: int = 0  # clears seen when it was published
     num_joined: int = 0
     deadline: float = 0.0  # of the claiming call
+    version: int = 0  # of `base` when it was last known to hold what the source has
+    suspect: Entry | None = None  # what this generation is to replace: somebody wrote into it
+    checksum: int | None = None  # of its bytes, with `debug_checksum`, before anybody had it
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property
     def is_settled(self) -> bool:
         """Whether it arrived or failed."""
         return self.base is not None or self.error is not None
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody wrote into it, as far as torch counts."""
+        return self.base is not None and self.base._version != self.version
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,6 +65,7 @@ class Claim:
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     num_removals: int | None = None  # before the call's first look-up
+    doubted: list[tuple[Entry, Entry]] = dataclasses.field(default_factory=list)  # claimed anew, and what was there
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 _MAX_CAUSES = 8  # looked at behind an error, of which some chains are rings
+_MAX_NAMED = 3  # shards in a message
 
 
 class GpuCacheError(Exception):
@@ -69,6 +70,26 @@ class FetchTimeoutError(FetchError):
 
 class TransferError(GpuCacheError):
     """Bytes could not be staged or copied to the device."""
+
+
+class MutatedError(GpuCacheError):
+    """Somebody wrote into shards that were asked for; raised where `on_mutation` is "error".
+
+    Args:
+        keys: The shards.
+    """
+
+    def __init__(self, keys: Sequence[Hashable]) -> None:
+        super().__init__(keys)
+        self.keys = tuple(keys)
+
+    def __str__(self) -> str:
+        named = ", ".join(map(repr, self.keys[:_MAX_NAMED])) + (", ..." if len(self.keys) > _MAX_NAMED else "")
+        return (
+            f"{len(self.keys)} cached shards were written to in place since they came: {named}; on_mutation "
+            "(GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before writing into it; clear the shards to fetch them "
+            "anew, or set on_mutation to 'refetch'"
+        )
 
 
 def failure_reason(error: BaseException) -> str:

@@ -37,6 +37,7 @@ class Fetch:
         timeout_s: Longest wait, in seconds.
         may_overflow: Whether shards that find no room may be placed outside the pool.
         keep: Whether they are meant to outlive clears.
+        hands_out: Whether somebody gets the tensors, so that what was written to is fetched again.
         holding: Of the scope that the call is made in.
     Thread-safety: used by the call's thread; `cancel` from any.
     """
@@ -48,13 +49,15 @@ class Fetch:
         *,
         may_overflow: bool = True,
         keep: bool = False,
+        hands_out: bool = True,
         holding: Holding | None = None,
     ) -> None:
         self.claim = Claim()
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
         self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
-        self._holding = holding
+        self._hands_out, self._holding = hands_out, holding
+        self._engine: Engine | None = None
 
     @property
     def _left_s(self) -> float:
@@ -79,15 +82,15 @@ class Fetch:
             TransferError: During CUDA graph capture, where nothing can be fetched.
         """
         while True:
-            engine = open_engine()
-            if engine.device.is_capturing() and (missing := self._index.missing(keys)):
-                raise TransferError(f"cannot fetch {missing[0]!r} ({len(missing)} in all) during CUDA graph capture")
+            engine = self._engine = open_engine()
+            if engine.device.is_capturing():
+                self._refuse_misses(keys)
             engine.drain()
             try:
                 wanted = dict.fromkeys(keys)
                 for held in self.claim.hits:
                     del wanted[held]
-                self._index.claim(wanted, self.claim, self.deadline)
+                self._index.claim(wanted, self.claim, self.deadline, hands_out=self._hands_out)
                 if self._keep:
                     self._index.keep(wanted)
                 if self._holding is not None and self.claim.claimed:
@@ -195,6 +198,8 @@ class Fetch:
         """
         claim, self.claim, self.tasks = self.claim, Claim(), []
         self._index.release(claim.claimed.values())
+        if claim.doubted and self._engine is not None:
+            self._engine.comparisons.begin(claim.doubted, self._index.compared)
         return len(claim.claimed) + len(claim.joined)
 
     def promise(self) -> Future[int]:
@@ -246,6 +251,11 @@ class Fetch:
             live.discard(task)
             if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
                 _finish(transfer)
+
+    def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
+        if missing := self._index.missing(keys):
+            why = " (it was written to in place since it came)" if missing[0] in self._index else ""
+            raise TransferError(f"cannot fetch {missing[0]!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _has_timed_out(self, pending: list[Future[Any]]) -> bool:
         with profiled(WAIT):

@@ -5,26 +5,28 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from gpu_cache.entry import Claim, Entry, EntryInfo, Holding, Landing, State
+from gpu_cache.entry import Claim, Entry, EntryInfo, Holding, Landing
 from gpu_cache.errors import failure_reason
 from gpu_cache.lease import Lease
 from gpu_cache.ledger import Ledger
+from gpu_cache.mutation import Doubts
+from gpu_cache.suspects import SuspectIndex
 
 
-class ShardIndex:
+class ShardIndex(SuspectIndex):
     """Entries by key, in order of use.
 
     Args:
         alias: Makes tensors to hand out from entries' bases; must be quick, it runs under the lock.
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
+        doubts: What is done about entries that somebody wrote into; None: nothing.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
@@ -34,15 +36,13 @@ class ShardIndex:
         alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]],
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
+        doubts: Doubts | None = None,
     ) -> None:
-        self._alias, self._is_held = alias, is_held
-        # Guards every field below, and the fields of every entry.
+        super().__init__(alias, Ledger(now), doubts or Doubts())
+        # Guards every field, also those of _ledger and _doubts, and the fields of every entry.
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
-        self._ledger = Ledger(now)
-        self._generations = itertools.count(1)
+        self._is_held = is_held
         self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
-        self._is_closed = False
 
     def __len__(self) -> int:
         with self._lock:
@@ -72,31 +72,33 @@ class ShardIndex:
         with self._lock:
             return list(self._ledger.births)
 
-    def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """Those of `keys` that have no READY entry. Counts nothing."""
-        with self._lock:
-            return [key for key in keys if key not in self._ledger.births]
-
-    def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
-        """An alias of a READY entry, and the entry; counts as no look-up."""
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or entry.base is None:
-                return None
-            self._entries.move_to_end(key)
-            return self._alias([entry.base])[0], entry
-
-    def claim(self, keys: Iterable[Hashable], found: Claim | None = None, deadline: float = 0.0) -> Claim:
+    def claim(
+        self,
+        keys: Iterable[Hashable],
+        found: Claim | None = None,
+        deadline: float = 0.0,
+        *,
+        hands_out: bool = True,
+    ) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
         end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
         interrupts this, and can look up again what it lacks. Those who join a claim may give it up after `deadline`.
 
         Of a call that looks up again after something was cleared, claims are not indexed: the clear may have meant
         them, and a call that began before it must not bring them back.
+
+        Where tensors are to be handed out, an entry that somebody wrote into is claimed as a miss of a new generation.
+
+        Raises:
+            MutatedError: There is one, and that is how the policy wants it. Nothing was claimed or counted.
         """
         found = Claim() if found is None else found
         ready: dict[Hashable, torch.Tensor] = {}
+        unverified: list[Entry] = []
+        checks = hands_out and self._doubts.is_on
         with self._lock:
+            if checks and self._doubts.is_error:
+                keys = self._doubts.refuse_changed(self._entries, keys)
             entries, generations, hit_bytes = self._entries, self._generations, 0
             if found.num_removals is None:
                 found.num_removals = self._num_removals
@@ -108,6 +110,12 @@ class ShardIndex:
                     if is_current:
                         entries[key] = entry  # second: whatever interrupts this, the caller can abort it
                 elif (base := entry.base) is not None:
+                    if checks and base._version != entry.version:
+                        if entry.is_fetch:
+                            self._claim_anew_locked(entry, found, deadline, is_current)
+                            continue
+                        self._doubts.accept(entry)
+                        unverified.append(entry)
                     entries.move_to_end(key)
                     ready[key] = base
                     hit_bytes += entry.nbytes
@@ -119,6 +127,8 @@ class ShardIndex:
                     found.joined[key] = entry
             found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
             self._ledger.claimed(found, len(ready), hit_bytes)
+        if unverified:
+            self._doubts.tell_unverified(unverified)
         return found
 
     def keep(self, keys: Iterable[Hashable]) -> None:
@@ -196,15 +206,16 @@ class ShardIndex:
         _wake(landed)
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
-        """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`."""
+        """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`, or what it was to
+        replace.
+        """
         reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
-            for entry in failed:
-                entry.error = error
-                self._drop_locked(entry)
+            kept = [entry for entry in failed if self._falls_back_locked(entry, error)]
             self._ledger.failed(failed, reason)
         _wake(failed)
+        self._doubts.tell_kept(kept, error)
 
     def release(self, entries: Iterable[Entry]) -> None:
         """The claiming call has handed these out, or will not: they may be evicted."""
@@ -283,12 +294,12 @@ class ShardIndex:
     def stats(self) -> dict[str, float]:
         """The index's part of `BufferStats`, consistent in itself."""
         with self._lock:
-            return self._ledger.stats()
+            return {**self._ledger.stats(), "mutations": self._doubts.num_found}
 
     def report(self) -> dict[str, Any]:
         """The index's part of a report, consistent in itself."""
         with self._lock:
-            return {**self._ledger.stats(), **self._ledger.details()}
+            return {**self._ledger.stats(), **self._ledger.details(), "mutations": self._doubts.num_found}
 
     def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
         """The oldest READY entries, oldest first; only those that outlived clears and should not, if so wanted."""
@@ -303,11 +314,6 @@ class ShardIndex:
         found = ((self._entries.get(key), generation) for key, generation in holding.generations.items())
         return [entry for entry, generation in found if entry and entry.generation == generation and not entry.is_kept]
 
-    def _stands_locked(self, entry: Entry) -> bool:
-        """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
-        current = self._entries.get(entry.key)
-        return current is not None and current.generation == entry.generation
-
     def _land_locked(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Entry]:
         """Give entries their tensors, but for those that their calls gave up on meanwhile."""
         landed = []
@@ -315,22 +321,15 @@ class ShardIndex:
             if entry.is_settled:
                 continue
             entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
-            entry.node, entry.nbytes = node, landing.nbytes
+            entry.node, entry.nbytes, entry.version = node, landing.nbytes, landing.base._version
             landed.append(entry)
         self._ledger.landed(landed, node)
         return landed
-
-    def _drop_locked(self, entry: Entry) -> None:
-        """Forget an entry; PENDING ones keep flying, for those who wait."""
-        if self._stands_locked(entry):
-            del self._entries[entry.key]
-        if entry.state is State.READY:
-            self._ledger.dropped(entry)
-        entry.state = State.GONE
 
 
 def _wake(entries: Iterable[Entry]) -> None:
     """Resolve the flights of settled entries. Outside the lock: done-callbacks are somebody else's code."""
     for entry in entries:
+        entry.suspect = None  # nor may a block that was replaced die under the lock
         if entry.flight is not None:
             entry.flight.set_result(None)  # not the entry: a cycle would keep its block until a collection

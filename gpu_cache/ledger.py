@@ -64,6 +64,11 @@ class Ledger:
         self._counters.joined_bytes += sum(entry.nbytes * entry.num_joined for entry in entries if entry.num_joined)
         self._sources[node].fetch_bytes += fetched_bytes
 
+    def revived(self, entry: Entry) -> None:
+        """A miss that was not fetched, as who asked for it gets what was there before."""
+        self._counters.miss_bytes += entry.nbytes
+        self._counters.joined_bytes += entry.nbytes * entry.num_joined
+
     def indexed(self, entries: Sequence[Entry], node: str) -> None:
         """Entries of a node are READY from now on."""
         if not entries:

@@ -66,6 +66,8 @@ class BufferStats(TypedDict):
     outlived_entries: int
     outlived_bytes: int
     clears: int
+    # writes into shards
+    mutations: int  # shards found changed: their bytes differ from the source's, or nobody has them to compare
 
 
 class _Counters:

@@ -50,12 +50,12 @@ def test_every_field_has_its_variable() -> None:
         "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB", "staging_slots": "2",
         "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5",
         "max_inflight_bytes": "32MiB", "ready": "stream", "reuse_fence": "noted", "stats": "0", "role": "actor",
-        "rank": "3",
+        "rank": "3", "on_mutation": "error", "debug_checksum": "1",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
     config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
     assert config == CacheConfig(
-        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, 32 * MIB, "stream", "noted", False, "actor", 3
+        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, 32 * MIB, "stream", "noted", False, "actor", 3, "error", True
     )
 
 
@@ -72,7 +72,7 @@ def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
         ("staging_slots", 0), ("run_bytes", "x"), ("fetch_timeout_s", 0), ("fetch_timeout_s", float("nan")),
         ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None),
         ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),
-        ("rank", -1), ("rank", "x"),
+        ("rank", -1), ("rank", "x"), ("on_mutation", "raise"), ("on_mutation", None), ("debug_checksum", "maybe"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_field(field: str, value: object) -> None:
@@ -85,6 +85,8 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         CacheConfig(run_bytes=8 * MIB, staging_slot_bytes=MIB)
     with pytest.raises(ValueError, match="prealloc_bytes=2,097,152: must not exceed pool_bytes 1,048,576"):
         CacheConfig(prealloc_bytes=2 * MIB, pool_bytes=MIB)
+    with pytest.raises(ValueError, match="debug_checksum=True: on_mutation='ignore' does nothing"):
+        CacheConfig(debug_checksum=True, on_mutation="ignore")
 
 
 def test_blocks_are_aligned() -> None:

@@ -4,13 +4,20 @@ import pickle
 
 import pytest
 
-from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, TransferError
+from gpu_cache.errors import (
+    CacheClosedError,
+    CacheFullError,
+    FetchError,
+    GpuCacheError,
+    MutatedError,
+    TransferError,
+)
 
 
 def test_the_family() -> None:
     assert issubclass(CacheFullError, MemoryError)
     assert issubclass(FetchError, RuntimeError)
-    for kind in (CacheFullError, CacheClosedError, FetchError, TransferError):
+    for kind in (CacheFullError, CacheClosedError, FetchError, TransferError, MutatedError):
         assert issubclass(kind, GpuCacheError)
 
 
@@ -20,8 +27,20 @@ def test_a_full_pool_is_told_in_numbers() -> None:
     assert "GPU_CACHE_POOL_BYTES" in text
 
 
+def test_a_write_is_told_with_shards_policy_and_remedy() -> None:
+    text = str(MutatedError(["a", "b", "c", "d"]))
+    assert text.startswith("4 cached shards were written to in place since they came: 'a', 'b', 'c', ...;")
+    assert "on_mutation (GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before" in text
+
+
 @pytest.mark.parametrize(
-    "error", [CacheFullError(3, 2, 1), FetchError("late", {"a": TransferError("x")}), CacheClosedError("closed")]
+    "error",
+    [
+        CacheFullError(3, 2, 1),
+        FetchError("late", {"a": TransferError("x")}),
+        CacheClosedError("closed"),
+        MutatedError(["a", 5]),
+    ],
 )
 def test_errors_survive_pickling(error: GpuCacheError) -> None:
     copy = pickle.loads(pickle.dumps(error))

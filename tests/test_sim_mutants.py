@@ -12,17 +12,19 @@ import torch
 
 from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutant import Mutant
+from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
 from tests.support.sim_order_mutants import ORDER_MUTANTS
 from tests.support.sim_program import fault_of, few_objects
 from tests.support.sim_script import random_script
 from tests.support.sim_steps import WEIGHTS
 
+MUTANTS = [*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS]
 MAX_PROGRAMS = 200
 BASES = (0, 1_000, 2_000, 3_000, 4_000)  # seeds; each begins a series of programs
 MIN_SEEN = 3  # series, of the five
 KINDS = (
     "race at", "wrong bytes", "use after release", "use under capture", "given back twice", "accounts do not add up",
-    "cleared on its way", "FetchError",
+    "cleared on its way", "FetchError", "was written to",
 )  # fmt: skip
 HEADER = f"{'mutant':<52} seen  programs  mostly as"
 
@@ -52,7 +54,9 @@ def first_seen(base: int) -> tuple[int, str]:
     return 0, ""
 
 
-@pytest.mark.parametrize("mutant", [*ORDER_MUTANTS, *MEMORY_MUTANTS], ids=lambda mutant: mutant.title)
+@pytest.mark.parametrize(
+    "mutant", [*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS], ids=lambda mutant: mutant.title
+)
 def test_a_mutant_is_seen(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, table: list[str]) -> None:
     if not torch.__version__.startswith(mutant.torch):
         table.append(f"{mutant.title:<52} skipped: harmless on torch {torch.__version__}")

@@ -153,6 +153,11 @@ class SimDevice:
                 self.faults.append("elapsed_s of events that are not both timed and done")
         return 1e-6
 
+    def synchronize_all(self) -> None:
+        """Run everything, and see it done."""
+        for stream in list(self._streams):
+            self.synchronize(self.record(stream))
+
     def finish(self) -> None:
         """Run everything that is queued."""
         with self._lock:
@@ -172,6 +177,34 @@ class SimDevice:
             to.memory[to_at : to_at + nbytes] = source.memory[source_at : source_at + nbytes]
 
         self._enqueue(stream, copy)
+
+    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: SimStream) -> Callable[[], bool]:
+        assert left.numel() == right.numel()
+        self._refuse("compare", torch.OutOfMemoryError)
+        places, nbytes, results = [self._find(one) for one in (left, right) if len(one)], left.numel(), [False]
+
+        def compare(at: SimStream) -> None:
+            touch = Touch(at.name, at.clock[at.name], "a comparison")
+            for region, begin in places:
+                self._note(region.read(begin, nbytes, touch, at.clock))
+            one, other = (region.memory[begin : begin + nbytes] for region, begin in places)
+            results[0] = not np.array_equal(one, other)
+
+        if nbytes:
+            self._enqueue(stream, compare)
+        return lambda: results[0]
+
+    def write(self, stream: SimStream, tensor: torch.Tensor, values: np.ndarray) -> None:
+        """Enqueue a kernel that writes into a contiguous tensor in place, which torch counts at once."""
+        tensor.add_(0)
+        region, begin = self._find(tensor)
+
+        def write(at: SimStream) -> None:
+            touch = Touch(at.name, at.clock[at.name], "a write in place")
+            self._note(region.write(begin, len(values), touch, at.clock))
+            region.memory[begin : begin + len(values)] = values
+
+        self._enqueue(stream, write)
 
     def kernel(self, stream: SimStream, tensor: torch.Tensor, expected: np.ndarray, what: str = "a kernel") -> None:
         """Enqueue a read of a contiguous tensor, whose bytes must be `expected` when it runs; keeps no alias of it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
+import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -38,6 +39,21 @@ class Held:
     streams: list[SimStream] | None
     what: str
     recorded: set[SimStream] = dataclasses.field(default_factory=set)  # those that the cache was told of
+
+
+@dataclasses.dataclass(eq=False)
+class Written:
+    """A cached block that a consumer wrote into.
+
+    Attributes:
+        base: Of the entry; dies with it, and then nobody gets the block any more.
+        is_known: Whether it was found that nobody has the original, so that it is handed out without a question.
+    """
+
+    base: weakref.ref[torch.Tensor]
+    values: np.ndarray
+    stream: SimStream
+    is_known: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -52,7 +52,7 @@ def get_one(world: World) -> None:
     key = world.choices.choice(list(contents()))
     world.say(key)
     if (found := world.cache.get(key)) is not None:
-        world.hold(key, found, None)
+        world.hold(key, found, None, may_be_written=True)
 
 
 @_step(3)
@@ -72,12 +72,13 @@ def get_late(world: World) -> None:
     """A fetch that is given up while its reader receives."""
     world.land()
     keys = world.some_keys()
+    changed = world.changed(keys)  # these are handed out as they are
     world.say(names(keys))
     world.ledger.ask(keys)
     with world.wrapped(LateReader) as readers, contextlib.suppress(FetchError), world.ledger.receiving(keys):
         world.cache.get_many(keys, world.source, timeout_s=0)
     if readers:
-        late = {key for key in readers[0].keys if contents()[key].numel()}
+        late = {key for key in readers[0].keys if contents()[key].numel() and key not in changed}
         if futures := [task.done for task in list(world.cache._tasks)]:  # else there were empty shards only
             world.fly(Flight(futures[0], readers[0], [], set(), late))
 
@@ -90,7 +91,7 @@ def get_captured(world: World) -> None:
     stream, cached = world.device.captured, world.cache.keys()
     assert stream is not None
     keys = world.choices.sample(cached, min(len(cached), 2)) if world.choices.happens(90) else world.some_keys()
-    is_cached = all(key in world.cache for key in keys)
+    is_cached = all(key in world.cache for key in keys) and not world.changed(keys)
     world.say(names(keys))
     if is_cached:
         world.ledger.ask(keys)
@@ -151,6 +152,16 @@ def put(world: World) -> None:
 def read(world: World) -> None:
     if (held := world.any_held()) is not None:
         world.read(held)
+
+
+@_step(4)
+def write(world: World) -> None:
+    """Write into a tensor in place, as nobody should."""
+    held = world.any_held()
+    if held is not None and len(held.expected) and world.device.captured is None:
+        world.write(held)
+        if world.choices.happens(60):  # before the device has got on
+            world.get([held.what], world.choices.choice(("host", "stream")), world.choices.choice(world.open_streams))
 
 
 @_step(5)

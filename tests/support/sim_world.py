@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from gpu_cache import CacheConfig, FetchError, ShardReader, TensorCache
@@ -15,7 +17,7 @@ from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
 from tests.support.sim_script import Choices, Step
-from tests.support.sim_shards import Flight, Held, contents
+from tests.support.sim_shards import Flight, Held, Written, contents
 from tests.support.sim_streams import SimStream
 from tests.support.sources import DictSource, GatedReader
 
@@ -44,6 +46,7 @@ class World:
         self.streams = [*self.device.pooled, self.device.new_stream()]  # the last is not torch's
         self.held: list[Held] = []
         self.flight: Flight | None = None
+        self.written: dict[Hashable, Written] = {}
         self.ledger = Ledger()
         self.choices, self.words = Choices(), ""
         self._capture_left = 0
@@ -115,7 +118,7 @@ class World:
             self.say("refused")
             return False
         for key, tensor in zip(keys, tensors, strict=True):
-            self.hold(key, tensor, None if ready == "host" else [stream])
+            self.hold(key, tensor, None if ready == "host" else [stream], num_refused < self.device.num_refused)
         return True
 
     def make_way(self, keys: list[Hashable]) -> None:
@@ -125,10 +128,52 @@ class World:
         if self.flight is not None:
             self.flight.cleared.difference_update(keys)
 
-    def hold(self, key: Hashable, tensor: torch.Tensor, streams: list[SimStream] | None) -> None:
+    def hold(
+        self, key: Hashable, tensor: torch.Tensor, streams: list[SimStream] | None, may_be_written: bool = False
+    ) -> None:
+        """Keep what was handed out; only who could not fetch may have been given what somebody wrote into."""
         while len(self.held) >= _MAX_HELD:
             self.held.pop(0)
-        self.held.append(Held(tensor, contents()[key].numpy(), streams, str(key)))
+        expected = contents()[key].numpy()
+        written = self.written.get(key)
+        if written is not None and (base := written.base()) is not None and base.data_ptr() == tensor.data_ptr():
+            entry = self.cache._index._entries.get(key)
+            was_put = entry is not None and not entry.is_fetch
+            assert may_be_written or written.is_known or was_put, f"{key} was written to, and is handed out"
+            expected, streams = written.values, [written.stream]
+        self.held.append(Held(tensor, expected, streams, str(key)))
+
+    def know_written(self) -> None:
+        """Of those whose version is remembered, nobody has the original."""
+        for key, written in self.written.items():
+            entry = self.cache._index._entries.get(key)
+            written.is_known = entry is not None and entry.base is written.base() and not entry.is_changed
+
+    def changed(self, keys: Iterable[Hashable]) -> set[Hashable]:
+        """Those that a call with a source will fetch again."""
+        entries = self.cache._index._entries
+        return {key for key in keys if (entry := entries.get(key)) and entry.is_changed and entry.is_fetch}
+
+    def write(self, held: Held) -> None:
+        """Break the rules, when nobody else is at work: write on one stream, and let others read only there."""
+        self.device.synchronize_all()
+        block, stream = held.tensor.untyped_storage().data_ptr(), self.choices.choice(self.open_streams)
+        values = (held.expected + self.choices.choice((1, 0, 77))) % 200
+        self.say(f"{held.what} on {stream.name}")
+        if self.config.reuse_fence == "noted" or stream not in self.device.pooled:
+            self.tell(held, stream)
+        self.device.write(stream, held.tensor, values)
+        begin = held.tensor.data_ptr() - block
+        for other in self.held:
+            if other.tensor.untyped_storage().data_ptr() == block and len(other.expected):
+                at = other.tensor.data_ptr() - block
+                other.expected = _overwritten(other.expected, begin - at, values)
+                other.streams = [stream]
+        entry = self.cache._index._entries.get(held.what)
+        if entry is not None and entry.base is not None and entry.base.data_ptr() == block:
+            before = self.written.get(held.what)
+            known = before.values if before and before.base() is entry.base else contents()[held.what].numpy()
+            self.written[held.what] = Written(weakref.ref(entry.base), _overwritten(known, begin, values), stream)
 
     def read(self, held: Held) -> None:
         """Enqueue a kernel; the cache is told of the stream, where that is the consumer's part, before or after."""
@@ -181,6 +226,15 @@ class World:
         with contextlib.suppress(FetchError), self.ledger.receiving(flight.asked):  # a prefetch may find no room
             flight.future.result(20)
         assert not [key for key in flight.cleared if key in self.cache], "cleared on its way, and cached"
+
+
+def _overwritten(expected: np.ndarray, begin: int, values: np.ndarray) -> np.ndarray:
+    """Bytes, after others were written from `begin` on, where they overlap."""
+    changed = expected.copy()
+    first, end = max(begin, 0), min(begin + len(values), len(expected))
+    if first < end:
+        changed[first:end] = values[first - begin : end - begin]
+    return changed
 
 
 def names(keys: Sequence[Hashable]) -> str:

@@ -1,0 +1,123 @@
+"""Refetched shards beside what readers made of them: compared on the device, and told when the host sees the result."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import torch
+
+from gpu_cache.device import Device, Event, Stream
+from gpu_cache.entry import Entry
+from gpu_cache.fence import StreamFence
+from gpu_cache.lease import aliases_of, plain_tensors
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Comparison:
+    """Of one shard. Holds both blocks until it is over."""
+
+    entry: Entry
+    aliases: list[torch.Tensor]  # of the new block and the old one: held, so no victims
+    tell: Callable[[Entry, Exception | None], None]
+    event: Event | None = None  # behind it; None: not yet enqueued
+    differs: Callable[[], bool] | None = None  # to be asked when `event` is done
+
+
+class Comparisons:
+    """Compares on a stream of its own, behind everything that may still write into the blocks.
+
+    The trainer waits for none of it: what a comparison finds is told by whoever looks next, at the latest the reaper.
+
+    Args:
+        device: Where the blocks are.
+        fence: Knows the streams that may have written, and learns of this one, so that no block that is being compared
+            is reused.
+    Thread-safety: any thread; each comparison belongs to whoever took it out of the deque.
+    """
+
+    def __init__(self, device: Device, fence: StreamFence) -> None:
+        self._device, self._fence = device, fence
+        self._pending: deque[Comparison] = deque()  # those that nobody looks at just now
+        self._open: dict[Comparison, None] = {}  # those that were not told yet
+        self._stream: Stream | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is yet to be told."""
+        return bool(self._open)
+
+    def begin(self, pairs: Iterable[tuple[Entry, Entry]], tell: Callable[[Entry, Exception | None], None]) -> None:
+        """Compare entries that arrived with those that they replaced; others are left out.
+
+        Args:
+            pairs: New and old ones.
+            tell: Told each old one that differs; with an error, one that could not be compared. By any thread.
+        """
+        for new, old in pairs:
+            if new.base is None or old.base is None or new.base is old.base:
+                continue
+            if (new.base.dtype, new.base.shape) != (old.base.dtype, old.base.shape):
+                tell(old, None)
+            else:
+                one = Comparison(old, aliases_of([new.base, old.base]), tell)
+                self._open[one] = None
+                self._pending.append(one)
+        self.look()
+
+    def look(self) -> None:
+        """Enqueue what could not be yet, and tell of what is done. Not during CUDA graph capture."""
+        if not self._pending or self._device.is_capturing():
+            return
+        mine: list[Comparison] = []
+        with contextlib.suppress(IndexError):  # another thread took the rest
+            for _ in range(len(self._pending)):
+                mine.append(self._pending.popleft())
+        fresh = [one for one in mine if one.differs is None]
+        try:
+            self._enqueue(fresh)
+        except RuntimeError as error:  # of the device, such as no memory for the result
+            for one in fresh:
+                one.tell(one.entry, error)
+                del self._open[one]
+            mine = [one for one in mine if one in self._open]
+        for one in mine:
+            if self._is_over(one):
+                del self._open[one]
+            else:
+                self._pending.append(one)
+
+    def finish(self) -> None:
+        """Wait for what was enqueued, and tell of it. Not during CUDA graph capture."""
+        self.look()
+        for one in list(self._open):
+            if one.event is not None:
+                self._device.synchronize(one.event)
+        self.look()
+
+    def _enqueue(self, fresh: list[Comparison]) -> None:
+        if not fresh or (events := self._fence.record()) is None:  # a stream is being captured: another time
+            return
+        if self._stream is None:
+            self._stream = self._device.new_stream()
+            self._fence.note(self._stream)
+        for event in events:  # also those behind the copies, whose stream the fence knows
+            self._device.wait(self._stream, event)
+        with plain_tensors():
+            for one in fresh:
+                left, right = (alias.reshape(-1).view(torch.uint8) for alias in one.aliases)
+                differs = self._device.compare_async(left, right, self._stream)
+                one.event, one.differs = self._device.record(self._stream), differs
+
+    def _is_over(self, one: Comparison) -> bool:
+        """Whether its result is known, and was told."""
+        try:
+            if one.differs is None or not self._device.query(one.event):
+                return False
+            if one.differs():
+                one.tell(one.entry, None)
+        except RuntimeError as error:
+            one.tell(one.entry, error)
+        return True

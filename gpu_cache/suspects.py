@@ -1,0 +1,120 @@
+"""The part of an index that deals with entries that somebody wrote into."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+
+from gpu_cache.entry import Claim, Entry, State
+from gpu_cache.ledger import Ledger
+from gpu_cache.mutation import DOUBTED, Doubts
+
+
+class SuspectIndex:
+    """Entries, of which one that was written to is replaced by another generation: the suspect flies along with that.
+
+    What cannot be fetched is settled with the suspect's tensor, so that those who wait get what is there.
+    """
+
+    _lock: threading.Lock  # of the index that this is a part of
+
+    def __init__(
+        self, alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]], ledger: Ledger, doubts: Doubts
+    ) -> None:
+        self._alias = alias
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
+        self._ledger, self._doubts = ledger, doubts
+        self._generations = itertools.count(1)
+        self._is_closed = False
+
+    def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """Those of `keys` that a call would have to fetch. Counts nothing."""
+        with self._lock:
+            births, doubts = self._ledger.births, self._doubts
+            return [key for key in keys if key not in births or doubts.wants_refetch(self._entries[key])]
+
+    def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
+        """An alias of a READY entry, and the entry; counts as no look-up. Raises `MutatedError` as `claim` does."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.base is None:
+                return None
+            is_changed = self._doubts.is_on and entry.is_changed
+            if is_changed:
+                self._doubts.found_without_source(self._entries, entry)
+            self._entries.move_to_end(key)
+            found = self._alias([entry.base])[0], entry
+        if is_changed:
+            self._doubts.tell_unverified([entry])
+        return found
+
+    def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Entry, torch.Tensor]]:
+        """READY entries, and an alias of each; counts as no look-up."""
+        with self._lock:
+            found = [entry for entry in map(self._entries.get, keys) if entry is not None and entry.base is not None]
+            return list(zip(found, self._alias([entry.base for entry in found if entry.base is not None]), strict=True))
+
+    def compare_checksums(self, checksums: Iterable[tuple[Entry, int]]) -> None:
+        """Note an entry's first checksum; let one that has another by now be found changed."""
+        with self._lock:
+            for entry, checksum in checksums:
+                if entry.checksum is None:
+                    entry.checksum = checksum
+                elif entry.checksum != checksum:
+                    entry.version = DOUBTED
+
+    def compared(self, old: Entry, error: Exception | None) -> None:
+        """What was fetched again differs from the old entry; with an error: that is not known."""
+        if error is not None:
+            self._doubts.tell_unknown(old, error)
+            return
+        with self._lock:
+            self._doubts.num_found += 1
+        self._doubts.tell_changed(old)
+
+    def _claim_anew_locked(self, entry: Entry, found: Claim, deadline: float, is_current: bool) -> None:
+        """Another generation of a READY entry, which it replaces if that can be fetched."""
+        key = entry.key
+        anew = found.claimed[key] = Entry(
+            key, next(self._generations), node=entry.node, is_kept=entry.is_kept, is_awaited=True, deadline=deadline,
+            suspect=entry,
+        )  # fmt: skip
+        found.doubted.append((anew, entry))
+        self._drop_locked(entry)
+        if is_current:
+            self._entries[key] = anew
+
+    def _stands_locked(self, entry: Entry) -> bool:
+        """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
+        current = self._entries.get(entry.key)
+        return current is not None and current.generation == entry.generation
+
+    def _falls_back_locked(self, entry: Entry, error: BaseException) -> bool:
+        """Settle an entry that did not arrive; whether those who wait get what it was to replace."""
+        stands, suspect = self._stands_locked(entry), entry.suspect
+        if suspect is not None and not self._is_closed and isinstance(error, Exception):
+            is_sound = self._doubts.revive(entry)
+            self._ledger.revived(entry)
+            if stands and is_sound:
+                self._ledger.indexed([entry], entry.node)
+            else:
+                self._drop_locked(entry)
+            return True
+        entry.error = error
+        self._drop_locked(entry)
+        if stands and suspect is not None and not self._is_closed:  # interrupted: it proves nothing
+            self._entries[entry.key] = suspect
+            self._ledger.indexed([suspect], suspect.node)
+        return False
+
+    def _drop_locked(self, entry: Entry) -> None:
+        """Forget an entry; PENDING ones keep flying, for those who wait."""
+        if self._stands_locked(entry):
+            del self._entries[entry.key]
+        if entry.state is State.READY:
+            self._ledger.dropped(entry)
+        entry.state = State.GONE

@@ -1,0 +1,212 @@
+"""A shard that was written to, fetched again while others ask for it, clear it, fail or close the cache."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpu_cache import CacheClosedError, FetchError
+from gpu_cache.device import HostDevice
+from gpu_cache.entry import Entry
+from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
+from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, WaitingSource, eventually
+from tests.support.sources import DictSource, same_bytes
+from tests.support.threads import run_threads
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    with few_objects():
+        yield
+
+
+@pytest.fixture(params=["direct", "staged"])
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    made = Stage(HostDevice(stages=request.param == "staged"))
+    yield made
+    made.open_gates()
+    made.check_nothing_lost()
+
+
+def written(stage: Stage) -> torch.Tensor:
+    """A shard that somebody holds and wrote into."""
+    (tensor,) = stage.cache.get_many(["a"], DictSource(SHARDS, NODE))
+    return tensor.zero_()
+
+
+def check_books(stage: Stage, **expected: int) -> None:
+    stats = dict(stage.cache.buffer_stats())
+    assert stats["requested"] == stats["hits"] + stats["joined"] + stats["misses"]
+    assert stats["requested_bytes"] == stats["hit_bytes"] + stats["joined_bytes"] + stats["miss_bytes"]
+    assert {name: stats[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_who_comes_second_waits_for_the_first_ones_refetch(stage: Stage, gate: str) -> None:
+    old = written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    stage.at(gate)
+    assert "a" not in stage.cache
+    second = in_background(lambda: stage.cache.get_many(["a"], DictSource({})))
+    eventually(lambda: stage.cache.buffer_stats()["joined"])
+    stage.open_gates()
+    (mine,), (yours,) = first.result(PATIENCE_S), second.result(PATIENCE_S)
+    assert mine.data_ptr() == yours.data_ptr() != old.data_ptr()
+    assert same_bytes(mine, SHARDS["a"])
+    assert len(stage.source.readers) == 1
+    check_books(stage, misses=2, joined=1, mutations=1, num_entries=1)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("clear", ["keys", "all", "node"])
+def test_what_is_cleared_while_it_is_fetched_again_does_not_come_back(stage: Stage, gate: str, clear: str) -> None:
+    old = written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    stage.at(gate)
+    if clear == "node":
+        stage.cache.clear_node(NODE)
+    else:
+        stage.cache.clear(["a"] if clear == "keys" else None)
+    stage.open_gates()
+    assert same_bytes(first.result(PATIENCE_S)[0], SHARDS["a"])
+    assert "a" not in stage.cache
+    assert stage.cache._index.is_empty
+    assert not old.any()
+    check_books(stage, misses=2, mutations=1, num_entries=0)
+
+
+@pytest.mark.parametrize("gate", [*GATES, "before the end"])
+@pytest.mark.parametrize("is_cleared", [False, True])
+def test_a_refetch_that_breaks_off_ends_in_what_is_there_for_all_who_wait(
+    stage: Stage, gate: str, is_cleared: bool
+) -> None:
+    old = written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    reader = stage.at(gate)
+    second = in_background(lambda: stage.cache.get_many(["a"], DictSource({})))
+    eventually(lambda: stage.cache.buffer_stats()["joined"] or stage.cache.buffer_stats()["hits"])
+    if is_cleared:
+        stage.cache.clear(["a"])
+    reader.break_off()
+    got = [first.result(PATIENCE_S)[0], second.result(PATIENCE_S)[0]]
+    has_arrived = gate == "before the end"
+    assert all((one.data_ptr() == old.data_ptr()) != has_arrived for one in got)
+    assert ("a" in stage.cache) != is_cleared
+    check_books(stage, misses=2, mutations=1, fetch_errors=int(not has_arrived))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_cache_that_is_closed_meanwhile_says_so(gate: str) -> None:
+    stage = Stage(HostDevice())
+    old = written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    stage.at(gate)
+    closing = threading.Thread(target=stage.cache.close)
+    closing.start()
+    eventually(lambda: stage.cache._is_closed)
+    stage.open_gates()
+    closing.join(PATIENCE_S)
+    with pytest.raises(CacheClosedError):
+        first.result(PATIENCE_S)
+    assert not old.any()
+    assert stage.cache._index.is_empty
+
+
+@pytest.mark.parametrize("error", [SystemExit(), KeyboardInterrupt()])
+def test_an_interrupted_call_leaves_the_question_open(stage: Stage, error: BaseException) -> None:
+    written(stage)
+    slow = WaitingSource(stage.source)
+    slow.error = error
+    first = in_background(lambda: stage.cache.get_many(["a"], slow))
+    assert slow.has_arrived.wait(PATIENCE_S)
+    second = in_background(lambda: stage.cache.get_many(["a"], DictSource(SHARDS, NODE)))
+    eventually(lambda: stage.cache.buffer_stats()["joined"])
+    slow.go.set()
+    assert first.exception(PATIENCE_S) is error
+    assert same_bytes(second.result(PATIENCE_S)[0], SHARDS["a"])
+    check_books(stage, mutations=1, num_entries=1)
+
+
+def test_an_interrupted_call_does_not_lose_what_nobody_else_has(stage: Stage) -> None:
+    old = written(stage)
+    slow = WaitingSource(stage.source)
+    slow.error = KeyboardInterrupt()
+    slow.go.set()
+    with pytest.raises(KeyboardInterrupt):
+        stage.cache.get_many(["a"], slow)
+    assert stage.cache.keys() == ["a"]
+    assert stage.cache.get_many(["a"], DictSource({}, NODE))[0].data_ptr() == old.data_ptr()
+
+
+def test_a_caller_with_less_patience_gives_up_alone(stage: Stage) -> None:
+    written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    stage.at("before a read")
+    with pytest.raises(FetchError, match="not here within"):
+        stage.cache.get_many(["a"], stage.source, timeout_s=0.05)
+    stage.open_gates()
+    assert same_bytes(first.result(PATIENCE_S)[0], SHARDS["a"])
+    check_books(stage, mutations=1)
+
+
+def test_a_block_that_died_under_its_entry_is_handed_out_but_not_cached(stage: Stage) -> None:
+    old = written(stage)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    reader = stage.at("before a read")
+    old.share_memory_()  # moves it into memory of its own
+    reader.break_off()
+    assert not first.result(PATIENCE_S)[0].any()
+    assert "a" not in stage.cache
+
+
+def test_a_call_that_fails_in_part_still_tells_what_changed(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    written(stage)
+    with pytest.raises(FetchError):
+        stage.cache.get_many(["a", "zz"], DictSource(SHARDS, NODE))
+    check_books(stage, mutations=1)
+    assert "shard 'a'" in caplog.text
+
+
+def test_no_block_dies_under_the_lock(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old block's last holder is the entry that is replaced."""
+    index = stage.cache._index
+    written(stage)
+    drops: list[bool] = []
+    drop = Entry.__setattr__
+
+    def watched(entry: Entry, name: str, value: object) -> None:
+        if name == "suspect" and value is None and getattr(entry, "suspect", None) is not None:
+            drops.append(index._lock.locked())
+        drop(entry, name, value)
+
+    monkeypatch.setattr(Entry, "__setattr__", watched)
+    stage.cache.get_many(["a"], DictSource(SHARDS, NODE))
+    assert drops == [False]
+
+
+def test_many_threads_that_read_and_write_all_get_the_original() -> None:
+    stage = Stage(HostDevice())
+    source = DictSource(SHARDS, NODE)
+    wrong: list[int] = []
+
+    def read(number: int) -> None:
+        for turn in range(60):
+            key = "ab"[(number + turn) % 2]
+            (tensor,) = stage.cache.get_many([key], source)
+            # Another thread may write into it at any time, but only zeros.
+            if not bool(((tensor == SHARDS[key]) | (tensor == 0)).all()):
+                wrong.append(turn)
+            if turn % 3 == 0:
+                tensor.zero_()
+
+    run_threads([lambda number=number: read(number) for number in range(4)])  # type: ignore[misc]
+    assert not wrong
+    for key in "ab":
+        assert same_bytes(stage.cache.get_many([key], source)[0], SHARDS[key])
+    check_books(stage, num_entries=2)
+    gc.collect()
+    stage.check_nothing_lost()

@@ -1,0 +1,101 @@
+"""Writes into what `localize` gave, over real connections: new handles bring the original bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from areal.infra.rpc import rpc_server, runtime
+from areal.infra.rpc.rpc_server import ServerHandle
+from areal.infra.rpc.rtensor import RTensor, buffer_stats
+from gpu_cache import CacheConfig, MutatedError, TensorCache
+from gpu_cache.device import HostDevice
+from tests.support.areal_fixtures import remote
+from tests.support.fake_owner import FakeOwner
+from tests.support.sources import same_bytes
+
+TENSORS = {"a": torch.randn(50, 20), "b": torch.arange(300)}
+
+
+@pytest.fixture(params=["into the pool", "through staging"])
+def placed(request: pytest.FixtureRequest) -> None:
+    runtime.configure(device="cpu")
+    if request.param == "through staging":
+        config = CacheConfig(staging_slots=2, staging_slot_bytes="4MiB", run_bytes="1MiB")
+        runtime.current().cache = TensorCache(config, device=HostDevice(stages=True))
+
+
+@pytest.fixture
+def owner() -> FakeOwner:
+    owner = FakeOwner()
+    owner.store.update(TENSORS)
+    return owner
+
+
+@pytest.fixture
+def server(owner: FakeOwner) -> Iterator[ServerHandle]:
+    with rpc_server.start(owner=owner) as server:
+        yield server
+
+
+def localized(server: ServerHandle) -> dict[str, torch.Tensor]:
+    """By handles that come anew, as with each message."""
+    return RTensor.localize({key: remote(server.address, key, tensor) for key, tensor in TENSORS.items()})  # type: ignore[no-any-return]
+
+
+def test_new_handles_bring_the_original_and_one_warning(
+    placed: None, server: ServerHandle, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = localized(server)
+    first["a"].mul_(2)
+    for _ in range(3):
+        assert all(same_bytes(tensor, TENSORS[key]) for key, tensor in localized(server).items())
+    assert torch.equal(first["a"], TENSORS["a"] * 2)
+    (record,) = caplog.records
+    assert f"shard 'a' (4,000 bytes from {server.address}) was written to in place" in record.getMessage()
+    assert (buffer_stats()["mutations"], buffer_stats()["misses"]) == (1, 3)
+
+
+def test_what_its_owner_cleared_is_told_and_handed_out(
+    placed: None, server: ServerHandle, owner: FakeOwner, caplog: pytest.LogCaptureFixture
+) -> None:
+    localized(server)["a"].zero_()
+    owner.store.clear()
+    for _ in range(3):
+        again = localized(server)
+        assert not again["a"].any()
+        assert same_bytes(again["b"], TENSORS["b"])
+    (record,) = [one for one in caplog.records if one.name == "gpu_cache.mutation"]
+    assert "could not be fetched again" in record.getMessage()
+    assert server.address in record.getMessage()
+    assert (buffer_stats()["mutations"], buffer_stats()["fetch_errors"]) == (1, 1)
+
+
+def test_an_owner_that_is_gone_is_told_and_what_is_there_handed_out(
+    owner: FakeOwner, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime.configure(device="cpu", fetch_timeout_s=2)
+    with rpc_server.start(owner=owner) as server:
+        localized(server)["a"].zero_()
+    assert not localized(server)["a"].any()
+    assert "could not be fetched again" in caplog.text
+
+
+def test_a_write_of_nothing_is_no_warning(server: ServerHandle, caplog: pytest.LogCaptureFixture) -> None:
+    runtime.configure(device="cpu")
+    localized(server)["a"].add_(0)
+    for _ in range(3):
+        localized(server)
+    assert (buffer_stats()["mutations"], buffer_stats()["misses"]) == (0, 3)
+    assert not caplog.records
+
+
+def test_policies_and_checksums_are_settings_like_others(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_CACHE_ON_MUTATION", "error")
+    monkeypatch.setenv("GPU_CACHE_DEBUG_CHECKSUM", "1")
+    runtime.configure(device="cpu")
+    localized(server)["b"].numpy().fill(0)
+    with pytest.raises(MutatedError, match="'b'"):
+        localized(server)
