@@ -18,11 +18,11 @@ class OwnedShard:
     Values written into the tensor later are served; another shape or memory given to it is not.
 
     Attributes:
-        stored_at: When, by the clock of its store.
         tensor: As it was stored.
         nbytes: Its length.
         text: Its dtype and shape, as a frame's header has them.
         memory: Its bytes, if it is small, dense and in host memory; else None.
+        stored_at: When, by the clock of its store.
     """
 
     __slots__ = ("_fault", "dtype", "memory", "nbytes", "shape", "stored_at", "tensor", "text")
