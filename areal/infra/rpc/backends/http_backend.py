@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.backends.http_connection import HttpAnswer
+from areal.infra.rpc.backends.http_connection import AddressError, HttpAnswer
 from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import (
     CLEAR,
@@ -21,13 +21,14 @@ from areal.infra.rpc.backends.http_requester import (
     HttpSettings,
     Requester,
     Route,
+    kind_of_status,
     named,
     read_text,
     shortened,
 )
 from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.clearing import in_own_thread
-from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
+from areal.infra.rpc.shard import ShardAnswerError, ShardFetchError, ShardUnreachableError, TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import ShardReader
 
@@ -124,7 +125,8 @@ class HttpRTensorBackend:
         try:
             return requester.send(shard_ids, _statistics)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ShardFetchError(f"Failed to clear shards at {requester.url}: {error} ({named(shard_ids)})") from error
+            what = f"Failed to clear shards at {requester.url}: {error} ({named(shard_ids)})"
+            raise _kind_of(error)(what) from error
         finally:
             requester.release()
 
@@ -165,10 +167,29 @@ def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
     return tensors
 
 
+class _RefusalError(ValueError):
+    """An answer of another status than 200."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status} body={shortened(text)}")
+        self.status = status
+
+
+def _kind_of(error: Exception) -> type[ShardFetchError]:
+    """What clearing has failed of."""
+    if isinstance(error, AddressError):
+        return ShardUnreachableError
+    if isinstance(error, _RefusalError):
+        return kind_of_status(error.status)
+    return ShardFetchError if isinstance(error, TypeError) else ShardAnswerError
+
+
 def _statistics(answer: HttpAnswer) -> dict[str, Any]:
     """What the owner says after a clear."""
     text = read_text(answer)
-    statistics = json.loads(text) if answer.status == 200 else None
+    if answer.status != 200:
+        raise _RefusalError(answer.status, text)
+    statistics = json.loads(text)
     if not isinstance(statistics, dict):
         raise ValueError(f"{answer.status} body={shortened(text)}")
     return statistics
