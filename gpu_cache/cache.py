@@ -191,6 +191,7 @@ class TensorCache(ObservedCache):
             Whether this call cached it (False: it was there, another thread is loading it, or a clear came between).
         Raises:
             CacheFullError: No room even after evicting every entry that nobody holds; nothing was changed.
+            FetchTimeoutError: It was not its turn in time; see `CacheConfig.max_inflight_bytes`.
             ValueError: Not a dense tensor in host memory.
         """
         engine = self._open_engine()

@@ -120,6 +120,7 @@ class Fetch:
 
         With `may_lack` some may fail: the log tells which, and `hand_out` lacks them.
         """
+        engine: Engine | None = None
         while True:
             try:
                 engine = self.begin(open_engine, is_current, keys, source, live)
@@ -127,7 +128,7 @@ class Fetch:
                 return engine
             except FetchError as error:
                 if not self.has_lost_joins or time.monotonic() >= self.deadline:
-                    if not may_lack or not error.failures:
+                    if not may_lack or not error.failures or engine is None:
                         raise
                     logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
                     return engine

@@ -11,7 +11,7 @@ import torch
 from areal.infra.rpc import rpc_server
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.shard import ShardFetchError
+from areal.infra.rpc.shard import ShardAnswerError, ShardFetchError, ShardRefusedError, ShardUnreachableError
 from tests.support.areal_fixtures import delete, fault_servers, full_listener, nothing_forgotten, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, hanging_up, refusal, reply, silent, whole
@@ -77,6 +77,26 @@ def test_an_owner_that_refuses_to_delete_is_quoted(
     with pytest.raises(ShardFetchError, match=f"Failed to clear shards at http://{server.address}/data/clear: "):
         delete(backend, server.address, "a")
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (refusal(401), ShardRefusedError),
+        (refusal(413), ShardRefusedError),
+        (refusal(500), ShardAnswerError),
+        (reply(b"junk"), ShardAnswerError),
+    ],
+)
+def test_why_an_owner_was_not_told_has_a_type(
+    backend: HttpRTensorBackend, serve: Callable[..., FaultServer], answer: bytes, kind: type[ShardFetchError]
+) -> None:
+    with pytest.raises(kind):
+        delete(backend, serve(whole(answer)).address, "a")
+    with pytest.raises(ShardUnreachableError):
+        delete(backend, "127.0.0.1:1", "a")
+    with pytest.raises(ShardUnreachableError):
+        delete(backend, "node-7", "a")
 
 
 @pytest.mark.parametrize("address", ["", "node-7", "node-7:99999"])

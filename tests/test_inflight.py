@@ -244,6 +244,7 @@ def test_closing_ends_the_wait_for_a_turn(cache: TensorCache) -> None:
         closing = in_background(cache.close)
         assert isinstance(small.exception(LONG_S), CacheClosedError)
         eventually(lambda: waiting(cache) == 0)
+        assert not closing.done(), "it waits for the read that is under way, not for who had not begun"
         let_go()
         closing.result(LONG_S)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from areal.infra.rpc import rpc_server, runtime
+from areal.infra.rpc.backends import http_requester
 from areal.infra.rpc.backends.http_requester import NUM_TRIES, back_off_s
 from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.rtensor import (
@@ -213,7 +213,7 @@ def test_pauses_between_tries_grow_and_differ(serve: Callable[..., FaultServer],
     server, pauses = serve(hanging_up), list[float]()
     reader = reader_of(server.address, ["a"], retry_pause_s=1.0)
     monkeypatch.setattr(reader._requester._cancelled, "wait", lambda pause_s: pauses.append(pause_s))
-    monkeypatch.setattr(random, "random", iter([0.25, 0.75, 0.5]).__next__)
+    monkeypatch.setattr(http_requester, "_chance", iter([0.25, 0.75, 0.5]).__next__)
     with pytest.raises(ShardUnreachableError, match=f"after {NUM_TRIES} attempts"):
         reader.next_specs()
     assert pauses == [0.75, 2.5]

@@ -32,6 +32,8 @@ NUM_TRIES = 3
 _MAX_TEXT_BYTES = 16 << 20
 _MAX_SHOWN = 2000  # characters of a refusal in a message
 _NAMED_SHARDS = 3  # how many shards a message names
+# The system's: a program that seeds Python's own must get the same numbers with us as without.
+_chance = random.SystemRandom().random
 _SHORTEST_PAUSE_S = 0.01  # before a busy node is asked again, whatever it says
 
 
@@ -144,7 +146,7 @@ class Requester:
         else:
             self.num_faults += 1
             self._drop_connections()
-            pause_s = back_off_s(self._settings.retry_pause_s, self.num_faults, random.random())
+            pause_s = back_off_s(self._settings.retry_pause_s, self.num_faults, _chance())
         is_last = self.num_faults >= NUM_TRIES or time.monotonic() + pause_s >= self._deadline
         if is_last or self._cancelled.wait(pause_s):
             raise kind_of_fault(error)(
@@ -155,7 +157,7 @@ class Requester:
     def _wait_s(self, busy: NodeBusyError) -> float:
         """As long as the node says, and up to half longer where there is time: those it refused came together."""
         told_s = max(busy.retry_after_s, _SHORTEST_PAUSE_S)
-        longer_s = told_s * (1 + random.random() / 2)
+        longer_s = told_s * (1 + _chance() / 2)
         return longer_s if time.monotonic() + longer_s < self._deadline else told_s
 
     def _drop_connections(self) -> None:
