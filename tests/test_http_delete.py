@@ -11,7 +11,14 @@ import torch
 from areal.infra.rpc import rpc_server
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.shard import ShardAnswerError, ShardFetchError, ShardRefusedError, ShardUnreachableError
+from areal.infra.rpc.shard import (
+    ShardAnswerError,
+    ShardClearError,
+    ShardFetchError,
+    ShardRefusedError,
+    ShardUnreachableError,
+)
+from gpu_cache.errors import failure_reason
 from tests.support.areal_fixtures import delete, fault_servers, full_listener, nothing_forgotten, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, hanging_up, refusal, reply, silent, whole
@@ -91,12 +98,12 @@ def test_an_owner_that_refuses_to_delete_is_quoted(
 def test_why_an_owner_was_not_told_has_a_type(
     backend: HttpRTensorBackend, serve: Callable[..., FaultServer], answer: bytes, kind: type[ShardFetchError]
 ) -> None:
-    with pytest.raises(kind):
-        delete(backend, serve(whole(answer)).address, "a")
-    with pytest.raises(ShardUnreachableError):
-        delete(backend, "127.0.0.1:1", "a")
-    with pytest.raises(ShardUnreachableError):
-        delete(backend, "node-7", "a")
+    owner = serve(whole(answer)).address
+    for address, expected in ((owner, kind), ("127.0.0.1:1", ShardUnreachableError), ("node-7", ShardUnreachableError)):
+        with pytest.raises(ShardClearError) as caught:
+            delete(backend, address, "a")
+        assert type(caught.value.__cause__) is expected
+        assert failure_reason(caught.value) == expected.reason
 
 
 @pytest.mark.parametrize("address", ["", "node-7", "node-7:99999"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from areal.infra.rpc.backends.http_connection import HttpAnswer
-from areal.infra.rpc.backends.http_requester import Requester, named, read_text, shortened
-from areal.infra.rpc.shard import ShardClearError, ShardFetchError
+from areal.infra.rpc.backends.http_connection import AddressError, HttpAnswer
+from areal.infra.rpc.backends.http_requester import Requester, kind_of_status, named, read_text, shortened
+from areal.infra.rpc.shard import ShardAnswerError, ShardClearError, ShardFetchError, ShardUnreachableError
 
 # Refused for what was asked, so that asking for less may help; others are refused for who asks, or where.
 _STATUS_OF_CONTENT = {400, 413, 422, 500}
@@ -20,10 +20,12 @@ class RefusedError(ValueError):
 
     Attributes:
         may_be_one_id: Whether asking for fewer may help.
+        kind: Of the error that a caller gets.
     """
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"{status} body={shortened(text)}")
+        self.kind = kind_of_status(status)
         self.may_be_one_id = status in _STATUS_OF_CONTENT
 
 
@@ -45,7 +47,7 @@ class HttpDeleter:
         """Delete all that can be, and return the owner's statistics.
 
         Raises:
-            ShardClearError: Some could not; says which.
+            ShardClearError: Some could not; says which. Its cause tells by its type what the first failure was.
         """
         self._kept = [shard_id for shard_id in shard_ids if not _is_json(shard_id)]
         unsaid = {id(shard_id) for shard_id in self._kept}
@@ -58,7 +60,7 @@ class HttpDeleter:
             self._delete_next(groups)
         error, self._error = self._error, None  # its traceback has us: no cycle
         if error is not None:
-            raise self._combined(error, len(shard_ids)) from error
+            raise self._combined(error, len(shard_ids)) from _typed(error)
         return self._statistics
 
     def _delete_next(self, groups: list[list[Any]]) -> None:
@@ -97,6 +99,16 @@ class HttpDeleter:
             return ShardClearError(str(error), kept)  # it has said all there is
         text = f"Failed to clear {what} at {self._requester.url}: {error} ({named(kept)})"
         return ShardClearError(text, kept, self._statistics)
+
+
+def _typed(error: Exception) -> Exception:
+    """The error in the words of a fetch: refused, unreachable, too slow, no use."""
+    if isinstance(error, ShardFetchError | TypeError):
+        return error
+    kind: type[ShardFetchError] = ShardUnreachableError if isinstance(error, AddressError) else ShardAnswerError
+    typed = (error.kind if isinstance(error, RefusedError) else kind)(str(error))
+    typed.__cause__ = error
+    return typed
 
 
 def _is_json(shard_id: Any) -> bool:
