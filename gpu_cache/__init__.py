@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpu_cache.block import TrimReport
     from gpu_cache.cache import TensorCache
     from gpu_cache.config import CacheConfig
     from gpu_cache.entry import EntryInfo
@@ -36,6 +37,7 @@ _HOME = {
     "stats_delta": "stats",
     "SourceStats": "report",
     "EntryInfo": "entry",
+    "TrimReport": "block",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "stats_delta",
     "SourceStats",
     "EntryInfo",
+    "TrimReport",
     "GpuCacheError",
     "CacheFullError",
     "CacheClosedError",

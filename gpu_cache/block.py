@@ -53,6 +53,24 @@ class Quarantine:
     events: list[Event] | None = None  # None: not yet recorded
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrimReport:
+    """What was given back. True if anything was.
+
+    Attributes:
+        freed_bytes: Of slabs that went back to the device's allocator.
+        held_bytes: Of slabs that stay because a shard in them is cached, on its way, or held by an alias.
+        num_held: How many slabs those are.
+    """
+
+    freed_bytes: int = 0
+    held_bytes: int = 0
+    num_held: int = 0
+
+    def __bool__(self) -> bool:
+        return self.freed_bytes > 0
+
+
 def carve_shards(
     taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease]
 ) -> Iterator[tuple[Landing, Lease]]:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import torch
 
 from gpu_cache import process
+from gpu_cache.block import TrimReport
 from gpu_cache.config import CacheConfig, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
@@ -177,19 +178,20 @@ class TensorCache(ObservedCache):
         Raises:
             TransferError: During CUDA graph capture.
         """
+        self._refuse_capture("synchronize")
         if (engine := self._engine) is not None:
-            if engine.device.is_capturing():
-                raise TransferError("cannot synchronize the cache during CUDA graph capture")
             engine.pool.synchronize()
 
-    def trim(self, to_bytes: int = 0) -> bool:
+    def trim(self, to_bytes: int = 0) -> TrimReport:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
 
         Returns:
-            Whether any was given back.
+            How much was given back, true if anything was, and how much stays because its shards are cached or held.
+        Raises:
+            TransferError: During CUDA graph capture.
         """
-        self.synchronize()
-        return (engine := self._engine) is not None and engine.pool.trim(to_bytes)
+        self._refuse_capture("trim")
+        return TrimReport() if (engine := self._engine) is None else engine.pool.trim(to_bytes)
 
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
@@ -198,8 +200,7 @@ class TensorCache(ObservedCache):
         """
         if self._is_closed:
             return
-        if (engine := self._engine) is not None and engine.device.is_capturing():
-            raise TransferError("cannot close the cache during CUDA graph capture")
+        self._refuse_capture("close")
         process.unregister(self)
         dropped = self._index.close()
         tasks = list(self._tasks)
@@ -221,9 +222,7 @@ class TensorCache(ObservedCache):
     def _start_empty(self) -> None:
         index = self._index = ShardIndex(aliases_of, AliasCounter().is_held)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
-        self._lazy = LazyEngine(
-            self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))
-        )
+        self._lazy = LazyEngine(self.config, self._given_device, index)
         self._publisher = Publisher(index, self._lazy)
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
         weakref.finalize(self, self._publisher.retire).atexit = False
@@ -239,6 +238,10 @@ class TensorCache(ObservedCache):
         engine.reaper.wake()
         self._publisher.touch()
         return engine
+
+    def _refuse_capture(self, action: str) -> None:
+        if (engine := self._engine) is not None and engine.device.is_capturing():
+            raise TransferError(f"cannot {action} the cache during CUDA graph capture")
 
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their way back to the free lists."""

@@ -11,8 +11,9 @@ from gpu_cache.completion import Completion
 from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device import Device
 from gpu_cache.errors import TransferError
+from gpu_cache.eviction import Evictor
 from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Lease
+from gpu_cache.index import ShardIndex
 from gpu_cache.placement import Placement, choose_device
 from gpu_cache.reaper import Reaper
 from gpu_cache.slab import SlabPool
@@ -28,24 +29,18 @@ class Engine:
     Args:
         device: Where shards are cached.
         config: Settings; what is None is decided here.
-        on_dead: Told the leases that fired.
-        make_room: Evicts so many bytes; whether anything was evicted.
+        index: Of what is cached; told of blocks that died, and asked who may be evicted.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        config: CacheConfig,
-        on_dead: Callable[[list[Lease]], None],
-        make_room: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, device: Device, config: CacheConfig, index: ShardIndex) -> None:
         is_cuda = device.torch_device.type == "cuda"
         self.device = device
         self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
         self.fence = StreamFence(device, self.config.reuse_fence)
-        self.pool = SlabPool(device, self.config, self.fence, on_dead)
+        self.pool = SlabPool(device, self.config, self.fence, index.forget_dead)
+        self.evictor = Evictor(index, self.pool)
         self.staging = StagingRing(device, self.config) if device.stages else None
-        self.transfer = Transfer(device, self.pool, self.staging, self.config, make_room)
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.evictor.make_room)
         self.fence.note(self.transfer.stream)
         self.reaper = Reaper(self)
 
@@ -113,20 +108,13 @@ class LazyEngine:
     Args:
         config: Settings, as given.
         device: Where to cache; None: as `config.device` and the process's state say.
-        on_dead: See `Engine`.
-        make_room: See `Engine`.
+        index: See `Engine`.
     Thread-safety: any thread.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        device: Device | None,
-        on_dead: Callable[[list[Lease]], None],
-        make_room: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, config: CacheConfig, device: Device | None, index: ShardIndex) -> None:
         self.current: Engine | None = None
-        self._config, self._on_dead, self._make_room = config, on_dead, make_room
+        self._config, self._index = config, index
         self._given = None if device is None else Placement(device, "as given", is_final=True)
         # Guards `current` and _is_final.
         self._lock = threading.Lock()
@@ -143,7 +131,7 @@ class LazyEngine:
         if engine is not None and (self._is_final or self._stays(engine, is_empty)):
             return engine
         placement = self._given or choose_device(self._config.device)
-        built = Engine(placement.device, self._config, self._on_dead, self._make_room)
+        built = Engine(placement.device, self._config, self._index)
         with self._lock:
             is_mine = self.current is engine and (engine is None or is_empty())
             if is_mine:

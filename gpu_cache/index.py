@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -220,21 +220,20 @@ class ShardIndex:
                 self._drop_locked(entry)
             self._ledger.died(dropped)
 
-    def evict(self, nbytes: int) -> list[Entry]:
-        """Drop least recently used READY entries that nobody holds until their bytes suffice; return them."""
+    def candidates(self) -> list[Entry]:
+        """READY entries with bytes that nobody holds, the least recently used first."""
         with self._lock:
-            victims: list[Entry] = []
-            total = 0
-            for entry in self._entries.values():
-                if total >= nbytes:
-                    break
-                if entry.nbytes and entry.base is not None and not entry.is_awaited and not self._is_held(entry.base):
-                    victims.append(entry)
-                    total += entry.nbytes
+            return [entry for entry in self._entries.values() if self._can_evict_locked(entry)]
+
+    def evict(self, victims: Sequence[Entry]) -> bool:
+        """Drop all of these entries, or none if one is gone or held by now; the caller lets them die."""
+        with self._lock:
+            if not all(self._stands_locked(entry) and self._can_evict_locked(entry) for entry in victims):
+                return False
             for entry in victims:
                 self._drop_locked(entry)
             self._ledger.evicted(victims)
-            return victims
+            return True
 
     def note_fetch(self, node: str, *, begins: bool) -> None:
         """A reader of a node begins to deliver, or has ended."""
@@ -268,6 +267,11 @@ class ShardIndex:
         """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
         current = self._entries.get(entry.key)
         return current is not None and current.generation == entry.generation
+
+    def _can_evict_locked(self, entry: Entry) -> bool:
+        if entry.base is None or not entry.nbytes or entry.is_awaited:
+            return False
+        return not self._is_held(entry.base)
 
     def _land_locked(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Entry]:
         """Give entries their tensors, but for those that their calls gave up on meanwhile."""

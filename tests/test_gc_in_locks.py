@@ -25,10 +25,10 @@ from gpu_cache import (
     index,
     publish,
     reaper,
-    slab,
+    slab_set,
     staging,
 )
-from gpu_cache.device import Device, HostDevice
+from gpu_cache.device import Arena, Device, HostDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.interleave_actors import few_objects, in_background
@@ -145,6 +145,24 @@ class Workload:
         self._cache.clear()
         self._cache.synchronize()
         self._cache.trim(32 << 10)
+        self._fail_to_release()
+
+    def _fail_to_release(self) -> None:
+        assert self._cache._engine is not None
+        pool = self._cache._engine.pool
+        release, failures = pool._device.release_arena, [RuntimeError("not now")]
+
+        def fail_once(arena: Arena) -> None:
+            if failures:
+                raise failures.pop()
+            release(arena)
+
+        pool._device.release_arena = fail_once  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="not now"):
+            self._cache.trim()
+        pool.resume()
+        self._cache.get_many(["s1"], self._source)
+        self._cache.clear()
 
     def _look(self) -> None:
         assert "s1" not in self._cache
@@ -172,7 +190,7 @@ def donor() -> TensorCache:
 def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (index, publish, slab, staging, reaper, engine):
+    for module in (index, publish, slab_set, staging, reaper, engine):
         monkeypatch.setattr(module, "threading", garbage.threading())
     pools = cuda_pools.PrivatePools
     monkeypatch.setattr(pools, "_lock", CollectingLock(pools._lock, garbage))

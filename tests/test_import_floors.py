@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "gpu_cache": [
         ["errors", "config", "stats", "freelist", "source", "lease", "hostmem", "entry", "throttle", "ranges"],
-        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader"],
+        ["cudart", "process", "tensor_reader", "reaper", "report", "units", "metered_reader", "victims"],
         ["cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
         ["device", "ledger"],
         ["placement", "block", "completion", "fence", "staging", "index"],
-        ["slab", "runs"],
-        ["transfer"],
+        ["slab_set", "runs"],
+        ["slab"],
+        ["transfer", "eviction"],
         ["engine", "reader_task"],
         ["fetch", "reporter"],
         ["publish"],

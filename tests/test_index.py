@@ -110,26 +110,42 @@ def test_delivered_shards_reach_the_waiting_but_not_the_index() -> None:
     assert (index.stats()["overflows"], index.stats()["overflow_bytes"]) == (1, 8)
 
 
-def test_eviction_takes_the_least_recently_used_that_nobody_holds() -> None:
+def test_those_that_nobody_holds_may_go_the_least_recently_used_first() -> None:
     held: set[int] = set()
     index = index_of(held)
     entries = {entry.key: entry for entry in cached(index, "a", "b", "c", "d")}
     held.add(id(entries["b"].base))
     index.claim(["a"])
     index.find("c")
-    assert [entry.key for entry in index.evict(8)] == ["d"]
-    assert [entry.key for entry in index.evict(100)] == ["a", "c"]
-    assert index.keys() == ["b"]
-    assert (index.stats()["evictions"], index.stats()["evicted_bytes"]) == (3, 24)
+    assert [entry.key for entry in index.candidates()] == ["d", "a", "c"]
+    assert index.evict([entries["d"], entries["a"]])
+    assert index.keys() == ["b", "c"]
+    assert (index.stats()["evictions"], index.stats()["evicted_bytes"]) == (2, 16)
+
+
+@pytest.mark.parametrize("what", ["held", "cleared", "refetched"])
+def test_of_victims_of_which_one_may_not_go_any_more_none_goes(what: str) -> None:
+    held: set[int] = set()
+    index = index_of(held)
+    victims = cached(index, "a", "b")
+    if what == "held":
+        held.add(id(victims[1].base))
+    else:
+        index.remove(["b"])
+    if what == "refetched":
+        cached(index, "b")
+    assert not index.evict(victims)
+    assert "a" in index
+    assert index.stats()["evictions"] == 0
 
 
 def test_what_its_call_has_yet_to_hand_out_is_no_victim() -> None:
     index = index_of()
     claim = index.claim(["a"])
     index.publish([landing(claim.claimed["a"])], "n:1", None)
-    assert index.evict(8) == []
+    assert index.candidates() == []
     index.release(claim.claimed.values())
-    assert len(index.evict(8)) == 1
+    assert index.candidates() == list(claim.claimed.values())
 
 
 def test_clearing_a_node_leaves_the_others() -> None:
