@@ -193,6 +193,31 @@ class TensorCache(ObservedCache):
         self._refuse_capture("trim")
         return TrimReport() if (engine := self._engine) is None else engine.pool.trim(to_bytes)
 
+    @eager
+    def offload(self) -> TrimReport:
+        """Give the device's memory back, as for an engine that shares it: drop what is cached, and free every slab.
+
+        What is handed out stays valid; its slabs stay too, until the last alias of a shard in them is gone. What is on
+        its way lands after all, so let fetches end first. Waits for the work that was enqueued before.
+
+        Returns:
+            How much was given back, and how much is held.
+        Raises:
+            TransferError: During CUDA graph capture.
+        """
+        self._refuse_capture("offload")
+        if (engine := self._engine) is None:
+            return TrimReport()
+        report = engine.evictor.offload()
+        engine.reaper.wake()
+        self._publisher.soon()
+        return report
+
+    def resume(self) -> None:
+        """Take back what `offload` or `trim` said: the next use preallocates. Without it the cache works too."""
+        if (engine := self._engine) is not None:
+            engine.pool.resume()
+
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
 

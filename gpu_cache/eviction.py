@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from gpu_cache.block import TrimReport
 from gpu_cache.entry import Entry
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import Lease
@@ -45,6 +46,11 @@ class Evictor:
                 victims.clear()  # here, where no lock is held, their blocks die
                 return nbytes
         return 0
+
+    def offload(self) -> TrimReport:
+        """Evict everything, and give back every slab that nobody holds."""
+        self._index.evict_all().clear()
+        return self._pool.trim()
 
 
 def _span_of(entry: Entry) -> Span:

@@ -235,6 +235,15 @@ class ShardIndex:
             self._ledger.evicted(victims)
             return True
 
+    def evict_all(self) -> list[Entry]:
+        """Drop every READY entry with bytes, also those that are held, and return them, for the caller to let die."""
+        with self._lock:
+            victims = [entry for entry in self._entries.values() if entry.base is not None and entry.nbytes]
+            for entry in victims:
+                self._drop_locked(entry)
+            self._ledger.evicted(victims)
+            return victims
+
     def note_fetch(self, node: str, *, begins: bool) -> None:
         """A reader of a node begins to deliver, or has ended."""
         with self._lock:

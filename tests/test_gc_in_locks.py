@@ -160,7 +160,10 @@ class Workload:
         pool._device.release_arena = fail_once  # type: ignore[method-assign]
         with pytest.raises(RuntimeError, match="not now"):
             self._cache.trim()
-        pool.resume()
+        self._cache.resume()
+        self._cache.get_many(["s1"], self._source)
+        self._cache.offload()
+        self._cache.resume()
         self._cache.get_many(["s1"], self._source)
         self._cache.clear()
 

@@ -250,6 +250,15 @@ def trim(world: World) -> None:
     world.cache.trim(world.choices.choice((0, 32 << 10)))
 
 
+@_step(2)
+def offload(world: World) -> None:
+    """Give the device to somebody else, and mostly take it back."""
+    report = world.cache.offload()
+    world.say(f"{report.freed_bytes} went, {report.held_bytes} held")
+    if world.choices.happens(80):
+        world.cache.resume()
+
+
 @_step(3)
 def synchronize(world: World) -> None:
     world.cache.synchronize()
@@ -271,7 +280,7 @@ def collect(world: World) -> None:
     gc.collect()
 
 
-@_step(3)
+@_step(4)
 def refuse(world: World) -> None:
     """Let the device refuse memory, sometimes for a while, or a copy."""
     what = world.choices.choice(("arena", "arena", "arena", "slot", "copy"))
