@@ -33,7 +33,7 @@ class Evictor:
             The longest run that room was, or could be, made for: at least `nbytes` if it was.
         """
         if not self._pool.can_reuse:  # what is evicted now would stay out of use, nobody knows how long
-            return 0
+            return self._pool.stats()["device_largest_free_bytes"]
         for _ in range(_ATTEMPTS):
             candidates = self._index.candidates()
             candidates.sort(key=_is_pending)  # the last to go are those whose copy is under way; the fence covers it
@@ -44,8 +44,8 @@ class Evictor:
             candidates.clear()
             if self._index.evict(victims):
                 victims.clear()  # here, where no lock is held, their blocks die
-                return nbytes
-        return 0
+                break
+        return nbytes
 
     def offload(self) -> TrimReport:
         """Evict everything, and give back every slab that nobody holds."""

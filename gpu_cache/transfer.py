@@ -151,11 +151,11 @@ class Transfer:
         runs to fill holes leaves smaller holes, and each part is a copy of its own.
         """
         most_bytes = self._pool.capacity
+        run.place = self._pool.take_freed(run.nbytes)
         for _ in range(_ATTEMPTS):
-            run.place = self._pool.take_freed(run.nbytes)
-            if run.place is not None or most_bytes < run.nbytes:
+            if run.place is not None or (most_bytes := self._make_room(run.nbytes)) < run.nbytes:
                 break
-            most_bytes = self._make_room(run.nbytes)
+            run.place = self._pool.take_freed(run.nbytes)
         return most_bytes
 
     def _warn_of_overflow(self, nbytes: int) -> None:

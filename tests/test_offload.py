@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache, TransferError, TrimReport
+from gpu_cache import CacheConfig, TensorCache, TransferError, TrimReport, reaper
 from gpu_cache.config import MIB
 from gpu_cache.device import CudaDevice
 from tests.support.cuda_devices import cuda_device
@@ -26,6 +26,12 @@ SOURCE = DictSource(SHARDS)
 @pytest.fixture
 def cuda() -> FakeCuda:
     return FakeCuda()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reaper that gives back between two looks."""
+    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)
 
 
 @pytest.fixture
