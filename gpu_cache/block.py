@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -69,6 +69,18 @@ class TrimReport:
 
     def __bool__(self) -> bool:
         return self.freed_bytes > 0
+
+
+def stretches(leases: Iterable[Lease]) -> list[tuple[Slab, int, int]]:
+    """Slab, offset and length of blocks, those that follow upon each other taken together; in the same order."""
+    found: list[tuple[Slab, int, int]] = []
+    for lease in leases:
+        slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
+        if slab is lease.slab and offset + nbytes == lease.offset:
+            found.append((slab, offset, nbytes + lease.nbytes))
+        else:
+            found += [(slab, offset, nbytes), (lease.slab, lease.offset, lease.nbytes)]
+    return found
 
 
 def carve_shards(

@@ -15,7 +15,7 @@ from gpu_cache.config import CacheConfig, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry
-from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
@@ -23,7 +23,7 @@ from gpu_cache.observed import ObservedCache
 from gpu_cache.publish import Publisher
 from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.reader_task import ReaderTask, put_one
-from gpu_cache.source import ShardSource
+from gpu_cache.source import NO_SOURCE, ShardSource
 
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
@@ -97,7 +97,7 @@ class TensorCache(ObservedCache):
 
     @eager
     def get(self, key: Hashable) -> torch.Tensor | None:
-        """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up.
+        """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up but for a host hit.
 
         Raises:
             CacheClosedError: The cache is closed.
@@ -106,7 +106,7 @@ class TensorCache(ObservedCache):
         engine = self._open_engine()
         found = self._index.find(key)
         if found is None:
-            return None
+            return self._bring_back(key) if self._index.is_parked(key) else None
         tensor, entry = found
         engine.settle([] if entry.completion is None else [entry.completion], self.config.ready)
         return tensor
@@ -180,7 +180,7 @@ class TensorCache(ObservedCache):
         """
         self._refuse_capture("synchronize")
         if (engine := self._engine) is not None:
-            engine.pool.synchronize()
+            engine.synchronize()
 
     def trim(self, to_bytes: int = 0) -> TrimReport:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
@@ -195,10 +195,11 @@ class TensorCache(ObservedCache):
 
     @eager
     def offload(self) -> TrimReport:
-        """Give the device's memory back, as for an engine that shares it: drop what is cached, and free every slab.
+        """Give the device's memory back, as for an engine that shares it: every slab is freed.
 
-        What is handed out stays valid; its slabs stay too, until the last alias of a shard in them is gone. What is on
-        its way lands after all, so let fetches end first. Waits for the work that was enqueued before.
+        What is cached moves to the host tier; where that is off or full, it goes. What is handed out stays valid; its
+        slabs stay too, until the last alias of a shard in them is gone. What is on its way lands after all, so let
+        fetches end first. Waits for the work that was enqueued before.
 
         Returns:
             How much was given back, and how much is held.
@@ -208,7 +209,7 @@ class TensorCache(ObservedCache):
         self._refuse_capture("offload")
         if (engine := self._engine) is None:
             return TrimReport()
-        report = engine.evictor.offload()
+        report = engine.offload()
         engine.reaper.wake()
         self._publisher.soon()
         return report
@@ -263,6 +264,14 @@ class TensorCache(ObservedCache):
         engine.reaper.wake()
         self._publisher.touch()
         return engine
+
+    def _bring_back(self, key: Hashable) -> torch.Tensor | None:
+        try:
+            return self.get_many([key], NO_SOURCE)[0]
+        except FetchError:
+            if self._index.is_parked(key):
+                raise
+            return None  # it was cleared meanwhile
 
     def _refuse_capture(self, action: str) -> None:
         if (engine := self._engine) is not None and engine.device.is_capturing():

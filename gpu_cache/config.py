@@ -50,6 +50,7 @@ class CacheConfig:
         prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host.
         pool_bytes: The most all slabs may take. Default the smaller of 8 GiB and a tenth of the device; 2 GiB on
             the host.
+        host_tier_bytes: The most of pinned host memory that evicted shards are kept in; 0: they are fetched again.
         staging_slots: Pinned buffers that bytes pass through on their way to the device.
         staging_slot_bytes: Bytes of one such buffer.
         run_bytes: The most bytes of consecutive shards that are placed and copied together.
@@ -69,6 +70,7 @@ class CacheConfig:
     slab_bytes: int = 256 * MIB
     prealloc_bytes: int | None = None
     pool_bytes: int | None = None
+    host_tier_bytes: int = 0
     staging_slots: int = 8
     staging_slot_bytes: int = 16 * MIB
     run_bytes: int = 4 * MIB
@@ -195,7 +197,7 @@ def _checked(field: str, value: Any) -> Any:
         return _named(value)
     if field == "rank":
         return _at_least(int(value), 0)
-    return _at_least(parse_size(value), 0 if field == "prealloc_bytes" else ALIGNMENT)
+    return _at_least(parse_size(value), 0 if field in ("prealloc_bytes", "host_tier_bytes") else ALIGNMENT)
 
 
 def _switch(value: Any) -> bool:

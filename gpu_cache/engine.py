@@ -7,15 +7,17 @@ import threading
 from collections.abc import Callable, Iterable
 
 from gpu_cache import process
+from gpu_cache.block import TrimReport
 from gpu_cache.completion import Completion
 from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device import Device
 from gpu_cache.errors import TransferError
-from gpu_cache.eviction import Evictor
 from gpu_cache.fence import StreamFence
+from gpu_cache.host_tier import HostTier
 from gpu_cache.index import ShardIndex
 from gpu_cache.placement import Placement, choose_device
 from gpu_cache.reaper import Reaper
+from gpu_cache.room import RoomMaker
 from gpu_cache.slab import SlabPool
 from gpu_cache.staging import StagingRing
 from gpu_cache.transfer import Transfer
@@ -38,20 +40,36 @@ class Engine:
         self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
         self.fence = StreamFence(device, self.config.reuse_fence)
         self.pool = SlabPool(device, self.config, self.fence, index.forget_dead)
-        self.evictor = Evictor(index, self.pool)
+        self.tier = HostTier(device, self.config, self.fence, index) if self.config.host_tier_bytes else None
+        self.room = RoomMaker(index, self.pool) if self.tier is None else RoomMaker(index, self.pool, self.tier.take_in)
         self.staging = StagingRing(device, self.config) if device.stages else None
-        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.evictor.make_room)
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
         self.fence.note(self.transfer.stream)
         self.reaper = Reaper(self)
 
     @property
     def is_busy(self) -> bool:
         """Whether any byte of the pool is in use."""
-        return self.pool.is_busy
+        return any(pool.is_busy for pool in self._pools)
+
+    @property
+    def _pools(self) -> list[SlabPool]:
+        return [self.pool] if self.tier is None else [self.pool, self.tier.pool]
 
     def drain(self) -> None:
         """Free what can be freed now."""
-        self.pool.drain()
+        for pool in self._pools:
+            pool.drain()
+
+    def synchronize(self) -> None:
+        """Wait until what was freed before is reusable."""
+        for pool in self._pools:
+            pool.synchronize()
+
+    def offload(self) -> TrimReport:
+        """Evict everything, and give back every slab of the device's that nobody holds."""
+        self.room.empty()
+        return self.pool.trim()
 
     def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
         """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
@@ -84,20 +102,26 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """The device's part of `BufferStats`."""
-        return {**self.pool.stats(), **(self.staging.stats() if self.staging is not None else {})}
+        found: dict[str, float] = {**self.pool.stats()}
+        for part in (self.staging, self.tier):
+            for name, number in part.stats().items() if part is not None else ():
+                found[name] = found.get(name, 0) + number
+        return found
 
     def details(self) -> dict[str, int]:
         """What a report has beyond that, under the report's names."""
-        return self.staging.details() if self.staging is not None else {}
+        return {name: number for part in (self.staging, self.tier) if part for name, number in part.details().items()}
 
     def gather(self) -> None:
         """Count copies that are done by now. Not from a thread that captures a CUDA graph; waits for nothing."""
-        if self.staging is not None:
-            self.staging.gather()
+        for part in (self.staging, self.tier):
+            if part is not None:
+                part.gather()
 
     def reset_peaks(self) -> None:
         """Make the peaks what is in use now."""
-        self.pool.reset_peak()
+        for pool in self._pools:
+            pool.reset_peak()
         if self.staging is not None:
             self.staging.reset_peak()
 

@@ -7,7 +7,7 @@ import enum
 import weakref
 from collections.abc import Hashable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,23 @@ class State(enum.Enum):
     GONE = enum.auto()  # cleared, evicted or failed; whoever holds the entry object still owns its tensor
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Parked:
+    """A shard in the host tier."""
+
+    base: torch.Tensor
+    lease: Any  # a lease.Lease
+    completion: Any  # of the copy that filled it, as in Entry
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Entry:
-    """One generation of a key: a cleared and refetched key has a new one. Fields are guarded by the index lock."""
+    """One generation of a key: a cleared and refetched key has a new one. Fields are guarded by the index lock.
+
+    A READY entry has either `base` or `parked`. While a parked one is brought back it stays as it is, and a PENDING one
+    beside it, which is not indexed, has the flight; whoever brings it back and is too late for the index gives it to
+    those who wait, as of a fetch.
+    """
 
     key: Hashable
     generation: int
@@ -40,6 +54,10 @@ class Entry:
     epoch: int = 0  # clears seen when it was published
     num_joined: int = 0
     deadline: float = 0.0  # of the claiming call
+    parked: Parked | None = None  # where it is in the host tier
+    moving: Entry | None = None  # which brings it back
+    resident: Entry | None = None  # of `moving`: the parked one
+    origin: Parked | None = None  # of `moving`: what is copied, until it landed
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property
@@ -57,6 +75,15 @@ class Claim:
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     num_removals: int | None = None  # before the call's first look-up
+
+
+class Candidate(NamedTuple):
+    """An entry that may be evicted, and where it was when that was looked at."""
+
+    entry: Entry
+    base: torch.Tensor
+    lease: Any
+    completion: Any
 
 
 @dataclasses.dataclass(slots=True)

@@ -19,6 +19,7 @@ from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
 from gpu_cache.metered_reader import MeteredReader
+from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.reader_task import ReaderTask
 from gpu_cache.source import ShardSource
@@ -110,6 +111,10 @@ class Fetch:
         """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
         left = dict(self.claim.claimed)
         try:
+            if parked := {
+                key: left.pop(key) for key, entry in self.claim.claimed.items() if entry.resident is not None
+            }:
+                self.tasks.append(ReaderTask(ParkedReader(parked), parked, self._index))
             for reader in source.open(list(left), self._timeout_s) if left else ():
                 if foreign := [key for key in reader.keys if key not in left]:
                     raise FetchError(
@@ -213,12 +218,14 @@ class Fetch:
         self._index.abort(self.claim.claimed.values(), error)
 
     def _drain(self, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
-        node = task.reader.node
-        self._index.note_fetch(node, begins=True)
+        node, is_fetch = task.reader.node, not isinstance(task.reader, ParkedReader)
+        if is_fetch:
+            self._index.note_fetch(node, begins=True)
         try:
             task.run(transfer, self.deadline, may_overflow=self._may_overflow)
         finally:
-            self._index.note_fetch(node, begins=False)
+            if is_fetch:
+                self._index.note_fetch(node, begins=False)
             live.discard(task)
             if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
                 _finish(transfer)

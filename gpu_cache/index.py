@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from gpu_cache.entry import Claim, Entry, EntryInfo, Landing, State
+from gpu_cache.entry import Candidate, Claim, Entry, Landing, Parked, State
 from gpu_cache.errors import failure_reason
+from gpu_cache.index_view import IndexView
 from gpu_cache.lease import Lease
-from gpu_cache.ledger import Ledger
 
 
-class ShardIndex:
+class ShardIndex(IndexView):
     """Entries by key, in order of use.
 
     Args:
@@ -35,27 +34,11 @@ class ShardIndex:
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(now)
         self._alias, self._is_held = alias, is_held
-        # Guards every field below, and the fields of every entry.
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
-        self._ledger = Ledger(now)
         self._generations = itertools.count(1)
         self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
         self._is_closed = False
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._ledger.births)
-
-    def __contains__(self, key: Hashable) -> bool:
-        with self._lock:
-            return key in self._ledger.births
-
-    def __repr__(self) -> str:
-        num_ready = len(self._ledger.births)
-        pending = len(self._entries) - num_ready
-        return f"ShardIndex({num_ready} ready, {pending} pending, {self._ledger.ready_bytes:,} bytes)"
 
     @property
     def is_closed(self) -> bool:
@@ -66,16 +49,6 @@ class ShardIndex:
     def is_empty(self) -> bool:
         """Whether nothing is cached or on its way."""
         return not self._entries
-
-    def keys(self) -> list[Hashable]:
-        """Keys of the READY entries, oldest first."""
-        with self._lock:
-            return list(self._ledger.births)
-
-    def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """Those of `keys` that have no READY entry. Counts nothing."""
-        with self._lock:
-            return [key for key in keys if key not in self._ledger.births]
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
         """An alias of a READY entry, and the entry; counts as no look-up."""
@@ -113,26 +86,19 @@ class ShardIndex:
                     hit_bytes += entry.nbytes
                     if entry.completion is not None:
                         found.completions[entry.completion] = None
+                elif entry.parked is not None and entry.moving is None:
+                    entries.move_to_end(key)
+                    moving = found.claimed[key] = Entry(key, next(generations), is_fetch=False, is_awaited=True)
+                    moving.deadline, moving.resident, moving.origin = deadline, entry, entry.parked
+                    entry.moving = moving
                 else:
+                    entry = entry.moving or entry
                     entry.num_joined += 1
                     entry.flight = entry.flight or Future()
                     found.joined[key] = entry
             found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
             self._ledger.claimed(found, len(ready), hit_bytes)
         return found
-
-    def keep(self, keys: Iterable[Hashable]) -> None:
-        """Say that these are meant to outlive clears, cached or on their way: they are no leak."""
-        with self._lock:
-            for key in keys:
-                if (entry := self._entries.get(key)) is not None:
-                    self._ledger.kept(entry)
-
-    def came_from(self, entries: Iterable[Entry], node: str) -> None:
-        """Say which node PENDING entries are asked of, so that clearing the node finds them."""
-        with self._lock:
-            for entry in entries:
-                entry.node = node
 
     def reserve(self, key: Hashable) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry."""
@@ -141,43 +107,53 @@ class ShardIndex:
                 return None
             return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, is_awaited=True))
 
-    def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
-        """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them."""
+    def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
+        """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.
+
+        Returns:
+            What left the host tier with it, for the caller to let die.
+        """
         with self._lock:
-            landed = self._land_locked(landings, node, completion)
+            landed, origins = self._land_locked(landings, node, completion)
             standing = [entry for entry in landed if self._stands_locked(entry)]
             if self._is_closed:
                 for entry in standing:
                     self._drop_locked(entry)
             else:
                 self._ledger.indexed(standing, node)
+            for entry in landed:
+                if (resident := entry.resident) is not None and self._stands_locked(resident):
+                    self._ledger.moved(resident, None)
+                    resident.base, resident.lease, resident.completion = entry.base, entry.lease, completion
+                    resident.is_awaited = entry.is_awaited
         _wake(landed)
+        return origins
 
-    def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
-        """Hand shards that arrived to those who wait for them, without caching: the pool had no room."""
+    def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
+        """Hand shards that arrived to those who wait for them, without caching: the pool had no room.
+
+        One from the host tier stays there. Returns what the caller is to let die.
+        """
         with self._lock:
-            landed = self._land_locked(landings, node, completion)
+            landed, origins = self._land_locked(landings, node, completion)
             for entry in landed:
                 self._drop_locked(entry)
             self._ledger.overflowed(landed)
         _wake(landed)
+        return origins
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
         """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`."""
         reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
+            origins = [self._settle_move_locked(entry) for entry in failed]
             for entry in failed:
                 entry.error = error
                 self._drop_locked(entry)
             self._ledger.failed(failed, reason)
+        del origins
         _wake(failed)
-
-    def release(self, entries: Iterable[Entry]) -> None:
-        """The claiming call has handed these out, or will not: they may be evicted."""
-        with self._lock:
-            for entry in entries:
-                entry.is_awaited = False
 
     def remove(self, keys: Iterable[Hashable], node: str | None = None) -> list[Entry]:
         """Drop entries by key (and node), and return the READY ones, for the caller to let die.
@@ -192,9 +168,9 @@ class ShardIndex:
                 entry = self._entries.get(key)
                 if entry is None or (node is not None and entry.node != node):
                     continue
-                self._drop_locked(entry)
-                if entry.base is not None:
+                if entry.state is State.READY:
                     dropped.append(entry)
+                self._drop_locked(entry)
             if wanted:
                 self._ledger.cleared(dropped)
             return dropped
@@ -215,84 +191,89 @@ class ShardIndex:
         """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
         with self._lock:
             known = [(self._entries.get(lease.key), lease) for lease in leases]
-            dropped = [entry for entry, lease in known if entry is not None and entry.lease is lease]
+            dropped = [entry for entry, lease in known if entry is not None and lease is (entry.parked or entry).lease]
             for entry in dropped:
                 self._drop_locked(entry)
             self._ledger.died(dropped)
 
-    def candidates(self) -> list[Entry]:
-        """READY entries with bytes that nobody holds, the least recently used first."""
-        with self._lock:
-            return [entry for entry in self._entries.values() if self._can_evict_locked(entry)]
+    def candidates(self, *, parked: bool = False, held: bool = False) -> list[Candidate]:
+        """What may be evicted, the least recently used first.
 
-    def evict(self, victims: Sequence[Entry]) -> bool:
-        """Drop all of these entries, or none if one is gone or held by now; the caller lets them die."""
+        Args:
+            parked: From the host tier, not from the device.
+            held: Also what somebody else holds, or is about to hand out.
+        """
         with self._lock:
-            if not all(self._stands_locked(entry) and self._can_evict_locked(entry) for entry in victims):
+            places = ((entry, entry.parked if parked else entry) for entry in self._entries.values())
+            found = (
+                Candidate(entry, place.base, place.lease, place.completion)
+                for entry, place in places
+                if place is not None and place.base is not None
+            )
+            return [one for one in found if self._can_evict_locked(one, parked, held)]
+
+    def evict(
+        self,
+        victims: Sequence[Candidate],
+        refuges: Mapping[Hashable, Parked] = MappingProxyType({}),
+        *,
+        parked: bool = False,
+        held: bool = False,
+    ) -> bool:
+        """Drop all of these, or none if one is elsewhere or held by now. They die with the caller's `victims`.
+
+        Args:
+            victims: From `candidates`, with the same `parked` and `held`.
+            refuges: Copies in the host tier, by key. Of these the entries stay, and go there.
+            parked: See `candidates`.
+            held: See `candidates`.
+        """
+        with self._lock:
+            if not all(self._can_evict_locked(one, parked, held) for one in victims):
                 return False
-            for entry in victims:
-                self._drop_locked(entry)
-            self._ledger.evicted(victims)
+            self._ledger.evicted([one.entry for one in victims], parked=parked)
+            for entry, *_ in victims:
+                if (refuge := refuges.get(entry.key)) is None:
+                    self._drop_locked(entry)
+                    continue
+                self._ledger.moved(entry, refuge)
+                entry.base = entry.lease = entry.completion = None
             return True
-
-    def evict_all(self) -> list[Entry]:
-        """Drop every READY entry with bytes, also those that are held, and return them, for the caller to let die."""
-        with self._lock:
-            victims = [entry for entry in self._entries.values() if entry.base is not None and entry.nbytes]
-            for entry in victims:
-                self._drop_locked(entry)
-            self._ledger.evicted(victims)
-            return victims
-
-    def note_fetch(self, node: str, *, begins: bool) -> None:
-        """A reader of a node begins to deliver, or has ended."""
-        with self._lock:
-            self._ledger.fetching(node, begins=begins)
-
-    def note_answer(self, node: str, seconds: float) -> None:
-        """An answer of a node took so long, from the request to its last byte."""
-        with self._lock:
-            self._ledger.answered(node, seconds)
-
-    def stats(self) -> dict[str, float]:
-        """The index's part of `BufferStats`, consistent in itself."""
-        with self._lock:
-            return self._ledger.stats()
-
-    def report(self) -> dict[str, Any]:
-        """The index's part of a report, consistent in itself."""
-        with self._lock:
-            return {**self._ledger.stats(), **self._ledger.details()}
-
-    def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
-        """The oldest READY entries, oldest first; only those that outlived clears and should not, if so wanted."""
-        with self._lock:
-            wanted = (self._entries[key] for key in self._ledger.births)
-            if is_outlived:
-                wanted = (one for one in itertools.takewhile(self._ledger.is_outlived, wanted) if not one.is_kept)
-            return [self._ledger.about(entry) for entry in itertools.islice(wanted, most)]
 
     def _stands_locked(self, entry: Entry) -> bool:
         """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
         current = self._entries.get(entry.key)
         return current is not None and current.generation == entry.generation
 
-    def _can_evict_locked(self, entry: Entry) -> bool:
-        if entry.base is None or not entry.nbytes or entry.is_awaited:
+    def _can_evict_locked(self, one: Candidate, parked: bool, held: bool) -> bool:
+        entry = one.entry
+        place = entry.parked if parked else entry
+        if place is None or place.base is None or place.lease is not one.lease or not entry.nbytes or entry.moving:
             return False
-        return not self._is_held(entry.base)
+        return self._stands_locked(entry) and (held or not (entry.is_awaited or self._is_held(place.base)))
 
-    def _land_locked(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Entry]:
+    def _settle_move_locked(self, entry: Entry) -> Parked | None:
+        """It is brought back, or will not be; returns what it was copied from, which must not die under the lock."""
+        origin, entry.origin = entry.origin, None
+        if entry.resident is not None and entry.resident.moving is entry:
+            entry.resident.moving = None
+        return origin
+
+    def _land_locked(
+        self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any
+    ) -> tuple[list[Entry], list[Parked]]:
         """Give entries their tensors, but for those that their calls gave up on meanwhile."""
-        landed = []
+        landed, origins = [], []
         for entry, landing in landings:
             if entry.is_settled:
                 continue
             entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
             entry.node, entry.nbytes = node, landing.nbytes
             landed.append(entry)
+            if (origin := self._settle_move_locked(entry)) is not None:
+                origins.append(origin)
         self._ledger.landed(landed, node)
-        return landed
+        return landed, origins
 
     def _drop_locked(self, entry: Entry) -> None:
         """Forget an entry; PENDING ones keep flying, for those who wait."""

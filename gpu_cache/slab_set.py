@@ -44,6 +44,11 @@ class SlabSet:
         with self._lock:
             self._keep_bytes, self._is_started = self._prealloc_bytes, False
 
+    def keep(self, nbytes: int) -> None:
+        """Preallocate nothing, but keep what is taken, up to so many bytes, from now on."""
+        with self._lock:
+            self._keep_bytes, self._is_started = nbytes, True
+
     def _preallocate(self) -> None:
         """Take the slabs that are kept while empty; once, at first use."""
         with self._lock:

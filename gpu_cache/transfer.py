@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from gpu_cache.block import empty_landings
+from gpu_cache.block import empty_landings, stretches
 from gpu_cache.completion import Completion
 from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
 from gpu_cache.device import Device, Stream
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError
+from gpu_cache.host_tier import BACK, HostTier
 from gpu_cache.lease import plain_tensors
+from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.runs import Piece, Run, pack, windows
 from gpu_cache.slab import SlabPool
@@ -48,6 +50,7 @@ class Transfer:
         staging: Buffers to receive into; None: the arena is host memory, received into directly.
         config: Resolved settings.
         make_room: Evicts for a run of so many bytes, or nothing; the longest run that room was, or could be, made for.
+        tier: Where shards are brought back from.
     Thread-safety: any thread; each drains a reader of its own.
     """
 
@@ -58,9 +61,11 @@ class Transfer:
         staging: StagingRing | None,
         config: CacheConfig,
         make_room: Callable[[int], int],
+        tier: HostTier | None = None,
     ) -> None:
         self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
         slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
+        self._tier = tier
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
         self._overflow_warnings = Throttle()
@@ -82,6 +87,9 @@ class Transfer:
         placed: dict[Run, None] = {}
         try:
             with plain_tensors():  # once, as entering costs as much as three shards
+                if isinstance(reader, ParkedReader):
+                    self._bring_back(reader, sink, placed, may_overflow)
+                    return
                 while (specs := reader.next_specs()) is not None:
                     sink.expect(specs)
                     if empty := [spec for spec in specs if not spec.nbytes]:
@@ -96,6 +104,8 @@ class Transfer:
     def finish(self) -> None:
         """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
         self._pool.trim()
+        if self._tier is not None:
+            self._tier.pool.trim()
         if self._staging is not None:
             self._staging.close()
 
@@ -111,6 +121,27 @@ class Transfer:
         for run, is_overflow, landings in complete:
             sink.land(landings, completion, is_overflow=is_overflow)
             del placed[run]
+
+    def _bring_back(self, reader: ParkedReader, sink: Sink, placed: dict[Run, None], may_overflow: bool) -> None:
+        """Enqueue copies from the host tier, one for each stretch of a run that lies in one piece there."""
+        assert self._tier is not None
+        specs = reader.next_specs() or []
+        sink.expect(specs)
+        for run in self._place_all(specs, placed, may_overflow):
+            landings = self._pool.carve(run.range, run.specs, run.offsets)
+            origins = [reader.origins[spec.key] for spec in run.specs]
+            for completion in dict.fromkeys(one.completion for one in origins):
+                completion.wait_on(self.stream)
+            started = self._device.record(self.stream, timing=True)
+            copies = stretches([one.lease for one in origins])
+            arena, begin = run.range.slab.arena.tensor, run.range.offset
+            for slab, offset, nbytes in copies:
+                self._device.copy_async(arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes], self.stream)
+                begin += nbytes
+            ended = self._device.record(self.stream, timing=True)
+            self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
+            sink.land(landings, Completion(self._device, ended), is_overflow=run.range.slab.is_overflow)
+            del placed[run], origins
 
     def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
         """Runs with their ranges, placed one by one as they are needed."""

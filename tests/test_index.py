@@ -117,8 +117,9 @@ def test_those_that_nobody_holds_may_go_the_least_recently_used_first() -> None:
     held.add(id(entries["b"].base))
     index.claim(["a"])
     index.find("c")
-    assert [entry.key for entry in index.candidates()] == ["d", "a", "c"]
-    assert index.evict([entries["d"], entries["a"]])
+    found = index.candidates()
+    assert [one.entry.key for one in found] == ["d", "a", "c"]
+    assert index.evict(found[:2])
     assert index.keys() == ["b", "c"]
     assert (index.stats()["evictions"], index.stats()["evicted_bytes"]) == (2, 16)
 
@@ -127,9 +128,10 @@ def test_those_that_nobody_holds_may_go_the_least_recently_used_first() -> None:
 def test_of_victims_of_which_one_may_not_go_any_more_none_goes(what: str) -> None:
     held: set[int] = set()
     index = index_of(held)
-    victims = cached(index, "a", "b")
+    entries = cached(index, "a", "b")
+    victims = index.candidates()
     if what == "held":
-        held.add(id(victims[1].base))
+        held.add(id(entries[1].base))
     else:
         index.remove(["b"])
     if what == "refetched":
@@ -145,7 +147,7 @@ def test_what_its_call_has_yet_to_hand_out_is_no_victim() -> None:
     index.publish([landing(claim.claimed["a"])], "n:1", None)
     assert index.candidates() == []
     index.release(claim.claimed.values())
-    assert index.candidates() == list(claim.claimed.values())
+    assert [one.entry for one in index.candidates()] == list(claim.claimed.values())
 
 
 def test_clearing_a_node_leaves_the_others() -> None:
