@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from typing import cast
@@ -19,6 +20,9 @@ from gpu_cache.lease import plain_tensors
 from gpu_cache.room import RoomMaker
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardSpec
+from gpu_cache.throttle import Throttle
+
+logger = logging.getLogger(__name__)
 
 OUT, BACK = "d2h", "h2d"  # directions of copies
 
@@ -46,6 +50,7 @@ class HostTier:
         self.pool = SlabPool(cast(Device, HostArenas(device)), sizes, fence, index.forget_dead)
         self.pool.keep(config.host_tier_bytes)
         self._room = RoomMaker(index, self.pool, parked=True)
+        self._warnings = Throttle()
         self.stream: Stream = device.new_stream()
         fence.note(self.stream)
         # Guards every field below.
@@ -68,6 +73,8 @@ class HostTier:
                     continue
                 try:
                     parked |= self._copy_out(stretch, taken)
+                except RuntimeError as error:  # of the device: what is evicted need not come here
+                    self._warn(f"{nbytes:,} bytes could not be copied to the host tier: {error}")
                 finally:
                     self.pool.abandon(taken)
         return parked
@@ -112,6 +119,10 @@ class HostTier:
             "host_largest_free_bytes": stats["device_largest_free_bytes"],
             "host_alloc_failures": stats["alloc_failures"],
         }
+
+    def _warn(self, message: str) -> None:
+        if self._warnings.opens():
+            logger.warning(message)
 
     def _take(self, nbytes: int) -> Range | None:
         """Room in the tier, if need be by dropping what was longest there.

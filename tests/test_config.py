@@ -47,7 +47,8 @@ def test_a_small_device_is_not_preallocated_beyond_its_pool() -> None:
 
 def test_every_field_has_its_variable() -> None:
     values = {
-        "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB", "staging_slots": "2",
+        "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB",
+            "host_tier_bytes": "1GiB", "staging_slots": "2",
         "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5", "ready": "stream",
         "reuse_fence": "noted", "stats": "0", "role": "actor", "rank": "3",
     }  # fmt: skip
