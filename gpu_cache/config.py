@@ -50,7 +50,6 @@ class CacheConfig:
         prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host.
         pool_bytes: The most all slabs may take. Default the smaller of 8 GiB and a tenth of the device; 2 GiB on
             the host.
-        host_tier_bytes: The most of pinned host memory that evicted shards are kept in; 0: they are fetched again.
         staging_slots: Pinned buffers that bytes pass through on their way to the device.
         staging_slot_bytes: Bytes of one such buffer.
         run_bytes: The most bytes of consecutive shards that are placed and copied together.
@@ -62,6 +61,7 @@ class CacheConfig:
         stats: Whether to write reports for `gpu-cache-smi`. None: yes, unless GPU_CACHE_STATS says no.
         role: What the process is, for those reports. None: GPU_CACHE_ROLE, else the program's name.
         rank: Which of its kind. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
+        host_tier_bytes: The most of pinned host memory that evicted shards are kept in; 0: they are fetched again.
     Raises:
         ValueError: A value is out of range; names the field and the value.
     """
@@ -70,7 +70,6 @@ class CacheConfig:
     slab_bytes: int = 256 * MIB
     prealloc_bytes: int | None = None
     pool_bytes: int | None = None
-    host_tier_bytes: int = 0
     staging_slots: int = 8
     staging_slot_bytes: int = 16 * MIB
     run_bytes: int = 4 * MIB
@@ -80,6 +79,7 @@ class CacheConfig:
     stats: bool | None = None
     role: str | None = None
     rank: int | None = None
+    host_tier_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

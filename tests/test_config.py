@@ -55,7 +55,7 @@ def test_every_field_has_its_variable() -> None:
     assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
     config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
     assert config == CacheConfig(
-        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, "stream", "noted", False, "actor", 3
+        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, "stream", "noted", False, "actor", 3, 1 << 30
     )
 
 

@@ -22,7 +22,8 @@ from gpu_cache import (
     TensorCache,
     cuda_pools,
     engine,
-    index,
+    host_tier,
+    index_view,
     publish,
     reaper,
     slab_set,
@@ -41,7 +42,7 @@ from tests.support.threads import run_threads
 DEADLOCK_S = 60.0
 CONFIG = CacheConfig(
     slab_bytes="32KiB", pool_bytes="128KiB", prealloc_bytes="32KiB", run_bytes="4KiB", staging_slots=2,
-    staging_slot_bytes="8KiB",
+    staging_slot_bytes="8KiB", host_tier_bytes="64KiB",
 )  # fmt: skip
 SHARDS: dict[Hashable, torch.Tensor] = {
     f"s{n}": torch.full((100 * (n % 9) + 1,), n, dtype=torch.uint8) for n in range(60)
@@ -163,6 +164,8 @@ class Workload:
         self._cache.resume()
         self._cache.get_many(["s1"], self._source)
         self._cache.offload()
+        assert self._cache.get("s1") is not None
+        assert self._cache.get("nowhere") is None
         self._cache.resume()
         self._cache.get_many(["s1"], self._source)
         self._cache.clear()
@@ -193,7 +196,7 @@ def donor() -> TensorCache:
 def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (index, publish, slab_set, staging, reaper, engine):
+    for module in (index_view, publish, host_tier, slab_set, staging, reaper, engine):
         monkeypatch.setattr(module, "threading", garbage.threading())
     pools = cuda_pools.PrivatePools
     monkeypatch.setattr(pools, "_lock", CollectingLock(pools._lock, garbage))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -133,9 +134,15 @@ class Consumer:
             assert same_bytes(tensor, WORKING_SET[key]), "overwritten while it was held"
 
 
-@pytest.mark.parametrize(("stages", "num_operations"), [(True, 10_000), (False, 2_000)], ids=["staged", "direct"])
-def test_random_operations_under_a_pool_a_tenth_of_the_working_set(stages: bool, num_operations: int) -> None:
-    cache = TensorCache(TIGHT, device=HostDevice(stages=stages))
+@pytest.mark.parametrize(
+    ("stages", "num_operations", "tier_bytes"),
+    [(True, 10_000, 0), (True, 5_000, TIGHT.pool_bytes), (False, 1_000, 0)],
+    ids=["staged", "with a host tier", "direct"],
+)
+def test_random_operations_under_a_pool_a_tenth_of_the_working_set(
+    stages: bool, num_operations: int, tier_bytes: int
+) -> None:
+    cache = TensorCache(dataclasses.replace(TIGHT, host_tier_bytes=tier_bytes), device=HostDevice(stages=stages))
     consumer = Consumer(cache, seed=1)
     for _ in range(num_operations):
         consumer.step()
@@ -150,3 +157,5 @@ def test_random_operations_under_a_pool_a_tenth_of_the_working_set(stages: bool,
     cache.trim()
     after = cache.buffer_stats()
     assert (after["device_bytes"], after["device_reserved_bytes"], after["num_entries"]) == (0, 0, 0)
+    assert after["host_bytes"] == 0
+    assert (stats["host_hits"] > 1000) == (tier_bytes > 0)
