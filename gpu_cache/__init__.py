@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpu_cache.block import TrimReport
     from gpu_cache.cache import TensorCache
     from gpu_cache.config import CacheConfig
     from gpu_cache.entry import EntryInfo
@@ -47,6 +48,7 @@ _HOME = {
     "SourceStats": "report",
     "EntryInfo": "entry",
     "Scope": "scope",
+    "TrimReport": "block",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "SourceStats",
     "EntryInfo",
     "Scope",
+    "TrimReport",
     "GpuCacheError",
     "CacheFullError",
     "CacheClosedError",

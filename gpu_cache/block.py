@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -51,6 +51,36 @@ class Quarantine:
 
     ranges: Sequence[Range | Lease]
     events: list[Event] | None = None  # None: not yet recorded
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrimReport:
+    """What was given back. True if anything was.
+
+    Attributes:
+        freed_bytes: Of slabs that went back to the device's allocator.
+        held_bytes: Of slabs that stay because a shard in them is cached, on its way, or held by an alias.
+        num_held: How many slabs those are.
+    """
+
+    freed_bytes: int = 0
+    held_bytes: int = 0
+    num_held: int = 0
+
+    def __bool__(self) -> bool:
+        return self.freed_bytes > 0
+
+
+def stretches(leases: Iterable[Lease]) -> list[tuple[Slab, int, int]]:
+    """Slab, offset and length of blocks, those that follow upon each other taken together; in the same order."""
+    found: list[tuple[Slab, int, int]] = []
+    for lease in leases:
+        slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
+        if slab is lease.slab and offset + nbytes == lease.offset:
+            found.append((slab, offset, nbytes + lease.nbytes))
+        else:
+            found += [(slab, offset, nbytes), (lease.slab, lease.offset, lease.nbytes)]
+    return found
 
 
 def carve_shards(

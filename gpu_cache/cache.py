@@ -12,12 +12,13 @@ from typing import Literal, overload
 import torch
 
 from gpu_cache import process
+from gpu_cache.block import TrimReport
 from gpu_cache.checksum import check_bytes
 from gpu_cache.config import CacheConfig, OnError, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry
-from gpu_cache.errors import CacheClosedError, TransferError
+from gpu_cache.errors import CacheClosedError, FetchError, TransferError
 from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
@@ -27,7 +28,7 @@ from gpu_cache.publish import Publisher
 from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.reader_task import ReaderTask, put_one
 from gpu_cache.scope import Scope, ScopeVariable
-from gpu_cache.source import ShardSource
+from gpu_cache.source import NO_SOURCE, ShardSource
 
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
@@ -143,7 +144,7 @@ class TensorCache(ObservedCache):
 
     @eager
     def get(self, key: Hashable) -> torch.Tensor | None:
-        """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up.
+        """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up but for a host hit.
 
         What somebody wrote into is handed out as it is, with a warning: there is no source to fetch it from.
 
@@ -156,7 +157,7 @@ class TensorCache(ObservedCache):
         self._check_bytes([key])
         found = self._index.find(key)
         if found is None:
-            return None
+            return self._bring_back(key) if self._index.is_parked(key) else None
         tensor, entry = found
         engine.settle([] if entry.completion is None else [entry.completion], self.config.ready)
         return tensor
@@ -247,19 +248,46 @@ class TensorCache(ObservedCache):
         Raises:
             TransferError: During CUDA graph capture.
         """
+        self._refuse_capture("synchronize")
         if (engine := self._engine) is not None:
-            if engine.device.is_capturing():
-                raise TransferError("cannot synchronize the cache during CUDA graph capture")
             engine.synchronize()
 
-    def trim(self, to_bytes: int = 0) -> bool:
+    def trim(self, to_bytes: int = 0) -> TrimReport:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
 
         Returns:
-            Whether any was given back.
+            How much was given back, true if anything was, and how much stays because its shards are cached or held.
+        Raises:
+            TransferError: During CUDA graph capture.
         """
-        self.synchronize()
-        return (engine := self._engine) is not None and engine.pool.trim(to_bytes)
+        self._refuse_capture("trim")
+        return TrimReport() if (engine := self._engine) is None else engine.pool.trim(to_bytes)
+
+    @eager
+    def offload(self) -> TrimReport:
+        """Give the device's memory back, as for an engine that shares it: every slab is freed.
+
+        What is cached moves to the host tier; where that is off or full, it goes. What is handed out stays valid; its
+        slabs stay too, until the last alias of a shard in them is gone. What is on its way lands after all, so let
+        fetches end first. Waits for the work that was enqueued before.
+
+        Returns:
+            How much was given back, and how much is held.
+        Raises:
+            TransferError: During CUDA graph capture.
+        """
+        self._refuse_capture("offload")
+        if (engine := self._engine) is None:
+            return TrimReport()
+        report = engine.offload()
+        engine.reaper.wake()
+        self._publisher.soon()
+        return report
+
+    def resume(self) -> None:
+        """Take back what `offload` or `trim` said: the next use preallocates. Without it the cache works too."""
+        if (engine := self._engine) is not None:
+            engine.pool.resume()
 
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
@@ -268,8 +296,7 @@ class TensorCache(ObservedCache):
         """
         if self._is_closed:
             return
-        if (engine := self._engine) is not None and engine.device.is_capturing():
-            raise TransferError("cannot close the cache during CUDA graph capture")
+        self._refuse_capture("close")
         process.unregister(self)
         dropped = self._index.close()
         tasks = list(self._tasks)
@@ -292,9 +319,7 @@ class TensorCache(ObservedCache):
         index = self._index = ShardIndex(aliases_of, AliasCounter().is_held, doubts=Doubts(self.config.on_mutation))
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
-        self._lazy = LazyEngine(
-            self.config, self._given_device, index.forget_dead, lambda nbytes: bool(index.evict(nbytes))
-        )
+        self._lazy = LazyEngine(self.config, self._given_device, index)
         self._publisher = Publisher(index, self._lazy)
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
         weakref.finalize(self, self._publisher.retire).atexit = False
@@ -321,6 +346,18 @@ class TensorCache(ObservedCache):
         engine.reaper.wake()
         self._publisher.touch()
         return engine
+
+    def _bring_back(self, key: Hashable) -> torch.Tensor | None:
+        try:
+            return self.get_many([key], NO_SOURCE)[0]
+        except FetchError:
+            if self._index.is_parked(key):
+                raise
+            return None  # it was cleared meanwhile
+
+    def _refuse_capture(self, action: str) -> None:
+        if (engine := self._engine) is not None and engine.device.is_capturing():
+            raise TransferError(f"cannot {action} the cache during CUDA graph capture")
 
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their way back to the free lists."""

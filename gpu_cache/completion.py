@@ -23,6 +23,13 @@ class Completion:
         """Whether the host has already seen it done. Asks nothing of the device."""
         return self._event is None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the host sees it done now. Waits for nothing; not during CUDA graph capture."""
+        if (event := self._event) is not None and self._device.query(event):
+            self._event = None
+        return self._event is None
+
     def wait_host(self) -> None:
         """Block until it is done."""
         if (event := self._event) is not None:
@@ -31,9 +38,5 @@ class Completion:
 
     def wait_on(self, stream: Stream) -> None:
         """Make later work on `stream` wait for it, unless it is seen to be done."""
-        if (event := self._event) is None:
-            return
-        if self._device.query(event):
-            self._event = None
-        else:
+        if (event := self._event) is not None and not self.is_done:
             self._device.wait(stream, event)

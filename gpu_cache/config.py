@@ -69,6 +69,7 @@ class CacheConfig:
         on_mutation: What becomes of a shard that a reader wrote into, when it is next asked for. "refetch": it is
             fetched again, so that others get the original bytes; "error": `MutatedError`; "ignore": nothing.
         debug_checksum: Whether to look at every byte at each hand-out, for writes that torch does not count. Slow.
+        host_tier_bytes: The most of pinned host memory that evicted shards are kept in; 0: they are fetched again.
     Raises:
         ValueError: A value is out of range; names the field and the value.
     """
@@ -89,6 +90,7 @@ class CacheConfig:
     rank: int | None = None
     on_mutation: MutationPolicy = "refetch"
     debug_checksum: bool = False
+    host_tier_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -210,7 +212,7 @@ def _checked(field: str, value: Any) -> Any:
         return _named(value)
     if field == "rank":
         return _at_least(int(value), 0)
-    return _at_least(parse_size(value), 0 if field == "prealloc_bytes" else ALIGNMENT)
+    return _at_least(parse_size(value), 0 if field in ("prealloc_bytes", "host_tier_bytes") else ALIGNMENT)
 
 
 def _switch(value: Any) -> bool:

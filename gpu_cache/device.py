@@ -15,7 +15,7 @@ import torch
 from gpu_cache.bitwise import differing
 from gpu_cache.cuda_pools import PrivatePools
 from gpu_cache.cudart import CudaRuntime, nvml_uuid, pci_address, pooled_streams
-from gpu_cache.hostmem import host_memory
+from gpu_cache.hostmem import host_memory, host_storage
 from gpu_cache.lease import plain_tensors
 
 Stream = Any
@@ -141,8 +141,7 @@ class HostDevice:
         self.stages = stages
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-        # A bare storage: unlike `torch.empty`, deterministic mode does not fill it.
-        storage = torch.UntypedStorage(nbytes, device="cpu")  # type: ignore[no-untyped-call]
+        storage = host_storage(nbytes)
         with plain_tensors():
             return Arena(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage))
 

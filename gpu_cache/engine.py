@@ -7,15 +7,18 @@ import threading
 from collections.abc import Callable, Iterable
 
 from gpu_cache import process
+from gpu_cache.block import TrimReport
 from gpu_cache.comparison import Comparisons
 from gpu_cache.completion import Completion
 from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device import Device
 from gpu_cache.errors import TransferError
 from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Lease
+from gpu_cache.host_tier import HostTier
+from gpu_cache.index import ShardIndex
 from gpu_cache.placement import Placement, choose_device
 from gpu_cache.reaper import Reaper
+from gpu_cache.room import RoomMaker
 from gpu_cache.slab import SlabPool
 from gpu_cache.staging import StagingRing
 from gpu_cache.transfer import Transfer
@@ -29,24 +32,19 @@ class Engine:
     Args:
         device: Where shards are cached.
         config: Settings; what is None is decided here.
-        on_dead: Told the leases that fired.
-        make_room: Evicts so many bytes; whether anything was evicted.
+        index: Of what is cached; told of blocks that died, and asked who may be evicted.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        config: CacheConfig,
-        on_dead: Callable[[list[Lease]], None],
-        make_room: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, device: Device, config: CacheConfig, index: ShardIndex) -> None:
         is_cuda = device.torch_device.type == "cuda"
         self.device = device
         self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
         self.fence = StreamFence(device, self.config.reuse_fence)
-        self.pool = SlabPool(device, self.config, self.fence, on_dead)
+        self.pool = SlabPool(device, self.config, self.fence, index.forget_dead)
+        self.tier = HostTier(device, self.config, self.fence, index) if self.config.host_tier_bytes else None
+        self.room = RoomMaker(index, self.pool) if self.tier is None else RoomMaker(index, self.pool, self.tier.take_in)
         self.staging = StagingRing(device, self.config) if device.stages else None
-        self.transfer = Transfer(device, self.pool, self.staging, self.config, make_room)
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
         self.fence.note(self.transfer.stream)
         self.comparisons = Comparisons(device, self.fence)
         self.reaper = Reaper(self)
@@ -54,17 +52,28 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether any byte of the pool is in use."""
-        return self.pool.is_busy
+        return any(pool.is_busy for pool in self._pools)
+
+    @property
+    def _pools(self) -> list[SlabPool]:
+        return [self.pool] if self.tier is None else [self.pool, self.tier.pool]
 
     def drain(self) -> None:
         """Free what can be freed now."""
         self.comparisons.look()
-        self.pool.drain()
+        for pool in self._pools:
+            pool.drain()
+
+    def offload(self) -> TrimReport:
+        """Evict everything, and give back every slab of the device's that nobody holds."""
+        self.room.empty()
+        return self.pool.trim()
 
     def synchronize(self) -> None:
         """Wait until what was freed is reusable, and what is held only to be compared is freed."""
         self.comparisons.finish()
-        self.pool.synchronize()
+        for pool in self._pools:
+            pool.synchronize()
 
     def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
         """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
@@ -98,24 +107,26 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """The device's part of `BufferStats`."""
-        return {
-            **self.pool.stats(),
-            **self.transfer.inflight.stats(),
-            **(self.staging.stats() if self.staging is not None else {}),
-        }
+        found: dict[str, float] = {**self.pool.stats(), **self.transfer.inflight.stats()}
+        for part in (self.staging, self.tier):
+            for name, number in part.stats().items() if part is not None else ():
+                found[name] = found.get(name, 0) + number
+        return found
 
     def details(self) -> dict[str, int]:
         """What a report has beyond that, under the report's names."""
-        return self.staging.details() if self.staging is not None else {}
+        return {name: number for part in (self.staging, self.tier) if part for name, number in part.details().items()}
 
     def gather(self) -> None:
         """Count copies that are done by now. Not from a thread that captures a CUDA graph; waits for nothing."""
-        if self.staging is not None:
-            self.staging.gather()
+        for part in (self.staging, self.tier):
+            if part is not None:
+                part.gather()
 
     def reset_peaks(self) -> None:
         """Make the peaks what is in use now."""
-        self.pool.reset_peak()
+        for pool in self._pools:
+            pool.reset_peak()
         if self.staging is not None:
             self.staging.reset_peak()
 
@@ -126,20 +137,13 @@ class LazyEngine:
     Args:
         config: Settings, as given.
         device: Where to cache; None: as `config.device` and the process's state say.
-        on_dead: See `Engine`.
-        make_room: See `Engine`.
+        index: See `Engine`.
     Thread-safety: any thread.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        device: Device | None,
-        on_dead: Callable[[list[Lease]], None],
-        make_room: Callable[[int], bool],
-    ) -> None:
+    def __init__(self, config: CacheConfig, device: Device | None, index: ShardIndex) -> None:
         self.current: Engine | None = None
-        self._config, self._on_dead, self._make_room = config, on_dead, make_room
+        self._config, self._index = config, index
         self._given = None if device is None else Placement(device, "as given", is_final=True)
         # Guards `current` and _is_final.
         self._lock = threading.Lock()
@@ -156,7 +160,7 @@ class LazyEngine:
         if engine is not None and (self._is_final or self._stays(engine, is_empty)):
             return engine
         placement = self._given or choose_device(self._config.device)
-        built = Engine(placement.device, self._config, self._on_dead, self._make_room)
+        built = Engine(placement.device, self._config, self._index)
         with self._lock:
             is_mine = self.current is engine and (engine is None or is_empty())
             if is_mine:

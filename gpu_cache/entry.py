@@ -7,7 +7,7 @@ import enum
 import weakref
 from collections.abc import Hashable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,23 @@ class State(enum.Enum):
     GONE = enum.auto()  # cleared, evicted or failed; whoever holds the entry object still owns its tensor
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Parked:
+    """A shard in the host tier."""
+
+    base: torch.Tensor
+    lease: Any  # a lease.Lease
+    completion: Any  # of the copy that filled it, as in Entry
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Entry:
-    """One generation of a key: a cleared and refetched key has a new one. Fields are guarded by the index lock."""
+    """One generation of a key: a cleared and refetched key has a new one. Fields are guarded by the index lock.
+
+    A READY entry has either `base` or `parked`. While a parked one is brought back it stays as it is, and a PENDING one
+    beside it, which is not indexed, has the flight; whoever brings it back and is too late for the index gives it to
+    those who wait, as of a fetch.
+    """
 
     key: Hashable
     generation: int
@@ -42,13 +56,23 @@ class Entry:
     deadline: float = 0.0  # of the claiming call
     version: int = 0  # of `base` when it was last known to hold what the source has
     suspect: Entry | None = None  # what this generation is to replace: somebody wrote into it
+    lineage: int = 0  # the first generation of those that replaced each other so; scopes know it by that
     checksum: int | None = None  # of its bytes, with `debug_checksum`, before anybody had it
+    parked: Parked | None = None  # where it is in the host tier
+    moving: Entry | None = None  # which brings it back
+    resident: Entry | None = None  # of `moving`: the parked one
+    origin: Parked | None = None  # of `moving`: what is copied, until it landed
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property
     def is_settled(self) -> bool:
         """Whether it arrived or failed."""
         return self.base is not None or self.error is not None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of its key was cached when it was claimed, neither on the device nor in the host tier."""
+        return self.suspect is None and self.resident is None
 
     @property
     def is_changed(self) -> bool:
@@ -76,6 +100,15 @@ class Holding:
     generations: dict[Hashable, int] = dataclasses.field(default_factory=dict)
     prune_at: int = 4096  # of what it once held, much may be gone, in a scope around many steps
     is_over: bool = False
+
+
+class Candidate(NamedTuple):
+    """An entry that may be evicted, and where it was when that was looked at."""
+
+    entry: Entry
+    base: torch.Tensor
+    lease: Any
+    completion: Any
 
 
 @dataclasses.dataclass(slots=True)

@@ -13,22 +13,29 @@ class GpuCacheError(Exception):
 
 
 class CacheFullError(GpuCacheError, MemoryError):
-    """The pool has no room, even after evicting every entry that nobody holds.
+    """There is no room: in the pool, even after evicting every entry that nobody holds, or on the device.
 
     Args:
         needed: Bytes asked for, after alignment.
-        free: Bytes free in the pool.
+        free: Bytes free in the pool, or on the device.
         capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
+        reserved: Bytes that the pool has taken from a device without room; None: it is the pool that is full.
     """
 
-    def __init__(self, needed: int, free: int, capacity: int) -> None:
-        super().__init__(needed, free, capacity)
-        self.needed, self.free, self.capacity = needed, free, capacity
+    def __init__(self, needed: int, free: int, capacity: int, reserved: int | None = None) -> None:
+        super().__init__(needed, free, capacity, reserved)
+        self.needed, self.free, self.capacity, self.reserved = needed, free, capacity, reserved
 
     def __str__(self) -> str:
+        if self.reserved is None:
+            return (
+                f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; "
+                "raise pool_bytes (GPU_CACHE_POOL_BYTES) or clear shards"
+            )
         return (
-            f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; "
-            "raise pool_bytes (GPU_CACHE_POOL_BYTES) or clear shards"
+            f"need {self.needed:,} bytes, and the device is out of memory, with {self.free:,} free for its driver and "
+            f"{self.reserved:,} in the pool, of at most {self.capacity:,}; clear shards, or lower pool_bytes "
+            "(GPU_CACHE_POOL_BYTES) or what else takes memory"
         )
 
 

@@ -23,6 +23,11 @@ class StreamFence:
         """Remember a stream that reads blocks."""
         self._noted[stream] = None
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether a graph is being captured on one of the streams, so that nothing can be recorded."""
+        return any(map(self._device.is_capturing, self._streams()))
+
     def record(self) -> list[Event] | None:
         """One event on each stream, behind what is enqueued now; all of them done means: nobody reads any more.
 

@@ -19,6 +19,7 @@ from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, Tr
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
 from gpu_cache.metered_reader import MeteredReader
+from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.reader_task import ReaderTask
 from gpu_cache.source import ShardSource
@@ -94,7 +95,8 @@ class Fetch:
                 if self._keep:
                     self._index.keep(wanted)
                 if self._holding is not None and self.claim.claimed:
-                    self._index.adopt(self._holding, self.claim.claimed.values())
+                    claimed = self.claim.claimed.values()
+                    self._index.adopt(self._holding, [entry for entry in claimed if entry.is_new])
                 if is_current(engine):
                     self.start(source, engine.transfer, live)
                     if self.claim.claimed and self._index.is_closed:
@@ -138,6 +140,10 @@ class Fetch:
         """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
         left = dict(self.claim.claimed)
         try:
+            if parked := {
+                key: left.pop(key) for key, entry in self.claim.claimed.items() if entry.resident is not None
+            }:
+                self.tasks.append(ReaderTask(ParkedReader(parked), parked, self._index))
             for reader in source.open(list(left), self._left_s) if left else ():
                 if foreign := [key for key in reader.keys if key not in left]:
                     raise FetchError(
@@ -243,12 +249,14 @@ class Fetch:
         self._index.abort(self.claim.claimed.values(), error)
 
     def _drain(self, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
-        node = task.reader.node
-        self._index.note_fetch(node, begins=True)
+        node, is_fetch = task.reader.node, not isinstance(task.reader, ParkedReader)
+        if is_fetch:
+            self._index.note_fetch(node, begins=True)
         try:
             task.run(transfer, self.deadline, may_overflow=self._may_overflow)
         finally:
-            self._index.note_fetch(node, begins=False)
+            if is_fetch:
+                self._index.note_fetch(node, begins=False)
             live.discard(task)
             if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
                 _finish(transfer)
@@ -256,6 +264,7 @@ class Fetch:
     def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
         if missing := self._index.missing(keys):
             why = " (it was written to in place since it came)" if missing[0] in self._index else ""
+            why = " (it is in the host tier)" if self._index.is_parked(missing[0]) else why
             raise TransferError(f"cannot fetch {missing[0]!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _has_timed_out(self, pending: list[Future[Any]]) -> bool:

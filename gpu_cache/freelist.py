@@ -50,6 +50,10 @@ class FreeList:
         """Whether nothing is taken."""
         return self.free_bytes == self.capacity
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """Start and length of each free range, in no order."""
+        return list(self._size_at.items())
+
     def take(self, nbytes: int) -> int | None:
         """Take `nbytes` (at least 1) and return where they start; None if no free range is long enough."""
         start = self._fit(nbytes)

@@ -35,6 +35,20 @@ def host_memory(nbytes: int) -> tuple[torch.Tensor, memoryview]:
     return tensor, memoryview(pages)[:nbytes]
 
 
+def host_storage(nbytes: int) -> torch.UntypedStorage:
+    """Ordinary host memory as a bare storage: unlike `torch.empty`, deterministic mode does not fill it.
+
+    Raises:
+        torch.OutOfMemoryError: The host has not that much; torch itself has no type for it there.
+    """
+    try:
+        return torch.UntypedStorage(nbytes, device="cpu")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
 def _touch(pages: mmap.mmap) -> None:
     """Make every page present, so that neither pinning nor the first receive pays for page faults."""
     try:

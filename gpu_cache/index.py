@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from gpu_cache.entry import Claim, Entry, EntryInfo, Holding, Landing
+from gpu_cache.entry import Candidate, Claim, Entry, Landing, Parked, State
 from gpu_cache.errors import failure_reason
 from gpu_cache.lease import Lease
-from gpu_cache.ledger import Ledger
 from gpu_cache.mutation import Doubts
-from gpu_cache.suspects import SuspectIndex
+from gpu_cache.scoped_index import ScopedIndex
 
 
-class ShardIndex(SuspectIndex):
+class ShardIndex(ScopedIndex):
     """Entries by key, in order of use.
 
     Args:
@@ -38,24 +36,8 @@ class ShardIndex(SuspectIndex):
         now: Callable[[], float] = time.monotonic,
         doubts: Doubts | None = None,
     ) -> None:
-        super().__init__(alias, Ledger(now), doubts or Doubts())
-        # Guards every field, also those of _ledger and _doubts, and the fields of every entry.
-        self._lock = threading.Lock()
+        super().__init__(alias, now, doubts or Doubts())
         self._is_held = is_held
-        self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._ledger.births)
-
-    def __contains__(self, key: Hashable) -> bool:
-        with self._lock:
-            return key in self._ledger.births
-
-    def __repr__(self) -> str:
-        num_ready = len(self._ledger.births)
-        pending = len(self._entries) - num_ready
-        return f"ShardIndex({num_ready} ready, {pending} pending, {self._ledger.ready_bytes:,} bytes)"
 
     @property
     def is_closed(self) -> bool:
@@ -66,11 +48,6 @@ class ShardIndex(SuspectIndex):
     def is_empty(self) -> bool:
         """Whether nothing is cached or on its way."""
         return not self._entries
-
-    def keys(self) -> list[Hashable]:
-        """Keys of the READY entries, oldest first."""
-        with self._lock:
-            return list(self._ledger.births)
 
     def claim(
         self,
@@ -121,7 +98,11 @@ class ShardIndex(SuspectIndex):
                     hit_bytes += entry.nbytes
                     if entry.completion is not None:
                         found.completions[entry.completion] = None
+                elif entry.parked is not None and entry.moving is None:
+                    entries.move_to_end(key)
+                    found.claimed[key] = self._moving_locked(entry, deadline)
                 else:
+                    entry = entry.moving or entry
                     entry.num_joined += 1
                     entry.flight = entry.flight or Future()
                     found.joined[key] = entry
@@ -131,52 +112,6 @@ class ShardIndex(SuspectIndex):
             self._doubts.tell_unverified(unverified)
         return found
 
-    def keep(self, keys: Iterable[Hashable]) -> None:
-        """Say that these are meant to outlive clears, cached or on their way: they are no leak."""
-        with self._lock:
-            for key in keys:
-                if (entry := self._entries.get(key)) is not None:
-                    self._ledger.kept(entry)
-
-    def adopt(self, holding: Holding, entries: Iterable[Entry]) -> None:
-        """Drop these when a scope ends; of one that is over, when the next one around it does."""
-        with self._lock:
-            holder: Holding | None = holding
-            while holder is not None and holder.is_over:
-                holder = holder.outer
-            if holder is None:
-                return
-            holder.generations.update((entry.key, entry.generation) for entry in entries)
-            if len(over := holder.generations) > holder.prune_at:
-                holder.generations = {entry.key: entry.generation for entry in self._held_locked(holder)}
-                holder.prune_at = max(holder.prune_at, 2 * len(holder.generations))
-        del over  # keys may be anything, and die outside the lock
-
-    def held_by(self, holding: Holding) -> list[Entry]:
-        """The READY entries that a scope will drop."""
-        with self._lock:
-            return [entry for entry in self._held_locked(holding) if entry.base is not None]
-
-    def end_scope(self, holding: Holding) -> list[Entry]:
-        """Drop what was fetched inside a scope, but for what is meant to stay; return the READY ones, as `remove`."""
-        with self._lock:
-            self._num_removals += 1
-            held, over = self._held_locked(holding), holding.generations
-            holding.generations, holding.is_over = {}, True
-            for entry in held:
-                self._drop_locked(entry)
-            dropped = [entry for entry in held if entry.base is not None]
-            # What an outer scope holds has outlived no step yet.
-            self._ledger.cleared(dropped, ends_step=holding.outer is None)
-        del over  # keys may be anything, and die outside the lock
-        return dropped
-
-    def came_from(self, entries: Iterable[Entry], node: str) -> None:
-        """Say which node PENDING entries are asked of, so that clearing the node finds them."""
-        with self._lock:
-            for entry in entries:
-                entry.node = node
-
     def reserve(self, key: Hashable) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry."""
         with self._lock:
@@ -184,26 +119,40 @@ class ShardIndex(SuspectIndex):
                 return None
             return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, is_awaited=True))
 
-    def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
-        """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them."""
+    def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
+        """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.
+
+        Returns:
+            What left the host tier with it, for the caller to let die.
+        """
         with self._lock:
-            landed = self._land_locked(landings, node, completion)
+            landed, origins = self._land_locked(landings, node, completion)
             standing = [entry for entry in landed if self._stands_locked(entry)]
             if self._is_closed:
                 for entry in standing:
                     self._drop_locked(entry)
             else:
                 self._ledger.indexed(standing, node)
+            for entry in landed:
+                if (resident := entry.resident) is not None and self._stands_locked(resident):
+                    self._ledger.moved(resident, None)
+                    resident.base, resident.lease, resident.completion = entry.base, entry.lease, completion
+                    resident.is_awaited, resident.version = entry.is_awaited, entry.version
         _wake(landed)
+        return origins
 
-    def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> None:
-        """Hand shards that arrived to those who wait for them, without caching: the pool had no room."""
+    def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
+        """Hand shards that arrived to those who wait for them, without caching: the pool had no room.
+
+        One from the host tier stays there. Returns what the caller is to let die.
+        """
         with self._lock:
-            landed = self._land_locked(landings, node, completion)
+            landed, origins = self._land_locked(landings, node, completion)
             for entry in landed:
                 self._drop_locked(entry)
             self._ledger.overflowed(landed)
         _wake(landed)
+        return origins
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
         """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`, or what it was to
@@ -212,16 +161,12 @@ class ShardIndex(SuspectIndex):
         reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
+            origins = [self._settle_move_locked(entry) for entry in failed]
             kept = [entry for entry in failed if self._falls_back_locked(entry, error)]
             self._ledger.failed(failed, reason)
+        del origins
         _wake(failed)
         self._doubts.tell_kept(kept, error)
-
-    def release(self, entries: Iterable[Entry]) -> None:
-        """The claiming call has handed these out, or will not: they may be evicted."""
-        with self._lock:
-            for entry in entries:
-                entry.is_awaited = False
 
     def remove(self, keys: Iterable[Hashable], node: str | None = None) -> list[Entry]:
         """Drop entries by key (and node), and return the READY ones, for the caller to let die.
@@ -237,9 +182,9 @@ class ShardIndex(SuspectIndex):
                 entry = self._entries.get(key)
                 if entry is None or (node is not None and entry.node != node):
                     continue
-                self._drop_locked(entry)
-                if entry.base is not None:
+                if entry.state is State.READY:
                     dropped.append(entry)
+                self._drop_locked(entry)
             if wanted:
                 self._ledger.cleared(dropped)
             return dropped
@@ -260,71 +205,92 @@ class ShardIndex(SuspectIndex):
         """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
         with self._lock:
             known = [(self._entries.get(lease.key), lease) for lease in leases]
-            dropped = [entry for entry, lease in known if entry is not None and entry.lease is lease]
+            dropped = [entry for entry, lease in known if entry is not None and lease is (entry.parked or entry).lease]
             for entry in dropped:
                 self._drop_locked(entry)
             self._ledger.died(dropped)
 
-    def evict(self, nbytes: int) -> list[Entry]:
-        """Drop least recently used READY entries that nobody holds until their bytes suffice; return them."""
+    def candidates(self, *, parked: bool = False, held: bool = False) -> list[Candidate]:
+        """What may be evicted, the least recently used first.
+
+        Args:
+            parked: From the host tier, not from the device.
+            held: Also what somebody else holds, or is about to hand out.
+        """
         with self._lock:
-            victims: list[Entry] = []
-            total = 0
-            for entry in self._entries.values():
-                if total >= nbytes:
-                    break
-                if entry.nbytes and entry.base is not None and not entry.is_awaited and not self._is_held(entry.base):
-                    victims.append(entry)
-                    total += entry.nbytes
-            for entry in victims:
-                self._drop_locked(entry)
-            self._ledger.evicted(victims)
-            return victims
+            places = ((entry, entry.parked if parked else entry) for entry in self._entries.values())
+            found = (
+                Candidate(entry, place.base, place.lease, place.completion)
+                for entry, place in places
+                if place is not None and place.base is not None
+            )
+            return [one for one in found if self._can_evict_locked(one, parked, held)]
 
-    def note_fetch(self, node: str, *, begins: bool) -> None:
-        """A reader of a node begins to deliver, or has ended."""
+    def evict(
+        self,
+        victims: Sequence[Candidate],
+        refuges: Mapping[Hashable, Parked] = MappingProxyType({}),
+        *,
+        parked: bool = False,
+        held: bool = False,
+    ) -> bool:
+        """Drop all of these, or none if one is elsewhere or held by now. They die with the caller's `victims`.
+
+        Args:
+            victims: From `candidates`, with the same `parked` and `held`.
+            refuges: Copies in the host tier, by key. Of these the entries stay, and go there.
+            parked: See `candidates`.
+            held: See `candidates`.
+        """
         with self._lock:
-            self._ledger.fetching(node, begins=begins)
+            if not all(self._can_evict_locked(one, parked, held) for one in victims):
+                return False
+            self._ledger.evicted([one.entry for one in victims], parked=parked)
+            for entry, *_ in victims:
+                refuge = refuges.get(entry.key)
+                if refuge is None or (self._doubts.is_on and entry.is_changed):  # a copy would pass for the original
+                    self._drop_locked(entry)
+                    continue
+                self._ledger.moved(entry, refuge)
+                entry.base = entry.lease = entry.completion = None
+            return True
 
-    def note_answer(self, node: str, seconds: float) -> None:
-        """An answer of a node took so long, from the request to its last byte."""
-        with self._lock:
-            self._ledger.answered(node, seconds)
+    def _can_evict_locked(self, one: Candidate, parked: bool, held: bool) -> bool:
+        entry = one.entry
+        place = entry.parked if parked else entry
+        if place is None or place.base is None or place.lease is not one.lease or not entry.nbytes or entry.moving:
+            return False
+        return self._stands_locked(entry) and (held or not (entry.is_awaited or self._is_held(place.base)))
 
-    def stats(self) -> dict[str, float]:
-        """The index's part of `BufferStats`, consistent in itself."""
-        with self._lock:
-            return {**self._ledger.stats(), "mutations": self._doubts.num_found}
+    def _moving_locked(self, entry: Entry, deadline: float) -> Entry:
+        """What brings a parked entry back."""
+        moving = Entry(entry.key, next(self._generations), is_fetch=False, is_awaited=True, deadline=deadline)
+        moving.resident, moving.origin = entry, entry.parked
+        entry.moving = moving
+        return moving
 
-    def report(self) -> dict[str, Any]:
-        """The index's part of a report, consistent in itself."""
-        with self._lock:
-            return {**self._ledger.stats(), **self._ledger.details(), "mutations": self._doubts.num_found}
+    def _settle_move_locked(self, entry: Entry) -> Parked | None:
+        """It is brought back, or will not be; returns what it was copied from, which must not die under the lock."""
+        origin, entry.origin = entry.origin, None
+        if entry.resident is not None and entry.resident.moving is entry:
+            entry.resident.moving = None
+        return origin
 
-    def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
-        """The oldest READY entries, oldest first; only those that outlived clears and should not, if so wanted."""
-        with self._lock:
-            wanted = (self._entries[key] for key in self._ledger.births)
-            if is_outlived:
-                wanted = (one for one in itertools.takewhile(self._ledger.is_outlived, wanted) if not one.is_kept)
-            return [self._ledger.about(entry) for entry in itertools.islice(wanted, most)]
-
-    def _held_locked(self, holding: Holding) -> list[Entry]:
-        """What of a scope's is indexed still, in the generation that it fetched, and not meant to stay."""
-        found = ((self._entries.get(key), generation) for key, generation in holding.generations.items())
-        return [entry for entry, generation in found if entry and entry.generation == generation and not entry.is_kept]
-
-    def _land_locked(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Entry]:
+    def _land_locked(
+        self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any
+    ) -> tuple[list[Entry], list[Parked]]:
         """Give entries their tensors, but for those that their calls gave up on meanwhile."""
-        landed = []
+        landed, origins = [], []
         for entry, landing in landings:
             if entry.is_settled:
                 continue
             entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
             entry.node, entry.nbytes, entry.version = node, landing.nbytes, landing.base._version
             landed.append(entry)
+            if (origin := self._settle_move_locked(entry)) is not None:
+                origins.append(origin)
         self._ledger.landed(landed, node)
-        return landed
+        return landed, origins
 
 
 def _wake(entries: Iterable[Entry]) -> None:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
-from gpu_cache.entry import Claim, Entry, EntryInfo, State
+from gpu_cache.entry import Claim, Entry, EntryInfo, Parked, State
 from gpu_cache.report import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SURVIVED, Histograms
 from gpu_cache.stats import BusyClock, LookupCounters, Survivors
 from gpu_cache.tally import Sources, Tally
@@ -31,6 +31,8 @@ class Ledger:
         self._fetching = BusyClock(now)
         self._sources = Sources(now)
         self._durations, self._entry_sizes = Tally(FETCH_DURATION_EDGES_S), Tally(ENTRY_SIZE_EDGES_BYTES)
+        self._host_entries = 0  # of `births`, in the host tier
+        self._host_evictions = self._host_evicted_bytes = self._host_cleared = self._host_cleared_bytes = 0
         self._has_fetched = False  # since the last clear
         self._dropped = self._dropped_bytes = 0  # whose storage died under them
 
@@ -39,8 +41,10 @@ class Ledger:
         self._counters.hits += num_hits
         self._counters.hit_bytes += hit_bytes
         self._counters.joined += len(found.joined)
-        self._counters.misses += len(found.claimed)
-        self._has_fetched = self._has_fetched or bool(found.claimed)
+        num_parked = sum(entry.resident is not None for entry in found.claimed.values())
+        self._counters.host_hits += num_parked
+        self._counters.misses += len(found.claimed) - num_parked
+        self._has_fetched = self._has_fetched or len(found.claimed) > num_parked
 
     def fetching(self, node: str, *, begins: bool) -> None:
         """A reader of that node begins to deliver, or has ended."""
@@ -60,9 +64,11 @@ class Ledger:
         """Entries got their tensors."""
         fetched_bytes = sum(entry.nbytes for entry in entries if entry.is_fetch)
         self._counters.miss_bytes += fetched_bytes
+        self._counters.hit_bytes += sum(entry.nbytes for entry in entries if entry.resident is not None)
         self._counters.fetch_bytes += fetched_bytes
         self._counters.joined_bytes += sum(entry.nbytes * entry.num_joined for entry in entries if entry.num_joined)
-        self._sources[node].fetch_bytes += fetched_bytes
+        if fetched_bytes:
+            self._sources[node].fetch_bytes += fetched_bytes
 
     def revived(self, entry: Entry) -> None:
         """A miss that was not fetched, as who asked for it gets what was there before."""
@@ -88,10 +94,17 @@ class Ledger:
     def dropped(self, entry: Entry) -> None:
         """A READY entry is indexed no more."""
         del self.births[entry.key]
+        if entry.parked is not None:
+            self._host_entries -= 1
         self.ready_bytes -= entry.nbytes
         self._sources[entry.node].remove(entry.born, entry.nbytes)
         if not entry.is_kept:
             self._survivors.add(entry.epoch, -1, -entry.nbytes)
+
+    def moved(self, entry: Entry, parked: Parked | None) -> None:
+        """A READY entry goes to the host tier, or (None) leaves it; what it left is still referred to elsewhere."""
+        self._host_entries += 1 if parked is not None else -1
+        entry.parked = parked
 
     def kept(self, entry: Entry) -> None:
         """An entry is meant to stay: it is no survivor any more."""
@@ -112,8 +125,12 @@ class Ledger:
                 errors = self._sources[entry.node].errors
                 errors[reason] = errors.get(reason, 0) + 1
 
-    def evicted(self, entries: Collection[Entry]) -> None:
-        """Entries went to make room."""
+    def evicted(self, entries: Collection[Entry], *, parked: bool) -> None:
+        """Entries went to make room, from the device or from the host tier."""
+        if parked:
+            self._host_evictions += len(entries)
+            self._host_evicted_bytes += sum(entry.nbytes for entry in entries)
+            return
         self._counters.evictions += len(entries)
         self._counters.evicted_bytes += sum(entry.nbytes for entry in entries)
 
@@ -127,6 +144,8 @@ class Ledger:
         if self._has_fetched and ends_step:
             self._has_fetched = False
             self._counters.clears += 1
+        self._host_cleared += sum(entry.parked is not None for entry in entries)
+        self._host_cleared_bytes += sum(entry.nbytes for entry in entries if entry.parked is not None)
         self._counters.cleared += len(entries)
         self._counters.cleared_bytes += sum(entry.nbytes for entry in entries)
 
@@ -136,15 +155,16 @@ class Ledger:
 
     def about(self, entry: Entry) -> EntryInfo:
         """A READY entry, for people."""
-        assert entry.base is not None
+        base = (entry.parked or entry).base
+        assert base is not None
         return EntryInfo(
             key=entry.key,
             nbytes=entry.nbytes,
             age_s=self._now() - entry.born,
             source=self._sources.name(entry.node),
             clears_survived=self._counters.clears - entry.epoch,
-            dtype=entry.base.dtype,
-            shape=tuple(entry.base.shape),
+            dtype=base.dtype,
+            shape=tuple(base.shape),
         )
 
     def stats(self) -> dict[str, float]:
@@ -174,6 +194,12 @@ class Ledger:
             ),
             "survivors": capped(table, MAX_SURVIVED),
             "outlived_max_clears": max((survived for survived, _, _ in table), default=0),
+            "device_entries": len(self.births) - self._host_entries,
+            "host_entries": self._host_entries,
+            "host_evictions": self._host_evictions,
+            "host_evicted_bytes": self._host_evicted_bytes,
+            "host_cleared": self._host_cleared,
+            "host_cleared_bytes": self._host_cleared_bytes,
             "dropped": self._dropped,
             "dropped_bytes": self._dropped_bytes,
         }

@@ -138,6 +138,9 @@ class Report(BufferStats):
         outlived_max_clears: The most clears that any entry survived.
         sources: By node, at most MAX_SOURCES by fetch_bytes and OTHER_SOURCES.
         device_entries: Entries by tier; so `host_entries`.
+        host_evictions: Entries that the host tier had no room for any more; so `host_evicted_bytes`. `evictions` are
+            those from the device, be it to the host tier.
+        host_cleared: Those of `cleared` that were in the host tier; so `host_cleared_bytes`.
         dropped: Entries that went because their storage did, without a clear or an eviction; so `dropped_bytes`.
     """
 
@@ -166,6 +169,10 @@ class Report(BufferStats):
     pinned_peak_bytes: NotRequired[int]
     host_peak_bytes: NotRequired[int]
     host_largest_free_bytes: NotRequired[int]
+    host_evictions: NotRequired[int]
+    host_evicted_bytes: NotRequired[int]
+    host_cleared: NotRequired[int]
+    host_cleared_bytes: NotRequired[int]
     dropped: NotRequired[int]
     dropped_bytes: NotRequired[int]
     pinned_alloc_failures: NotRequired[int]

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
-from gpu_cache.block import Quarantine, Range, Slab, carve_shards
-from gpu_cache.config import ALIGNMENT, CacheConfig
+from gpu_cache.block import Quarantine, Range, Slab, TrimReport, carve_shards
+from gpu_cache.config import CacheConfig
 from gpu_cache.device import Device
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.fence import StreamFence
-from gpu_cache.freelist import FreeList
 from gpu_cache.lease import Lease, lease_fault
+from gpu_cache.slab_set import SlabSet
 from gpu_cache.source import ShardSpec
+from gpu_cache.victims import Layout, Span
 
-logger = logging.getLogger(__name__)
 
-
-class SlabPool:
+class SlabPool(SlabSet):
     """Device memory of one cache.
 
     Args:
@@ -41,21 +38,12 @@ class SlabPool:
     ) -> None:
         if fault := lease_fault():
             raise GpuCacheError(fault)
-        assert config.pool_bytes is not None
-        assert config.prealloc_bytes is not None
-        self.capacity = config.pool_bytes
-        self._device, self._slab_bytes, self._fence, self._on_dead = device, config.slab_bytes, fence, on_dead
+        super().__init__(device, config)
+        self._fence, self._on_dead = fence, on_dead
         self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
-        # Guards every field below and those of each slab.
-        self._lock = threading.Condition(threading.Lock())
-        self._slabs: list[Slab] = []
-        self._quarantine: dict[Quarantine, None] = {}
-        self._keep_bytes = config.prealloc_bytes  # empty slabs down to this are kept
-        self._is_started = False
-        self._growing_bytes = 0  # of slabs being allocated
-        self._reserved_bytes = self._overflow_bytes = 0
+        # Guarded by the lock.
+        self._quarantine: dict[Quarantine, None] = {}  # the oldest first
         self._pending_bytes = self._held_bytes = self._quarantined_bytes = self._peak_bytes = 0
-        self._alloc_failures = 0
 
     def __repr__(self) -> str:
         return f"SlabPool({self.accounts()}, at most {self.capacity:,} bytes)"
@@ -86,13 +74,12 @@ class SlabPool:
             CacheFullError: The device has no room either.
         """
         try:
-            arena = self._device.arena(nbytes, private=False)
+            slab = self._add_overflow(nbytes)
         except torch.OutOfMemoryError as error:
-            raise CacheFullError(nbytes, self._device.memory_info()[0], self.capacity) from error
-        slab = Slab(arena, FreeList(nbytes), is_overflow=True)
+            with self._lock:
+                reserved = self._reserved_bytes + self._overflow_bytes
+            raise CacheFullError(nbytes, self._device.memory_info()[0], self.capacity, reserved) from error
         with self._lock:
-            self._slabs.append(slab)
-            self._overflow_bytes += nbytes
             taken = self._take_from_locked(slab, nbytes)
         assert taken is not None
         return taken
@@ -138,19 +125,46 @@ class SlabPool:
         self._collect()
         held = self._fenced()
         for one in held:
-            for event in one.events or ():
-                self._device.synchronize(event)
+            self._wait_for(one)
         self._settle(held)
 
-    def trim(self, to_bytes: int = 0) -> bool:
-        """Release empty slabs down to `to_bytes`, and keep no more from now on; whether any was released."""
+    def take_freed(self, nbytes: int) -> Range | None:
+        """Take a range from what was freed: waits for the oldest of it, then the next, until there is room."""
+        self._collect()
+        for one in self._fenced():
+            self._wait_for(one)
+            self._settle([one])
+            if (taken := self.take(nbytes)) is not None:
+                return taken
+        return None
+
+    def layout(self) -> Layout:
+        """Where room is, or could be made, for a choice of victims."""
+        with self._lock:
+            slabs = [slab for slab in self._slabs if not slab.is_overflow]
+            freed = [one for held in self._quarantine for one in held.ranges if not one.slab.is_overflow]
+            free = [Span(slab, start, nbytes) for slab in slabs for start, nbytes in slab.free.ranges()]
+            return Layout(
+                {slab: slab.nbytes for slab in slabs},
+                [*free, *(Span(one.slab, one.offset, one.nbytes) for one in freed)],
+                max(0, self.capacity - self._reserved_bytes - self._growing_bytes),
+            )
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether what is freed now can become free: not while a CUDA graph is being captured on any stream."""
+        return not self._fence.is_captured
+
+    def trim(self, to_bytes: int = 0) -> TrimReport:
+        """Release empty slabs down to `to_bytes`, and keep no more until `resume`."""
         with self._lock:
             self._keep_bytes = min(self._keep_bytes, to_bytes)
-            before = self._reserved_bytes
+            before = self._reserved_bytes + self._overflow_bytes
         self.synchronize()
         self._release_empty(self._keep_bytes)
         with self._lock:
-            return self._reserved_bytes < before
+            held = [slab.nbytes for slab in self._slabs if not slab.free.is_empty]
+            return TrimReport(max(0, before - self._reserved_bytes - self._overflow_bytes), sum(held), len(held))
 
     def stats(self) -> dict[str, int]:
         """The pool's part of `BufferStats`, consistent in itself."""
@@ -211,6 +225,10 @@ class SlabPool:
                 one.events = events
         return [one for one in held if one.events is not None]
 
+    def _wait_for(self, one: Quarantine) -> None:
+        for event in one.events or ():
+            self._device.synchronize(event)
+
     def _settle(self, done: Sequence[Quarantine]) -> None:
         """Make ranges reusable, and release slabs that this leaves empty above what is kept."""
         with self._lock:
@@ -224,60 +242,12 @@ class SlabPool:
         if done:
             self._release_empty(self._keep_bytes)
 
-    def _release_empty(self, keep_bytes: int) -> bool:
-        with self._lock:
-            released = []
-            for slab in reversed(self._slabs):
-                is_spare = slab.is_overflow or self._reserved_bytes - slab.nbytes >= keep_bytes
-                if slab.free.is_empty and is_spare:
-                    released.append(slab)
-                    if slab.is_overflow:
-                        self._overflow_bytes -= slab.nbytes
-                    else:
-                        self._reserved_bytes -= slab.nbytes
-            self._slabs = [slab for slab in self._slabs if slab not in released]
-        for slab in released:
-            self._device.release_arena(slab.arena)
-        return bool(released)
-
-    def _preallocate(self) -> None:
-        """Take the slabs that are kept while empty; once, at first use."""
-        with self._lock:
-            missing = 0 if self._is_started else self._keep_bytes
-            self._is_started = True
-        while missing > 0:
-            with self._lock:
-                growth = self._plan_growth_locked(min(missing, self._slab_bytes))
-            if not growth or not self._grow(growth):
-                return
-            missing -= growth
-
-    def _plan_growth_locked(self, nbytes: int) -> int:
-        """Reserve the bytes of a new slab that can hold `nbytes`; 0 if the pool may not grow so far."""
-        room = self.capacity - self._reserved_bytes - self._growing_bytes
-        if nbytes > room:
-            return 0
-        growth = min(max(nbytes, self._slab_bytes), room // ALIGNMENT * ALIGNMENT)
-        self._growing_bytes += growth
-        return growth
-
-    def _grow(self, nbytes: int) -> bool:
-        """Add the slab that `_plan_growth_locked` reserved; False if the device has no room."""
-        arena = None
-        try:
-            arena = self._device.arena(nbytes)
-        except torch.OutOfMemoryError:
-            logger.warning("no room on %s for a slab of %s bytes", self._device.torch_device, f"{nbytes:,}")
-        finally:
-            with self._lock:
-                self._growing_bytes -= nbytes
-                self._lock.notify_all()
-                if arena is None:
-                    self._alloc_failures += 1
-                else:
-                    self._slabs.append(Slab(arena, FreeList(nbytes)))
-                    self._reserved_bytes += nbytes
-        return arena is not None
+    def _give_way(self) -> bool:
+        """Also what only waits to be reused."""
+        before = self.stats()["device_reserved_bytes"]
+        self.synchronize()
+        super()._give_way()
+        return self.stats()["device_reserved_bytes"] < before
 
     def _take_locked(self, nbytes: int) -> Range | None:
         for slab in self._slabs:

@@ -72,3 +72,13 @@ class ShardSource(Protocol):
 
         Does no I/O: a reader connects at its first `next_specs`. All I/O of a reader ends within `timeout_s`.
         """
+
+
+class _NoSource:
+    """Has nothing: for calls that are content with what is cached."""
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        return []
+
+
+NO_SOURCE = _NoSource()

@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 import itertools
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 
 from gpu_cache.entry import Claim, Entry, State
-from gpu_cache.ledger import Ledger
+from gpu_cache.index_view import IndexView
 from gpu_cache.mutation import DOUBTED, Doubts
 
 
-class SuspectIndex:
+class SuspectIndex(IndexView):
     """Entries, of which one that was written to is replaced by another generation: the suspect flies along with that.
 
     What cannot be fetched is settled with the suspect's tensor, so that those who wait get what is there.
     """
 
-    _lock: threading.Lock  # of the index that this is a part of
-
     def __init__(
-        self, alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]], ledger: Ledger, doubts: Doubts
+        self,
+        alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]],
+        now: Callable[[], float],
+        doubts: Doubts,
     ) -> None:
-        self._alias = alias
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()  # least recently used first
-        self._ledger, self._doubts = ledger, doubts
+        super().__init__(now)
+        self._alias, self._doubts = alias, doubts
         self._generations = itertools.count(1)
+        self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
         self._is_closed = False
+
+    def stats(self) -> dict[str, float]:
+        """The index's part of `BufferStats`, consistent in itself."""
+        return {**super().stats(), "mutations": self._doubts.num_found}
+
+    def report(self) -> dict[str, Any]:
+        """The index's part of a report, consistent in itself."""
+        return {**super().report(), "mutations": self._doubts.num_found}
 
     def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
         """Those of `keys` that a call would have to fetch. Counts nothing."""
         with self._lock:
-            births, doubts = self._ledger.births, self._doubts
-            return [key for key in keys if key not in births or doubts.wants_refetch(self._entries[key])]
+            entries = [(key, self._entries.get(key)) for key in keys]
+            return [
+                key
+                for key, entry in entries
+                if entry is None or entry.base is None or self._doubts.wants_refetch(entry)
+            ]
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
         """An alias of a READY entry, and the entry; counts as no look-up. Raises `MutatedError` as `claim` does."""
@@ -81,7 +93,7 @@ class SuspectIndex:
         key = entry.key
         anew = found.claimed[key] = Entry(
             key, next(self._generations), node=entry.node, is_kept=entry.is_kept, is_awaited=True, deadline=deadline,
-            suspect=entry,
+            suspect=entry, lineage=entry.lineage or entry.generation,
         )  # fmt: skip
         found.doubted.append((anew, entry))
         self._drop_locked(entry)

@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
-from gpu_cache.block import Range, empty_landings
+from gpu_cache.block import empty_landings, stretches
 from gpu_cache.completion import Completion
 from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
 from gpu_cache.device import Device, Stream
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError
+from gpu_cache.host_tier import BACK, HostTier
 from gpu_cache.inflight import InflightBudget, Turn
 from gpu_cache.lease import plain_tensors
+from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.runs import Piece, Run, pack, windows
 from gpu_cache.slab import SlabPool
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Received by one call where nothing is staged, in slots. Larger calls are faster (of the raw socket's speed: 0.73 in
 # calls of 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback); what a fault costs grows with them.
 _DIRECT_SLOTS = 4
+_ATTEMPTS = 3  # to make room for a run, of which others take what they find
 
 
 class Sink(Protocol):
@@ -48,7 +51,8 @@ class Transfer:
         pool: Gives the ranges.
         staging: Buffers to receive into; None: the arena is host memory, received into directly.
         config: Resolved settings.
-        make_room: Evicts so many bytes; whether anything was evicted.
+        make_room: Evicts for a run of so many bytes, or nothing; the longest run that room was, or could be, made for.
+        tier: Where shards are brought back from.
     Thread-safety: any thread; each drains a reader of its own.
     """
 
@@ -58,10 +62,12 @@ class Transfer:
         pool: SlabPool,
         staging: StagingRing | None,
         config: CacheConfig,
-        make_room: Callable[[int], bool],
+        make_room: Callable[[int], int],
+        tier: HostTier | None = None,
     ) -> None:
         self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
         slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
+        self._tier = tier
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
         self._overflow_warnings = Throttle()
@@ -95,6 +101,9 @@ class Transfer:
         turn = turn or Turn(reader.node)
         try:
             with plain_tensors():  # once, as entering costs as much as three shards
+                if isinstance(reader, ParkedReader):
+                    self._bring_back(reader, sink, placed, may_overflow)
+                    return
                 while (specs := reader.next_specs()) is not None:
                     sink.expect(specs)
                     if empty := [spec for spec in specs if not spec.nbytes]:
@@ -112,6 +121,8 @@ class Transfer:
         """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
         self.inflight.close()
         self._pool.trim()
+        if self._tier is not None:
+            self._tier.pool.trim()
         if self._staging is not None:
             self._staging.close()
 
@@ -146,30 +157,50 @@ class Transfer:
         for run in complete:
             del placed[run]
 
+    def _bring_back(self, reader: ParkedReader, sink: Sink, placed: dict[Run, None], may_overflow: bool) -> None:
+        """Enqueue copies from the host tier, one for each stretch of a run that lies in one piece there."""
+        assert self._tier is not None
+        specs = reader.next_specs() or []
+        sink.expect(specs)
+        for run in self._place_all(specs, placed, may_overflow):
+            landings = self._pool.carve(run.range, run.specs, run.offsets)
+            origins = [reader.origins[spec.key] for spec in run.specs]
+            for completion in dict.fromkeys(one.completion for one in origins):
+                completion.wait_on(self.stream)
+            started = self._device.record(self.stream, timing=True)
+            copies = stretches([one.lease for one in origins])
+            arena, begin = run.range.slab.arena.tensor, run.range.offset
+            for slab, offset, nbytes in copies:
+                self._device.copy_async(arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes], self.stream)
+                begin += nbytes
+            ended = self._device.record(self.stream, timing=True)
+            self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
+            sink.land(landings, Completion(self._device, ended), is_overflow=run.range.slab.is_overflow)
+            del placed[run], origins
+
     def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
         """Runs with their ranges, placed one by one as they are needed."""
         for run in pack(specs, self._run_bytes):
-            run.place = self._pool.take(run.nbytes) or self._reclaim(run.nbytes)
-            for part in [run] if run.place else self._place_in_parts(run, may_overflow):
+            for part in self._place(run, may_overflow, self._pool.capacity):
                 placed[part] = None
                 yield part
 
-    def _reclaim(self, nbytes: int) -> Range | None:
-        """Room from what was freed, else from what nobody holds."""
-        self._pool.synchronize()
-        while not (taken := self._pool.take(nbytes)) and nbytes <= self._pool.capacity and self._make_room(nbytes):
-            self._pool.synchronize()
-        return taken
+    def _place(self, run: Run, may_overflow: bool, most_bytes: int) -> Iterator[Run]:
+        """Find room for a run, else for its halves; what fits nowhere goes outside the pool.
 
-    def _place_in_parts(self, run: Run, may_overflow: bool) -> Iterator[Run]:
-        """Halve the run until its parts fit the holes of the pool; what fits nowhere goes outside it."""
+        Args:
+            run: Gets its range, or is cut.
+            may_overflow: Whether it may go outside.
+            most_bytes: The longest run that room could be made for when this was last looked at.
+        """
         run.place = self._pool.take(run.nbytes)
-        largest_free = self._pool.stats()["device_largest_free_bytes"]
-        if run.place is None and len(run.specs) > 1 and largest_free >= aligned(run.smallest_bytes):
+        if run.place is None and run.nbytes <= most_bytes:
+            most_bytes = self._reclaim(run)
+        if run.place is None and len(run.specs) > 1 and most_bytes >= aligned(run.smallest_bytes):
             middle = len(run.specs) // 2
             for specs in (run.specs[:middle], run.specs[middle:]):
                 for half in pack(specs, run.nbytes):
-                    yield from self._place_in_parts(half, may_overflow)
+                    yield from self._place(half, may_overflow, most_bytes)
             return
         if run.place is None:
             if not may_overflow:
@@ -178,13 +209,38 @@ class Transfer:
             run.place = self._pool.take_overflow(run.nbytes)
         yield run
 
+    def _reclaim(self, run: Run) -> int:
+        """Find room among what was freed, else by evicting; the longest run that room could be made for.
+
+        In this order, as evicted bytes pass the same quarantine behind what is there: once they are reusable so is all
+        that was freed before, and what is cached would have gone for nothing. Evicting comes before halving: cutting
+        runs to fill holes leaves smaller holes, and each part is a copy of its own.
+        """
+        most_bytes = self._pool.capacity
+        run.place = self._pool.take_freed(run.nbytes)
+        for _ in range(_ATTEMPTS):
+            if run.place is not None or (most_bytes := self._make_room(run.nbytes)) < run.nbytes:
+                break
+            run.place = self._pool.take_freed(run.nbytes)
+        return most_bytes
+
     def _warn_of_overflow(self, nbytes: int) -> None:
         if self._overflow_warnings.opens():
+            stats = self._pool.stats()
             logger.warning(
-                "the pool of %s bytes is full of shards that are in use: %s bytes are handed out uncached, and will be "
-                "fetched again; raise pool_bytes (GPU_CACHE_POOL_BYTES), or clear what is done with",
-                f"{self._pool.capacity:,}",
-                f"{nbytes:,}",
+                "the pool of %s bytes is full of shards that are in use (%s held, %s waiting to be reused, the largest "
+                "free range %s): %s bytes are handed out uncached, and will be fetched again; raise pool_bytes "
+                "(GPU_CACHE_POOL_BYTES), or clear what is done with",
+                *(
+                    f"{number:,}"
+                    for number in (
+                        self._pool.capacity,
+                        stats["device_bytes"],
+                        stats["device_quarantined_bytes"],
+                        stats["device_largest_free_bytes"],
+                        nbytes,
+                    )
+                ),
             )
 
     def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:

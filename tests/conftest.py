@@ -64,10 +64,11 @@ def check_accounts(cache: TensorCache) -> None:
         return
     _settled(lambda: not cache._tasks)
     assert len(cache._index) == len(cache._index._entries), "an entry is still PENDING"
-    accounts = engine.pool.accounts()
-    reserved = accounts.pop("reserved")
-    assert accounts["pending"] == 0, engine.pool
-    assert sum(accounts.values()) == reserved, engine.pool
+    for pool in engine._pools:
+        accounts = pool.accounts()
+        reserved = accounts.pop("reserved")
+        assert accounts["pending"] == 0, pool
+        assert sum(accounts.values()) == reserved, pool
     assert engine.transfer.inflight.stats()["inflight_bytes"] == 0, engine.transfer.inflight
     if engine.staging is not None:
         assert engine.staging.stats()["pinned_bytes"] == 0, engine.staging

@@ -50,13 +50,29 @@ def test_every_field_has_its_variable() -> None:
         "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB", "staging_slots": "2",
         "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5",
         "max_inflight_bytes": "32MiB", "ready": "stream", "reuse_fence": "noted", "stats": "0", "role": "actor",
-        "rank": "3", "on_mutation": "error", "debug_checksum": "1",
+        "rank": "3", "on_mutation": "error", "debug_checksum": "1", "host_tier_bytes": "1GiB",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
     config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
     assert config == CacheConfig(
-        "cuda:1", 8 * MIB, 0, 64 * MIB, 2, MIB, 4096, 2.5, 32 * MIB, "stream", "noted", False, "actor", 3, "error", True
-    )
+        "cuda:1",
+        8 * MIB,
+        0,
+        64 * MIB,
+        2,
+        MIB,
+        4096,
+        2.5,
+        32 * MIB,
+        "stream",
+        "noted",
+        False,
+        "actor",
+        3,
+        "error",
+        True,
+        1 << 30,
+    )  # fmt: skip
 
 
 def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:

@@ -22,14 +22,15 @@ from gpu_cache import (
     TensorCache,
     cuda_pools,
     engine,
-    index,
+    host_tier,
+    index_view,
     inflight,
     publish,
     reaper,
-    slab,
+    slab_set,
     staging,
 )
-from gpu_cache.device import Device, HostDevice
+from gpu_cache.device import Arena, Device, HostDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.interleave_actors import few_objects, in_background
@@ -42,7 +43,7 @@ from tests.support.threads import run_threads
 DEADLOCK_S = 60.0
 CONFIG = CacheConfig(
     slab_bytes="32KiB", pool_bytes="128KiB", prealloc_bytes="32KiB", run_bytes="4KiB", staging_slots=2,
-    staging_slot_bytes="8KiB",
+    staging_slot_bytes="8KiB", host_tier_bytes="64KiB",
 )  # fmt: skip
 SHARDS: dict[Hashable, torch.Tensor] = {
     f"s{n}": torch.full((100 * (n % 9) + 1,), n, dtype=torch.uint8) for n in range(60)
@@ -151,6 +152,29 @@ class Workload:
         self._cache.clear()
         self._cache.synchronize()
         self._cache.trim(32 << 10)
+        self._fail_to_release()
+
+    def _fail_to_release(self) -> None:
+        assert self._cache._engine is not None
+        pool = self._cache._engine.pool
+        release, failures = pool._device.release_arena, [RuntimeError("not now")]
+
+        def fail_once(arena: Arena) -> None:
+            if failures:
+                raise failures.pop()
+            release(arena)
+
+        pool._device.release_arena = fail_once  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="not now"):
+            self._cache.trim()
+        self._cache.resume()
+        self._cache.get_many(["s1"], self._source)
+        self._cache.offload()
+        assert self._cache.get("s1") is not None
+        assert self._cache.get("nowhere") is None
+        self._cache.resume()
+        self._cache.get_many(["s1"], self._source)
+        self._cache.clear()
 
     def _look(self) -> None:
         assert "s1" not in self._cache
@@ -180,7 +204,7 @@ def donor() -> TensorCache:
 def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (index, inflight, publish, slab, staging, reaper, engine):
+    for module in (index_view, inflight, publish, host_tier, slab_set, staging, reaper, engine):
         monkeypatch.setattr(module, "threading", garbage.threading())
     pools = cuda_pools.PrivatePools
     monkeypatch.setattr(pools, "_lock", CollectingLock(pools._lock, garbage))

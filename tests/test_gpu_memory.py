@@ -63,6 +63,25 @@ def test_trim_gives_the_preallocated_slabs_back_too_and_spares_what_torch_keeps(
     assert not cache.trim()
 
 
+def test_offload_gives_all_back_but_what_is_held_and_that_when_it_dies() -> None:
+    cache = rehearsed(roomy_cache(prealloc_bytes=2 * SLAB_BYTES))
+    cache.trim()
+    before = steady_free_bytes()
+    cache.resume()
+    *others, kept = fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
+    del others
+    report = cache.offload()
+    assert (report.freed_bytes, report.held_bytes) == (3 * SLAB_BYTES, SLAB_BYTES)
+    assert is_about(before - steady_free_bytes(), SLAB_BYTES)
+    assert is_all(kept, 3)
+    del kept
+    cache.synchronize()
+    assert is_about(steady_free_bytes(), before)
+    cache.resume()
+    fetch(cache, 9, 9)
+    assert is_about(before - steady_free_bytes(), 2 * SLAB_BYTES)
+
+
 def test_close_gives_everything_back_but_what_is_held_and_that_when_it_dies() -> None:
     rehearsed(roomy_cache()).close()
     before = steady_free_bytes()

@@ -5,7 +5,7 @@ from collections import deque
 import pytest
 import torch
 
-from gpu_cache.entry import Entry, Landing, State
+from gpu_cache.entry import Entry, Landing, Parked, State
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import Lease, aliases_of, carve, plain_tensors
 
@@ -110,26 +110,44 @@ def test_delivered_shards_reach_the_waiting_but_not_the_index() -> None:
     assert (index.stats()["overflows"], index.stats()["overflow_bytes"]) == (1, 8)
 
 
-def test_eviction_takes_the_least_recently_used_that_nobody_holds() -> None:
+def test_those_that_nobody_holds_may_go_the_least_recently_used_first() -> None:
     held: set[int] = set()
     index = index_of(held)
     entries = {entry.key: entry for entry in cached(index, "a", "b", "c", "d")}
     held.add(id(entries["b"].base))
     index.claim(["a"])
     index.find("c")
-    assert [entry.key for entry in index.evict(8)] == ["d"]
-    assert [entry.key for entry in index.evict(100)] == ["a", "c"]
-    assert index.keys() == ["b"]
-    assert (index.stats()["evictions"], index.stats()["evicted_bytes"]) == (3, 24)
+    found = index.candidates()
+    assert [one.entry.key for one in found] == ["d", "a", "c"]
+    assert index.evict(found[:2])
+    assert index.keys() == ["b", "c"]
+    assert (index.stats()["evictions"], index.stats()["evicted_bytes"]) == (2, 16)
+
+
+@pytest.mark.parametrize("what", ["held", "cleared", "refetched"])
+def test_of_victims_of_which_one_may_not_go_any_more_none_goes(what: str) -> None:
+    held: set[int] = set()
+    index = index_of(held)
+    entries = cached(index, "a", "b")
+    victims = index.candidates()
+    if what == "held":
+        held.add(id(entries[1].base))
+    else:
+        index.remove(["b"])
+    if what == "refetched":
+        cached(index, "b")
+    assert not index.evict(victims)
+    assert "a" in index
+    assert index.stats()["evictions"] == 0
 
 
 def test_what_its_call_has_yet_to_hand_out_is_no_victim() -> None:
     index = index_of()
     claim = index.claim(["a"])
     index.publish([landing(claim.claimed["a"])], "n:1", None)
-    assert index.evict(8) == []
+    assert index.candidates() == []
     index.release(claim.claimed.values())
-    assert len(index.evict(8)) == 1
+    assert [one.entry for one in index.candidates()] == list(claim.claimed.values())
 
 
 def test_clearing_a_node_leaves_the_others() -> None:
@@ -211,3 +229,56 @@ def test_repr_shows_what_is_there(count: int) -> None:
     cached(index, *KEYS[:count])
     index.claim(["z"])
     assert repr(index) == f"ShardIndex({count} ready, 1 pending, {8 * count} bytes)"
+
+
+def parked_index() -> tuple[ShardIndex, Parked]:
+    """An index whose "a" is in the host tier."""
+    index = index_of()
+    cached(index, "a", "b")
+    refuge = Parked(torch.ones(8, dtype=torch.uint8), object(), None)
+    assert index.evict(index.candidates()[:1], {"a": refuge})
+    return index, refuge
+
+
+def test_a_parked_entry_is_brought_back_by_one_call_and_joined_by_others() -> None:
+    index, refuge = parked_index()
+    assert index.is_parked("a")
+    first, second = index.claim(["a", "b"]), index.claim(["a"])
+    assert (list(first.claimed), list(first.hits), list(second.joined)) == (["a"], ["b"], ["a"])
+    assert first.claimed["a"].origin is refuge
+    assert index.candidates(parked=True) == [], "it is being copied from"
+    assert index.publish([landing(first.claimed["a"])], "", None) == [refuge]
+    assert not index.is_parked("a")
+    assert list(index.claim(["a"]).hits) == ["a"]
+    assert second.joined["a"].base is not None
+    stats = index.stats()
+    assert (stats["host_hits"], stats["hits"], stats["joined"], stats["misses"]) == (1, 2, 1, 2)
+    assert (stats["hit_bytes"], stats["joined_bytes"], stats["fetch_bytes"]) == (24, 8, 16)
+    assert (index.report()["device_entries"], index.report()["host_entries"]) == (2, 0)
+
+
+def test_a_clear_wins_over_what_is_being_brought_back() -> None:
+    index, refuge = parked_index()
+    (entry,) = index.claim(["a"]).claimed.values()
+    assert [one.key for one in index.remove(["a"])] == ["a"]
+    assert index.publish([landing(entry)], "", None) == [refuge]
+    assert entry.base is not None, "who waited gets it all the same"
+    assert "a" not in index
+    cached(index, "a")
+    assert index.keys() == ["b", "a"]
+
+
+def test_what_could_not_be_brought_back_stays_parked() -> None:
+    index, refuge = parked_index()
+    for give_up in ("abort", "deliver"):
+        (entry,) = index.claim(["a"]).claimed.values()
+        if give_up == "abort":
+            index.abort([entry], RuntimeError("no"))
+        else:
+            assert index.deliver([landing(entry)], "", None) == [refuge]
+        assert index.is_parked("a")
+        assert index.missing(["a"]) == ["a"]
+    assert [one.entry.key for one in index.candidates(parked=True)] == ["a"]
+    assert index.evict(index.candidates(parked=True), parked=True)
+    assert index.keys() == ["b"]
+    assert index.report()["host_evictions"] == 1

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gpu_cache.entry import Entry, Landing, State
+from gpu_cache.entry import Candidate, Entry, Landing, State
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
 
@@ -155,17 +155,27 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         assert {entry.key for entry in dropped} == gone.keys()
         self.count("cleared", gone.values())
 
-    @rule(nbytes=st.integers(1, 40))
-    def evict(self, nbytes: int) -> None:
-        expected: dict[str, int] = {}
-        for key, entry in self.standing.items():
-            is_free = self.ready.get(key) and entry not in self.awaited and id(entry.base) not in self.held
-            if is_free and sum(expected.values()) < nbytes:
-                expected[key] = self.ready[key]
-        assert [entry.key for entry in self.index.evict(nbytes)] == list(expected)
-        for key in expected:
-            self.drop(key)
-        self.count("evictions", expected.values(), "evicted_bytes")
+    @precondition(lambda self: self.standing)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        free = [
+            key
+            for key, entry in self.standing.items()
+            if self.ready.get(key) and entry not in self.awaited and id(entry.base) not in self.held
+        ]
+        assert [one.entry.key for one in self.index.candidates()] == free, "least recently used first"
+        everything = {one.entry.key: one for one in self.index.candidates(held=True)}
+        everything |= {
+            key: Candidate(entry, entry.base, None, None)
+            for key, entry in self.standing.items()
+            if key not in everything
+        }
+        keys = data.draw(st.lists(st.sampled_from(free or sorted(self.standing)), unique=True, max_size=3))
+        keys += data.draw(st.lists(st.sampled_from(sorted(self.standing)), max_size=1))
+        victims = [everything[key] for key in dict.fromkeys(keys)]
+        assert self.index.evict(victims) == (set(keys) <= set(free)), "all or nothing"
+        if set(keys) <= set(free):
+            self.count("evictions", [self.drop(key) for key in dict.fromkeys(keys)], "evicted_bytes")
 
     @invariant()
     def knows_what_is_there(self) -> None:

@@ -18,6 +18,8 @@ from gpu_cache.device import CudaDevice, HostDevice
 from gpu_cache.engine import LazyEngine
 from gpu_cache.entry import Landing
 from gpu_cache.fence import StreamFence
+from gpu_cache.index import ShardIndex
+from gpu_cache.lease import aliases_of
 from gpu_cache.placement import Placement
 from gpu_cache.reaper import Reaper
 from tests.support.cuda_devices import cuda_device
@@ -237,7 +239,7 @@ def test_a_second_cache_on_one_gpu_is_warned_about(tmp_path: Path, caplog: pytes
 
 
 def test_an_engine_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = LazyEngine(CacheConfig(), HostDevice(), lambda dead: None, lambda nbytes: False)
+    lazy = LazyEngine(CacheConfig(), HostDevice(), ShardIndex(aliases_of, lambda base: False))
     assert lazy.current is None
     assert lazy.get(lambda: True) is lazy.get(lambda: True) is lazy.current
     lazy.close()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gpu_cache import CacheConfig
 from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutant import Mutant
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
@@ -17,6 +18,8 @@ from tests.support.sim_order_mutants import ORDER_MUTANTS
 from tests.support.sim_program import fault_of, few_objects
 from tests.support.sim_script import random_script
 from tests.support.sim_steps import WEIGHTS
+from tests.support.sim_tier_mutants import TIER_MUTANTS
+from tests.support.sim_world import CONFIG, TIERED
 
 MUTANTS = [*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS]
 MAX_PROGRAMS = 200
@@ -46,24 +49,23 @@ def table() -> Iterator[list[str]]:
     print("", HEADER, *lines, sep="\n")
 
 
-def first_seen(base: int) -> tuple[int, str]:
+def first_seen(base: int, config: CacheConfig) -> tuple[int, str]:
     """How many programs of a series it takes, and what is seen; 0 and "" if none is enough."""
     for count in range(1, MAX_PROGRAMS + 1):
-        if fault := fault_of(random_script(base + count, WEIGHTS)):
+        if fault := fault_of(random_script(base + count, WEIGHTS), config):
             return count, next((kind for kind in KINDS if kind in fault), fault)
     return 0, ""
 
 
-@pytest.mark.parametrize(
-    "mutant", [*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS], ids=lambda mutant: mutant.title
-)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *TIER_MUTANTS], ids=lambda mutant: mutant.title)
 def test_a_mutant_is_seen(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, table: list[str]) -> None:
     if not torch.__version__.startswith(mutant.torch):
         table.append(f"{mutant.title:<52} skipped: harmless on torch {torch.__version__}")
         pytest.skip(f"harms nobody on torch {torch.__version__}, only on {mutant.torch}x")
     calls: list[None] = []
     monkeypatch.setattr(mutant.owner, mutant.name, mutant.replacement(calls))
-    seen = [found for found in map(first_seen, BASES) if found[0]]
+    config = TIERED if mutant in TIER_MUTANTS else CONFIG
+    seen = [found for base in BASES if (found := first_seen(base, config))[0]]
     assert calls, "the fault is somebody else's"
     assert len(seen) >= MIN_SEEN, f"seen in {len(seen)} of {len(BASES)} series"
     counts, faults = zip(*seen, strict=True)

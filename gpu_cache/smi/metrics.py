@@ -56,9 +56,24 @@ def by_key(**keys: str) -> Callable[[Process], Samples]:
     return lambda process: [((value,), process.figure(key)) for value, key in keys.items()]
 
 
-def by_reason(capacity: str, clear: str, drop: str) -> Callable[[Process], Samples]:
-    keys = {"capacity": capacity, "clear": clear, "drop": drop}
-    return lambda process: [(("device", reason), process.figure(key)) for reason, key in keys.items()]
+def by_reason(capacity: str, clear: str, drop: str, unit: str = "") -> Callable[[Process], Samples]:
+    """By tier too. `clear` counts both tiers; what died under the cache was on the device."""
+
+    def read(process: Process) -> Samples:
+        cleared, of_host = process.figure(clear), process.figure(f"host_cleared{unit}")
+        found = [
+            (("device", "capacity"), process.figure(capacity)),
+            (("device", "clear"), cleared if cleared is None else cleared - (of_host or 0)),
+            (("device", "drop"), process.figure(drop)),
+        ]
+        if process.figure("host_capacity_bytes"):
+            found += [
+                (("host", "capacity"), process.figure(f"host_{capacity}")),
+                (("host", "clear"), of_host),
+            ]
+        return found
+
+    return read
 
 
 def single(key: str) -> Callable[[Process], Samples]:
@@ -152,7 +167,7 @@ METRICS = [
     ),
     Metric(
         "gpu_cache_evicted_bytes_total", COUNTER, "Bytes of entries that went.", ("tier", "reason"),
-        by_reason("evicted_bytes", "cleared_bytes", "dropped_bytes"),
+        by_reason("evicted_bytes", "cleared_bytes", "dropped_bytes", "_bytes"),
     ),
     Metric("gpu_cache_fetch_bytes_total", COUNTER, "Bytes fetched.", ("source_node",), by_source("fetch_bytes")),
     Metric(

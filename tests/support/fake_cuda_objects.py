@@ -86,17 +86,18 @@ class FakeEvent:
 
 
 class FakeTensor(torch.Tensor):
-    """Device memory. Tells the fake of every copy into it, also through slices."""
+    """Device memory. Tells the fake of every copy into it or from it, also through slices."""
 
     fake: Any
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
+        fake = next(one.fake for one in args if isinstance(one, FakeTensor))
         if isinstance(result, FakeTensor):
-            result.fake = args[0].fake
+            result.fake = fake
         if func is torch.Tensor.copy_:
-            args[0].fake.on_copy(args[0], args[1], **(kwargs or {}))
+            fake.on_copy(args[0], args[1], **(kwargs or {}))
         return result
 
 

@@ -59,6 +59,14 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
     if not cache._is_closed:  # else its reaper is at work between two looks
         _agree(_places(engine.pool), accounts, "where each byte is, and the sums kept of it", accounts)
         _agree(engine.device.arena_bytes, reserved, "the device's arenas, and what is reserved", accounts)
+    if engine.tier is not None:
+        parked = engine.tier.pool.accounts()
+        taken = parked.pop("reserved")
+        _agree(sum(parked.values()), taken, "the places of all bytes of the tier, and what it has taken", parked)
+        _agree(taken <= engine.tier.pool.capacity, True, "the tier, and its capacity", parked)
+        if not cache._is_closed:
+            _agree(_places(engine.tier.pool), parked, "where each byte of the tier is, and the sums kept of it", parked)
+        accounts = {place: number + parked[place] for place, number in accounts.items()}
     if not is_fetching:
         _agree(accounts["pending"], 0, "pending, and no fetch under way", accounts)
         _agree(len(index), len(index._entries), "READY entries, and all", index)
@@ -82,8 +90,10 @@ def check_lookups(cache: TensorCache, ledger: Ledger) -> None:
     keys = cache.keys()
     _agree(stats["num_entries"], len(keys), "entries, and keys", keys)
     _agree(stats["total_bytes"], nbytes_of(keys), "bytes cached, and bytes of the keys", keys)
-    held = sum(aligned(contents()[key].numel()) for key in keys)
-    assert held <= stats["device_bytes"], f"accounts do not add up: {held} bytes are cached, fewer are held"
+    parked = {key for key in keys if cache._index.is_parked(key)}
+    for where, some in (("device_bytes", set(keys) - parked), ("host_bytes", parked)):
+        held = sum(aligned(contents()[key].numel()) for key in some)
+        assert held <= stats[where], f"accounts do not add up: {held} bytes are cached, fewer are {where}"  # type: ignore[literal-required]
 
 
 def _places(pool: SlabPool) -> dict[str, int]:

@@ -10,6 +10,7 @@ from gpu_cache import TensorCache
 from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
 from gpu_cache.engine import Engine
+from gpu_cache.slab import SlabPool
 from tests.support.sim_device import SimDevice
 
 
@@ -41,8 +42,22 @@ def observe(cache: TensorCache, device: SimDevice) -> None:
     engine = cache._open_engine()
     pool, staging = engine.pool, engine.staging
     assert staging is not None
-    settle, acquire = pool._settle, staging.acquire
-    settling = threading.Lock()  # nobody takes bytes between their give-back and the poison
+    acquire = staging.acquire
+    for each in [pool] if engine.tier is None else [pool, engine.tier.pool]:
+        _watch_give_backs(each, device)
+
+    def watched_acquire(timeout_s: float) -> Any:
+        slot = acquire(timeout_s)
+        device.host_write(slot.pinned.tensor, "a refill")
+        return slot
+
+    staging.acquire = watched_acquire  # type: ignore[method-assign]
+    _watch_locks(cache, engine, device.adversary.moment)
+    _make_orderly(cache, engine)
+
+
+def _watch_give_backs(pool: SlabPool, device: SimDevice) -> None:
+    settle, settling = pool._settle, threading.Lock()  # nobody takes bytes between their give-back and the poison
 
     def watched_settle(done: Any) -> None:
         with settling:
@@ -51,20 +66,16 @@ def observe(cache: TensorCache, device: SimDevice) -> None:
                 device.host_write(place, "the give-back")
             settle(done)
 
-    def watched_acquire(timeout_s: float) -> Any:
-        slot = acquire(timeout_s)
-        device.host_write(slot.pinned.tensor, "a refill")
-        return slot
-
-    pool._settle, staging.acquire = watched_settle, watched_acquire  # type: ignore[method-assign]
-    _watch_locks(cache, engine, device.adversary.moment)
-    _make_orderly(cache, engine)
+    pool._settle = watched_settle  # type: ignore[method-assign]
 
 
 def _watch_locks(cache: TensorCache, engine: Engine, moment: Callable[[], None]) -> None:
     assert engine.staging is not None
     cache._index._lock = WatchedLock(moment)  # type: ignore[assignment]
     engine.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+    if engine.tier is not None:
+        engine.tier.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+        engine.tier._lock = WatchedLock(moment)  # type: ignore[assignment]
     engine.staging._changed = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
 
 

@@ -100,14 +100,10 @@ def _any_event(original: Any, self: SlabPool) -> None:
         self._settle([one for one in self._fenced() if any(map(self._device.query, one.events or ()))])
 
 
-@_mutant("only the first release event is waited for", SlabPool, "synchronize")
-def _first_event(original: Any, self: SlabPool) -> None:
-    self._collect()
-    held = self._fenced()
-    for one in held:
-        for event in (one.events or ())[:1]:
-            self._device.synchronize(event)
-    self._settle(held)
+@_mutant("only the first release event is waited for", SlabPool, "_wait_for")
+def _first_event(original: Any, self: SlabPool, one: Quarantine) -> None:
+    for event in (one.events or ())[:1]:
+        self._device.synchronize(event)
 
 
 @_mutant("events of the first drain guard later drops", SlabPool, "_fenced")

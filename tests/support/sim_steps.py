@@ -51,7 +51,18 @@ def share(world: World) -> None:
 def get_one(world: World) -> None:
     key = world.choices.choice(list(contents()))
     world.say(key)
-    if (found := world.cache.get(key)) is not None:
+    is_parked, num_refused = world.cache._index.is_parked(key), world.device.num_refused
+    asked = [key] if is_parked else []
+    try:
+        world.ledger.ask(asked)
+        with world.ledger.receiving(asked):
+            found = world.cache.get(key)
+    except FetchError:
+        if world.device.num_refused == num_refused:
+            raise
+        world.say("refused")
+        return
+    if found is not None:
         world.hold(key, found, None, may_be_written=True)
 
 
@@ -77,6 +88,7 @@ def get_late(world: World) -> None:
     world.ledger.ask(keys)
     with world.wrapped(LateReader) as readers, contextlib.suppress(FetchError), world.ledger.receiving(keys):
         world.cache.get_many(keys, world.source, timeout_s=0)
+    world.await_moves()
     if readers:
         late = {key for key in readers[0].keys if contents()[key].numel() and key not in changed}
         if futures := [task.done for task in list(world.cache._tasks)]:  # else there were empty shards only
@@ -91,7 +103,8 @@ def get_captured(world: World) -> None:
     stream, cached = world.device.captured, world.cache.keys()
     assert stream is not None
     keys = world.choices.sample(cached, min(len(cached), 2)) if world.choices.happens(90) else world.some_keys()
-    is_cached = all(key in world.cache for key in keys) and not world.changed(keys)
+    is_cached = all(key in world.cache and not world.cache._index.is_parked(key) for key in keys)
+    is_cached = is_cached and not world.changed(keys)
     world.say(names(keys))
     if is_cached:
         world.ledger.ask(keys)
@@ -119,8 +132,9 @@ def prefetch(world: World) -> None:
     if readers:
         world.fly(Flight(future, readers[0], keys, set(keys)))
     else:
-        with world.ledger.receiving(keys):
-            future.result(0)
+        with contextlib.suppress(FetchError), world.ledger.receiving(keys):  # what is in the host tier may stay there
+            future.result(20)
+        world.await_moves()
 
 
 @_step(4)
@@ -261,6 +275,15 @@ def trim(world: World) -> None:
     world.cache.trim(world.choices.choice((0, 32 << 10)))
 
 
+@_step(2)
+def offload(world: World) -> None:
+    """Give the device to somebody else, and mostly take it back."""
+    report = world.cache.offload()
+    world.say(f"{report.freed_bytes} went, {report.held_bytes} held")
+    if world.choices.happens(80):
+        world.cache.resume()
+
+
 @_step(3)
 def synchronize(world: World) -> None:
     world.cache.synchronize()
@@ -282,7 +305,7 @@ def collect(world: World) -> None:
     gc.collect()
 
 
-@_step(3)
+@_step(4)
 def refuse(world: World) -> None:
     """Let the device refuse memory, sometimes for a while, or a copy."""
     what = world.choices.choice(("arena", "arena", "arena", "slot", "copy"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 
 from gpu_cache import CacheConfig, FetchError, ShardReader, TensorCache
 from gpu_cache.config import ReadyMode
+from gpu_cache.parked_reader import ParkedReader
 from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
@@ -26,6 +28,7 @@ CONFIG = CacheConfig(
     slab_bytes=32 * _KIB, pool_bytes=80 * _KIB, prealloc_bytes=32 * _KIB, staging_slots=2,
     staging_slot_bytes=16 * _KIB, run_bytes=8 * _KIB, fetch_timeout_s=5,
 )  # fmt: skip
+TIERED = dataclasses.replace(CONFIG, pool_bytes=48 * _KIB, host_tier_bytes=64 * _KIB)
 NODE = "node-a:1"
 _MAX_HELD = 14
 _MOMENTS = 64  # garbage is collected at one of so many moments of a step, in one step of four
@@ -210,11 +213,18 @@ class World:
         finally:
             self.source.wrap = lambda reader: reader
 
+    def await_moves(self) -> None:
+        """What comes back from the host tier has no gate: let it come."""
+        for task in list(self.cache._tasks):
+            if isinstance(task.reader, ParkedReader):
+                task.done.result(20)
+
     def fly(self, flight: Flight) -> None:
         """A fetch stands still from here on, until `land`."""
         self.ledger.awaited_bytes = nbytes_of(flight.asked)
         self.flight = flight
         flight.wait_for_gate()
+        self.await_moves()
 
     def land(self) -> None:
         """Let the fetch that stands still go on to its end."""

@@ -107,7 +107,7 @@ class Runtime:
 
     def trim(self) -> bool:
         """Give the cache's unused memory back; whether any was."""
-        return self.cache.trim()
+        return bool(self.cache.trim())
 
     def add_own_address(self, address: str) -> None:
         """Serve handles with this address from the store, without a request."""

@@ -1,0 +1,69 @@
+"""Makes room in a pool: asks the index who may go, the pool where that leaves consecutive bytes, and lets those go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+from gpu_cache.entry import Candidate, Parked
+from gpu_cache.index import ShardIndex
+from gpu_cache.slab import SlabPool
+from gpu_cache.victims import Span, choose
+
+_ATTEMPTS = 3  # a choice is outdated when somebody took, or took hold of, a block of it meanwhile
+
+
+class RoomMaker:
+    """Evicts from one pool.
+
+    Args:
+        index: Of the entries.
+        pool: That their blocks are in.
+        refuge: Copies victims to another tier; gives what it had room for, by key.
+        parked: Whether the pool is the host tier's.
+    Thread-safety: any thread. The choice is made outside of every lock, and checked under the index's.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        pool: SlabPool,
+        refuge: Callable[[Sequence[Candidate]], Mapping[Hashable, Parked]] = lambda victims: {},
+        *,
+        parked: bool = False,
+    ) -> None:
+        self._index, self._pool, self._refuge, self._parked = index, pool, refuge, parked
+
+    def make(self, nbytes: int) -> int:
+        """Evict what makes room for a run, when what was freed by then is reusable; or nothing, if that cannot be.
+
+        Returns:
+            The longest run that room was, or could be, made for: at least `nbytes` if it was.
+        """
+        if not self._pool.can_reuse:  # what is evicted now would stay out of use, nobody knows how long
+            return self._pool.stats()["device_largest_free_bytes"]
+        for _ in range(_ATTEMPTS):
+            candidates = self._index.candidates(parked=self._parked)
+            candidates.sort(key=_is_pending)  # the last to go are those whose copy is under way; the fence covers it
+            plan = choose(nbytes, [_span_of(one) for one in candidates], self._pool.layout())
+            if plan.victims is None:
+                return plan.most_bytes
+            if self._evict([candidates[number] for number in plan.victims]):
+                break
+        return nbytes
+
+    def empty(self) -> None:
+        """Evict everything, also what is held: its bytes are free when the last alias is gone."""
+        for _ in range(_ATTEMPTS):
+            if self._evict(self._index.candidates(held=True), held=True):
+                break
+
+    def _evict(self, victims: list[Candidate], *, held: bool = False) -> bool:
+        return self._index.evict(victims, self._refuge(victims), parked=self._parked, held=held)
+
+
+def _span_of(one: Candidate) -> Span:
+    return Span(one.lease.slab, one.lease.offset, one.lease.nbytes)
+
+
+def _is_pending(one: Candidate) -> bool:
+    return one.completion is not None and not one.completion.is_done

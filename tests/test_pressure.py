@@ -1,0 +1,161 @@
+"""A pool much smaller than what is read: over a real server process, with one staging slot, and at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from areal.infra.rpc import RTensor, TensorShardInfo, runtime
+from areal.infra.rpc.rtensor import buffer_stats
+from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache.device import HostDevice
+from tests.support.sources import DictSource, same_bytes
+
+ROOT = Path(__file__).parents[1]
+MIB = 1 << 20
+NUM_SHARDS, SHARD_BYTES = 64, MIB
+OWNER = f"""
+import sys, torch
+from areal.infra.rpc import rpc_server
+from areal.infra.rpc.rtensor import store
+
+with rpc_server.start() as server:
+    for number in range({NUM_SHARDS}):
+        store(f"shard-{{number}}", torch.full(({SHARD_BYTES},), number, dtype=torch.uint8))
+    print(server.address, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a server process with a batch of 64 MiB."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", OWNER]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+
+
+def handles(address: str) -> list[RTensor]:
+    meta = torch.empty(SHARD_BYTES, dtype=torch.uint8, device="meta")
+    return [RTensor(TensorShardInfo(f"shard-{number}", address), meta) for number in range(NUM_SHARDS)]
+
+
+def all_right(tensors: list[torch.Tensor]) -> bool:
+    return all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+
+
+@pytest.mark.parametrize("staging_slots", [1, 2])
+def test_a_batch_of_eight_times_the_pool_comes_whole_and_leaves_nothing(address: str, staging_slots: int) -> None:
+    cache = runtime.configure(
+        device="cpu", pool_bytes="8MiB", slab_bytes="4MiB", staging_slots=staging_slots, staging_slot_bytes="1MiB",
+        run_bytes="1MiB",
+    ).cache  # fmt: skip
+    cache._given_device = HostDevice(stages=True)
+    cache._start_empty()
+    for _ in range(2):
+        batch = RTensor.localize(handles(address))
+        assert all_right(batch)
+    stats = buffer_stats()
+    assert stats["overflows"] >= NUM_SHARDS - 8
+    assert stats["fetch_errors"] == 0
+    assert stats["pinned_capacity_bytes"] <= staging_slots * MIB
+    del batch
+    for number in range(NUM_SHARDS):  # one by one: nobody holds the others
+        assert RTensor.localize(handles(address)[number])[0] == number
+    assert buffer_stats()["evictions"] > 0
+    assert buffer_stats()["overflows"] == stats["overflows"]
+    cache.clear()
+    cache.synchronize()
+    assert (buffer_stats()["device_bytes"], buffer_stats()["device_reserved_bytes"]) == (0, 0)
+
+
+LENGTHS = (100, 512, 3000, 4096, 9000, 30_000)
+WORKING_SET: dict[Hashable, torch.Tensor] = {
+    number: torch.randint(0, 255, (LENGTHS[number % 6],), generator=torch.Generator().manual_seed(number)).byte()
+    for number in range(300)
+}
+TIGHT = CacheConfig(
+    pool_bytes=sum(tensor.nbytes for tensor in WORKING_SET.values()) // 10, slab_bytes="32KiB", prealloc_bytes=0,
+    staging_slots=1, staging_slot_bytes="16KiB", run_bytes="8KiB",
+)  # fmt: skip
+
+
+class Consumer:
+    """Does things at random, and looks at every byte it gets."""
+
+    def __init__(self, cache: TensorCache, seed: int) -> None:
+        self._cache, self._random, self._source = cache, random.Random(seed), DictSource(WORKING_SET)
+        self._held: deque[tuple[Hashable, torch.Tensor]] = deque()
+
+    def step(self) -> None:
+        chance = self._random
+        keys = chance.sample(range(len(WORKING_SET)), chance.randint(1, 6))
+        action = chance.choices((self._get, self._prefetch, self._clear, self._drop, self._trim), (60, 10, 10, 19, 1))
+        action[0](keys)
+
+    def finish(self) -> None:
+        while self._held:
+            self._drop([])
+
+    def _get(self, keys: list[int]) -> None:
+        for key, tensor in zip(keys, self._cache.get_many(keys, self._source), strict=True):
+            assert same_bytes(tensor, WORKING_SET[key])
+            if self._random.random() < 0.2:
+                self._held.append((key, tensor))
+        while len(self._held) > 8:
+            self._drop([])
+
+    def _prefetch(self, keys: list[int]) -> None:
+        future = self._cache.prefetch(keys, self._source)
+        if self._random.random() < 0.5 and (error := future.exception(30)) is not None:
+            assert isinstance(error, FetchError)  # there was no room, which is no reason to overflow
+
+    def _clear(self, keys: list[int]) -> None:
+        self._cache.clear(keys)
+
+    def _trim(self, keys: list[int]) -> None:
+        self._cache.trim()
+
+    def _drop(self, keys: list[int]) -> None:
+        if self._held:
+            key, tensor = self._held.popleft()
+            assert same_bytes(tensor, WORKING_SET[key]), "overwritten while it was held"
+
+
+@pytest.mark.parametrize(
+    ("stages", "num_operations", "tier_bytes"),
+    [(True, 10_000, 0), (True, 5_000, TIGHT.pool_bytes), (False, 1_000, 0)],
+    ids=["staged", "with a host tier", "direct"],
+)
+def test_random_operations_under_a_pool_a_tenth_of_the_working_set(
+    stages: bool, num_operations: int, tier_bytes: int
+) -> None:
+    cache = TensorCache(dataclasses.replace(TIGHT, host_tier_bytes=tier_bytes), device=HostDevice(stages=stages))
+    consumer = Consumer(cache, seed=1)
+    for _ in range(num_operations):
+        consumer.step()
+    consumer.finish()
+    stats = cache.buffer_stats()
+    assert stats["evictions"] > num_operations // 2
+    assert stats["fetch_errors"] <= stats["misses"] // 20
+    cache.clear()
+    while cache._tasks:
+        pass
+    cache.clear()
+    cache.trim()
+    after = cache.buffer_stats()
+    assert (after["device_bytes"], after["device_reserved_bytes"], after["num_entries"]) == (0, 0, 0)
+    assert after["host_bytes"] == 0
+    assert (stats["host_hits"] > 1000) == (tier_bytes > 0)
