@@ -210,10 +210,11 @@ class ShardIndex(ScopedIndex):
                 self._drop_locked(entry)
             self._ledger.died(dropped)
 
-    def candidates(self, *, parked: bool = False, held: bool = False) -> list[Candidate]:
+    def candidates(self, most: int | None = None, *, parked: bool = False, held: bool = False) -> list[Candidate]:
         """What may be evicted, the least recently used first.
 
         Args:
+            most: No more than so many.
             parked: From the host tier, not from the device.
             held: Also what somebody else holds, or is about to hand out.
         """
@@ -224,7 +225,7 @@ class ShardIndex(ScopedIndex):
                 for entry, place in places
                 if place is not None and place.base is not None
             )
-            return [one for one in found if self._can_evict_locked(one, parked, held)]
+            return list(itertools.islice((one for one in found if self._can_evict_locked(one, parked, held)), most))
 
     def evict(
         self,

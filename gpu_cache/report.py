@@ -33,6 +33,12 @@ MAX_SURVIVED = 16  # what survived more clears is counted with those that surviv
 LOCAL_SOURCE = "local"  # read from this node without a request over the network
 OTHER_SOURCES = "other"
 
+# Left out of the report of a cache that has no host tier.
+OF_A_HOST_TIER = {
+    "host_entries", "host_evictions", "host_evicted_bytes", "host_cleared", "host_cleared_bytes", "host_peak_bytes",
+    "host_largest_free_bytes", "host_alloc_failures",
+}  # fmt: skip
+
 REPORT, LOCK, WANT, LEAKS = ".json", ".lock", ".want", ".leaks.json"  # what follows a name
 
 # Upper edges of a histogram's buckets; one more bucket counts what is above the last.

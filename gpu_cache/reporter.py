@@ -19,6 +19,7 @@ from gpu_cache.report import (
     MAX_LEAKS,
     MAX_REPORT_BYTES,
     MAX_SOURCES,
+    OF_A_HOST_TIER,
     OTHER_SOURCES,
     SCHEMA_VERSION,
     Leak,
@@ -51,7 +52,8 @@ class Reporter:
         self._seq += 1
         now_s = time.monotonic()
         figures = {**self._index.report(), **engine.stats(), **engine.details()}
-        figures["device_entries"] = figures["num_entries"]
+        if engine.tier is None:
+            figures = {name: figure for name, figure in figures.items() if name not in OF_A_HOST_TIER}
         return {
             "schema_version": SCHEMA_VERSION,
             "seq": self._seq,

@@ -82,6 +82,26 @@ def test_offload_gives_all_back_but_what_is_held_and_that_when_it_dies() -> None
     assert is_about(before - steady_free_bytes(), 2 * SLAB_BYTES)
 
 
+def test_what_is_evicted_waits_in_pinned_memory_and_comes_back() -> None:
+    config = {"pool_bytes": 2 * SLAB_BYTES, "prealloc_bytes": 2 * SLAB_BYTES, "host_tier_bytes": 4 * SLAB_BYTES}
+    cache = roomy_cache(**config)
+    for number in range(4):
+        fetch(cache, number, number, SLAB_BYTES)
+    parked = [entry.parked.base for entry in cache._index._entries.values() if entry.parked is not None]
+    assert len(parked) == 2
+    assert all(base.is_pinned() for base in parked)
+    del parked
+    for number in range(4):
+        assert is_all(fetch(cache, number, 99, SLAB_BYTES), number), "not fetched again"
+    stats = cache.buffer_stats()
+    assert (stats["misses"], stats["host_hits"], stats["overflows"]) == (4, 4, 0)
+    assert stats["d2h_bytes"] == 6 * SLAB_BYTES
+    report = cache.offload()
+    assert report.held_bytes == 0
+    assert cache.buffer_stats()["device_reserved_bytes"] == 0
+    assert is_all(fetch(cache, 3, 99, SLAB_BYTES), 3)
+
+
 def test_close_gives_everything_back_but_what_is_held_and_that_when_it_dies() -> None:
     rehearsed(roomy_cache()).close()
     before = steady_free_bytes()

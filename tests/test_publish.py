@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -17,7 +18,7 @@ import torch
 from gpu_cache import CacheConfig, TensorCache, publish
 from gpu_cache.device import HostDevice
 from gpu_cache.publish import Publisher
-from gpu_cache.report import MAX_REPORT_BYTES, Histograms, Rates, Report, SourceStats
+from gpu_cache.report import MAX_REPORT_BYTES, OF_A_HOST_TIER, Histograms, Rates, Report, SourceStats
 from gpu_cache.smi import locks
 from gpu_cache.smi.main import main
 from gpu_cache.smi.node import Observer
@@ -79,8 +80,7 @@ def test_a_report_has_every_key_of_the_schema(cache: TensorCache, folder: Path) 
     cache.get_many(["1", "2"], SOURCE)
     cache._publisher.publish()
     found = report_in(folder)
-    of_a_host_tier = {"host_entries", "host_peak_bytes", "host_largest_free_bytes", "host_alloc_failures"}
-    assert found.keys() == get_type_hints(Report).keys() - of_a_host_tier
+    assert found.keys() == get_type_hints(Report).keys() - OF_A_HOST_TIER
     assert found["rates_10s"].keys() == Rates.__annotations__.keys()
     assert found["histograms"].keys() == Histograms.__annotations__.keys()
     assert found["sources"]["gpu-a-021:35221"].keys() == SourceStats.__annotations__.keys()
@@ -92,6 +92,27 @@ def test_a_report_has_every_key_of_the_schema(cache: TensorCache, folder: Path) 
     assert found["pinned_peak_bytes"] == 256 << 10
     assert found["config"]["pool_bytes"] == 4 << 20
     assert cache.source_stats()["gpu-a-021:35221"]["fetch_bytes"] == 8000
+
+
+def test_a_report_tells_of_the_host_tier_where_there_is_one(folder: Path) -> None:
+    config = dataclasses.replace(CONFIG, pool_bytes=512 << 10, slab_bytes=512 << 10, host_tier_bytes=1 << 20)
+    cache = TensorCache(config, device=HostDevice(stages=True))
+    shards = {str(number): torch.full((512 << 10,), number, dtype=torch.uint8) for number in range(4)}
+    for key in shards:
+        cache.get_many([key], DictSource(shards))
+    cache.clear(["2"])
+    cache.get_many(["1"], DictSource(shards))
+    cache.synchronize()
+    cache._publisher.publish()
+    found = report_in(folder)
+    assert found.keys() == get_type_hints(Report).keys()
+    assert {name: found[name] for name in ("device_entries", "host_entries", "host_hits", "evictions")} == {
+        "device_entries": 1, "host_entries": 1, "host_hits": 1, "evictions": 4
+    }  # fmt: skip
+    assert (found["host_evictions"], found["host_evicted_bytes"]) == (1, 512 << 10)
+    assert (found["host_cleared"], found["host_cleared_bytes"]) == (1, 512 << 10)
+    assert (found["host_bytes"], found["host_capacity_bytes"]) == (512 << 10, 1 << 20)
+    assert (found["d2h_bytes"], found["h2d_bytes"]) == (4 * 512 << 10, 5 * 512 << 10)
 
 
 def test_of_a_gpu_it_has_the_names_that_nvml_uses(tmp_path: Path, folder: Path) -> None:
