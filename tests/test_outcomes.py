@@ -17,6 +17,7 @@ from areal.infra.rpc.backends import http_requester
 from areal.infra.rpc.backends.http_requester import NUM_TRIES, back_off_s
 from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.rtensor import (
+    HttpRTensorBackend,
     RTensor,
     ShardAnswerError,
     ShardFetchError,
@@ -25,11 +26,12 @@ from areal.infra.rpc.rtensor import (
     ShardTimeoutError,
     ShardUnreachableError,
     buffer_stats,
+    get_backend,
     set_backend,
 )
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import CacheClosedError, FetchError, FetchTimeoutError
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote
+from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import BAD_FRAMES, PAIR
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import (
@@ -56,6 +58,9 @@ BODY = frame(PAIR)
 @pytest.fixture(autouse=True)
 def on_the_host() -> None:
     runtime.configure(device="cpu", staging_slots=2, staging_slot_bytes="64KiB", run_bytes="64KiB")
+    backend = get_backend()
+    assert isinstance(backend, HttpRTensorBackend)
+    with_settings(backend, retry_pause_s=0.0)
 
 
 @pytest.fixture
