@@ -1,4 +1,4 @@
-"""Writes into shards on a real GPU: the comparison runs there, behind the write, and the trainer waits for none of it."""
+"""Writes into shards on a real GPU: compared there, behind the write, and the trainer waits for none of it."""
 
 from __future__ import annotations
 
