@@ -276,6 +276,7 @@ def test_what_its_owner_has_no_more_is_handed_out_as_it_is_and_told_once(
     (record,) = caplog.records
     assert "could not be fetched again (shard a is not at node-a:1): what is there is handed out" in record.getMessage()
     assert figures(cache, "mutations", "fetch_errors", "misses", "hits", "num_entries") == (1, 1, 3, 4, 2)
+    assert figures(cache, "requested_bytes", "fetch_bytes") == (7 * 400, 2 * 400), "what was handed out, and what came"
     written.add_(1)
     cache.get_many(["a"], source)
     assert len(source.asked) == 3, "another write is another question"
@@ -426,6 +427,15 @@ def test_a_checksum_of_what_cannot_be_fetched_is_taken_anew(source: DictSource) 
     for _ in range(3):
         assert cache.get_many(["a"], source)[0].data_ptr() == written.data_ptr()
     assert figures(cache, "mutations", "misses") == (1, 2)
+
+
+def test_a_checksum_of_what_was_put_is_taken_anew(source: DictSource) -> None:
+    cache = on_host(debug_checksum=True)
+    cache.put("p", torch.arange(5))
+    cache.get_many(["p"], source)[0].numpy().fill(3)
+    for _ in range(3):
+        assert bool((cache.get_many(["p"], source)[0] == 3).all())
+    assert figures(cache, "mutations", "misses") == (1, 0)
 
 
 def test_a_checksum_that_differs_is_an_error_where_that_is_the_policy(source: DictSource) -> None:

@@ -96,7 +96,7 @@ def test_a_refetch_that_breaks_off_ends_in_what_is_there_for_all_who_wait(
     has_arrived = gate == "before the end"
     assert all((one.data_ptr() == old.data_ptr()) != has_arrived for one in got)
     assert ("a" in stage.cache) != is_cleared
-    check_books(stage, misses=2, mutations=1, fetch_errors=int(not has_arrived))
+    check_books(stage, misses=2, mutations=1, fetch_errors=int(not has_arrived), requested_bytes=3 * 30_000)
 
 
 @pytest.mark.parametrize("gate", GATES)
