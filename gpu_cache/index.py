@@ -77,41 +77,48 @@ class ShardIndex(ScopedIndex):
         with self._lock:
             if checks and self._doubts.is_error:
                 keys = self._doubts.refuse_changed(self._entries, keys)
-            entries, generations, hit_bytes = self._entries, self._generations, 0
+            entries, hit_bytes = self._entries, 0
             if found.num_removals is None:
                 found.num_removals = self._num_removals
             is_current = found.num_removals == self._num_removals
             for key in keys:
                 entry = entries.get(key)
-                if entry is None:
-                    entry = found.claimed[key] = Entry(key, next(generations), is_awaited=True, deadline=deadline)
-                    if is_current:
-                        entries[key] = entry  # second: whatever interrupts this, the caller can abort it
-                elif (base := entry.base) is not None:
-                    if checks and base._version != entry.version:
-                        if entry.is_fetch:
-                            self._claim_anew_locked(entry, found, deadline, is_current)
-                            continue
-                        self._doubts.accept(entry)
-                        unverified.append(entry)
-                    entries.move_to_end(key)
-                    ready[key] = base
-                    hit_bytes += entry.nbytes
-                    if entry.completion is not None:
-                        found.completions[entry.completion] = None
-                elif entry.parked is not None and entry.moving is None:
-                    entries.move_to_end(key)
-                    found.claimed[key] = self._moving_locked(entry, deadline)
-                else:
-                    entry = entry.moving or entry
-                    entry.num_joined += 1
-                    entry.flight = entry.flight or Future()
-                    found.joined[key] = entry
+                if entry is None or (base := entry.base) is None:
+                    self._claim_locked(key, entry, found, deadline, is_current)
+                    continue
+                if checks and base._version != entry.version:
+                    if entry.is_fetch:
+                        self._claim_anew_locked(entry, found, deadline, is_current)
+                        continue
+                    self._doubts.accept(entry)
+                    unverified.append(entry)
+                entries.move_to_end(key)
+                ready[key] = base
+                hit_bytes += entry.nbytes
+                if entry.completion is not None:
+                    found.completions[entry.completion] = None
             found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
             self._ledger.claimed(found, len(ready), hit_bytes)
         if unverified:
             self._doubts.tell_unverified(unverified)
         return found
+
+    def _claim_locked(
+        self, key: Hashable, entry: Entry | None, found: Claim, deadline: float, is_current: bool
+    ) -> None:
+        """Claim or join what is not on the device."""
+        if entry is None:
+            entry = found.claimed[key] = Entry(key, next(self._generations), is_awaited=True, deadline=deadline)
+            if is_current:
+                self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
+        elif entry.parked is not None and entry.moving is None:
+            self._entries.move_to_end(key)
+            found.claimed[key] = self._moving_locked(entry, deadline)
+        else:
+            entry = entry.moving or entry
+            entry.num_joined += 1
+            entry.flight = entry.flight or Future()
+            found.joined[key] = entry
 
     def reserve(self, key: Hashable) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import CacheConfig
+from gpu_cache import CacheConfig, reaper
 from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutant import Mutant
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
@@ -36,7 +36,8 @@ HEADER = f"{'mutant':<52} seen  programs  mostly as"
 def quiet() -> Iterator[None]:
     """Broken caches say much."""
     logging.disable(logging.ERROR)
-    with few_objects():
+    with pytest.MonkeyPatch.context() as patched, few_objects():
+        patched.setattr(reaper, "PERIOD_S", 3600.0)  # it would look when the clock says so, between two looks of ours
         yield
     logging.disable(logging.NOTSET)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from gpu_cache import reaper
 from tests.support.sim_order_mutants import ORDER_MUTANTS
 from tests.support.sim_program import SimFaultError, few_objects, run_script, run_seed
 from tests.support.sim_script import NUM_STEPS, REST, Choices, Script, Step, random_script, scripts, shortened
@@ -30,7 +31,8 @@ MUTANTS = {mutant.title: mutant for mutant in ORDER_MUTANTS}
 def quiet() -> Iterator[None]:
     """Small pools overflow, and broken caches say much."""
     logging.disable(logging.ERROR)
-    with few_objects():
+    with pytest.MonkeyPatch.context() as patched, few_objects():
+        patched.setattr(reaper, "PERIOD_S", 3600.0)  # it would look when the clock says so, between two looks of ours
         yield
     logging.disable(logging.NOTSET)
 
