@@ -49,12 +49,13 @@ class Entry:
     error: BaseException | None = None
     is_fetch: bool = True  # False: put by the caller, which counts as no look-up
     is_kept: bool = False  # meant to outlive clears
-    is_awaited: bool = False  # the claiming call has yet to hand it out, so it is no victim
+    num_awaiting: int = 0  # calls that claimed or joined it and have yet to hand it out; meanwhile it is no victim
     born: float = 0.0
     epoch: int = 0  # clears seen when it was published
     num_joined: int = 0
     deadline: float = 0.0  # of the claiming call
     version: int = 0  # of `base` when it was last known to hold what the source has
+    is_accepted: bool = False  # handed out as it is, though somebody wrote into it: there was nothing to fetch
     suspect: Entry | None = None  # what this generation is to replace: somebody wrote into it
     lineage: int = 0  # the first generation of those that replaced each other so; scopes know it by that
     checksum: int | None = None  # of its bytes, with `debug_checksum`, before anybody had it
@@ -62,12 +63,18 @@ class Entry:
     moving: Entry | None = None  # which brings it back
     resident: Entry | None = None  # of `moving`: the parked one
     origin: Parked | None = None  # of `moving`: what is copied, until it landed
+    is_shared: bool = False  # of `moving`: `resident` has its tensor, and counts those who await it
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property
     def is_settled(self) -> bool:
         """Whether it arrived or failed."""
         return self.base is not None or self.error is not None
+
+    @property
+    def is_original(self) -> bool:
+        """Whether its block has what came from its source, and no write to it may be under way, as torch counts."""
+        return not (self.is_changed or self.is_accepted)
 
     @property
     def is_new(self) -> bool:
@@ -109,6 +116,7 @@ class Candidate(NamedTuple):
     base: torch.Tensor
     lease: Any
     completion: Any
+    is_held: bool = False  # by somebody who may write into it
 
 
 @dataclasses.dataclass(slots=True)

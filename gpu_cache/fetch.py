@@ -204,7 +204,7 @@ class Fetch:
             How many shards were not cached when it began.
         """
         claim, self.claim, self.tasks = self.claim, Claim(), []
-        self._index.release(claim.claimed.values())
+        self._index.release((*claim.claimed.values(), *claim.joined.values()))
         if claim.doubted and self._engine is not None:
             self._engine.comparisons.begin(claim.doubted, self._index.compared)
         return len(claim.claimed) + len(claim.joined)

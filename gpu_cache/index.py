@@ -108,24 +108,23 @@ class ShardIndex(ScopedIndex):
     ) -> None:
         """Claim or join what is not on the device."""
         if entry is None:
-            entry = found.claimed[key] = Entry(key, next(self._generations), is_awaited=True, deadline=deadline)
+            entry = found.claimed[key] = Entry(key, next(self._generations), num_awaiting=1, deadline=deadline)
             if is_current:
                 self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
         elif entry.parked is not None and entry.moving is None:
             self._entries.move_to_end(key)
             found.claimed[key] = self._moving_locked(entry, deadline)
         else:
-            entry = entry.moving or entry
-            entry.num_joined += 1
+            entry = found.joined[key] = entry.moving or entry
+            entry.num_joined, entry.num_awaiting = entry.num_joined + 1, entry.num_awaiting + 1
             entry.flight = entry.flight or Future()
-            found.joined[key] = entry
 
     def reserve(self, key: Hashable) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry."""
         with self._lock:
             if key in self._entries:
                 return None
-            return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, is_awaited=True))
+            return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, num_awaiting=1))
 
     def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.
@@ -145,7 +144,8 @@ class ShardIndex(ScopedIndex):
                 if (resident := entry.resident) is not None and self._stands_locked(resident):
                     self._ledger.moved(resident, None)
                     resident.base, resident.lease, resident.completion = entry.base, entry.lease, completion
-                    resident.is_awaited, resident.version = entry.is_awaited, entry.version
+                    resident.num_awaiting, entry.is_shared = resident.num_awaiting + entry.num_awaiting, True
+                    resident.version = entry.version
         _wake(landed)
         return origins
 
@@ -229,7 +229,9 @@ class ShardIndex(ScopedIndex):
         with self._lock:
             places = ((entry, entry.parked if parked else entry) for entry in self._entries.values())
             found = (
-                Candidate(entry, place.base, place.lease, place.completion)
+                Candidate(
+                    entry, place.base, place.lease, place.completion, held and self._is_in_use_locked(entry, place)
+                )
                 for entry, place in places
                 if place is not None and place.base is not None
             )
@@ -247,7 +249,8 @@ class ShardIndex(ScopedIndex):
 
         Args:
             victims: From `candidates`, with the same `parked` and `held`.
-            refuges: Copies in the host tier, by key. Of these the entries stay, and go there.
+            refuges: Copies in the host tier, by key. Of these the entries stay, and go there; but not of those that
+                somebody holds or has written into by now, of which the copy may be of other bytes.
             parked: See `candidates`.
             held: See `candidates`.
         """
@@ -257,7 +260,7 @@ class ShardIndex(ScopedIndex):
             self._ledger.evicted([one.entry for one in victims], parked=parked)
             for entry, *_ in victims:
                 refuge = refuges.get(entry.key)
-                if refuge is None or (self._doubts.is_on and entry.is_changed):  # a copy would pass for the original
+                if refuge is None or not entry.is_original or (held and self._is_in_use_locked(entry, entry)):
                     self._drop_locked(entry)
                     continue
                 self._ledger.moved(entry, refuge)
@@ -269,11 +272,15 @@ class ShardIndex(ScopedIndex):
         place = entry.parked if parked else entry
         if place is None or place.base is None or place.lease is not one.lease or not entry.nbytes or entry.moving:
             return False
-        return self._stands_locked(entry) and (held or not (entry.is_awaited or self._is_held(place.base)))
+        return self._stands_locked(entry) and (held or not self._is_in_use_locked(entry, place))
+
+    def _is_in_use_locked(self, entry: Entry, place: Entry | Parked) -> bool:
+        """Whether somebody holds its block, or is about to."""
+        return entry.num_awaiting > 0 or (place.base is not None and self._is_held(place.base))
 
     def _moving_locked(self, entry: Entry, deadline: float) -> Entry:
         """What brings a parked entry back."""
-        moving = Entry(entry.key, next(self._generations), is_fetch=False, is_awaited=True, deadline=deadline)
+        moving = Entry(entry.key, next(self._generations), is_fetch=False, num_awaiting=1, deadline=deadline)
         moving.resident, moving.origin = entry, entry.parked
         entry.moving = moving
         return moving

@@ -92,9 +92,9 @@ class IndexView:
                 entry.node = node
 
     def release(self, entries: Iterable[Entry]) -> None:
-        """The claiming call has handed these out, or will not: they may be evicted."""
+        """A call that claimed or joined these has handed them out, or will not: it keeps them from eviction no more."""
         with self._lock:
             for entry in entries:
-                entry.is_awaited = False
-                if entry.resident is not None:
-                    entry.resident.is_awaited = False
+                entry.num_awaiting -= 1
+                if entry.is_shared and entry.resident is not None:
+                    entry.resident.num_awaiting -= 1

@@ -71,7 +71,7 @@ class Doubts:
     def accept(self, entry: Entry) -> None:
         """Nobody has the original of a changed entry: what is there is handed out, from now on without a word."""
         assert entry.base is not None
-        entry.version, entry.checksum = entry.base._version, None
+        entry.version, entry.checksum, entry.is_accepted = entry.base._version, None, True
         self.num_found += 1
 
     def revive(self, entry: Entry) -> bool:

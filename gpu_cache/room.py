@@ -71,7 +71,9 @@ class RoomMaker:
                 break
 
     def _evict(self, victims: list[Candidate], *, held: bool = False) -> bool:
-        return self._index.evict(victims, self._refuge(victims), parked=self._parked, held=held)
+        """A block that somebody wrote into, or may write into while it is copied, is no copy of its shard's bytes."""
+        movable = [one for one in victims if one.entry.is_original and not one.is_held]
+        return self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held)
 
 
 def _span_of(one: Candidate) -> Span:

@@ -74,12 +74,14 @@ class SlabPool(SlabSet):
             CacheFullError: The device has no room either.
         """
         try:
-            slab = self._add_overflow(nbytes)
+            slab = self._overflow(nbytes)
         except torch.OutOfMemoryError as error:
             with self._lock:
                 reserved = self._reserved_bytes + self._overflow_bytes
             raise CacheFullError(nbytes, self._device.memory_info()[0], self.capacity, reserved) from error
         with self._lock:
+            self._slabs.append(slab)
+            self._overflow_bytes += nbytes
             taken = self._take_from_locked(slab, nbytes)
         assert taken is not None
         return taken

@@ -92,13 +92,9 @@ class SlabSet:
                     self._reserved_bytes += nbytes
         return arena is not None
 
-    def _add_overflow(self, nbytes: int) -> Slab:
-        """A slab outside the pool, from torch's own allocator."""
-        slab = Slab(self._allocate(nbytes, private=False), FreeList(nbytes), is_overflow=True)
-        with self._lock:
-            self._slabs.append(slab)
-            self._overflow_bytes += nbytes
-        return slab
+    def _overflow(self, nbytes: int) -> Slab:
+        """A slab from torch's own allocator, for the caller to add and to take from at once: empty ones go."""
+        return Slab(self._allocate(nbytes, private=False), FreeList(nbytes), is_overflow=True)
 
     def _allocate(self, nbytes: int, *, private: bool) -> Arena:
         """Take memory from the device; if it has none, once more without the slabs that nobody uses."""

@@ -92,7 +92,7 @@ class SuspectIndex(IndexView):
         """Another generation of a READY entry, which it replaces if that can be fetched."""
         key = entry.key
         anew = found.claimed[key] = Entry(
-            key, next(self._generations), node=entry.node, is_kept=entry.is_kept, is_awaited=True, deadline=deadline,
+            key, next(self._generations), node=entry.node, is_kept=entry.is_kept, num_awaiting=1, deadline=deadline,
             suspect=entry, lineage=entry.lineage or entry.generation,
         )  # fmt: skip
         found.doubted.append((anew, entry))

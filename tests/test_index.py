@@ -150,6 +150,42 @@ def test_what_its_call_has_yet_to_hand_out_is_no_victim() -> None:
     assert [one.entry for one in index.candidates()] == list(claim.claimed.values())
 
 
+def test_what_a_call_that_joined_has_yet_to_hand_out_is_no_victim() -> None:
+    """Moved to the host tier, it would have no tensor to hand out."""
+    index = index_of()
+    claim, joining = index.claim(["a"]), index.claim(["a"])
+    index.publish([landing(claim.claimed["a"])], "n:1", None)
+    index.release(claim.claimed.values())
+    assert index.candidates() == []
+    index.release(joining.joined.values())
+    assert len(index.candidates()) == 1
+
+
+def test_what_is_brought_back_is_no_victim_before_all_who_await_it_have_it() -> None:
+    index, _ = parked_index()
+    claim, joining = index.claim(["a"]), index.claim(["a"])
+    index.publish([landing(claim.claimed["a"])], "", None)
+    index.release(claim.claimed.values())
+    assert [one.entry.key for one in index.candidates()] == ["b"]
+    index.release(joining.joined.values())
+    assert sorted(str(one.entry.key) for one in index.candidates()) == ["a", "b"]
+
+
+def test_a_copy_of_what_was_written_to_or_is_held_is_no_refuge() -> None:
+    held: set[int] = set()
+    index = index_of(held)
+    written, handed_out, sound = cached(index, "a", "b", "c")
+    victims = index.candidates(held=True)
+    assert written.base is not None
+    assert handed_out.base is not None
+    written.base.add_(1)
+    held.add(id(handed_out.base))
+    refuges = {key: Parked(torch.ones(8, dtype=torch.uint8), object(), None) for key in "abc"}
+    assert index.evict(victims, refuges, held=True)
+    assert [index.is_parked(key) for key in "abc"] == [False, False, True]
+    assert sound.parked is refuges["c"]
+
+
 def test_clearing_a_node_leaves_the_others() -> None:
     index = index_of()
     cached(index, "a", "b", node="n:1")
