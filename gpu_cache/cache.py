@@ -268,8 +268,9 @@ class TensorCache(ObservedCache):
         """Give the device's memory back, as for an engine that shares it: every slab is freed.
 
         What is cached moves to the host tier; where that is off or full, it goes, as does what somebody holds, who may
-        be writing into it. What is handed out stays valid; its slabs stay too, until the last alias of a shard in them is gone. What is on its way lands after all, so let
-        fetches end first. Waits for the work that was enqueued before.
+        be writing into it. What is handed out stays valid; its slabs stay too, until the last alias of a shard in them
+        is gone. What is on its way lands after all, so let fetches end first. Waits for the work that was enqueued
+        before.
 
         Returns:
             How much was given back, and how much is held.

@@ -31,7 +31,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         self.ready: dict[str, int] = {}  # bytes of those that arrived, oldest first
         self.flying: list[Entry] = []
         self.joins: collections.Counter[Entry] = collections.Counter()
-        self.awaited: set[Entry] = set()
+        self.awaited: list[Entry] = []  # each as often as calls have yet to hand it out
         self.nodes: dict[Entry, str] = {}
         self.books: collections.Counter[str] = collections.Counter()
         self.newest = 0
@@ -54,7 +54,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         self.newest = entry.generation
         self.standing[entry.key] = entry
         self.flying.append(entry)
-        self.awaited.add(entry)
+        self.awaited.append(entry)
         self.nodes[entry] = ""
 
     @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1))
@@ -68,6 +68,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
             assert tensor.data_ptr() == self.standing[key].base.data_ptr()
         assert all(entry.flight is not None for entry in found.joined.values())
         self.joins.update(found.joined.values())
+        self.awaited += found.joined.values()
         self.books["joined"] += len(found.joined)
         self.books["misses"] += len(found.claimed)
         self.count("hits", [self.ready[key] for key in found.hits], "hit_bytes")
