@@ -167,11 +167,14 @@ class Publisher:
             self._warn(f"timing copies failed: {traceback.format_exc()}")
 
     def _clean_up(self) -> None:
+        """In turn to the end: whoever waits for it may be about to end the process, and the thread in the middle of it."""
         if self._turn.acquire(timeout=_CLOSE_WAIT_S):
-            files, self._files = self._files, None
-            self._turn.release()
-            if files is not None:
-                files.remove()
+            try:
+                files, self._files = self._files, None
+                if files is not None:
+                    files.remove()
+            finally:
+                self._turn.release()
 
     def _warn(self, message: str) -> None:
         """Once, as what fails now fails every second; in text, as an exception kept by a handler keeps tensors."""

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,6 +177,34 @@ def test_a_cache_that_is_dropped_takes_its_report_along(folder: Path) -> None:
     del cache
     gc.collect()
     until(lambda: not list(folder.iterdir()))
+
+
+def test_who_closes_waits_while_the_thread_removes_the_files(
+    cache: TensorCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may end right after: what the thread has not removed by then would stay."""
+    cache.get("unknown")
+    publisher, removing, may_go_on = cache._publisher, threading.Event(), threading.Event()
+    files = publisher._files
+    assert files is not None
+    remove = files.remove
+
+    def slowly() -> None:
+        removing.set()
+        may_go_on.wait(10)
+        remove()
+
+    monkeypatch.setattr(files, "remove", slowly)
+    threads = [threading.Thread(target=publisher._clean_up), threading.Thread(target=cache.close)]
+    threads[0].start()
+    removing.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert threads[1].is_alive()
+    may_go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert not list(folder.iterdir())
 
 
 def test_a_hostile_directory_turns_reports_off_with_one_warning(
