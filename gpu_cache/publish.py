@@ -167,7 +167,7 @@ class Publisher:
             self._warn(f"timing copies failed: {traceback.format_exc()}")
 
     def _clean_up(self) -> None:
-        """In turn to the end: whoever waits for it may be about to end the process, and the thread in the middle of it."""
+        """In turn to its end: whoever waits for it may end the process next, and the thread in the midst of it."""
         if self._turn.acquire(timeout=_CLOSE_WAIT_S):
             try:
                 files, self._files = self._files, None
