@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import contextvars
+import dataclasses
 import gc
-import os
-import signal
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,20 +16,14 @@ import torch
 
 from areal.infra.rpc import rpc_server, runtime
 from areal.infra.rpc.rtensor import RTensor, clear_fetch_buffer, fetch_buffer_stats, scope
-from gpu_cache import CacheConfig, FetchError, Scope, TensorCache
+from gpu_cache import FetchError, Scope, TensorCache
 from gpu_cache.device import HostDevice
 from tests.support.areal_fixtures import remote
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_owner import FakeOwner
-from tests.support.sources import DictSource, gated, some_tensors
-from tests.support.threads import run_threads
-
-CONFIG = CacheConfig(
-    slab_bytes="2MiB", pool_bytes="8MiB", prealloc_bytes=0, staging_slots=2, staging_slot_bytes="256KiB",
-    run_bytes="64KiB",
-)  # fmt: skip
-SOURCE = DictSource({name: torch.full((100,), number) for number, name in enumerate("abcdefgh")})  # of 800 bytes
+from tests.support.scoped import CONFIG, SOURCE, device_bytes, fetch, fetch_and_fail, names
+from tests.support.sources import DictSource, gated
 
 
 @pytest.fixture(params=["staged host", "fake cuda"])
@@ -52,24 +43,6 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCach
 def plain() -> TensorCache:
     """Where the device makes no difference."""
     return TensorCache(CONFIG, device=HostDevice())
-
-
-def fetch(cache: TensorCache, keys: str, *, keep: bool = False) -> list[torch.Tensor]:
-    return cache.get_many(list(keys), SOURCE, keep=keep)
-
-
-def fetch_and_fail(cache: TensorCache) -> None:
-    fetch(cache, "ab")
-    raise ZeroDivisionError
-
-
-def names(keys: list[Hashable]) -> str:
-    return "".join(sorted(map(str, keys)))
-
-
-def device_bytes(cache: TensorCache) -> int:
-    cache.synchronize()
-    return cache.buffer_stats()["device_bytes"]
 
 
 def test_what_is_fetched_inside_goes_at_the_end(cache: TensorCache) -> None:
@@ -178,94 +151,6 @@ def test_a_prefetch_under_way_is_not_cached_when_it_lands(cache: TensorCache, wa
     assert device_bytes(cache) == 0
 
 
-def test_tasks_inherit_it_and_threads_need_the_context(plain: TensorCache) -> None:
-    async def scenario() -> None:
-        with plain.scope("step") as step:
-            await asyncio.gather(*(asyncio.to_thread(fetch, plain, name) for name in "abc"))
-            await asyncio.create_task(asyncio.to_thread(fetch, plain, "d"))
-            thread = threading.Thread(target=fetch, args=(plain, "e"))
-            thread.start()
-            thread.join()
-            thread = threading.Thread(target=contextvars.copy_context().run, args=(fetch, plain, "f"))
-            thread.start()
-            thread.join()
-            assert names(step.keys()) == "abcdf"
-
-    asyncio.run(scenario())
-    assert names(plain.keys()) == "e"
-
-
-def test_tasks_side_by_side_have_scopes_of_their_own(plain: TensorCache) -> None:
-    async def step(name: str, others: asyncio.Barrier) -> None:
-        with plain.scope(name) as own:
-            fetch(plain, name)
-            await others.wait()
-            assert own.keys() == [name]
-            if name != "a":
-                await asyncio.sleep(0)
-        assert name not in plain
-
-    async def scenario() -> None:
-        await asyncio.gather(*(step(name, barrier) for barrier in [asyncio.Barrier(3)] for name in "abc"))
-
-    asyncio.run(scenario())
-    assert len(plain) == 0
-
-
-def test_a_task_that_outlives_it_fetches_for_whoever_is_around(plain: TensorCache) -> None:
-    async def late(may_go: asyncio.Event, keys: str) -> None:
-        await may_go.wait()
-        fetch(plain, keys)
-        with plain.scope("of its own"):
-            fetch(plain, "h")
-
-    async def scenario() -> None:
-        may_go = asyncio.Event()
-        with plain.scope("outer"):
-            with plain.scope("inner"):
-                task = asyncio.create_task(late(may_go, "a"))
-                last = asyncio.create_task(late(is_over := asyncio.Event(), "b"))
-            may_go.set()
-            await task
-            assert names(plain.keys()) == "a"
-        assert len(plain) == 0, "the outer one had it"
-        is_over.set()
-        await last
-        assert names(plain.keys()) == "b", "there was no scope any more"
-
-    asyncio.run(scenario())
-
-
-def test_a_task_that_goes_on_and_on_keeps_no_scopes_that_are_over(plain: TensorCache) -> None:
-    async def late() -> None:
-        for _ in range(3):
-            await asyncio.sleep(0)
-            with plain.scope("inner") as inner:
-                assert inner._holding is not None
-                assert inner._holding.outer is None
-
-    async def scenario() -> None:
-        with plain.scope("outer"):
-            task = asyncio.create_task(late())
-        await task
-
-    asyncio.run(scenario())
-
-
-def test_one_that_is_left_in_another_context_frees_all_the_same(plain: TensorCache) -> None:
-    stack = contextlib.ExitStack()
-
-    def enter() -> None:
-        stack.enter_context(plain.scope("step"))
-        fetch(plain, "ab")
-
-    contextvars.copy_context().run(enter)
-    stack.close()
-    assert len(plain) == 0
-    fetch(plain, "a")
-    assert names(plain.keys()) == "a"
-
-
 def test_one_can_be_entered_once(plain: TensorCache) -> None:
     step = plain.scope("step")
     assert (repr(step), step.is_over, step.keys()) == ("Scope('step', not entered)", False, [])
@@ -337,40 +222,33 @@ def test_ends_of_inner_scopes_make_no_leak_of_what_the_outer_one_holds(plain: Te
     assert plain.buffer_stats()["outlived_entries"] == 1, "of a, which no scope holds"
 
 
-def test_threads_in_scopes_of_their_own_leave_nothing(plain: TensorCache) -> None:
-    tensors = some_tensors(64)
-    source, keys = DictSource(tensors), list(tensors)
-
-    def steps(first: int) -> None:
-        for number in range(25):
-            with plain.scope(f"{first} {number}"):
-                begin = (first * 7 + number * 5) % 40
-                future = plain.prefetch(keys[begin + 8 : begin + 24], source)
-                plain.get_many(keys[begin : begin + 16], source)
-                if number % 2:
-                    future.result(30)
-
-    run_threads([lambda first=first: steps(first) for first in range(6)])
-    while plain._tasks:
-        threading.Event().wait(0.001)
-    assert len(plain) == 0
-    assert device_bytes(plain) == 0
+def test_what_is_fetched_again_belongs_to_the_scope_that_it_came_in(plain: TensorCache) -> None:
+    """Somebody wrote into it: another generation of the same shard."""
+    with plain.scope("outer"):
+        (written,) = fetch(plain, "a")
+        written.add_(1)
+        with plain.scope("inner"):
+            assert fetch(plain, "a")[0].eq(0).all()
+            fetch(plain, "b")
+        assert names(plain.keys()) == "a"
+    written = fetch(plain, "c")[0]
+    assert names(plain.keys()) == "c"
+    written.add_(1)
+    with plain.scope("later"):
+        fetch(plain, "c")
+    assert names(plain.keys()) == "c", "it was there before the scope began"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_leaves_it_without_its_parents_locks(plain: TensorCache) -> None:
-    with plain.scope("step") as step:
-        fetch(plain, "a")
-        stack = contextlib.ExitStack()
-        stack.push(step)
-        with plain._index._lock:  # as a thread may hold it when another forks
-            child = os.fork()
-            if child == 0:
-                signal.alarm(30)
-                stack.close()
-                os._exit(step.num_shards + 7)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        assert step.num_shards == 1
+def test_what_waits_in_the_host_tier_goes_too() -> None:
+    cache = TensorCache(dataclasses.replace(CONFIG, host_tier_bytes=1 << 20), device=HostDevice(stages=True))
+    with cache.scope("step") as held:
+        fetch(cache, "ab")
+        cache.offload()
+        assert cache._index.is_parked("a")
+        assert held.num_shards == 2
+    assert len(cache) == 0
+    cache.synchronize()
+    assert cache.buffer_stats()["host_bytes"] == 0
 
 
 def test_a_scope_of_handles_evicts_here_and_leaves_the_owner_alone() -> None:

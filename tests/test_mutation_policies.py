@@ -1,0 +1,134 @@
+"""What becomes of shards that were written to, by policy; checksums, which see more; and what the log says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from gpu_cache import CacheConfig, FetchError, MutatedError, TensorCache
+from gpu_cache.device import HostDevice
+from gpu_cache.entry import Entry
+from gpu_cache.mutation import Doubts
+from tests.support.mutation_scene import SETTINGS, UNSEEN, WRITES, figures, on_host
+from tests.support.sources import DictSource, same_bytes, some_tensors
+
+
+@pytest.fixture
+def source() -> DictSource:
+    return DictSource({name: torch.randn(100) for name in "abc"})
+
+
+def test_an_error_names_what_was_written_to_and_changes_nothing(source: DictSource) -> None:
+    cache = on_host(on_mutation="error")
+    cache.put("p", torch.arange(5))
+    cache.get_many(["a", "p"], source)[0].fill_(7)
+    before = cache.buffer_stats()
+    for ask in (lambda: cache.get_many(["c", "a", "b"], source), lambda: cache.get("a")):
+        with pytest.raises(
+            MutatedError, match="1 cached shards were written to in place since they came: 'a';"
+        ) as caught:
+            ask()
+        assert caught.value.keys == ("a",)
+    after = cache.buffer_stats()
+    changed = {name for name, value in after.items() if value != before[name]}  # type: ignore[literal-required]
+    assert changed <= {"mutations", "oldest_entry_age_seconds"}
+    assert source.asked == [["a"]]
+    cache.get_many(["p"], source)[0].add_(1)
+    with pytest.raises(MutatedError, match="'p'"):
+        cache.get_many(["p"], source)
+    cache.clear(["a"])
+    assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
+
+
+def test_an_error_lets_a_prefetch_be(source: DictSource) -> None:
+    cache = on_host(on_mutation="error")
+    cache.get_many(["a"], source)[0].fill_(7)
+    assert cache.prefetch(["a", "b"], source).result(5) == 1
+
+
+def test_ignored_writes_are_what_others_read(source: DictSource, caplog: pytest.LogCaptureFixture) -> None:
+    cache = on_host(on_mutation="ignore")
+    cache.get_many(["a"], source)[0].fill_(7)
+    assert torch.equal(cache.get_many(["a"], source)[0], torch.full((100,), 7.0))
+    assert torch.equal(cache.get("a"), torch.full((100,), 7.0))  # type: ignore[arg-type]
+    assert figures(cache, "mutations", "misses") == (0, 1)
+    assert not caplog.records
+
+
+# Checksums.
+
+
+@pytest.mark.parametrize("write", [*WRITES.values(), *UNSEEN.values()], ids=[*WRITES, *UNSEEN])
+def test_checksums_see_every_write(write: Callable[[torch.Tensor], object], source: DictSource) -> None:
+    cache = on_host(debug_checksum=True)
+    write(cache.get_many(["a", "b"], source)[0])
+    assert same_bytes(cache.get_many(["b", "a"], source)[1], source.tensors["a"])
+    assert figures(cache, "mutations", "misses", "hits") == (1, 3, 1)
+    write(cache.get_many(["a"], source)[0])
+    assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
+    assert figures(cache, "mutations", "misses", "hits") == (2, 4, 2)
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_checksums_are_taken_of_any_shard_however_it_came(stages: bool) -> None:
+    tensors = {**some_tensors(8), "empty": torch.empty(0), "scalar": torch.tensor(True)}
+    cache = TensorCache(CacheConfig(**SETTINGS, debug_checksum=True, ready="stream"), device=HostDevice(stages))
+    source = DictSource(tensors)
+    cache.prefetch(list(tensors), source).result(5)
+    cache.put("put", torch.arange(9))
+    for _ in range(3):
+        assert all(map(same_bytes, cache.get_many(list(tensors), source), tensors.values()))
+    cache.get_many(["shard-3"], source)[0].data.zero_()
+    cache.get("put").data.zero_()  # type: ignore[union-attr]
+    assert all(map(same_bytes, cache.get_many(list(tensors), source), tensors.values()))
+    assert cache.get("put") is not None
+    assert figures(cache, "mutations", "misses") == (2, len(tensors) + 1)
+
+
+def test_a_checksum_of_what_cannot_be_fetched_is_taken_anew(source: DictSource) -> None:
+    cache = on_host(debug_checksum=True)
+    (written,) = cache.get_many(["a"], source)
+    written.numpy().fill(3)
+    del source.tensors["a"]
+    for _ in range(3):
+        assert cache.get_many(["a"], source)[0].data_ptr() == written.data_ptr()
+    assert figures(cache, "mutations", "misses") == (1, 2)
+
+
+def test_a_checksum_of_what_was_put_is_taken_anew(source: DictSource) -> None:
+    cache = on_host(debug_checksum=True)
+    cache.put("p", torch.arange(5))
+    cache.get_many(["p"], source)[0].numpy().fill(3)
+    for _ in range(3):
+        assert bool((cache.get_many(["p"], source)[0] == 3).all())
+    assert figures(cache, "mutations", "misses") == (1, 0)
+
+
+def test_a_checksum_that_differs_is_an_error_where_that_is_the_policy(source: DictSource) -> None:
+    cache = on_host(debug_checksum=True, on_mutation="error")
+    cache.get_many(["a"], source)[0].numpy().fill(3)
+    for _ in range(2):
+        with pytest.raises(MutatedError):
+            cache.get_many(["a"], source)
+    with pytest.raises(MutatedError):
+        cache.get("a")
+
+
+# What is said.
+
+
+def test_each_kind_of_line_comes_once_a_minute_and_counts_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    doubts = Doubts("refetch", lambda: now[0])
+    for key in "abc":
+        doubts.tell_changed(Entry(key, 1, node="n:1", nbytes=1234))
+    doubts.tell_kept([Entry("k", 1)], FetchError("gone"))
+    now[0] = 60.0
+    doubts.tell_changed(Entry("d", 1, node="n:1", nbytes=1234))
+    first, kept, later = [record.getMessage() for record in caplog.records]
+    assert first.startswith("shard 'a' (1,234 bytes from n:1) was")
+    assert kept.startswith("shard 'k'")
+    assert later.startswith("shard 'd'")
+    assert "(2 more such since the last of these lines)" in later
