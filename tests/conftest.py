@@ -17,6 +17,7 @@ from gpu_cache import process, reaper
 from gpu_cache.cache import TensorCache
 
 _OUR_THREADS = ("gpu-cache-", "areal-")
+_PATIENCE_S = 0.1  # most end by themselves; a collection takes as long
 reaper.PERIOD_S = 0.02  # so that no test waits a second for a thread to end
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 os.environ["GPU_CACHE_STATS"] = "0"  # but in the tests of reports, which have a directory of their own
@@ -50,10 +51,13 @@ def nothing_is_left() -> Iterator[None]:
         check_accounts(cache)
         cache.close()
     _forget_runtime()
-    deadline = time.monotonic() + 10
+    began = time.monotonic()
+    collect_at = began + _PATIENCE_S
     while left := [t.name for t in threading.enumerate() if t.name.startswith(_OUR_THREADS)]:
-        gc.collect()  # a test's own cycles, such as of an error that it caught
-        assert time.monotonic() < deadline, f"threads left: {left}"
+        if (now := time.monotonic()) >= collect_at:
+            gc.collect()  # a test's own cycles, such as of an error that it caught
+            collect_at = time.monotonic() + _PATIENCE_S
+        assert now < began + 10, f"threads left: {left}"
         time.sleep(0.001)
 
 
