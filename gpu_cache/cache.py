@@ -14,7 +14,7 @@ import torch
 from gpu_cache import process
 from gpu_cache.block import TrimReport
 from gpu_cache.checksum import check_bytes
-from gpu_cache.config import CacheConfig, OnError, ReadyMode
+from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode
 from gpu_cache.device import Device, Stream
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry
@@ -30,6 +30,7 @@ from gpu_cache.reader_task import ReaderTask, put_one
 from gpu_cache.scope import Scope, ScopeVariable
 from gpu_cache.source import NO_SOURCE, ShardSource
 
+_HOST = torch.device("cpu")  # where the host tier's tensors are
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
 
@@ -65,6 +66,7 @@ class TensorCache(ObservedCache):
         timeout_s: float | None = ...,
         ready: ReadyMode | None = ...,
         keep: bool = ...,
+        prefer: Prefer = ...,
         on_error: Literal["raise"] = ...,
     ) -> list[torch.Tensor]: ...
 
@@ -77,6 +79,7 @@ class TensorCache(ObservedCache):
         timeout_s: float | None = ...,
         ready: ReadyMode | None = ...,
         keep: bool = ...,
+        prefer: Prefer = ...,
         on_error: OnError,
     ) -> Sequence[torch.Tensor | None]: ...
 
@@ -89,6 +92,7 @@ class TensorCache(ObservedCache):
         timeout_s: float | None = None,
         ready: ReadyMode | None = None,
         keep: bool = False,
+        prefer: Prefer = "device",
         on_error: OnError = "raise",
     ) -> Sequence[torch.Tensor | None]:
         """Hand out the tensors of `keys`, fetching those that are not cached.
@@ -107,10 +111,12 @@ class TensorCache(ObservedCache):
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`.
             ready: Overrides `config.ready` for this call.
             keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
+            prefer: "host": what is not on the device by now is received into the host tier, and handed out there, in
+                pinned memory; it never takes memory of the device. What is there already is handed out there.
             on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
         Returns:
-            One tensor for each key, in order, on the cache's device. Shards that the pool has no room for come all
-            the same, uncached.
+            One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that there is no
+            room for come all the same, uncached.
         Raises:
             FetchError: Some did not arrive; `failures` has the cause by key. The others are cached, so that another
                 call asks for the rest only.
@@ -118,13 +124,14 @@ class TensorCache(ObservedCache):
             TransferError: During CUDA graph capture: a shard is not cached or was written to, or its copy was not yet
                 seen complete.
             MutatedError: Somebody wrote into a shard, and `config.on_mutation` is "error".
+            ValueError: The host is preferred, and the host tier is off (`config.host_tier_bytes`).
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
         if ready not in (None, "host", "stream"):
             raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
         if on_error not in ("raise", "none"):
             raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'none'")
-        fetch = self._fetch(timeout_s, keep=keep)
+        fetch = self._fetch(timeout_s, keep=keep, prefer=prefer)
         try:
             self._check_bytes(keys)
             may_lack = on_error == "none"
@@ -132,6 +139,7 @@ class TensorCache(ObservedCache):
                 self._open_engine, self._lazy.is_current, keys, source, self._tasks, may_lack=may_lack
             )
             with profiled(HANDOUT):
+                engine.settle(fetch.host_completions(), "host")  # no stream waits where the host reads
                 engine.settle(fetch.completions(), ready or self.config.ready)
                 tensors = fetch.hand_out()
             self._check_bytes(keys, only_new=True)  # before anybody has what came
@@ -164,14 +172,20 @@ class TensorCache(ObservedCache):
 
     @eager
     def prefetch(
-        self, keys: Sequence[Hashable], source: ShardSource, *, timeout_s: float | None = None, keep: bool = False
+        self,
+        keys: Sequence[Hashable],
+        source: ShardSource,
+        *,
+        timeout_s: float | None = None,
+        keep: bool = False,
+        prefer: Prefer = "device",
     ) -> Future[int]:
         """Begin to fetch the missing ones of `keys`, and return at once. Arguments as for `get_many`.
 
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
-        fetch = self._fetch(timeout_s, is_prefetch=True, keep=keep)
+        fetch = self._fetch(timeout_s, is_prefetch=True, keep=keep, prefer=prefer)
         try:
             fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
         except BaseException:
@@ -239,7 +253,7 @@ class TensorCache(ObservedCache):
         `Tensor.record_stream` does nothing for tensors of this cache. With `reuse_fence="all"` only streams made
         outside of torch need it.
         """
-        if (engine := self._engine) is not None and tensor.device == engine.device.torch_device:
+        if (engine := self._engine) is not None and tensor.device in (engine.device.torch_device, _HOST):
             engine.fence.note(stream)
 
     def synchronize(self) -> None:
@@ -325,7 +339,11 @@ class TensorCache(ObservedCache):
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
         weakref.finalize(self, self._publisher.retire).atexit = False
 
-    def _fetch(self, timeout_s: float | None, *, is_prefetch: bool = False, keep: bool = False) -> Fetch:
+    def _fetch(
+        self, timeout_s: float | None, *, is_prefetch: bool = False, keep: bool = False, prefer: Prefer = "device"
+    ) -> Fetch:
+        if prefer not in ("device", "host"):
+            raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
         limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s
         return Fetch(
             self._index,
@@ -334,6 +352,7 @@ class TensorCache(ObservedCache):
             keep=keep,
             hands_out=not is_prefetch,
             holding=self._scope.get(),
+            prefer=prefer,
         )
 
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from gpu_cache.block import Range
+from gpu_cache.config import aligned
 from gpu_cache.device import Device, Event, Stream
 from gpu_cache.entry import Entry
 from gpu_cache.fence import StreamFence
 from gpu_cache.lease import aliases_of, plain_tensors
+from gpu_cache.slab import SlabPool
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -21,9 +24,11 @@ class Comparison:
 
     entry: Entry
     aliases: list[torch.Tensor]  # of the new block and the old one: held, so no victims
+    are_parked: list[bool]  # those in the host tier
     tell: Callable[[Entry, Exception | None], None]
     event: Event | None = None  # behind it; None: not yet enqueued
     differs: Callable[[], bool] | None = None  # to be asked when `event` is done
+    copies: list[Range] = dataclasses.field(default_factory=list)  # on the device, of those in the host tier
 
 
 class Comparisons:
@@ -35,11 +40,12 @@ class Comparisons:
         device: Where the blocks are.
         fence: Knows the streams that may have written, and learns of this one, so that no block that is being compared
             is reused.
+        pool: On the device; what is in the host tier is compared there.
     Thread-safety: any thread; each comparison belongs to whoever took it out of the deque.
     """
 
-    def __init__(self, device: Device, fence: StreamFence) -> None:
-        self._device, self._fence = device, fence
+    def __init__(self, device: Device, fence: StreamFence, pool: SlabPool) -> None:
+        self._device, self._fence, self._pool = device, fence, pool
         self._pending: deque[Comparison] = deque()  # those that nobody looks at just now
         self._open: dict[Comparison, None] = {}  # those that were not told yet
         self._stream: Stream | None = None
@@ -57,12 +63,14 @@ class Comparisons:
             tell: Told each old one that differs; with an error, one that could not be compared. By any thread.
         """
         for new, old in pairs:
-            if new.base is None or old.base is None or new.base is old.base:
+            base, before = new.place.base, old.place.base
+            if base is None or before is None or base is before:
                 continue
-            if (new.base.dtype, new.base.shape) != (old.base.dtype, old.base.shape):
+            if (base.dtype, base.shape) != (before.dtype, before.shape):
                 tell(old, None)
             else:
-                one = Comparison(old, aliases_of([new.base, old.base]), tell)
+                are_parked = [entry.parked is not None for entry in (new, old)]
+                one = Comparison(old, aliases_of([base, before]), are_parked, tell)
                 self._open[one] = None
                 self._pending.append(one)
         self.look()
@@ -81,11 +89,11 @@ class Comparisons:
         except RuntimeError as error:  # of the device, such as no memory for the result
             for one in fresh:
                 one.tell(one.entry, error)
-                del self._open[one]
+                self._end(one)
             mine = [one for one in mine if one in self._open]
         for one in mine:
             if self._is_over(one):
-                del self._open[one]
+                self._end(one)
             else:
                 self._pending.append(one)
 
@@ -107,9 +115,26 @@ class Comparisons:
             self._device.wait(self._stream, event)
         with plain_tensors():
             for one in fresh:
-                left, right = (alias.reshape(-1).view(torch.uint8) for alias in one.aliases)
+                left, right = (self._on_device(one, number) for number in range(2))
                 differs = self._device.compare_async(left, right, self._stream)
                 one.event, one.differs = self._device.record(self._stream), differs
+
+    def _on_device(self, one: Comparison, number: int) -> torch.Tensor:
+        """The bytes of one of the two, copied to the device if they are not there."""
+        flat = one.aliases[number].reshape(-1).view(torch.uint8)
+        if not (one.are_parked[number] and flat.numel()):
+            return flat
+        if (room := self._pool.take(aligned(flat.numel()))) is None:
+            raise RuntimeError(f"the pool has no room for {flat.numel():,} bytes to be compared")
+        one.copies.append(room)
+        copied = room.slab.arena.tensor[room.offset :][: flat.numel()]
+        self._device.copy_async(copied, flat, self._stream)
+        return copied
+
+    def _end(self, one: Comparison) -> None:
+        del self._open[one]
+        for room in one.copies:  # behind the fence
+            self._pool.abandon(room)
 
     def _is_over(self, one: Comparison) -> bool:
         """Whether its result is known, and was told."""

@@ -19,6 +19,7 @@ ALIGNMENT = 512
 
 ReadyMode = Literal["host", "stream"]
 ReuseFence = Literal["all", "noted"]
+Prefer = Literal["device", "host"]
 OnError = Literal["raise", "none"]  # what a call makes of shards that did not arrive
 MutationPolicy = Literal["refetch", "error", "ignore"]
 

@@ -10,7 +10,7 @@ from gpu_cache import process
 from gpu_cache.block import TrimReport
 from gpu_cache.comparison import Comparisons
 from gpu_cache.completion import Completion
-from gpu_cache.config import CacheConfig, ReadyMode, described
+from gpu_cache.config import CacheConfig, Prefer, ReadyMode, described
 from gpu_cache.device import Device
 from gpu_cache.errors import TransferError
 from gpu_cache.fence import StreamFence
@@ -46,8 +46,26 @@ class Engine:
         self.staging = StagingRing(device, self.config) if device.stages else None
         self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
         self.fence.note(self.transfer.stream)
-        self.comparisons = Comparisons(device, self.fence)
+        self._to_host = None if self.tier is None else self._transfer_to(self.tier)
+        self.comparisons = Comparisons(device, self.fence, self.pool)
         self.reaper = Reaper(self)
+
+    def transfer_to(self, prefer: Prefer) -> Transfer:
+        """What moves shards to the device, or to the host tier; where the device is the host it need not be on.
+
+        Raises:
+            ValueError: The host is preferred, and the tier is off.
+        """
+        if prefer == "device" or (self._to_host is None and not self.device.stages):
+            return self.transfer
+        if self._to_host is None:
+            raise ValueError("prefer='host': the host tier is off; set host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)")
+        return self._to_host
+
+    def _transfer_to(self, tier: HostTier) -> Transfer:
+        return Transfer(
+            tier.arenas, tier.pool, None, self.config, tier.room.make, inflight=self.transfer.inflight, parks=True
+        )
 
     @property
     def is_busy(self) -> bool:

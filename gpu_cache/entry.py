@@ -20,13 +20,14 @@ class State(enum.Enum):
     GONE = enum.auto()  # cleared, evicted or failed; whoever holds the entry object still owns its tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class Parked:
-    """A shard in the host tier."""
+    """A shard in the host tier. Fields as in Entry."""
 
     base: torch.Tensor
     lease: Any  # a lease.Lease
-    completion: Any  # of the copy that filled it, as in Entry
+    completion: Any  # of the copy that filled it; None: it was received there
+    version: int
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -67,9 +68,19 @@ class Entry:
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
 
     @property
+    def place(self) -> Entry | Parked:
+        """Where its tensor is, once it is there."""
+        return self.parked or self
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether it has a tensor, on the device or in the host tier."""
+        return self.base is not None or self.parked is not None
+
+    @property
     def is_settled(self) -> bool:
         """Whether it arrived or failed."""
-        return self.base is not None or self.error is not None
+        return self.base is not None or self.parked is not None or self.error is not None
 
     @property
     def is_original(self) -> bool:
@@ -84,7 +95,8 @@ class Entry:
     @property
     def is_changed(self) -> bool:
         """Whether somebody wrote into it, as far as torch counts."""
-        return self.base is not None and self.base._version != self.version
+        place = self.place
+        return place.base is not None and place.base._version != place.version
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,9 +105,12 @@ class Claim:
 
     hits: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
     completions: dict[Any, None] = dataclasses.field(default_factory=dict)  # of the hits, each once
+    host_completions: dict[Any, None] = dataclasses.field(default_factory=dict)  # of those in the host tier
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     num_removals: int | None = None  # before the call's first look-up
+    is_current: bool = True  # nothing was dropped on request since then
+    deadline: float = 0.0
     doubted: list[tuple[Entry, Entry]] = dataclasses.field(default_factory=list)  # claimed anew, and what was there
 
 

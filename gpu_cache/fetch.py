@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gpu_cache.completion import Completion
+from gpu_cache.config import Prefer
 from gpu_cache.engine import Engine
 from gpu_cache.entry import Claim, Entry, Holding
 from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, TransferError
@@ -40,6 +41,7 @@ class Fetch:
         keep: Whether they are meant to outlive clears.
         hands_out: Whether somebody gets the tensors, so that what was written to is fetched again.
         holding: Of the scope that the call is made in.
+        prefer: "host": what is not on the device goes to the host tier, and is handed out there.
     Thread-safety: used by the call's thread; `cancel` from any.
     """
 
@@ -52,12 +54,14 @@ class Fetch:
         keep: bool = False,
         hands_out: bool = True,
         holding: Holding | None = None,
+        prefer: Prefer = "device",
     ) -> None:
         self.claim = Claim()
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
         self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
-        self._hands_out, self._holding = hands_out, holding
+        self._hands_out, self._holding, self._prefer = hands_out, holding, prefer
+        self._on_host = False  # so it is, and there is a host tier
         self._engine: Engine | None = None
 
     @property
@@ -68,6 +72,11 @@ class Fetch:
     def has_lost_joins(self) -> bool:
         """Whether another call that this one relied on failed: asking anew may help."""
         return any(entry.error is not None for entry in self.claim.joined.values())
+
+    @property
+    def has_strays(self) -> bool:
+        """Whether shards wanted on the device came to the host tier, for another call: asking anew copies them."""
+        return not self._on_host and any(entry.parked is not None for entry in self._entries())
 
     def begin(
         self,
@@ -84,6 +93,8 @@ class Fetch:
         """
         while True:
             engine = self._engine = open_engine()
+            transfer = engine.transfer_to(self._prefer)
+            self._on_host = transfer.parks
             if engine.device.is_capturing():
                 self._refuse_misses(keys)
             engine.drain()
@@ -91,14 +102,14 @@ class Fetch:
                 wanted = dict.fromkeys(keys)
                 for held in self.claim.hits:
                     del wanted[held]
-                self._index.claim(wanted, self.claim, self.deadline, hands_out=self._hands_out)
+                self._index.claim(wanted, self.claim, self.deadline, hands_out=self._hands_out, on_host=self._on_host)
                 if self._keep:
                     self._index.keep(wanted)
                 if self._holding is not None and self.claim.claimed:
                     claimed = self.claim.claimed.values()
                     self._index.adopt(self._holding, [entry for entry in claimed if entry.is_new])
                 if is_current(engine):
-                    self.start(source, engine.transfer, live)
+                    self.start(source, transfer, live)
                     if self.claim.claimed and self._index.is_closed:
                         self.cancel(CacheClosedError())
                     return engine
@@ -118,7 +129,7 @@ class Fetch:
         *,
         may_lack: bool = False,
     ) -> Engine:
-        """Begin, and wait for every shard; what another call was to bring, and did not, is asked for anew.
+        """Begin, and wait for every shard; what another call was to bring, and did not, or not here, is asked for anew.
 
         With `may_lack` some may fail: the log tells which, and `hand_out` lacks them.
         """
@@ -127,7 +138,8 @@ class Fetch:
             try:
                 engine = self.begin(open_engine, is_current, keys, source, live)
                 self.wait()
-                return engine
+                if not self.has_strays:
+                    return engine
             except FetchError as error:
                 if not self.has_lost_joins or time.monotonic() >= self.deadline:
                     if not may_lack or not error.failures or engine is None:
@@ -182,18 +194,29 @@ class Fetch:
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """An alias of every shard, by key; after `wait`."""
-        arrived = {entry.key: entry.base for entry in self._entries() if entry.base is not None}
+        places = [(entry.key, entry.place if self._on_host else entry) for entry in self._entries()]
+        arrived = {key: place.base for key, place in places if place.base is not None}
         return {**self.claim.hits, **dict(zip(arrived, aliases_of(arrived.values()), strict=True))}
 
+    def host_completions(self) -> Iterable[Completion]:
+        """Of the copies to the host tier that shards handed out there depend on, each once."""
+        return self.claim.host_completions
+
     def completions(self) -> Iterable[Completion]:
-        """Of the copies that the shards depend on, each once."""
+        """Of the copies to the device that the other shards depend on, each once."""
         return self.claim.completions | dict.fromkeys(
             entry.completion for entry in self._entries() if entry.completion is not None
         )
 
     def keep_arrived(self) -> None:
         """Let go of what failed; the next `begin` looks only that up. After `wait`."""
-        kept = Claim(self.hand_out(), dict.fromkeys(self.completions()), num_removals=self.claim.num_removals)
+        before = self.claim
+        kept = Claim(
+            self.hand_out(),
+            dict.fromkeys(self.completions()),
+            before.host_completions,
+            num_removals=before.num_removals,
+        )
         self.finish()
         self.claim = kept
 
@@ -262,9 +285,10 @@ class Fetch:
                 _finish(transfer)
 
     def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
-        if missing := self._index.missing(keys):
+        if missing := self._index.missing(keys, on_host=self._on_host):
             why = " (it was written to in place since it came)" if missing[0] in self._index else ""
-            why = " (it is in the host tier)" if self._index.is_parked(missing[0]) else why
+            if not self._on_host and self._index.is_parked(missing[0]):
+                why = " (it is in the host tier)"
             raise TransferError(f"cannot fetch {missing[0]!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _has_timed_out(self, pending: list[Future[Any]]) -> bool:
@@ -284,11 +308,11 @@ class Fetch:
         return (*self.claim.claimed.values(), *self.claim.joined.values())
 
     def _num_arrived(self) -> int:
-        return len(self.claim.hits) + sum(entry.base is not None for entry in self._entries())
+        return len(self.claim.hits) + sum(entry.has_arrived for entry in self._entries())
 
     def _failures(self) -> dict[Hashable, BaseException]:
         late = self._late()
-        return {entry.key: entry.error or late for entry in self._entries() if entry.base is None}
+        return {entry.key: entry.error or late for entry in self._entries() if not entry.has_arrived}
 
 
 def _finish(transfer: Transfer) -> None:

@@ -47,9 +47,10 @@ class HostTier:
             prealloc_bytes=0,
             slab_bytes=min(config.slab_bytes, config.host_tier_bytes),
         )
-        self.pool = SlabPool(cast(Device, HostArenas(device)), sizes, fence, index.forget_dead)
+        self.arenas = cast(Device, HostArenas(device))
+        self.pool = SlabPool(self.arenas, sizes, fence, index.forget_dead)
         self.pool.keep(config.host_tier_bytes)
-        self._room = RoomMaker(index, self.pool, parked=True)
+        self.room = RoomMaker(index, self.pool, parked=True)
         self._warnings = Throttle()
         self.stream: Stream = device.new_stream()
         fence.note(self.stream)
@@ -130,7 +131,7 @@ class HostTier:
         Waits, if for anything, for what was enqueued before: no longer than whoever evicts from the device is about to.
         """
         taken = self.pool.take(nbytes) or self.pool.take_freed(nbytes)
-        if taken is None and self._room.make(nbytes) >= nbytes:
+        if taken is None and self.room.make(nbytes) >= nbytes:
             taken = self.pool.take_freed(nbytes)
         return taken
 
@@ -150,7 +151,9 @@ class HostTier:
         ended = self._device.record(self.stream, timing=True)
         self.note_copies(OUT, taken.nbytes, started, ended)
         completion = Completion(self._device, ended)
-        return {landing.key: Parked(landing.base, landing.lease, completion) for landing in landings}
+        return {
+            landing.key: Parked(landing.base, landing.lease, completion, landing.base._version) for landing in landings
+        }
 
 
 def _stretches(victims: Sequence[Candidate], run_bytes: int) -> Iterator[list[Candidate]]:

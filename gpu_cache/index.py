@@ -57,6 +57,7 @@ class ShardIndex(ScopedIndex):
         deadline: float = 0.0,
         *,
         hands_out: bool = True,
+        on_host: bool = False,
     ) -> Claim:
         """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
         end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
@@ -66,6 +67,7 @@ class ShardIndex(ScopedIndex):
         them, and a call that began before it must not bring them back.
 
         Where tensors are to be handed out, an entry that somebody wrote into is claimed as a miss of a new generation.
+        With `on_host` what is in the host tier is a hit there; else a claim, of a copy to the device.
 
         Raises:
             MutatedError: There is one, and that is how the policy wants it. Nothing was claimed or counted.
@@ -77,47 +79,59 @@ class ShardIndex(ScopedIndex):
         with self._lock:
             if checks and self._doubts.is_error:
                 keys = self._doubts.refuse_changed(self._entries, keys)
-            entries, hit_bytes = self._entries, 0
-            if found.num_removals is None:
-                found.num_removals = self._num_removals
-            is_current = found.num_removals == self._num_removals
+            entries, hit_bytes, num_parked = self._entries, 0, 0
+            self._begin_locked(found, deadline)
             for key in keys:
-                entry = entries.get(key)
-                if entry is None or (base := entry.base) is None:
-                    self._claim_locked(key, entry, found, deadline, is_current)
+                if (entry := entries.get(key)) is None:
+                    self._claim_locked(key, found)
                     continue
-                if checks and base._version != entry.version:
+                place = entry.parked or entry
+                if (base := place.base) is None or entry.moving is not None:
+                    self._join_locked(entry.moving or entry, found)
+                    continue
+                if checks and base._version != place.version:
                     if entry.is_fetch:
-                        self._claim_anew_locked(entry, found, deadline, is_current)
+                        self._claim_anew_locked(entry, found)
                         continue
                     self._doubts.accept(entry)
                     unverified.append(entry)
                 entries.move_to_end(key)
+                if place is not entry and not on_host:
+                    self._bring_back_locked(entry, found)
+                    continue
                 ready[key] = base
                 hit_bytes += entry.nbytes
-                if entry.completion is not None:
-                    found.completions[entry.completion] = None
+                num_parked += place is not entry
+                if place.completion is not None:
+                    (found.completions if place is entry else found.host_completions)[place.completion] = None
             found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
-            self._ledger.claimed(found, len(ready), hit_bytes)
+            self._ledger.claimed(found, len(ready), hit_bytes, num_parked)
         if unverified:
             self._doubts.tell_unverified(unverified)
         return found
 
-    def _claim_locked(
-        self, key: Hashable, entry: Entry | None, found: Claim, deadline: float, is_current: bool
-    ) -> None:
-        """Claim or join what is not on the device."""
-        if entry is None:
-            entry = found.claimed[key] = Entry(key, next(self._generations), num_awaiting=1, deadline=deadline)
-            if is_current:
-                self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
-        elif entry.parked is not None and entry.moving is None:
-            self._entries.move_to_end(key)
-            found.claimed[key] = self._moving_locked(entry, deadline)
-        else:
-            entry = found.joined[key] = entry.moving or entry
-            entry.num_joined, entry.num_awaiting = entry.num_joined + 1, entry.num_awaiting + 1
-            entry.flight = entry.flight or Future()
+    def _begin_locked(self, found: Claim, deadline: float) -> None:
+        if found.num_removals is None:
+            found.num_removals = self._num_removals
+        found.is_current, found.deadline = found.num_removals == self._num_removals, deadline
+
+    def _claim_locked(self, key: Hashable, found: Claim) -> None:
+        """Claim what is not there."""
+        entry = found.claimed[key] = Entry(key, next(self._generations), num_awaiting=1, deadline=found.deadline)
+        if found.is_current:
+            self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
+
+    def _join_locked(self, entry: Entry, found: Claim) -> None:
+        """Wait with whoever fetches it, or brings it back."""
+        found.joined[entry.key] = entry
+        entry.num_joined, entry.num_awaiting = entry.num_joined + 1, entry.num_awaiting + 1
+        entry.flight = entry.flight or Future()
+
+    def _bring_back_locked(self, entry: Entry, found: Claim) -> None:
+        """Claim what is in the host tier, for the device."""
+        moving = Entry(entry.key, next(self._generations), is_fetch=False, num_awaiting=1, deadline=found.deadline)
+        moving.resident, moving.origin = entry, entry.parked
+        found.claimed[entry.key] = entry.moving = moving
 
     def reserve(self, key: Hashable) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry."""
@@ -126,14 +140,24 @@ class ShardIndex(ScopedIndex):
                 return None
             return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, num_awaiting=1))
 
-    def publish(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
+    def publish(
+        self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, *, parked: bool = False
+    ) -> list[Parked]:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.
 
+        One that was brought back leaves the host tier, unless somebody holds it there, who may have written into it
+        while it was copied, or is about to hand it out there: then only those who waited for the copy have that.
+
+        Args:
+            landings: Entries, and what arrived for each.
+            node: Where from.
+            completion: Of the copy that filled them; None: nothing to wait for.
+            parked: Whether they are in the host tier now.
         Returns:
             What left the host tier with it, for the caller to let die.
         """
         with self._lock:
-            landed, origins = self._land_locked(landings, node, completion)
+            landed, origins = self._land_locked(landings, node, completion, parked)
             standing = [entry for entry in landed if self._stands_locked(entry)]
             if self._is_closed:
                 for entry in standing:
@@ -141,21 +165,23 @@ class ShardIndex(ScopedIndex):
             else:
                 self._ledger.indexed(standing, node)
             for entry in landed:
-                if (resident := entry.resident) is not None and self._stands_locked(resident):
+                if (resident := entry.resident) is not None and self._can_leave_locked(resident):
                     self._ledger.moved(resident, None)
                     resident.base, resident.lease, resident.completion = entry.base, entry.lease, completion
-                    resident.num_awaiting, entry.is_shared = resident.num_awaiting + entry.num_awaiting, True
+                    resident.num_awaiting, entry.is_shared = entry.num_awaiting, True
                     resident.version = entry.version
         _wake(landed)
         return origins
 
-    def deliver(self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any) -> list[Parked]:
+    def deliver(
+        self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, *, parked: bool = False
+    ) -> list[Parked]:
         """Hand shards that arrived to those who wait for them, without caching: the pool had no room.
 
         One from the host tier stays there. Returns what the caller is to let die.
         """
         with self._lock:
-            landed, origins = self._land_locked(landings, node, completion)
+            landed, origins = self._land_locked(landings, node, completion, parked)
             for entry in landed:
                 self._drop_locked(entry)
             self._ledger.overflowed(landed)
@@ -278,13 +304,6 @@ class ShardIndex(ScopedIndex):
         """Whether somebody holds its block, or is about to."""
         return entry.num_awaiting > 0 or (place.base is not None and self._is_held(place.base))
 
-    def _moving_locked(self, entry: Entry, deadline: float) -> Entry:
-        """What brings a parked entry back."""
-        moving = Entry(entry.key, next(self._generations), is_fetch=False, num_awaiting=1, deadline=deadline)
-        moving.resident, moving.origin = entry, entry.parked
-        entry.moving = moving
-        return moving
-
     def _settle_move_locked(self, entry: Entry) -> Parked | None:
         """It is brought back, or will not be; returns what it was copied from, which must not die under the lock."""
         origin, entry.origin = entry.origin, None
@@ -292,16 +311,27 @@ class ShardIndex(ScopedIndex):
             entry.resident.moving = None
         return origin
 
+    def _can_leave_locked(self, resident: Entry) -> bool:
+        """Whether a shard of the host tier, of which there is a copy on the device by now, may be known there only."""
+        parked = resident.parked
+        if parked is None or not self._stands_locked(resident) or self._is_in_use_locked(resident, parked):
+            return False
+        return not (self._doubts.is_on and resident.is_changed)
+
     def _land_locked(
-        self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any
+        self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, parked: bool
     ) -> tuple[list[Entry], list[Parked]]:
         """Give entries their tensors, but for those that their calls gave up on meanwhile."""
         landed, origins = [], []
         for entry, landing in landings:
             if entry.is_settled:
                 continue
-            entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
-            entry.node, entry.nbytes, entry.version = node, landing.nbytes, landing.base._version
+            version = landing.base._version
+            if parked:
+                entry.parked = Parked(landing.base, landing.lease, completion, version)
+            else:
+                entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
+            entry.node, entry.nbytes, entry.version = node, landing.nbytes, version
             landed.append(entry)
             if (origin := self._settle_move_locked(entry)) is not None:
                 origins.append(origin)

@@ -36,15 +36,15 @@ class Ledger:
         self._has_fetched = False  # since the last clear
         self._dropped = self._dropped_bytes = 0  # whose storage died under them
 
-    def claimed(self, found: Claim, num_hits: int, hit_bytes: int) -> None:
-        """A look-up found so much."""
-        self._counters.hits += num_hits
+    def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_parked: int = 0) -> None:
+        """A look-up found so much; `num_parked` of the hits are handed out where they are in the host tier."""
+        num_moving = sum(entry.resident is not None for entry in found.claimed.values())
+        self._counters.hits += num_hits - num_parked
+        self._counters.host_hits += num_parked + num_moving
         self._counters.hit_bytes += hit_bytes
         self._counters.joined += len(found.joined)
-        num_parked = sum(entry.resident is not None for entry in found.claimed.values())
-        self._counters.host_hits += num_parked
-        self._counters.misses += len(found.claimed) - num_parked
-        self._has_fetched = self._has_fetched or len(found.claimed) > num_parked
+        self._counters.misses += len(found.claimed) - num_moving
+        self._has_fetched = self._has_fetched or len(found.claimed) > num_moving
 
     def fetching(self, node: str, *, begins: bool) -> None:
         """A reader of that node begins to deliver, or has ended."""
@@ -83,6 +83,7 @@ class Ledger:
         for entry in entries:
             entry.state, entry.born, entry.epoch = State.READY, born, epoch
             self.births[entry.key] = born
+        self._host_entries += sum(entry.parked is not None for entry in entries)
         sizes = [entry.nbytes for entry in entries]
         nbytes = sum(sizes)
         self.ready_bytes += nbytes

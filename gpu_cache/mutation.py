@@ -70,8 +70,9 @@ class Doubts:
 
     def accept(self, entry: Entry) -> None:
         """Nobody has the original of a changed entry: what is there is handed out, from now on without a word."""
-        assert entry.base is not None
-        entry.version, entry.checksum, entry.is_accepted = entry.base._version, None, True
+        place = entry.place
+        assert place.base is not None
+        place.version, entry.checksum, entry.is_accepted = place.base._version, None, True
         self.num_found += 1
 
     def revive(self, entry: Entry) -> bool:
@@ -81,8 +82,10 @@ class Doubts:
         entry.base, entry.lease, entry.completion, entry.nbytes = (
             suspect.base, suspect.lease, suspect.completion, suspect.nbytes
         )  # fmt: skip
+        entry.parked = suspect.parked
         self.accept(entry)
-        return entry.lease is None or entry.lease() is not None  # else its storage was swapped meanwhile
+        lease = entry.place.lease
+        return lease is None or lease() is not None  # else its storage was swapped meanwhile
 
     def tell_changed(self, entry: Entry) -> None:
         """Another generation of it was fetched, and the bytes differ."""

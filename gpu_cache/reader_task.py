@@ -45,7 +45,7 @@ class ReaderTask:
         self._transfer = transfer
         error = self._drain(transfer, deadline, may_overflow)
         while isinstance(error, FetchError) and error.may_go_on:
-            self._announced = {key for key in self._announced if self.entries[key].base is not None}
+            self._announced = {key for key in self._announced if self.entries[key].has_arrived}
             error = self._drain(transfer, deadline, may_overflow)
         self.end(error)
 
@@ -94,8 +94,9 @@ class ReaderTask:
     def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
         """Index what arrived; hand it only to the waiting if the pool had no room for it."""
         pairs = [(self.entries[landing.key], landing) for landing in landings]
+        assert self._transfer is not None
         take = self._index.deliver if is_overflow else self._index.publish
-        take(pairs, self.reader.node, completion)
+        take(pairs, self.reader.node, completion, parked=self._transfer.parks)
 
     def _drain(self, transfer: Transfer, deadline: float, may_overflow: bool) -> BaseException | None:
         try:

@@ -39,14 +39,16 @@ class SuspectIndex(IndexView):
         """The index's part of a report, consistent in itself."""
         return {**super().report(), "mutations": self._doubts.num_found}
 
-    def missing(self, keys: Iterable[Hashable]) -> list[Hashable]:
-        """Those of `keys` that a call would have to fetch. Counts nothing."""
+    def missing(self, keys: Iterable[Hashable], *, on_host: bool = False) -> list[Hashable]:
+        """Those of `keys` that a call would have to fetch, or (unless `on_host`) to copy. Counts nothing."""
         with self._lock:
             entries = [(key, self._entries.get(key)) for key in keys]
             return [
                 key
                 for key, entry in entries
-                if entry is None or entry.base is None or self._doubts.wants_refetch(entry)
+                if entry is None
+                or (entry.place if on_host and entry.moving is None else entry).base is None
+                or self._doubts.wants_refetch(entry)
             ]
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
@@ -64,11 +66,13 @@ class SuspectIndex(IndexView):
             self._doubts.tell_unverified([entry])
         return found
 
-    def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Entry, torch.Tensor]]:
-        """READY entries, and an alias of each; counts as no look-up."""
+    def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Entry, Any, torch.Tensor]]:
+        """READY entries, the completion and an alias of each; counts as no look-up."""
         with self._lock:
-            found = [entry for entry in map(self._entries.get, keys) if entry is not None and entry.base is not None]
-            return list(zip(found, self._alias([entry.base for entry in found if entry.base is not None]), strict=True))
+            entries = [entry for entry in map(self._entries.get, keys) if entry is not None]
+            found = [(entry, place, place.base) for entry in entries if (place := entry.place).base is not None]
+            aliases = self._alias([base for _, _, base in found])
+            return [(entry, place.completion, alias) for (entry, place, _), alias in zip(found, aliases, strict=True)]
 
     def compare_checksums(self, checksums: Iterable[tuple[Entry, int]]) -> None:
         """Note an entry's first checksum; let one that has another by now be found changed."""
@@ -77,7 +81,7 @@ class SuspectIndex(IndexView):
                 if entry.checksum is None:
                     entry.checksum = checksum
                 elif entry.checksum != checksum:
-                    entry.version = DOUBTED
+                    entry.place.version = DOUBTED
 
     def compared(self, old: Entry, error: Exception | None) -> None:
         """What was fetched again differs from the old entry; with an error: that is not known."""
@@ -88,16 +92,16 @@ class SuspectIndex(IndexView):
             self._doubts.num_found += 1
         self._doubts.tell_changed(old)
 
-    def _claim_anew_locked(self, entry: Entry, found: Claim, deadline: float, is_current: bool) -> None:
+    def _claim_anew_locked(self, entry: Entry, found: Claim) -> None:
         """Another generation of a READY entry, which it replaces if that can be fetched."""
         key = entry.key
         anew = found.claimed[key] = Entry(
-            key, next(self._generations), node=entry.node, is_kept=entry.is_kept, num_awaiting=1, deadline=deadline,
-            suspect=entry, lineage=entry.lineage or entry.generation,
+            key, next(self._generations), node=entry.node, is_kept=entry.is_kept, num_awaiting=1,
+            deadline=found.deadline, suspect=entry, lineage=entry.lineage or entry.generation,
         )  # fmt: skip
         found.doubted.append((anew, entry))
         self._drop_locked(entry)
-        if is_current:
+        if found.is_current:
             self._entries[key] = anew
 
     def _stands_locked(self, entry: Entry) -> bool:

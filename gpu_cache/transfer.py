@@ -53,6 +53,8 @@ class Transfer:
         config: Resolved settings.
         make_room: Evicts for a run of so many bytes, or nothing; the longest run that room was, or could be, made for.
         tier: Where shards are brought back from.
+        inflight: Shared with another transfer; None: its own.
+        parks: Whether the pool is the host tier's.
     Thread-safety: any thread; each drains a reader of its own.
     """
 
@@ -64,6 +66,9 @@ class Transfer:
         config: CacheConfig,
         make_room: Callable[[int], int],
         tier: HostTier | None = None,
+        *,
+        inflight: InflightBudget | None = None,
+        parks: bool = False,
     ) -> None:
         self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
         slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
@@ -71,8 +76,9 @@ class Transfer:
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
         self._overflow_warnings = Throttle()
-        self.inflight = InflightBudget(config.max_inflight_bytes)
-        self.stream: Stream = device.new_stream()
+        self.parks = parks
+        self.inflight = inflight or InflightBudget(config.max_inflight_bytes)
+        self.stream: Stream = None if parks else device.new_stream()
 
     def drain(
         self,
@@ -106,9 +112,7 @@ class Transfer:
                     return
                 while (specs := reader.next_specs()) is not None:
                     sink.expect(specs)
-                    if empty := [spec for spec in specs if not spec.nbytes]:
-                        sink.land(empty_landings(empty, self._device.torch_device), None, is_overflow=False)
-                    full = [spec for spec in specs if spec.nbytes]
+                    full = self._land_empty(specs, sink)
                     runs = self._place_all(full, placed, may_overflow)
                     with contextlib.closing(self._in_turn(full, runs, turn, deadline)) as granted:
                         for window in granted:
@@ -162,11 +166,12 @@ class Transfer:
         assert self._tier is not None
         specs = reader.next_specs() or []
         sink.expect(specs)
-        for run in self._place_all(specs, placed, may_overflow):
+        for run in self._place_all(self._land_empty(specs, sink), placed, may_overflow):
             landings = self._pool.carve(run.range, run.specs, run.offsets)
             origins = [reader.origins[spec.key] for spec in run.specs]
             for completion in dict.fromkeys(one.completion for one in origins):
-                completion.wait_on(self.stream)
+                if completion is not None:
+                    completion.wait_on(self.stream)
             started = self._device.record(self.stream, timing=True)
             copies = stretches([one.lease for one in origins])
             arena, begin = run.range.slab.arena.tensor, run.range.offset
@@ -177,6 +182,12 @@ class Transfer:
             self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
             sink.land(landings, Completion(self._device, ended), is_overflow=run.range.slab.is_overflow)
             del placed[run], origins
+
+    def _land_empty(self, specs: Sequence[ShardSpec], sink: Sink) -> list[ShardSpec]:
+        """Land those without bytes, which take no room; the others."""
+        if empty := [spec for spec in specs if not spec.nbytes]:
+            sink.land(empty_landings(empty, self._device.torch_device), None, is_overflow=False)
+        return [spec for spec in specs if spec.nbytes]
 
     def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
         """Runs with their ranges, placed one by one as they are needed."""
@@ -228,9 +239,10 @@ class Transfer:
         if self._overflow_warnings.opens():
             stats = self._pool.stats()
             logger.warning(
-                "the pool of %s bytes is full of shards that are in use (%s held, %s waiting to be reused, the largest "
-                "free range %s): %s bytes are handed out uncached, and will be fetched again; raise pool_bytes "
-                "(GPU_CACHE_POOL_BYTES), or clear what is done with",
+                "the %s of %s bytes is full of shards that are in use (%s held, %s waiting to be reused, the largest "
+                "free range %s): %s bytes are handed out uncached, and will be fetched again; raise %s, or clear what "
+                "is done with",
+                "host tier" if self.parks else "pool",
                 *(
                     f"{number:,}"
                     for number in (
@@ -241,6 +253,7 @@ class Transfer:
                         nbytes,
                     )
                 ),
+                "host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)" if self.parks else "pool_bytes (GPU_CACHE_POOL_BYTES)",
             )
 
     def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:

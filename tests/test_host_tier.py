@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache import FetchError, TensorCache
 from gpu_cache.device import HostDevice
-from tests.support.cuda_devices import cuda_device
-from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, same_bytes
-
-KIB = 1 << 10
-CONFIG = CacheConfig(
-    slab_bytes=32 * KIB, pool_bytes=32 * KIB, prealloc_bytes=32 * KIB, host_tier_bytes=64 * KIB, staging_slots=2,
-    staging_slot_bytes=16 * KIB, run_bytes=8 * KIB,
-)  # fmt: skip
-SHARDS: dict[Hashable, torch.Tensor] = {
-    f"{run}{number}": torch.arange(ord(run) * number, ord(run) * number + 500, dtype=torch.int32)  # 2,000 bytes
-    for run in "abcdefghijkl"
-    for number in range(4)
-}
+from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, parked, run_of
 
 
 @pytest.fixture
@@ -33,36 +21,9 @@ def source() -> DictSource:
     return DictSource(SHARDS)
 
 
-@pytest.fixture(params=["host", "staged host", "simulated", "fake cuda"])
+@pytest.fixture(params=KINDS)
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    if request.param == "fake cuda":
-        device = cuda_device(FakeCuda(), tmp_path)
-        cache = TensorCache(CONFIG, device=device)
-        yield cache
-        cache.close()
-        assert not device._cuda.violations
-    elif request.param == "simulated":
-        simulated = SimDevice(seed=3)
-        cache = TensorCache(CONFIG, device=simulated)
-        yield cache
-        cache.close()
-        assert simulated.faults == []
-    else:
-        yield TensorCache(CONFIG, device=HostDevice(stages=request.param == "staged host"))
-
-
-def run_of(name: str) -> list[Hashable]:
-    return [f"{name}{number}" for number in range(4)]
-
-
-def fill(cache: TensorCache, source: DictSource, names: str) -> None:
-    for name in names:
-        got = cache.get_many(run_of(name), source)
-        assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of(name), got, strict=True))
-
-
-def parked(cache: TensorCache) -> set[Hashable]:
-    return {key for key in list(cache.keys()) if cache._index.is_parked(key)}
+    yield from cache_on(request.param, tmp_path)
 
 
 def test_what_is_evicted_comes_back_without_a_fetch(cache: TensorCache, source: DictSource) -> None:

@@ -180,7 +180,7 @@ def test_a_copy_of_what_was_written_to_or_is_held_is_no_refuge() -> None:
     assert handed_out.base is not None
     written.base.add_(1)
     held.add(id(handed_out.base))
-    refuges = {key: Parked(torch.ones(8, dtype=torch.uint8), object(), None) for key in "abc"}
+    refuges = {key: Parked(torch.ones(8, dtype=torch.uint8), object(), None, 0) for key in "abc"}
     assert index.evict(victims, refuges, held=True)
     assert [index.is_parked(key) for key in "abc"] == [False, False, True]
     assert sound.parked is refuges["c"]
@@ -271,7 +271,7 @@ def parked_index() -> tuple[ShardIndex, Parked]:
     """An index whose "a" is in the host tier."""
     index = index_of()
     cached(index, "a", "b")
-    refuge = Parked(torch.ones(8, dtype=torch.uint8), object(), None)
+    refuge = Parked(torch.ones(8, dtype=torch.uint8), object(), None, 0)
     assert index.evict(index.candidates()[:1], {"a": refuge})
     return index, refuge
 

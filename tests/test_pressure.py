@@ -16,6 +16,7 @@ import torch
 from areal.infra.rpc import RTensor, TensorShardInfo, runtime
 from areal.infra.rpc.rtensor import buffer_stats
 from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache.config import Prefer
 from gpu_cache.device import HostDevice
 from tests.support.sources import DictSource, same_bytes
 
@@ -93,10 +94,17 @@ TIGHT = CacheConfig(
 
 
 class Consumer:
-    """Does things at random, and looks at every byte it gets."""
+    """Does things at random, and looks at every byte it gets.
 
-    def __init__(self, cache: TensorCache, seed: int) -> None:
+    Args:
+        cache: Much too small.
+        seed: Of what it does.
+        host_share: How much of what it asks for is to be on the host, if it is not on the device.
+    """
+
+    def __init__(self, cache: TensorCache, seed: int, host_share: float = 0.0) -> None:
         self._cache, self._random, self._source = cache, random.Random(seed), DictSource(WORKING_SET)
+        self._host_share = host_share
         self._held: deque[tuple[Hashable, torch.Tensor]] = deque()
 
     def step(self) -> None:
@@ -110,7 +118,8 @@ class Consumer:
             self._drop([])
 
     def _get(self, keys: list[int]) -> None:
-        for key, tensor in zip(keys, self._cache.get_many(keys, self._source), strict=True):
+        tensors = self._cache.get_many(keys, self._source, prefer=self._some_place())
+        for key, tensor in zip(keys, tensors, strict=True):
             assert same_bytes(tensor, WORKING_SET[key])
             if self._random.random() < 0.2:
                 self._held.append((key, tensor))
@@ -118,9 +127,12 @@ class Consumer:
             self._drop([])
 
     def _prefetch(self, keys: list[int]) -> None:
-        future = self._cache.prefetch(keys, self._source)
+        future = self._cache.prefetch(keys, self._source, prefer=self._some_place())
         if self._random.random() < 0.5 and (error := future.exception(30)) is not None:
             assert isinstance(error, FetchError)  # there was no room, which is no reason to overflow
+
+    def _some_place(self) -> Prefer:
+        return "host" if self._random.random() < self._host_share else "device"
 
     def _clear(self, keys: list[int]) -> None:
         self._cache.clear(keys)
@@ -135,15 +147,20 @@ class Consumer:
 
 
 @pytest.mark.parametrize(
-    ("stages", "num_operations", "tier_bytes"),
-    [(True, 10_000, 0), (True, 5_000, TIGHT.pool_bytes), (False, 1_000, 0)],
-    ids=["staged", "with a host tier", "direct"],
+    ("stages", "num_operations", "tier_bytes", "host_share"),
+    [
+        (True, 10_000, 0, 0.0),
+        (True, 10_000, TIGHT.pool_bytes, 0.0),
+        (True, 10_000, TIGHT.pool_bytes, 0.4),
+        (False, 1_000, 0, 0.0),
+    ],
+    ids=["staged", "with a host tier", "often on the host", "direct"],
 )
 def test_random_operations_under_a_pool_a_tenth_of_the_working_set(
-    stages: bool, num_operations: int, tier_bytes: int
+    stages: bool, num_operations: int, tier_bytes: int, host_share: float
 ) -> None:
     cache = TensorCache(dataclasses.replace(TIGHT, host_tier_bytes=tier_bytes), device=HostDevice(stages=stages))
-    consumer = Consumer(cache, seed=1)
+    consumer = Consumer(cache, 1, host_share)
     for _ in range(num_operations):
         consumer.step()
     consumer.finish()

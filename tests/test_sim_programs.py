@@ -145,7 +145,7 @@ class Consumer:
 def test_consumers_in_threads_raise_no_alarm(seed: int) -> None:
     device = SimDevice(seed)
     cache = TensorCache(dataclasses.replace(CONFIG, staging_slots=4), device=device)
-    observe(cache, device)
+    observe(cache, device, lambda keys: None)
     run_threads([Consumer(cache, device, number).run for number in range(3)])
     cache.clear()
     device.finish()

@@ -250,6 +250,16 @@ def test_synchronize_waits_the_quarantine_out(tmp_path: Path) -> None:
     check(pool, free=MIB, reserved=MIB)
 
 
+def test_room_that_another_thread_waited_for_is_found() -> None:
+    """It was not there when it was looked for, and there was nothing left to wait for: the shard overflowed."""
+    pool = pool_of(pool_bytes=MIB)
+    landings = shards_in(pool, taken_from(pool, MIB), MIB)
+    assert pool.take(MIB) is None
+    landings.clear()
+    pool.synchronize()  # the reaper, before its turn comes to look at the quarantine
+    assert pool.take_freed(MIB) is not None
+
+
 def test_nothing_is_drained_during_a_capture(tmp_path: Path) -> None:
     cuda = FakeCuda()
     device = cuda_device(cuda, tmp_path)

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 GLOBAL, THREAD_LOCAL = 0, 1  # capture modes
 POOL_SIZE = 32
@@ -93,7 +94,7 @@ class FakeTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        fake = next(one.fake for one in args if isinstance(one, FakeTensor))
+        fake = next(one.fake for one in tree_leaves(args) if isinstance(one, FakeTensor))
         if isinstance(result, FakeTensor):
             result.fake = fake
         if func is torch.Tensor.copy_:

@@ -28,6 +28,11 @@ class Ledger:
         """Count a look-up of distinct keys."""
         self.requested += len(keys)
 
+    def ask_again(self, keys: Sequence[Hashable]) -> None:
+        """Count what came to one place, and was looked up once more to come to the other."""
+        self.requested += len(keys)
+        self.arrived_bytes += nbytes_of(keys)
+
     @contextlib.contextmanager
     def receiving(self, keys: Iterable[Hashable]) -> Iterator[None]:
         """Count what comes of looked-up keys: all but the failures, if this ends in a `FetchError`."""
@@ -63,12 +68,15 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
         parked = engine.tier.pool.accounts()
         taken = parked.pop("reserved")
         _agree(sum(parked.values()), taken, "the places of all bytes of the tier, and what it has taken", parked)
-        _agree(taken <= engine.tier.pool.capacity, True, "the tier, and its capacity", parked)
+        _agree(
+            engine.tier.pool._reserved_bytes <= engine.tier.pool.capacity, True, "the tier, and its capacity", parked
+        )
         if not cache._is_closed:
             _agree(_places(engine.tier.pool), parked, "where each byte of the tier is, and the sums kept of it", parked)
         accounts = {place: number + parked[place] for place, number in accounts.items()}
     if not is_fetching:
-        _agree(accounts["pending"], 0, "pending, and no fetch under way", accounts)
+        compared = sum(room.nbytes for one in engine.comparisons._open for room in one.copies)
+        _agree(accounts["pending"], compared, "pending, and no fetch under way, but comparisons", accounts)
         _agree(len(index), len(index._entries), "READY entries, and all", index)
         _agree(engine.staging.stats()["pinned_bytes"], 0, "slots in use, and no fetch under way", engine.staging)
     if is_over:

@@ -49,6 +49,10 @@ class Region:
     def __repr__(self) -> str:
         return f"Region({self.name}, {len(self.memory):,} bytes{', released' if self.is_released else ''})"
 
+    def contains(self, address: int) -> bool:
+        """Whether a byte is one of these."""
+        return 0 <= address - self.base < len(self.memory)
+
     def read(self, start: int, nbytes: int, touch: Touch, clock: Clock) -> str:
         """Note a read of some bytes; returns the race with an earlier write, "" if there is none."""
         fault = self._use_after_release(touch)

@@ -12,13 +12,14 @@ import torch
 
 from gpu_cache.device import Arena, DeviceIdentity, Pinned
 from gpu_cache.lease import plain_tensors
-from tests.support.sim_clock import HOST, POISON, Clock, Region, Touch, join
+from tests.support.sim_clock import HOST, POISON, Region, Touch, join
+from tests.support.sim_host import SimHost
 from tests.support.sim_streams import Adversary, SimEvent, SimStream, Work
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-class SimDevice:
+class SimDevice(SimHost):
     """A `Device` in host memory with explicit queues; copies read their source when they run.
 
     What it finds is in `faults`: two accesses of one granule, at least one of them a write, that nothing orders
@@ -37,17 +38,14 @@ class SimDevice:
     stages = True
 
     def __init__(self, seed: int = 0, num_pooled: int = 3) -> None:
-        self.faults: list[str] = []
+        super().__init__()
         self.adversary = Adversary(seed)
         self.num_refused = 0
         self.captured: SimStream | None = None  # where a graph is being captured
-        # Guards every field below, and the streams, events and regions.
-        self._lock = threading.RLock()
+        # Guarded by the lock, as are the streams and events.
         self._refusals: dict[str, int] = {}
         self._names = itertools.count()
         self._streams: list[SimStream] = []
-        self._regions: list[Region] = []  # also the released ones: their addresses must not come again
-        self._host: Clock = {HOST: 1}
         self._current = threading.local()
         self.pooled = [self.new_stream() for _ in range(num_pooled + 1)]
 
@@ -168,6 +166,10 @@ class SimDevice:
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: SimStream) -> None:
         assert dst.numel() == src.numel()
         self._refuse("copy", RuntimeError)
+        with self._lock:
+            if not self.knows(src):  # pageable: read before this returns
+                self._add_region("pageable", src.clone(), poisons=False)
+                src = torch.from_numpy(self._regions[-1].memory)
         (to, to_at), (source, source_at), nbytes = self._find(dst), self._find(src), dst.numel()
 
         def copy(at: SimStream) -> None:
@@ -222,12 +224,6 @@ class SimDevice:
 
         self._enqueue(stream, read)
 
-    def host_write(self, tensor: torch.Tensor, what: str) -> None:
-        """The host may write these bytes from now on: poison them."""
-        with self._lock:
-            region, begin = self._find(tensor)
-            self._poison(region, begin, tensor.numel(), what)
-
     def _enqueue(self, stream: SimStream, run: Callable[[SimStream], None], blocker: SimEvent | None = None) -> None:
         self._refuse_capture(stream)
         with self._lock:
@@ -261,24 +257,8 @@ class SimDevice:
             self._poison(region, begin, tensor.numel(), "the release")
             region.is_released = True
 
-    def _poison(self, region: Region, begin: int, nbytes: int, what: str) -> None:
-        self._note(region.write(begin, nbytes, Touch(HOST, self._host[HOST], what), self._host))
-        region.memory[begin : begin + nbytes] = POISON
-
-    def _note(self, fault: str) -> None:
-        if fault:
-            self.faults.append(fault)
-
-    def _add_region(self, kind: str, tensor: torch.Tensor) -> None:
+    def _add_region(self, kind: str, tensor: torch.Tensor, *, poisons: bool = True) -> None:
         memory = tensor.numpy()
-        memory[:] = POISON
+        if poisons:
+            memory[:] = POISON
         self._regions.append(Region(f"{kind}{len(self._regions)}", memory))
-
-    def _find(self, tensor: torch.Tensor) -> tuple[Region, int]:
-        """Where a tensor's bytes begin."""
-        address = tensor.data_ptr()
-        with self._lock:
-            for region in self._regions:
-                if 0 <= address - region.base < len(region.memory):
-                    return region, address - region.base
-        raise AssertionError(f"{address:#x} is no memory of this device")

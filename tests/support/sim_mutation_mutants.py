@@ -51,11 +51,11 @@ def _before_writes(original: Any, self: Comparisons, fresh: list[Comparison]) ->
 def _let_go(original: Any, self: Comparisons, fresh: list[Comparison]) -> None:
     original(self, fresh)
     self._fence._noted.pop(self._stream, None)
-    for one in fresh:
+    for one in [one for one in fresh if one.differs is not None]:
         one.aliases.clear()
         one.entry = Entry(one.entry.key, 0)
 
 
 @_mutant("what was written to is handed out", ShardIndex, "claim")
-def _unseen(original: Any, self: ShardIndex, *args: Any, hands_out: bool = True) -> Any:
-    return original(self, *args, hands_out=False)
+def _unseen(original: Any, self: ShardIndex, *args: Any, hands_out: bool = True, **options: Any) -> Any:
+    return original(self, *args, hands_out=False, **options)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from gpu_cache import TensorCache
 from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
 from gpu_cache.engine import Engine
+from gpu_cache.fetch import Fetch
 from gpu_cache.slab import SlabPool
+from tests.support.sim_clock import POISON
 from tests.support.sim_device import SimDevice
 
 
@@ -37,8 +39,14 @@ class WatchedLock:
         self._lock.release()
 
 
-def observe(cache: TensorCache, device: SimDevice) -> None:
-    """See bytes given back, and slots handed out for receiving: the host may write both from then on."""
+def observe(cache: TensorCache, device: SimDevice, looked_again: Callable[[list[Hashable]], None]) -> None:
+    """See bytes given back, and slots handed out for receiving: the host may write both from then on.
+
+    Args:
+        cache: What is looked at.
+        device: That it is on.
+        looked_again: Told the keys that a call for the device looks up once more, as they came to the host tier.
+    """
     engine = cache._open_engine()
     pool, staging = engine.pool, engine.staging
     assert staging is not None
@@ -54,6 +62,24 @@ def observe(cache: TensorCache, device: SimDevice) -> None:
     staging.acquire = watched_acquire  # type: ignore[method-assign]
     _watch_locks(cache, engine, device.adversary.moment)
     _make_orderly(cache, engine)
+    _watch_strays(cache, looked_again)
+
+
+def _watch_strays(cache: TensorCache, looked_again: Callable[[list[Hashable]], None]) -> None:
+    make = cache._fetch
+
+    def watched_fetch(*args: Any, **kwargs: Any) -> Fetch:
+        fetch = make(*args, **kwargs)
+        keep_arrived = fetch.keep_arrived
+
+        def watched_keep_arrived() -> None:
+            looked_again([entry.key for entry in fetch._entries() if entry.parked is not None])
+            keep_arrived()
+
+        fetch.keep_arrived = watched_keep_arrived  # type: ignore[method-assign]
+        return fetch
+
+    cache._fetch = watched_fetch  # type: ignore[method-assign]
 
 
 def _watch_give_backs(pool: SlabPool, device: SimDevice) -> None:
@@ -63,7 +89,10 @@ def _watch_give_backs(pool: SlabPool, device: SimDevice) -> None:
         with settling:
             for freed in [freed for one in done if one in pool._quarantine for freed in one.ranges]:
                 place = freed.slab.arena.tensor[freed.offset : freed.offset + freed.nbytes]
-                device.host_write(place, "the give-back")
+                if device.knows(place):
+                    device.host_write(place, "the give-back")
+                else:  # ordinary memory, for want of room in the host tier
+                    place.fill_(POISON)
             settle(done)
 
     pool._settle = watched_settle  # type: ignore[method-assign]

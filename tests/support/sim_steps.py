@@ -32,8 +32,8 @@ def _step(weight: int) -> Callable[[Callable[[World], None]], Callable[[World], 
 
 @_step(20)
 def get(world: World) -> None:
-    choices = world.choices
-    world.get(world.some_keys(), choices.choice(("host", "stream")), choices.choice(world.open_streams))
+    choices, prefer = world.choices, world.some_place()
+    world.get(world.some_keys(), choices.choice(("host", "stream")), choices.choice(world.open_streams), prefer)
 
 
 @_step(4)
@@ -66,28 +66,43 @@ def get_one(world: World) -> None:
         world.hold(key, found, None, may_be_written=True)
 
 
+@_step(4)
+def get_parked(world: World) -> None:
+    """Some of what is in the host tier, in either place, and read at once; often what has just been sent there."""
+    choices = world.choices
+    if world.config.host_tier_bytes and choices.happens(60):
+        world.say("after an offload")
+        world.cache.offload()
+        world.cache.resume()
+    parked = [key for key in world.cache.keys() if world.cache._index.is_parked(key)]
+    if parked:
+        keys, prefer = choices.sample(parked, min(len(parked), 2)), choices.choice(("device", "host", "host"))
+        if world.get(keys, choices.choice(("host", "stream")), choices.choice(world.open_streams), prefer):
+            world.read(world.held[-1])
+
+
 @_step(3)
 def get_broken(world: World) -> None:
     """A fetch whose connection breaks after some reads."""
     world.land()
-    keys, num_reads = world.choices.sample(list(contents()), 6), world.choices.below(3)
+    keys, num_reads, prefer = world.choices.sample(list(contents()), 6), world.choices.below(3), world.some_place()
     world.say(f"{names(keys)} after {num_reads} reads")
     world.ledger.ask(keys)
     with world.wrapped(lambda reader: broken(reader, num_reads)), contextlib.suppress(FetchError):  # noqa: SIM117
         with world.ledger.receiving(keys):
-            world.cache.get_many(keys, world.source)
+            world.cache.get_many(keys, world.source, prefer=prefer)
 
 
 @_step(2)
 def get_late(world: World) -> None:
     """A fetch that is given up while its reader receives."""
     world.land()
-    keys = world.some_keys()
+    keys, prefer = world.some_keys(), world.some_place()
     changed = world.changed(keys)  # these are handed out as they are
     world.say(names(keys))
     world.ledger.ask(keys)
     with world.wrapped(LateReader) as readers, contextlib.suppress(FetchError), world.ledger.receiving(keys):
-        world.cache.get_many(keys, world.source, timeout_s=0)
+        world.cache.get_many(keys, world.source, timeout_s=0, prefer=prefer)
     world.await_moves()
     if readers:
         late = {key for key in readers[0].keys if contents()[key].numel() and key not in changed}
@@ -124,11 +139,11 @@ def get_captured(world: World) -> None:
 def prefetch(world: World) -> None:
     """Begin to fetch, and stop before the first read returns."""
     world.land()
-    keys = world.some_keys()
+    keys, prefer = world.some_keys(), world.some_place()
     world.say(names(keys))
     world.ledger.ask(keys)
     with world.wrapped(GatedReader) as readers:
-        future = world.cache.prefetch(keys, world.source)
+        future = world.cache.prefetch(keys, world.source, prefer=prefer)
     if readers:
         world.fly(Flight(future, readers[0], keys, set(keys)))
     else:

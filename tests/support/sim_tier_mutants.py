@@ -10,6 +10,7 @@ from gpu_cache.block import Range
 from gpu_cache.completion import Completion
 from gpu_cache.entry import Candidate
 from gpu_cache.fence import StreamFence
+from gpu_cache.fetch import Fetch
 from gpu_cache.host_tier import HostTier
 from gpu_cache.parked_reader import ParkedReader
 from tests.support.sim_mutant import Mutants
@@ -42,3 +43,8 @@ def _unfenced_back(original: Any, self: HostTier, device: Any, *args: Any) -> No
     original(self, device, *args)
     self.pool._fence = StreamFence(device, "noted")
     self.pool._fence.note(self.stream)
+
+
+@_mutant("handed out on the host before the copy out ran", Fetch, "host_completions")
+def _early_on_host(original: Any, self: Fetch) -> Any:
+    return ()

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from gpu_cache import CacheConfig, FetchError, ShardReader, TensorCache
-from gpu_cache.config import ReadyMode
+from gpu_cache.config import Prefer, ReadyMode
 from gpu_cache.parked_reader import ParkedReader
 from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
 from tests.support.sim_script import Choices, Step
-from tests.support.sim_shards import Flight, Held, Written, contents
+from tests.support.sim_shards import Flight, Held, Written, contents, lineage_of
 from tests.support.sim_streams import SimStream
 from tests.support.sources import DictSource, GatedReader
 
@@ -53,7 +53,7 @@ class World:
         self.ledger = Ledger()
         self.choices, self.words = Choices(), ""
         self._capture_left = 0
-        observe(self.cache, self.device)
+        observe(self.cache, self.device, self.ledger.ask_again)
 
     def begin(self, step: Step) -> None:
         """Begin a step: its numbers make the choices from here on, the adversary's first."""
@@ -106,7 +106,14 @@ class World:
         for what in ("arena", "slot", "copy"):
             self.device.refuse(what, 0)
 
-    def get(self, keys: list[Hashable], ready: ReadyMode, stream: SimStream) -> bool:
+    def some_place(self) -> Prefer:
+        """Where what is missing is to go."""
+        if not self.config.host_tier_bytes or self.choices.happens(70):
+            return "device"
+        self.say("preferably on the host")
+        return "host"
+
+    def get(self, keys: list[Hashable], ready: ReadyMode, stream: SimStream, prefer: Prefer = "device") -> bool:
         """Fetch and hold; whether all came. Only what the device refused is an excuse."""
         self.make_way(keys)
         self.say(f"{names(keys)} ready on {'the host' if ready == 'host' else stream.name}")
@@ -114,14 +121,15 @@ class World:
         try:
             self.ledger.ask(keys)
             with self.ledger.receiving(keys), self.device.stream(stream):
-                tensors = self.cache.get_many(keys, self.source, ready=ready)
+                tensors = self.cache.get_many(keys, self.source, ready=ready, prefer=prefer)
         except FetchError:
             if self.device.num_refused == num_refused:
                 raise
             self.say("refused")
             return False
         for key, tensor in zip(keys, tensors, strict=True):
-            self.hold(key, tensor, None if ready == "host" else [stream], num_refused < self.device.num_refused)
+            is_ready = ready == "host" or self.is_on_host(tensor)
+            self.hold(key, tensor, None if is_ready else [stream], num_refused < self.device.num_refused)
         return True
 
     def make_way(self, keys: list[Hashable]) -> None:
@@ -138,19 +146,19 @@ class World:
         while len(self.held) >= _MAX_HELD:
             self.held.pop(0)
         expected = contents()[key].numpy()
-        written = self.written.get(key)
-        if written is not None and (base := written.base()) is not None and base.data_ptr() == tensor.data_ptr():
-            entry = self.cache._index._entries.get(key)
+        written, entry = self.written.get(key), self.cache._index._entries.get(key)
+        if written is not None and written.is_in(tensor, entry):
             was_put = entry is not None and not entry.is_fetch
             assert may_be_written or written.is_known or was_put, f"{key} was written to, and is handed out"
-            expected, streams = written.values, [written.stream]
+            expected, streams = written.values, streams if written.stream is None else [written.stream]
         self.held.append(Held(tensor, expected, streams, str(key)))
 
     def know_written(self) -> None:
         """Of those whose version is remembered, nobody has the original."""
         for key, written in self.written.items():
             entry = self.cache._index._entries.get(key)
-            written.is_known = entry is not None and entry.base is written.base() and not entry.is_changed
+            is_there = entry is not None and entry.place.base is not None and written.is_in(entry.place.base, entry)
+            written.is_known = is_there and entry is not None and not entry.is_changed
 
     def changed(self, keys: Iterable[Hashable]) -> set[Hashable]:
         """Those that a call with a source will fetch again."""
@@ -160,27 +168,48 @@ class World:
     def write(self, held: Held) -> None:
         """Break the rules, when nobody else is at work: write on one stream, and let others read only there."""
         self.device.synchronize_all()
-        block, stream = held.tensor.untyped_storage().data_ptr(), self.choices.choice(self.open_streams)
+        block = held.tensor.untyped_storage().data_ptr()
         values = (held.expected + self.choices.choice((1, 0, 77))) % 200
-        self.say(f"{held.what} on {stream.name}")
-        if self.config.reuse_fence == "noted" or stream not in self.device.pooled:
-            self.tell(held, stream)
-        self.device.write(stream, held.tensor, values)
+        stream = self._overwrite(held, values)
         begin = held.tensor.data_ptr() - block
         for other in self.held:
             if other.tensor.untyped_storage().data_ptr() == block and len(other.expected):
                 at = other.tensor.data_ptr() - block
                 other.expected = _overwritten(other.expected, begin - at, values)
-                other.streams = [stream]
+                other.streams = None if stream is None else [stream]
         entry = self.cache._index._entries.get(held.what)
-        if entry is not None and entry.base is not None and entry.base.data_ptr() == block:
+        if entry is not None and (base := entry.place.base) is not None and base.data_ptr() == block:
             before = self.written.get(held.what)
-            known = before.values if before and before.base() is entry.base else contents()[held.what].numpy()
-            self.written[held.what] = Written(weakref.ref(entry.base), _overwritten(known, begin, values), stream)
+            known = before.values if before and before.is_in(base, entry) else contents()[held.what].numpy()
+            values = _overwritten(known, begin, values)
+            self.written[held.what] = Written(weakref.ref(base), values, stream, lineage_of(entry))
+
+    def _overwrite(self, held: Held, values: np.ndarray) -> SimStream | None:
+        """Enqueue a kernel that does, and tell of its stream; the host does it at once, where it can: None."""
+        if self.is_on_host(held.tensor):
+            self.say(f"{held.what} on the host")
+            if self.device.knows(held.tensor):
+                self.device.host_store(held.tensor, values)
+            else:
+                held.tensor.copy_(torch.from_numpy(values))
+            return None
+        stream = self.choices.choice(self.open_streams)
+        self.say(f"{held.what} on {stream.name}")
+        if self.config.reuse_fence == "noted" or stream not in self.device.pooled:
+            self.tell(held, stream)
+        self.device.write(stream, held.tensor, values)
+        return stream
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        """Whether the host can read it: in the host tier, or outside of it for want of room."""
+        return self.device.is_pinned(tensor) or not self.device.knows(tensor)
 
     def read(self, held: Held) -> None:
         """Enqueue a kernel; the cache is told of the stream, where that is the consumer's part, before or after."""
         streams = [one for one in held.streams or self.streams if one is not self.device.captured]
+        if self.is_on_host(held.tensor) and (self.choices.happens(60) or not self.device.knows(held.tensor)):
+            self.read_on_host(held)
+            return
         if not streams:
             return
         stream = self.choices.choice(streams)
@@ -192,6 +221,14 @@ class World:
         self.device.kernel(stream, held.tensor, held.expected, f"a kernel on {held.what}")
         if tell:
             tell.pop()()
+
+    def read_on_host(self, held: Held) -> None:
+        """Read bytes that are in host memory, without a stream."""
+        self.say(f"{held.what} on the host")
+        if self.device.knows(held.tensor):
+            self.device.host_read(held.tensor, held.expected, held.what)
+        else:  # an empty one, or outside of the tier
+            assert np.array_equal(held.tensor.numpy(), held.expected), f"wrong bytes: of {held.what}, on the host"
 
     def tell(self, held: Held, stream: SimStream) -> None:
         """`record_stream`."""

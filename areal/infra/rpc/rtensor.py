@@ -33,7 +33,7 @@ from areal.infra.rpc.shard import (
 )
 from areal.infra.rpc.trimming import trim_padding
 from areal.infra.rpc.views import FetchBufferView, StorageView
-from gpu_cache.config import OnError
+from gpu_cache.config import OnError, Prefer
 
 __all__ = [
     "ClearReport",
@@ -116,34 +116,38 @@ class RTensor:
         return self.data
 
     @staticmethod
-    def localize(obj: Any, *, timeout_s: float | None = None, on_error: OnError = "raise") -> Any:
+    def localize(
+        obj: Any, *, timeout_s: float | None = None, on_error: OnError = "raise", prefer: Prefer = "device"
+    ) -> Any:
         """Replace the handles in nested containers by their tensors; misses are fetched in one go.
 
         Args:
             obj: A handle, or dicts, lists and tuples of them; anything else passes through.
             timeout_s: Longest wait, in seconds; None: `fetch_timeout_s` of the cache's settings.
             on_error: "none": what does not arrive is None in the result, its handle stays remote; the log tells why.
+            prefer: "host": for batches that should never sit on the GPU; see `TensorCache.get_many`.
         Returns:
             New containers of the same types. The handles are filled too.
         Raises:
             gpu_cache.FetchError: Some did not arrive; its `failures` has a `ShardFetchError` for each. The others are
                 cached, so that another call asks for the rest only.
         """
-        _fill(collect_leaves(obj, RTensor), timeout_s, on_error)
+        _fill(collect_leaves(obj, RTensor), timeout_s, on_error, prefer)
         return map_leaves(obj, RTensor, _DATA_OF if on_error == "raise" else _data_or_none)
 
     @staticmethod
-    def prefetch(obj: Any, *, timeout_s: float | None = None) -> Future[int]:
+    def prefetch(obj: Any, *, timeout_s: float | None = None, prefer: Prefer = "device") -> Future[int]:
         """Begin to fetch what `localize` of the same handles would have to fetch, and return at once.
 
         Args:
             obj: As for `localize`.
             timeout_s: How long that may take, in seconds; None: `fetch_timeout_s` of the cache's settings.
+            prefer: As for `localize`.
         Returns:
             A future of the number of shards on their way. It need not be waited for.
         """
         remote = {handle.shard.shard_id: handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta}
-        return runtime.current().prefetch(remote, timeout_s)
+        return runtime.current().prefetch(remote, timeout_s, prefer)
 
     @staticmethod
     def remotize(obj: Any, node_addr: str) -> Any:
@@ -327,13 +331,15 @@ def _data_or_none(handle: RTensor) -> torch.Tensor | None:
     return None if handle.data.is_meta else handle.data
 
 
-def _fill(handles: Sequence[RTensor], timeout_s: float | None, on_error: OnError = "raise") -> None:
+def _fill(
+    handles: Sequence[RTensor], timeout_s: float | None, on_error: OnError = "raise", prefer: Prefer = "device"
+) -> None:
     """Put the tensors of the handles that are still remote in their `data`."""
     remote = [handle for handle in handles if handle.data.is_meta]
     if not remote:
         return
     distinct = {handle.shard.shard_id: handle for handle in remote}
-    tensors = runtime.current().get_many(distinct, timeout_s, on_error)
+    tensors = runtime.current().get_many(distinct, timeout_s, on_error, prefer)
     if len(distinct) < len(remote):
         by_id = dict(zip(distinct, tensors, strict=True))
         tensors = [by_id[handle.shard.shard_id] for handle in remote]

@@ -21,7 +21,7 @@ from areal.infra.rpc.clearing import StepClearer
 from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import ShardReader
-from gpu_cache.config import OnError
+from gpu_cache.config import OnError, Prefer
 
 
 class Handle(Protocol):
@@ -77,7 +77,11 @@ class Runtime:
             unused.close()
 
     def get_many(
-        self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, on_error: OnError = "raise"
+        self,
+        handles: Mapping[Hashable, Handle],
+        timeout_s: float | None = None,
+        on_error: OnError = "raise",
+        prefer: Prefer = "device",
     ) -> Sequence[torch.Tensor | None]:
         """The tensors of remote handles, given by shard id: from the cache, this process's store, or their owners.
 
@@ -85,11 +89,13 @@ class Runtime:
             gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
         """
         source = _HandleSource(self, handles)
-        return self.cache.get_many(list(handles), source, timeout_s=timeout_s, on_error=on_error)
+        return self.cache.get_many(list(handles), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer)
 
-    def prefetch(self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None) -> Future[int]:
+    def prefetch(
+        self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, prefer: Prefer = "device"
+    ) -> Future[int]:
         """Begin to fetch what is not cached."""
-        return self.cache.prefetch(list(handles), _HandleSource(self, handles), timeout_s=timeout_s)
+        return self.cache.prefetch(list(handles), _HandleSource(self, handles), timeout_s=timeout_s, prefer=prefer)
 
     def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
         """Where the tensors of remote handles come from: this process's store, or the backend."""

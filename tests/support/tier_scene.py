@@ -1,0 +1,62 @@
+"""Caches with a host tier on each kind of device, and runs of shards that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+import torch
+
+from gpu_cache import CacheConfig, TensorCache
+from gpu_cache.device import HostDevice
+from tests.support.cuda_devices import cuda_device
+from tests.support.fake_cuda import FakeCuda
+from tests.support.sim_device import SimDevice
+from tests.support.sources import DictSource, same_bytes
+
+KIB = 1 << 10
+CONFIG = CacheConfig(
+    slab_bytes=32 * KIB, pool_bytes=32 * KIB, prealloc_bytes=32 * KIB, host_tier_bytes=64 * KIB, staging_slots=2,
+    staging_slot_bytes=16 * KIB, run_bytes=8 * KIB,
+)  # fmt: skip
+SHARDS: dict[Hashable, torch.Tensor] = {
+    f"{run}{number}": torch.arange(ord(run) * number, ord(run) * number + 500, dtype=torch.int32)  # 2,000 bytes
+    for run in "abcdefghijkl"
+    for number in range(4)
+}
+KINDS = ["host", "staged host", "simulated", "fake cuda"]
+
+
+def cache_on(kind: str, tmp_path: Path, config: CacheConfig = CONFIG) -> Iterator[TensorCache]:
+    """A cache on one of `KINDS`, for a fixture: says at the end what the device found wrong."""
+    if kind == "fake cuda":
+        device = cuda_device(FakeCuda(), tmp_path)
+        cache = TensorCache(config, device=device)
+        yield cache
+        cache.close()
+        assert not device._cuda.violations
+    elif kind == "simulated":
+        simulated = SimDevice(seed=3)
+        cache = TensorCache(config, device=simulated)
+        yield cache
+        cache.close()
+        assert simulated.faults == []
+    else:
+        yield TensorCache(config, device=HostDevice(stages=kind == "staged host"))
+
+
+def run_of(name: str) -> list[Hashable]:
+    """The keys of a run, which takes 8 KiB."""
+    return [f"{name}{number}" for number in range(4)]
+
+
+def fill(cache: TensorCache, source: DictSource, names: str) -> None:
+    """Get runs, one after the other, and drop them."""
+    for name in names:
+        got = cache.get_many(run_of(name), source)
+        assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of(name), got, strict=True))
+
+
+def parked(cache: TensorCache) -> set[Hashable]:
+    """What is in the host tier."""
+    return {key for key in list(cache.keys()) if cache._index.is_parked(key)}

@@ -1,0 +1,366 @@
+"""`prefer="host"`: batches that never sit on the device, received into the host tier and handed out there."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_cache import FetchError, TensorCache
+from gpu_cache.device import HostDevice
+from gpu_cache.errors import MutatedError, TransferError
+from tests.support.interleave_actors import in_background
+from tests.support.sim_device import SimDevice
+from tests.support.sources import DictSource, GatedReader, gated, same_bytes
+from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, parked, run_of
+
+
+@pytest.fixture
+def source() -> DictSource:
+    return DictSource({**SHARDS, "empty": torch.empty(0, 3)})
+
+
+@pytest.fixture(params=KINDS)
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
+    yield from cache_on(request.param, tmp_path)
+
+
+def on_host(cache: TensorCache, source: DictSource, names: str, **options: object) -> list[torch.Tensor]:
+    """Get runs on the host; bytes are right."""
+    keys = [key for name in names for key in run_of(name)]
+    got = cache.get_many(keys, source, prefer="host", **options)  # type: ignore[call-overload]
+    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(keys, got, strict=True))
+    return list(got)
+
+
+def is_in(pool_of: str, cache: TensorCache, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every tensor lies in the slabs of the device's pool ("device"), or of the tier's ("host")."""
+    engine = cache._engine
+    assert engine is not None
+    assert engine.tier is not None
+    pool = engine.pool if pool_of == "device" else engine.tier.pool
+    begins = [(slab.arena.tensor.data_ptr(), slab.nbytes) for slab in pool._slabs]
+    return all(any(0 <= one.data_ptr() - begin < nbytes for begin, nbytes in begins) for one in tensors)
+
+
+def stands(readers: list[GatedReader], count: int) -> None:
+    """Wait until so many readers were opened, and the last one stands at its gate."""
+    while len(readers) < count:
+        time.sleep(0.001)
+    assert readers[count - 1].has_arrived.wait(10)
+
+
+def wait_for_joins(cache: TensorCache, count: int) -> None:
+    while cache.buffer_stats()["joined"] < count:
+        time.sleep(0.001)
+
+
+def test_what_is_missing_is_received_there_and_takes_nothing_of_the_device(
+    cache: TensorCache, source: DictSource
+) -> None:
+    got = on_host(cache, source, "ab")
+    assert is_in("host", cache, got)
+    assert {one.device.type for one in got} == {"cpu"}
+    assert parked(cache) == {*run_of("a"), *run_of("b")}
+    again = on_host(cache, source, "ab")
+    assert [one.data_ptr() for one in again] == [one.data_ptr() for one in got], "handed out without a copy"
+    stats = cache.buffer_stats()
+    assert (stats["misses"], stats["host_hits"], stats["hits"], stats["fetches"]) == (8, 8, 0, 1)
+    assert (stats["miss_bytes"], stats["hit_bytes"], stats["requested_bytes"]) == (16_000, 16_000, 32_000)
+    assert (stats["host_bytes"], stats["device_bytes"], stats["device_reserved_bytes"]) == (16 * KIB, 0, 0)
+    assert (stats["copies"], stats["h2d_bytes"], stats["pinned_bytes"]) == (0, 0, 0)
+    assert (stats["num_entries"], stats["total_bytes"]) == (8, 16_000)
+    assert cache._index.report()["host_entries"] == 8
+
+
+def test_what_was_evicted_is_handed_out_where_it_went(cache: TensorCache, source: DictSource) -> None:
+    fill(cache, source, "abcdef")
+    before, asked = cache.buffer_stats(), len(source.asked)
+    got = on_host(cache, source, "a")
+    if isinstance(cache._open_engine().device, SimDevice):
+        for tensor, key in zip(got, run_of("a"), strict=True):  # the copies that filled them are seen to be done
+            expected = SHARDS[key].numpy().view("uint8")
+            cache._open_engine().device.host_read(tensor, expected, str(key))  # type: ignore[attr-defined]
+    after = cache.buffer_stats()
+    assert is_in("host", cache, got)
+    assert len(source.asked) == asked
+    assert after["copies"] == before["copies"]
+    assert after["host_hits"] - before["host_hits"] == 4
+    assert parked(cache) >= set(run_of("a"))
+
+
+def test_what_is_on_the_device_is_handed_out_there(cache: TensorCache, source: DictSource) -> None:
+    fill(cache, source, "a")
+    got = on_host(cache, source, "ab")
+    assert is_in("device", cache, got[:4])
+    assert is_in("host", cache, got[4:])
+    assert parked(cache) == set(run_of("b"))
+
+
+def test_a_call_for_the_device_takes_it_out_of_the_tier(cache: TensorCache, source: DictSource) -> None:
+    on_host(cache, source, "a")
+    got = cache.get_many(run_of("a"), source)
+    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), got, strict=True))
+    assert is_in("device", cache, got)
+    assert parked(cache) == set()
+    cache.synchronize()
+    stats = cache.buffer_stats()
+    assert (stats["host_bytes"], stats["misses"], stats["host_hits"], stats["num_entries"]) == (0, 4, 4, 4)
+    assert len(source.asked) == 1
+
+
+def test_what_somebody_holds_on_the_host_stays_there(cache: TensorCache, source: DictSource) -> None:
+    """Its holder may be writing while it is copied: then the copy is no original, and nobody else may get it."""
+    held = on_host(cache, source, "a")
+    got = cache.get_many(run_of("a"), source)
+    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), got, strict=True))
+    assert is_in("device", cache, got)
+    assert parked(cache) == set(run_of("a"))
+    assert cache.buffer_stats()["overflows"] == 0
+    held[0].fill_(7)
+    anew = cache.get_many(run_of("a"), source)
+    assert same_bytes(anew[0], SHARDS["a0"])
+    assert source.asked == [run_of("a"), ["a0"]]
+    assert parked(cache) == set(run_of("a")[1:]), "fetched again for the device"
+    del held, got, anew
+    fill(cache, source, "a")
+    assert parked(cache) == set()
+    assert len(source.asked) == 2
+
+
+def test_who_writes_while_it_is_copied_harms_only_who_waited(source: DictSource) -> None:
+    device = SimDevice()
+    cache = TensorCache(CONFIG, device=device)
+    (held,) = cache.get_many(["a1"], source, prefer="host")
+    device.adversary.begin()
+    readers = cache.prefetch(["a1"], source)
+    held.zero_()
+    device.finish()
+    readers.result(10)
+    del held
+    fill(cache, source, "a")
+    assert ["a1"] in source.asked[1:] or run_of("a") in source.asked[1:]
+    assert device.faults == []
+
+
+@pytest.mark.parametrize("prefers", ["device", "host"])
+def test_who_joins_a_fetch_for_the_other_place(cache: TensorCache, source: DictSource, prefers: str) -> None:
+    """A call for the device copies what came to the host; one for the host takes what came to the device."""
+    first, second = ("host", "device") if prefers == "device" else ("device", "host")
+    readers = gated(source)
+    fetching = in_background(lambda: cache.get_many(run_of("a"), source, prefer=first))
+    stands(readers, 1)
+    joining = in_background(lambda: cache.get_many(run_of("a"), source, prefer=second))
+    wait_for_joins(cache, 4)
+    readers[0].gate.set()
+    got, others = joining.result(10), fetching.result(10)
+    for tensors in (got, others):
+        assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), tensors, strict=True))
+    assert is_in("device", cache, got)
+    assert is_in(first, cache, others)
+    assert len(source.asked) == 1
+
+
+def test_a_clear_while_it_is_received(cache: TensorCache, source: DictSource) -> None:
+    readers = gated(source)
+    future = cache.prefetch(run_of("a"), source, prefer="host")
+    assert readers[0].has_arrived.wait(10)
+    cache.clear(["a0", "a1"])
+    readers[0].gate.set()
+    assert future.result(10) == 4
+    assert parked(cache) == {"a2", "a3"}
+    assert cache.clear() == 2
+    cache.synchronize()
+    stats = cache.buffer_stats()
+    assert (stats["host_bytes"], stats["num_entries"], stats["total_bytes"]) == (0, 0, 0)
+    assert cache._index.report()["host_entries"] == 0
+
+
+def test_the_tier_makes_room_and_overflows_only_when_all_of_it_is_held(
+    cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_host(cache, source, "abcdefgh")
+    held = on_host(cache, source, "ijklabcd")
+    assert parked(cache) == {key for name in "ijklabcd" for key in run_of(name)}
+    assert caplog.records == []
+    overflown = on_host(cache, source, "ef")
+    assert cache.buffer_stats()["overflows"] == 8
+    assert "e0" not in cache
+    (record,) = caplog.records
+    assert "the host tier of 65,536 bytes is full" in record.getMessage()
+    assert "raise host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)" in record.getMessage()
+    del held, overflown
+    cache.synchronize()
+    on_host(cache, source, "ef")
+    assert parked(cache) >= {*run_of("e"), *run_of("f")}
+    assert cache.buffer_stats()["overflows"] == 8
+
+
+def test_an_overflow_of_the_tier_is_fetched_anew_for_the_device(source: DictSource) -> None:
+    """It was in no pool: who joined for the device has nothing to copy from."""
+    cache = TensorCache(CONFIG, device=SimDevice())
+    held = on_host(cache, source, "abcdefgh")
+    readers = gated(source)
+    fetching = in_background(lambda: cache.get_many(["i0"], source, prefer="host"))
+    stands(readers, 1)
+    joining = in_background(lambda: cache.get_many(["i0"], source))
+    wait_for_joins(cache, 1)
+    readers[0].gate.set()
+    stands(readers, 2)
+    readers[1].gate.set()
+    assert is_in("device", cache, joining.result(10))
+    assert same_bytes(fetching.result(10)[0], SHARDS["i0"])
+    assert len(held) == 32
+
+
+def test_a_shard_that_fails_leaves_the_others_cached(cache: TensorCache, source: DictSource) -> None:
+    missing: list[Hashable] = ["nowhere"]
+    with pytest.raises(FetchError, match="nowhere is not at node-a:1"):
+        cache.get_many([*run_of("a"), *missing], source, prefer="host")
+    assert parked(cache) == set(run_of("a"))
+    (found, lacking) = cache.get_many(["a0", *missing], source, prefer="host", on_error="none")
+    assert (found is not None, lacking) == (True, None)
+    del found
+    cache.clear()
+    cache.synchronize()
+    assert cache.buffer_stats()["host_bytes"] == 0
+
+
+def test_without_a_tier_it_is_refused_unless_the_device_is_the_host(source: DictSource) -> None:
+    off = dataclasses.replace(CONFIG, host_tier_bytes=0)
+    staged = TensorCache(off, device=HostDevice(stages=True))
+    for call in (staged.get_many, staged.prefetch):
+        with pytest.raises(ValueError, match=r"host tier is off; set host_tier_bytes \(GPU_CACHE_HOST_TIER_BYTES\)"):
+            call(["a0"], source, prefer="host")
+        with pytest.raises(ValueError, match="prefer='gpu': must be 'device' or 'host'"):
+            call(["a0"], source, prefer="gpu")  # type: ignore[arg-type]
+    assert source.asked == []
+    assert len(staged) == 0
+    (tensor,) = TensorCache(off, device=HostDevice()).get_many(["a0"], source, prefer="host")
+    assert same_bytes(tensor, SHARDS["a0"])
+
+
+def test_a_prefetch_and_a_scope(cache: TensorCache, source: DictSource) -> None:
+    with cache.scope("step"):
+        assert cache.prefetch([*run_of("a"), "empty"], source, prefer="host").result(10) == 5
+        assert cache.prefetch(run_of("a"), source, prefer="host").result(10) == 0, "it is there"
+        assert parked(cache) == {*run_of("a"), "empty"}
+        fill(cache, source, "a")
+        assert len(cache) == 5
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize("cache", KINDS[:3], indirect=True)
+def test_a_shard_without_bytes_is_of_the_place_that_was_asked_for(cache: TensorCache, source: DictSource) -> None:
+    (tensor,) = cache.get_many(["empty"], source, prefer="host")
+    assert (tensor.shape, tensor.device.type) == ((0, 3), "cpu")
+    assert parked(cache) == {"empty"}
+    del tensor
+    assert cache.get_many(["empty"], source)[0].shape == (0, 3)
+    assert parked(cache) == set()
+    assert len(source.asked) == 1
+
+
+@pytest.mark.parametrize("prefers", ["device", "host"])
+def test_after_a_write_readers_get_the_original(
+    cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture, prefers: str
+) -> None:
+    harmless, written = cache.get_many(["a0", "a1"], source, prefer="host")
+    harmless.add_(0)
+    written[3] = 12345
+    again = cache.get_many(run_of("a"), source, prefer=prefers)  # type: ignore[call-overload]
+    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), again, strict=True))
+    assert written[3] == 12345, "who holds the old block keeps it"
+    assert source.asked == [["a0", "a1"], run_of("a")]
+    cache.synchronize()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "'a1'" in record.getMessage()
+    assert "its bytes are no longer those of its source" in record.getMessage()
+    assert cache.buffer_stats()["mutations"] == 1
+
+
+def test_what_cannot_be_fetched_again_is_handed_out_as_it_is(cache: TensorCache, source: DictSource) -> None:
+    (written,) = cache.get_many(["a0"], source, prefer="host")
+    written.zero_()
+    del source.tensors["a0"]  # type: ignore[attr-defined]
+    (same,) = cache.get_many(["a0"], source, prefer="host")
+    assert same.data_ptr() == written.data_ptr()
+    (copied,) = cache.get_many(["a0"], source)
+    assert is_in("device", cache, [copied])
+    assert not copied.any()
+
+
+def test_the_other_policies_hold_there_too(source: DictSource) -> None:
+    strict = TensorCache(dataclasses.replace(CONFIG, on_mutation="error"), device=SimDevice())
+    (written,) = strict.get_many(["a0"], source, prefer="host")
+    written.zero_()
+    for prefer in ("host", "device"):
+        with pytest.raises(MutatedError, match="a0"):
+            strict.get_many(["a0"], source, prefer=prefer)  # type: ignore[call-overload]
+    lax = TensorCache(dataclasses.replace(CONFIG, on_mutation="ignore"), device=SimDevice())
+    (written,) = lax.get_many(["a0"], source, prefer="host")
+    written.zero_()
+    assert lax.get_many(["a0"], source, prefer="host")[0].data_ptr() == written.data_ptr()
+    del written
+    assert not lax.get_many(["a0"], source)[0].any()
+    assert parked(lax) == set()
+
+
+def test_checksums_see_what_torch_does_not_count(source: DictSource) -> None:
+    cache = TensorCache(dataclasses.replace(CONFIG, debug_checksum=True), device=HostDevice(stages=True))
+    (tensor,) = cache.get_many(["a1"], source, prefer="host")
+    tensor.numpy()[0] = -1
+    assert same_bytes(cache.get_many(["a1"], source, prefer="host")[0], SHARDS["a1"])
+    assert len(source.asked) == 2
+
+
+def test_a_capture_gets_what_is_in_the_tier_and_nothing_else(source: DictSource) -> None:
+    device = SimDevice()
+    cache = TensorCache(CONFIG, device=device)
+    on_host(cache, source, "a")
+    with device.stream(device.pooled[1]):
+        device.captured = device.pooled[1]
+        assert len(cache.get_many(run_of("a"), source, prefer="host")) == 4
+        with pytest.raises(TransferError, match=r"cannot fetch 'a0' \(it is in the host tier\)"):
+            cache.get_many(run_of("a"), source)
+        with pytest.raises(TransferError, match="cannot fetch 'b0'"):
+            cache.get_many(run_of("b"), source, prefer="host")
+        device.captured = None
+    assert device.faults == []
+
+
+def test_memory_that_cannot_be_pinned_is_gone_without(source: DictSource) -> None:
+    device = SimDevice()
+    cache = TensorCache(CONFIG, device=device)
+    device.refuse("slot", 100)
+    got = on_host(cache, source, "a")
+    assert cache.buffer_stats()["overflows"] == 4
+    assert len(got) == 4
+    device.refuse("slot", 0)
+    on_host(cache, source, "a")
+    assert parked(cache) == set(run_of("a"))
+
+
+def test_offload_leaves_it_and_close_leaves_what_is_held(cache: TensorCache, source: DictSource) -> None:
+    held = on_host(cache, source, "ab")[:2]
+    fill(cache, source, "c")
+    cache.offload()
+    assert parked(cache) == {key for name in "abc" for key in run_of(name)}
+    engine = cache._open_engine()
+    assert engine.tier is not None
+    cache.close()
+    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), held, strict=False))
+    held.clear()
+    engine.synchronize()
+    assert engine.tier.pool.accounts()["reserved"] == 0
+
+
+def test_bytes_on_their_way_to_either_place_are_bounded_together(cache: TensorCache) -> None:
+    engine = cache._open_engine()
+    assert engine.transfer_to("host").inflight is engine.transfer_to("device").inflight
