@@ -70,7 +70,8 @@ class CacheConfig:
         on_mutation: What becomes of a shard that a reader wrote into, when it is next asked for. "refetch": it is
             fetched again, so that others get the original bytes; "error": `MutatedError`; "ignore": nothing.
         debug_checksum: Whether to look at every byte at each hand-out, for writes that torch does not count. Slow.
-        host_tier_bytes: The most of pinned host memory that evicted shards are kept in; 0: they are fetched again.
+        host_tier_bytes: The most of pinned host memory for evicted shards, and for those asked for with
+            `prefer="host"`. 0: evicted ones are fetched again.
     Raises:
         ValueError: A value is out of range; names the field and the value.
     """

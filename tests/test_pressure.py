@@ -82,6 +82,27 @@ def test_a_batch_of_eight_times_the_pool_comes_whole_and_leaves_nothing(address:
     assert (buffer_stats()["device_bytes"], buffer_stats()["device_reserved_bytes"]) == (0, 0)
 
 
+def test_a_batch_on_the_host_takes_nothing_of_the_pool(address: str) -> None:
+    cache = runtime.configure(
+        device="cpu", pool_bytes="8MiB", slab_bytes="4MiB", host_tier_bytes="80MiB", staging_slots=1,
+        staging_slot_bytes="1MiB", run_bytes="1MiB",
+    ).cache  # fmt: skip
+    cache._given_device = HostDevice(stages=True)
+    cache._start_empty()
+    assert RTensor.prefetch(handles(address)[:8], prefer="host").result(30) == 8
+    batch = RTensor.localize(handles(address), prefer="host")
+    assert all_right(batch)
+    stats = buffer_stats()
+    assert (stats["misses"], stats["host_hits"], stats["overflows"]) == (NUM_SHARDS, 8, 0)
+    assert (stats["host_bytes"], stats["device_reserved_bytes"], stats["copies"]) == (NUM_SHARDS * MIB, 0, 0)
+    del batch
+    on_device = RTensor.localize(handles(address)[:4])
+    assert all_right(on_device)
+    cache.synchronize()
+    assert buffer_stats()["fetch_bytes"] == NUM_SHARDS * MIB
+    assert buffer_stats()["host_bytes"] == (NUM_SHARDS - 4) * MIB
+
+
 LENGTHS = (100, 512, 3000, 4096, 9000, 30_000)
 WORKING_SET: dict[Hashable, torch.Tensor] = {
     number: torch.randint(0, 255, (LENGTHS[number % 6],), generator=torch.Generator().manual_seed(number)).byte()
