@@ -74,7 +74,7 @@ def get_parked(world: World) -> None:
         world.say("after an offload")
         world.cache.offload()
         world.cache.resume()
-    parked = [key for key in world.cache.keys() if world.cache._index.is_parked(key)]
+    parked = list(filter(world.cache._index.is_parked, world.cache.keys()))
     if parked:
         keys, prefer = choices.sample(parked, min(len(parked), 2)), choices.choice(("device", "host", "host"))
         if world.get(keys, choices.choice(("host", "stream")), choices.choice(world.open_streams), prefer):
