@@ -16,12 +16,14 @@ from tests.support.gpu_scene import (
     SLACK_BYTES,
     fetch,
     fetch_all,
+    filled,
     is_about,
     is_all,
     roomy_cache,
     small_cache,
     steady_free_bytes,
 )
+from tests.support.sources import DictSource
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("failures_stay_alone")]
 
@@ -100,6 +102,20 @@ def test_what_is_evicted_waits_in_pinned_memory_and_comes_back() -> None:
     assert report.held_bytes == 0
     assert cache.buffer_stats()["device_reserved_bytes"] == 0
     assert is_all(fetch(cache, 3, 99, SLAB_BYTES), 3)
+
+
+def test_a_batch_on_the_host_is_pinned_and_takes_nothing_of_the_device() -> None:
+    cache = roomy_cache(host_tier_bytes=4 * SLAB_BYTES)
+    source = DictSource({number: filled(number, SLAB_BYTES) for number in range(4)})
+    before = steady_free_bytes()
+    batch = cache.get_many(list(range(4)), source, prefer="host")
+    assert is_about(steady_free_bytes(), before)
+    assert all(tensor.is_pinned() for tensor in batch)
+    assert all(is_all(tensor.to(GPU, non_blocking=True), number) for number, tensor in enumerate(batch))
+    del batch
+    assert is_all(fetch(cache, 2, 99, SLAB_BYTES), 2), "copied, not fetched"
+    stats = cache.buffer_stats()
+    assert (stats["fetches"], stats["host_hits"], stats["h2d_bytes"]) == (1, 1, SLAB_BYTES)
 
 
 def test_close_gives_everything_back_but_what_is_held_and_that_when_it_dies() -> None:

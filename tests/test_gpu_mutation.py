@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
 import torch
 
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.config import ReadyMode
+from gpu_cache.config import Prefer, ReadyMode
 from tests.support.sources import DictSource, same_bytes
 
 pytestmark = pytest.mark.gpu
@@ -47,4 +48,18 @@ def test_checksums_see_what_the_counter_misses() -> None:
     cache, source = TensorCache(CacheConfig(device="cuda", prealloc_bytes=0, debug_checksum=True)), DictSource(tensors)
     cache.get_many(["a"], source)[0].data.zero_()
     assert same_bytes(cache.get_many(["a"], source)[0].cpu(), tensors["a"])
+    assert wait_until_told(cache) == 1
+
+
+@pytest.mark.parametrize("prefer", ["host", "device"])
+def test_a_write_on_the_host_is_found_by_a_comparison_on_the_gpu(prefer: Prefer) -> None:
+    tensors = {"a": torch.randn(3_000_001), "b": torch.randn(5)}
+    cache = TensorCache(dataclasses.replace(CONFIG, host_tier_bytes=64 << 20))
+    source = DictSource(tensors)
+    written, harmless = cache.get_many(list(tensors), source, prefer="host")
+    written[7] = -1
+    harmless.add_(0)
+    fresh = cache.get_many(list(tensors), source, prefer=prefer)
+    assert {tensor.device.type for tensor in fresh} == {"cpu" if prefer == "host" else "cuda"}
+    assert all(same_bytes(got.cpu(), want) for got, want in zip(fresh, tensors.values(), strict=True))
     assert wait_until_told(cache) == 1

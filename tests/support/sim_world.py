@@ -130,6 +130,7 @@ class World:
         for key, tensor in zip(keys, tensors, strict=True):
             is_ready = ready == "host" or self.is_on_host(tensor)
             self.hold(key, tensor, None if is_ready else [stream], num_refused < self.device.num_refused)
+        self.know_written()
         return True
 
     def make_way(self, keys: list[Hashable]) -> None:
