@@ -15,6 +15,7 @@ import torch
 
 from areal.infra.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer
 from areal.infra.rpc.shard import collect_leaves
+from gpu_cache.config import Prefer
 from soaking.catalogue import Catalogue, Shard
 from soaking.tally import EXPECTED_OF_PREFETCH, Tally
 
@@ -82,7 +83,8 @@ class Consumer:
 
     def _run(self) -> None:
         works: list[tuple[int, float, Callable[[], None]]] = [
-            (40, FETCH_TIMEOUT_S, self._localize),
+            (30, FETCH_TIMEOUT_S, self._localize),
+            (10, FETCH_TIMEOUT_S, self._localize_on_host),
             (15, FETCH_TIMEOUT_S, self._prefetch_and_localize),
             (5, 0, self._prefetch),
             (15, FETCH_TIMEOUT_S, self._to_local),
@@ -101,6 +103,9 @@ class Consumer:
 
     def _localize(self) -> None:
         self._localize_and_check(self._batch())
+
+    def _localize_on_host(self) -> None:
+        self._localize_and_check(self._batch(), prefer="host")
 
     def _prefetch_and_localize(self) -> None:
         batch = self._batch()
@@ -146,9 +151,9 @@ class Consumer:
         cut = self._chance.randint(0, len(handles))
         return {"step": 7, "rows": handles[:cut], "rest": [{"pair": pair} for pair in handles[cut:]]}
 
-    def _localize_and_check(self, batch: dict[str, Any]) -> None:
+    def _localize_and_check(self, batch: dict[str, Any], prefer: Prefer = "device") -> None:
         shards = collect_leaves(batch, Shard)
-        tensors = collect_leaves(RTensor.localize(batch), torch.Tensor)
+        tensors = collect_leaves(RTensor.localize(batch, prefer=prefer), torch.Tensor)
         for shard, tensor in zip(shards, tensors, strict=True):
             self._check_and_keep(shard, tensor)
 

@@ -28,7 +28,9 @@ _SAMPLE_S = 1.0
 _JOIN_S = 30.0  # more than any operation's limit
 _QUIET_S, _SETTLE_S = 1.3, 15.0  # the cache's own thread ends when it had nothing to do for a second
 _WARM_TRIES = 10
-_MUST_BE_ZERO = ("device_bytes", "device_quarantined_bytes", "pinned_bytes", "num_entries", "total_bytes")
+_MUST_BE_ZERO = (
+    "device_bytes", "device_quarantined_bytes", "host_bytes", "pinned_bytes", "num_entries", "total_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,13 @@ def soak(plan: Plan, tell: Callable[[str], None]) -> Findings:
         for owner in owners:
             owner.wait()
         proxies = stack.enter_context(Proxies(plan.seed, [owner.port for owner in owners]))
-        runtime.configure(device=plan.device, pool_bytes="48MiB", slab_bytes="8MiB", fetch_timeout_s=FETCH_TIMEOUT_S)
+        runtime.configure(
+            device=plan.device,
+            pool_bytes="48MiB",
+            slab_bytes="8MiB",
+            host_tier_bytes="24MiB",
+            fetch_timeout_s=FETCH_TIMEOUT_S,
+        )
         try:
             return Session(plan, owners, proxies, stopping, tell).run()
         finally:
