@@ -12,10 +12,9 @@ from typing import Literal, overload
 import torch
 
 from gpu_cache import process
-from gpu_cache.block import TrimReport
 from gpu_cache.checksum import check_bytes
 from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode
-from gpu_cache.device import Device, Stream
+from gpu_cache.device import Device
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry
 from gpu_cache.errors import CacheClosedError, FetchError, TransferError
@@ -23,18 +22,17 @@ from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
 from gpu_cache.mutation import Doubts
-from gpu_cache.observed import ObservedCache
 from gpu_cache.publish import Publisher
 from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.reader_task import ReaderTask, put_one
+from gpu_cache.reclaiming import ReclaimingCache
 from gpu_cache.scope import Scope, ScopeVariable
 from gpu_cache.source import NO_SOURCE, ShardSource
 
-_HOST = torch.device("cpu")  # where the host tier's tensors are
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
 
-class TensorCache(ObservedCache):
+class TensorCache(ReclaimingCache):
     """Tensors of one device by key.
 
     Nothing is allocated, and no device is chosen, before the first use. Equal keys must mean equal bytes.
@@ -247,63 +245,6 @@ class TensorCache(ObservedCache):
         """
         return Scope(name, lambda: self._index, self._scope, self._drop)
 
-    def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """Say that `stream` reads `tensor`: its bytes are reused only after what is enqueued there when it dies.
-
-        `Tensor.record_stream` does nothing for tensors of this cache. With `reuse_fence="all"` only streams made
-        outside of torch need it.
-        """
-        if (engine := self._engine) is not None and tensor.device in (engine.device.torch_device, _HOST):
-            engine.fence.note(stream)
-
-    def synchronize(self) -> None:
-        """Block until everything that was freed before this call is reusable.
-
-        Raises:
-            TransferError: During CUDA graph capture.
-        """
-        self._refuse_capture("synchronize")
-        if (engine := self._engine) is not None:
-            engine.synchronize()
-
-    def trim(self, to_bytes: int = 0) -> TrimReport:
-        """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
-
-        Returns:
-            How much was given back, true if anything was, and how much stays because its shards are cached or held.
-        Raises:
-            TransferError: During CUDA graph capture.
-        """
-        self._refuse_capture("trim")
-        return TrimReport() if (engine := self._engine) is None else engine.pool.trim(to_bytes)
-
-    @eager
-    def offload(self) -> TrimReport:
-        """Give the device's memory back, as for an engine that shares it: every slab is freed.
-
-        What is cached moves to the host tier; where that is off or full, it goes, as does what somebody holds, who may
-        be writing into it. What is handed out stays valid; its slabs stay too, until the last alias of a shard in them
-        is gone. What is on its way lands after all, so let fetches end first. Waits for the work that was enqueued
-        before.
-
-        Returns:
-            How much was given back, and how much is held.
-        Raises:
-            TransferError: During CUDA graph capture.
-        """
-        self._refuse_capture("offload")
-        if (engine := self._engine) is None:
-            return TrimReport()
-        report = engine.offload()
-        engine.reaper.wake()
-        self._publisher.soon()
-        return report
-
-    def resume(self) -> None:
-        """Take back what `offload` or `trim` said: the next use preallocates. Without it the cache works too."""
-        if (engine := self._engine) is not None:
-            engine.pool.resume()
-
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
 
@@ -374,10 +315,6 @@ class TensorCache(ObservedCache):
             if self._index.is_parked(key):
                 raise
             return None  # it was cleared meanwhile
-
-    def _refuse_capture(self, action: str) -> None:
-        if (engine := self._engine) is not None and engine.device.is_capturing():
-            raise TransferError(f"cannot {action} the cache during CUDA graph capture")
 
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their way back to the free lists."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 _MAX_CAUSES = 8  # looked at behind an error, of which some chains are rings
 _MAX_NAMED = 3  # shards in a message
@@ -114,3 +114,27 @@ def failure_reason(error: BaseException) -> str:
 def _reason_by_kind(error: BaseException) -> str:
     kinds = {TimeoutError: "timeout", OSError: "connection", EOFError: "connection", ValueError: "answer"}
     return next((reason for kind, reason in kinds.items() if isinstance(error, kind)), "")
+
+
+def combined(failures: dict[Hashable, BaseException], num_requested: int) -> Exception:
+    """One error for a call: the first cause's words, then which shards it lacks."""
+    cause = next(iter(failures.values()))
+    if isinstance(cause, CacheClosedError):
+        return cause
+    kinds = {type(error).__name__ for error in failures.values()} - {type(cause).__name__}
+    other = f"; also {', '.join(sorted(kinds))}, see .failures" if kinds else ""
+    lacking = f"{len(failures)} of {num_requested} shards failed: {names_of(failures)}"
+    error = FetchError(f"{cause} [{lacking}; the others are cached{other}]", failures)
+    error.__cause__ = cause
+    return error
+
+
+def names_of(keys: Iterable[Hashable]) -> str:
+    """The first of some keys, for a message."""
+    return listed([repr(key) for key in keys])
+
+
+def listed(texts: Iterable[str]) -> str:
+    """The first of some texts, for a message."""
+    listed = list(texts)
+    return ", ".join(listed[:_MAX_NAMED]) + (", ..." if len(listed) > _MAX_NAMED else "")

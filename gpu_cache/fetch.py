@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
@@ -16,7 +15,15 @@ from gpu_cache.completion import Completion
 from gpu_cache.config import Prefer
 from gpu_cache.engine import Engine
 from gpu_cache.entry import Claim, Entry, Holding
-from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, TransferError
+from gpu_cache.errors import (
+    CacheClosedError,
+    FetchError,
+    FetchTimeoutError,
+    TransferError,
+    combined,
+    listed,
+    names_of,
+)
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
 from gpu_cache.metered_reader import MeteredReader
@@ -27,8 +34,6 @@ from gpu_cache.source import ShardSource
 from gpu_cache.transfer import Transfer
 
 logger = logging.getLogger(__name__)
-
-_NAMED_SHARDS = 3  # how many failed shards a message names
 
 
 class Fetch:
@@ -159,15 +164,12 @@ class Fetch:
             for reader in source.open(list(left), self._left_s) if left else ():
                 if foreign := [key for key in reader.keys if key not in left]:
                     raise FetchError(
-                        f"Failed to fetch shards: {reader.node} offers {_names(foreign)} unasked, or twice"
+                        f"Failed to fetch shards: {reader.node} offers {names_of(foreign)} unasked, or twice"
                     )
                 entries = {key: left.pop(key) for key in reader.keys}
                 self.tasks.append(ReaderTask(MeteredReader(reader, self._index.note_answer), entries, self._index))
             for task in self.tasks:
-                live.add(task)
-                threading.Thread(
-                    target=self._drain, args=(task, transfer, live), name="gpu-cache-fetch", daemon=True
-                ).start()
+                task.start(transfer, self.deadline, live, may_overflow=self._may_overflow)
         except BaseException as error:
             self.cancel(error)
             for task in self.tasks:
@@ -175,7 +177,7 @@ class Fetch:
                     live.discard(task)
                     task.end(error)
             raise
-        self._index.abort(left.values(), FetchError(f"Failed to fetch shards {_names(left)}: no source offers them"))
+        self._index.abort(left.values(), FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them"))
 
     def wait(self) -> None:
         """Block until every shard is here.
@@ -190,7 +192,7 @@ class Fetch:
             now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
             self._index.abort([entry for entry in self.claim.joined.values() if entry.deadline <= now], late)
         if failures := self._failures():
-            raise _combined(failures, len(failures) + self._num_arrived())
+            raise combined(failures, len(failures) + self._num_arrived())
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """An alias of every shard, by key; after `wait`."""
@@ -254,7 +256,7 @@ class Fetch:
 
         def all_done() -> None:
             failures = self._failures()
-            then(_combined(failures, len(failures) + self._num_arrived()) if failures else None)
+            then(combined(failures, len(failures) + self._num_arrived()) if failures else None)
 
         def one_done(_: object) -> None:
             if left.pop() == 0:  # one step: just one of several at once is the last
@@ -271,19 +273,6 @@ class Fetch:
             task.cancel(error)
         self._index.abort(self.claim.claimed.values(), error)
 
-    def _drain(self, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
-        node, is_fetch = task.reader.node, not isinstance(task.reader, ParkedReader)
-        if is_fetch:
-            self._index.note_fetch(node, begins=True)
-        try:
-            task.run(transfer, self.deadline, may_overflow=self._may_overflow)
-        finally:
-            if is_fetch:
-                self._index.note_fetch(node, begins=False)
-            live.discard(task)
-            if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
-                _finish(transfer)
-
     def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
         if missing := self._index.missing(keys, on_host=self._on_host):
             why = " (it was written to in place since it came)" if missing[0] in self._index else ""
@@ -297,7 +286,7 @@ class Fetch:
 
     def _late(self) -> FetchTimeoutError:
         waited_for = {task.reader.node: None for task in self.tasks if not task.done.done()}
-        nodes = f" from {_listed(waited_for)}" if waited_for else ""
+        nodes = f" from {listed(waited_for)}" if waited_for else ""
         return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:.1f} s")
 
     def _pending(self) -> list[Future[Any]]:
@@ -313,34 +302,3 @@ class Fetch:
     def _failures(self) -> dict[Hashable, BaseException]:
         late = self._late()
         return {entry.key: entry.error or late for entry in self._entries() if not entry.has_arrived}
-
-
-def _finish(transfer: Transfer) -> None:
-    try:
-        transfer.finish()
-    except Exception:  # top of a thread
-        logger.exception("giving back the memory of a closed cache failed")
-
-
-def _combined(failures: dict[Hashable, BaseException], num_requested: int) -> Exception:
-    """One error for a call: the first cause's words, then which shards it lacks."""
-    cause = next(iter(failures.values()))
-    if isinstance(cause, CacheClosedError):
-        return cause
-    kinds = {type(error).__name__ for error in failures.values()} - {type(cause).__name__}
-    other = f"; also {', '.join(sorted(kinds))}, see .failures" if kinds else ""
-    error = FetchError(
-        f"{cause} [{len(failures)} of {num_requested} shards failed: {_names(failures)}; the others are cached{other}]",
-        failures,
-    )
-    error.__cause__ = cause
-    return error
-
-
-def _names(keys: Iterable[Hashable]) -> str:
-    return _listed([repr(key) for key in keys])
-
-
-def _listed(texts: Iterable[str]) -> str:
-    listed = list(texts)
-    return ", ".join(listed[:_NAMED_SHARDS]) + (", ..." if len(listed) > _NAMED_SHARDS else "")

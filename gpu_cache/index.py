@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from gpu_cache.entry import Candidate, Claim, Entry, Landing, Parked, State
+from gpu_cache.claims import ClaimingIndex
+from gpu_cache.entry import Candidate, Entry, Landing, Parked, State
 from gpu_cache.errors import failure_reason
 from gpu_cache.lease import Lease
 from gpu_cache.mutation import Doubts
-from gpu_cache.scoped_index import ScopedIndex
 
 
-class ShardIndex(ScopedIndex):
+class ShardIndex(ClaimingIndex):
     """Entries by key, in order of use.
 
     Args:
@@ -39,106 +38,6 @@ class ShardIndex(ScopedIndex):
     ) -> None:
         super().__init__(alias, now, doubts or Doubts())
         self._is_held = is_held
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether nothing is indexed any more."""
-        return self._is_closed
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is cached or on its way."""
-        return not self._entries
-
-    def claim(
-        self,
-        keys: Iterable[Hashable],
-        found: Claim | None = None,
-        deadline: float = 0.0,
-        *,
-        hands_out: bool = True,
-        on_host: bool = False,
-    ) -> Claim:
-        """Look distinct keys up: each is a hit, a join (somebody is fetching it) or a claim, which the caller must
-        end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
-        interrupts this, and can look up again what it lacks. Those who join a claim may give it up after `deadline`.
-
-        Of a call that looks up again after something was cleared, claims are not indexed: the clear may have meant
-        them, and a call that began before it must not bring them back.
-
-        Where tensors are to be handed out, an entry that somebody wrote into is claimed as a miss of a new generation.
-        With `on_host` what is in the host tier is a hit there; else a claim, of a copy to the device.
-
-        Raises:
-            MutatedError: There is one, and that is how the policy wants it. Nothing was claimed or counted.
-        """
-        found = Claim() if found is None else found
-        ready: dict[Hashable, torch.Tensor] = {}
-        unverified: list[Entry] = []
-        checks = hands_out and self._doubts.is_on
-        with self._lock:
-            if checks and self._doubts.is_error:
-                keys = self._doubts.refuse_changed(self._entries, keys)
-            entries, hit_bytes, num_parked = self._entries, 0, 0
-            self._begin_locked(found, deadline)
-            for key in keys:
-                if (entry := entries.get(key)) is None:
-                    self._claim_locked(key, found)
-                    continue
-                place = entry.parked or entry
-                if (base := place.base) is None or entry.moving is not None:
-                    self._join_locked(entry.moving or entry, found)
-                    continue
-                if checks and base._version != place.version:
-                    if entry.is_fetch:
-                        self._claim_anew_locked(entry, found)
-                        continue
-                    self._doubts.accept(entry)
-                    unverified.append(entry)
-                entries.move_to_end(key)
-                if place is not entry and not on_host:
-                    self._bring_back_locked(entry, found)
-                    continue
-                ready[key] = base
-                hit_bytes += entry.nbytes
-                num_parked += place is not entry
-                if place.completion is not None:
-                    (found.completions if place is entry else found.host_completions)[place.completion] = None
-            found.hits.update(zip(ready, self._alias(ready.values()), strict=True))
-            self._ledger.claimed(found, len(ready), hit_bytes, num_parked)
-        if unverified:
-            self._doubts.tell_unverified(unverified)
-        return found
-
-    def _begin_locked(self, found: Claim, deadline: float) -> None:
-        if found.num_removals is None:
-            found.num_removals = self._num_removals
-        found.is_current, found.deadline = found.num_removals == self._num_removals, deadline
-
-    def _claim_locked(self, key: Hashable, found: Claim) -> None:
-        """Claim what is not there."""
-        entry = found.claimed[key] = Entry(key, next(self._generations), num_awaiting=1, deadline=found.deadline)
-        if found.is_current:
-            self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
-
-    def _join_locked(self, entry: Entry, found: Claim) -> None:
-        """Wait with whoever fetches it, or brings it back."""
-        found.joined[entry.key] = entry
-        entry.num_joined, entry.num_awaiting = entry.num_joined + 1, entry.num_awaiting + 1
-        entry.flight = entry.flight or Future()
-
-    def _bring_back_locked(self, entry: Entry, found: Claim) -> None:
-        """Claim what is in the host tier, for the device."""
-        moving = Entry(entry.key, next(self._generations), is_fetch=False, num_awaiting=1, deadline=found.deadline)
-        moving.resident, moving.origin = entry, entry.parked
-        found.claimed[entry.key] = entry.moving = moving
-
-    def reserve(self, key: Hashable) -> Entry | None:
-        """A claim on one key that counts as no look-up; None if the key has an entry."""
-        with self._lock:
-            if key in self._entries:
-                return None
-            return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, num_awaiting=1))
 
     def publish(
         self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, *, parked: bool = False

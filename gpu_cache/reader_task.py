@@ -15,6 +15,7 @@ from gpu_cache.entry import Entry, Landing, State
 from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index import ShardIndex
 from gpu_cache.inflight import Turn
+from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.tensor_reader import TensorReader
 from gpu_cache.transfer import Transfer
@@ -37,6 +38,13 @@ class ReaderTask:
         self._transfer: Transfer | None = None  # once it runs
         index.came_from(entries.values(), reader.node)
         self._owner = threading.Lock()  # taken for good by whoever ends the task
+
+    def start(self, transfer: Transfer, deadline: float, live: set[ReaderTask], *, may_overflow: bool = True) -> None:
+        """Run in a thread of its own; `live` has it meanwhile."""
+        live.add(self)
+        threading.Thread(
+            target=self._run_noted, args=(transfer, deadline, live, may_overflow), name="gpu-cache-fetch", daemon=True
+        ).start()
 
     def run(self, transfer: Transfer, deadline: float, *, may_overflow: bool = True) -> None:
         """Drain to the end. Never raises: each entry not delivered gets the reason."""
@@ -98,6 +106,19 @@ class ReaderTask:
         take = self._index.deliver if is_overflow else self._index.publish
         take(pairs, self.reader.node, completion, parked=self._transfer.parks)
 
+    def _run_noted(self, transfer: Transfer, deadline: float, live: set[ReaderTask], may_overflow: bool) -> None:
+        node, is_fetch = self.reader.node, not isinstance(self.reader, ParkedReader)
+        if is_fetch:
+            self._index.note_fetch(node, begins=True)
+        try:
+            self.run(transfer, deadline, may_overflow=may_overflow)
+        finally:
+            if is_fetch:
+                self._index.note_fetch(node, begins=False)
+            live.discard(self)
+            if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
+                _finish(transfer)
+
     def _drain(self, transfer: Transfer, deadline: float, may_overflow: bool) -> BaseException | None:
         try:
             transfer.drain(self.reader, self, deadline, may_overflow=may_overflow, turn=self._turn)
@@ -112,6 +133,13 @@ class ReaderTask:
             if not entry.is_settled:
                 cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
                 self._index.abort([entry], cause)
+
+
+def _finish(transfer: Transfer) -> None:
+    try:
+        transfer.finish()
+    except Exception:  # top of a thread
+        logger.exception("giving back the memory of a closed cache failed")
 
 
 def put_one(

@@ -43,7 +43,8 @@ FLOORS = {
         ["placement", "block", "completion", "fence", "staging", "host_arenas", "index_view"],
         ["slab_set", "runs", "suspects"],
         ["slab", "scoped_index"],
-        ["index", "comparison"],
+        ["claims", "comparison"],
+        ["index"],
         ["room", "scope"],
         ["host_tier"],
         ["transfer"],
@@ -51,6 +52,7 @@ FLOORS = {
         ["fetch", "reporter", "checksum"],
         ["publish"],
         ["observed"],
+        ["reclaiming"],
         ["cache"],
     ],
     "gpu_cache.smi": [

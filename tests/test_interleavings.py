@@ -88,17 +88,19 @@ def test_what_was_cleared_does_not_come_back_in_many_more(config: str) -> None:
     assert interleave(*CONFIGS[config], range(100_000, 110_000))["in all"] == 10_000
 
 
-def any_generation(publish: Any, index: ShardIndex, landings: Iterable[tuple[Entry, Landing]], *rest: Any) -> None:
+def any_generation(
+    publish: Any, index: ShardIndex, landings: Iterable[tuple[Entry, Landing]], *rest: Any, **options: Any
+) -> None:
     """Publish without a look at the generation."""
     pairs = list(landings)
     with index._lock:
         for entry, _ in pairs:
             index._entries[entry.key] = entry
-    publish(index, pairs, *rest)
+    publish(index, pairs, *rest, **options)
 
 
 def test_a_shard_that_comes_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     publish = ShardIndex.publish
-    monkeypatch.setattr(ShardIndex, "publish", lambda index, *args: any_generation(publish, index, *args))
+    monkeypatch.setattr(ShardIndex, "publish", lambda *args, **options: any_generation(publish, *args, **options))
     with pytest.raises(AssertionError, match="cleared, not asked for since, and cached"):
         interleave(*CONFIGS["direct"], range(50))

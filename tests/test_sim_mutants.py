@@ -27,7 +27,7 @@ BASES = (0, 1_000, 2_000, 3_000, 4_000)  # seeds; each begins a series of progra
 MIN_SEEN = 3  # series, of the five
 KINDS = (
     "race at", "wrong bytes", "use after release", "use under capture", "given back twice", "accounts do not add up",
-    "cleared on its way", "FetchError", "was written to",
+    "cleared on its way", "was written to",
 )  # fmt: skip
 HEADER = f"{'mutant':<52} seen  programs  mostly as"
 

@@ -18,7 +18,6 @@ from gpu_cache import FetchError, ShardReader, ShardSpec, TensorCache
 from gpu_cache.fetch import Fetch
 from gpu_cache.metered_reader import MeteredReader
 from gpu_cache.reader_task import ReaderTask
-from gpu_cache.transfer import Transfer
 
 PATIENCE_S = 30.0
 
@@ -199,7 +198,7 @@ class Getter(threading.Thread):
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """Let getters say what they wait for, and readers when their thread is done."""
-    wait, drain = Fetch.wait, Fetch._drain
+    wait, run = Fetch.wait, ReaderTask._run_noted
 
     @functools.wraps(wait)
     def watched_wait(fetch: Fetch) -> None:
@@ -207,10 +206,10 @@ def watched() -> Iterator[None]:
             thread.wait_for(fetch._pending())
         wait(fetch)
 
-    @functools.wraps(drain)
-    def watched_drain(fetch: Fetch, task: ReaderTask, transfer: Transfer, live: set[ReaderTask]) -> None:
+    @functools.wraps(run)
+    def watched_run(task: ReaderTask, *args: Any) -> None:
         try:
-            drain(fetch, task, transfer, live)
+            run(task, *args)
         finally:
             reader = task.reader._inner if isinstance(task.reader, MeteredReader) else task.reader
             if isinstance(reader, SteppedReader):
@@ -218,7 +217,7 @@ def watched() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Fetch, "wait", watched_wait)
-        patched.setattr(Fetch, "_drain", watched_drain)
+        patched.setattr(ReaderTask, "_run_noted", watched_run)
         yield
 
 

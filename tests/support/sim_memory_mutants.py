@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 
@@ -44,14 +45,14 @@ def _twice(original: Any, self: SlabPool, done: Sequence[Quarantine]) -> None:
 
 @_mutant("a run given back while a shard of it lives", SlabPool, "carve")
 def _whole_run(original: Any, self: SlabPool, *args: Any) -> list[Landing]:
-    """Its first shard's lease stands for all of it, and the others have none."""
+    """Its first shard's lease stands for all of it, and those of the others never fire."""
     landings = original(self, *args)
     first, *others = [landing.lease for landing in landings]
     for lease in others:
         first.nbytes += lease.nbytes
         del lease.slab.leases[lease.offset]
-    for landing in landings[1:]:
-        landing.lease = None
+    for landing, lease in zip(landings[1:], others, strict=True):
+        landing.lease = MagicMock(slab=lease.slab, offset=lease.offset, nbytes=lease.nbytes)
     return landings
 
 
@@ -107,10 +108,10 @@ def _public_lease(
 
 @_mutant("publish without the generation check", ShardIndex, "publish")
 def _any_generation(
-    original: Any, self: ShardIndex, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any
+    original: Any, self: ShardIndex, landings: Iterable[tuple[Entry, Landing]], *rest: Any, **options: Any
 ) -> None:
     pairs = list(landings)
     with self._lock:
         for entry, _ in pairs:
             self._entries[entry.key] = entry
-    original(self, pairs, node, completion)
+    original(self, pairs, *rest, **options)
