@@ -110,7 +110,8 @@ class TensorCache(ReclaimingCache):
             ready: Overrides `config.ready` for this call.
             keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
             prefer: "host": what is not on the device by now is received into the host tier, and handed out there, in
-                pinned memory; it never takes memory of the device. What is there already is handed out there.
+                pinned memory, without taking memory of the device. Clone what forked processes are to read: pinned
+                memory is not theirs.
             on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
         Returns:
             One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that there is no
@@ -180,6 +181,8 @@ class TensorCache(ReclaimingCache):
     ) -> Future[int]:
         """Begin to fetch the missing ones of `keys`, and return at once. Arguments as for `get_many`.
 
+        What is on its way for another call comes to the place that that one prefers.
+
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
@@ -210,12 +213,13 @@ class TensorCache(ReclaimingCache):
         engine = self._open_engine()
         if engine.device.is_capturing():
             raise TransferError(f"cannot put {key!r} during CUDA graph capture")
-        entry = self._index.reserve(key)
+        deadline = self._fetch(timeout_s).deadline
+        entry = self._index.reserve(key, deadline)
         if entry is None:
             return False
         if (holding := self._scope.get()) is not None:
             self._index.adopt(holding, [entry])
-        return put_one(entry, tensor, node, self._index, engine.transfer, self._fetch(timeout_s).deadline, self._tasks)
+        return put_one(entry, tensor, node, self._index, engine.transfer, deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.

@@ -60,7 +60,7 @@ class ClaimingIndex(ScopedIndex):
                     self._claim_locked(key, found)
                     continue
                 place = entry.parked or entry
-                if (base := place.base) is None or entry.moving is not None:
+                if (base := place.base) is None or (entry.moving is not None and not on_host):
                     self._join_locked(entry.moving or entry, found)
                     continue
                 if checks and base._version != place.version:
@@ -107,9 +107,10 @@ class ClaimingIndex(ScopedIndex):
         moving.resident, moving.origin = entry, entry.parked
         found.claimed[entry.key] = entry.moving = moving
 
-    def reserve(self, key: Hashable) -> Entry | None:
-        """A claim on one key that counts as no look-up; None if the key has an entry."""
+    def reserve(self, key: Hashable, deadline: float = 0.0) -> Entry | None:
+        """A claim on one key that counts as no look-up; None if the key has an entry. `deadline` as for `claim`."""
         with self._lock:
             if key in self._entries:
                 return None
-            return self._entries.setdefault(key, Entry(key, next(self._generations), is_fetch=False, num_awaiting=1))
+            entry = Entry(key, next(self._generations), is_fetch=False, num_awaiting=1, deadline=deadline)
+            return self._entries.setdefault(key, entry)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from gpu_cache.bitwise import differing
 from gpu_cache.block import Range
 from gpu_cache.config import aligned
 from gpu_cache.device import Device, Event, Stream
@@ -40,7 +41,7 @@ class Comparisons:
         device: Where the blocks are.
         fence: Knows the streams that may have written, and learns of this one, so that no block that is being compared
             is reused.
-        pool: On the device; what is in the host tier is compared there.
+        pool: On the device. What is in the host tier is copied there, if the other block is there and there is room.
     Thread-safety: any thread; each comparison belongs to whoever took it out of the deque.
     """
 
@@ -86,11 +87,9 @@ class Comparisons:
         fresh = [one for one in mine if one.differs is None]
         try:
             self._enqueue(fresh)
-        except RuntimeError as error:  # of the device, such as no memory for the result
-            for one in fresh:
-                one.tell(one.entry, error)
-                self._end(one)
-            mine = [one for one in mine if one in self._open]
+        except RuntimeError as error:  # of the device
+            self._give_up(fresh, error)
+        mine = [one for one in mine if one in self._open]
         for one in mine:
             if self._is_over(one):
                 self._end(one)
@@ -115,21 +114,35 @@ class Comparisons:
             self._device.wait(self._stream, event)
         with plain_tensors():
             for one in fresh:
-                left, right = (self._on_device(one, number) for number in range(2))
-                differs = self._device.compare_async(left, right, self._stream)
-                one.event, one.differs = self._device.record(self._stream), differs
+                try:
+                    one.event, one.differs = self._compare(one, self._stream)
+                except RuntimeError as error:  # such as no memory for the result
+                    self._give_up([one], error)
 
-    def _on_device(self, one: Comparison, number: int) -> torch.Tensor:
+    def _compare(self, one: Comparison, stream: Stream) -> tuple[Event, Callable[[], bool]]:
+        left, right = (alias.reshape(-1).view(torch.uint8) for alias in one.aliases)
+        if all(one.are_parked):  # by the host, behind the writes: it takes nothing of the device
+            return self._device.record(stream), lambda: bool(differing(left, right))
+        if any(one.are_parked) and left.numel():
+            left, right = (self._on_device(one, number, flat) for number, flat in enumerate((left, right)))
+        differs = self._device.compare_async(left, right, stream)
+        return self._device.record(stream), differs
+
+    def _on_device(self, one: Comparison, number: int, flat: torch.Tensor) -> torch.Tensor:
         """The bytes of one of the two, copied to the device if they are not there."""
-        flat = one.aliases[number].reshape(-1).view(torch.uint8)
-        if not (one.are_parked[number] and flat.numel()):
+        if not one.are_parked[number]:
             return flat
-        if (room := self._pool.take(aligned(flat.numel()))) is None:
-            raise RuntimeError(f"the pool has no room for {flat.numel():,} bytes to be compared")
+        if (room := self._pool.take_free(aligned(flat.numel()))) is None:
+            raise RuntimeError(f"the pool has no free range for {flat.numel():,} bytes to be compared in")
         one.copies.append(room)
         copied = room.slab.arena.tensor[room.offset :][: flat.numel()]
         self._device.copy_async(copied, flat, self._stream)
         return copied
+
+    def _give_up(self, some: Iterable[Comparison], error: Exception) -> None:
+        for one in [one for one in some if one in self._open]:
+            one.tell(one.entry, error)
+            self._end(one)
 
     def _end(self, one: Comparison) -> None:
         del self._open[one]

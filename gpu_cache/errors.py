@@ -20,17 +20,21 @@ class CacheFullError(GpuCacheError, MemoryError):
         free: Bytes free in the pool, or on the device.
         capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
         reserved: Bytes that the pool has taken from a device without room; None: it is the pool that is full.
+        setting: Which one is `capacity`.
     """
 
-    def __init__(self, needed: int, free: int, capacity: int, reserved: int | None = None) -> None:
-        super().__init__(needed, free, capacity, reserved)
+    def __init__(
+        self, needed: int, free: int, capacity: int, reserved: int | None = None, setting: str = "pool_bytes"
+    ) -> None:
+        super().__init__(needed, free, capacity, reserved, setting)
         self.needed, self.free, self.capacity, self.reserved = needed, free, capacity, reserved
+        self.setting = setting
 
     def __str__(self) -> str:
         if self.reserved is None:
             return (
                 f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; "
-                "raise pool_bytes (GPU_CACHE_POOL_BYTES) or clear shards"
+                f"raise {self.setting} (GPU_CACHE_{self.setting.upper()}) or clear shards"
             )
         return (
             f"need {self.needed:,} bytes, and the device is out of memory, with {self.free:,} free for its driver and "

@@ -81,7 +81,7 @@ class Fetch:
     @property
     def has_strays(self) -> bool:
         """Whether shards wanted on the device came to the host tier, for another call: asking anew copies them."""
-        return not self._on_host and any(entry.parked is not None for entry in self._entries())
+        return bool(self._strays())
 
     def begin(
         self,
@@ -145,8 +145,12 @@ class Fetch:
                 self.wait()
                 if not self.has_strays:
                     return engine
+                if time.monotonic() >= self.deadline:
+                    late = self._late()
+                    raise combined(dict.fromkeys(self._strays(), late), len(keys))
             except FetchError as error:
-                if not self.has_lost_joins or time.monotonic() >= self.deadline:
+                may_help = self.has_lost_joins or (may_lack and self.has_strays)
+                if not may_help or time.monotonic() >= self.deadline:
                     if not may_lack or not error.failures or engine is None:
                         raise
                     logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
@@ -295,6 +299,9 @@ class Fetch:
 
     def _entries(self) -> Iterable[Entry]:
         return (*self.claim.claimed.values(), *self.claim.joined.values())
+
+    def _strays(self) -> list[Hashable]:
+        return [] if self._on_host else [entry.key for entry in self._entries() if entry.parked is not None]
 
     def _num_arrived(self) -> int:
         return len(self.claim.hits) + sum(entry.has_arrived for entry in self._entries())

@@ -28,8 +28,8 @@ class HostArenas:
         return getattr(self._device, name)
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-        """Pinned; ordinary host memory if it is not to be `private`."""
-        if not private:
+        """Pinned; ordinary host memory if it is not to be `private`, or if the device is the host."""
+        if not (private and self._device.stages):
             return _ON_THE_HOST.arena(nbytes)
         try:
             pinned = self._device.pinned(nbytes)

@@ -9,6 +9,7 @@ import torch
 
 from gpu_cache.block import Range
 from gpu_cache.config import aligned
+from gpu_cache.errors import CacheFullError
 from gpu_cache.source import ShardSpec
 
 
@@ -77,16 +78,25 @@ def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
 
 
 def windows(runs: Iterator[Run], slot_bytes: int) -> Iterator[list[Piece]]:
-    """Cut runs into pieces and fill windows of `slot_bytes` with them: what one slot takes and one read fills."""
+    """Cut runs into pieces and fill windows of `slot_bytes` with them: what one slot takes and one read fills.
+
+    If the next run finds no room, there is a window of those before it first.
+    """
     window: list[Piece] = []
     used = 0
-    for run in runs:
-        for start in range(0, run.nbytes, slot_bytes):
-            nbytes = min(run.nbytes - start, slot_bytes)
-            if used + nbytes > slot_bytes:
-                yield window
-                window, used = [], 0
-            window.append(Piece(run, start, nbytes, used))
-            used += nbytes
+    full: CacheFullError | None = None
+    try:
+        for run in runs:
+            for start in range(0, run.nbytes, slot_bytes):
+                nbytes = min(run.nbytes - start, slot_bytes)
+                if used + nbytes > slot_bytes:
+                    yield window
+                    window, used = [], 0
+                window.append(Piece(run, start, nbytes, used))
+                used += nbytes
+    except CacheFullError as error:
+        full = error
     if window:
         yield window
+    if full is not None:
+        raise full

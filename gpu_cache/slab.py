@@ -67,6 +67,11 @@ class SlabPool(SlabSet):
             if is_settled or not (self._grow(growth) if growth else self._release_empty(keep_bytes=0)):
                 return taken
 
+    def take_free(self, nbytes: int) -> Range | None:
+        """Take a range of what is free now; the pool does not grow for it."""
+        with self._lock:
+            return self._take_locked(nbytes)
+
     def take_overflow(self, nbytes: int) -> Range:
         """Take a range outside the pool, from torch's own allocator.
 

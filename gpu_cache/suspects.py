@@ -47,7 +47,7 @@ class SuspectIndex(IndexView):
                 key
                 for key, entry in entries
                 if entry is None
-                or (entry.place if on_host and entry.moving is None else entry).base is None
+                or (entry.place if on_host else entry).base is None
                 or self._doubts.wants_refetch(entry)
             ]
 

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
+import torch
+
 from gpu_cache.block import empty_landings, stretches
 from gpu_cache.completion import Completion
-from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
+from gpu_cache.config import ALIGNMENT, CacheConfig, aligned, variable
 from gpu_cache.device import Device, Stream
-from gpu_cache.entry import Landing
+from gpu_cache.entry import Landing, Parked
 from gpu_cache.errors import CacheFullError
 from gpu_cache.host_tier import BACK, HostTier
 from gpu_cache.inflight import InflightBudget, Turn
@@ -77,6 +79,7 @@ class Transfer:
         self._run_bytes = config.run_bytes
         self._overflow_warnings = Throttle()
         self.parks = parks
+        self._setting = "host_tier_bytes" if parks else "pool_bytes"
         self.inflight = inflight or InflightBudget(config.max_inflight_bytes)
         self.stream: Stream = None if parks else device.new_stream()
 
@@ -178,10 +181,21 @@ class Transfer:
             for slab, offset, nbytes in copies:
                 self._device.copy_async(arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes], self.stream)
                 begin += nbytes
+            self._copy_again(run, origins)
             ended = self._device.record(self.stream, timing=True)
             self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
             sink.land(landings, Completion(self._device, ended), is_overflow=run.range.slab.is_overflow)
             del placed[run], origins
+
+    def _copy_again(self, run: Run, origins: Sequence[Parked]) -> None:
+        """Copy those whose block died, as by `share_memory_()`: others may have got its bytes before they were read.
+
+        Of the others the fence, which is recorded when they die, is behind the copies.
+        """
+        begins = zip(run.specs, run.offsets, origins, strict=True)
+        for spec, offset, origin in [one for one in begins if one[2].lease() is None]:
+            place = run.range.slab.arena.tensor[run.range.offset + offset :][: spec.nbytes]
+            self._device.copy_async(place, origin.base.reshape(-1).view(torch.uint8), self.stream)
 
     def _land_empty(self, specs: Sequence[ShardSpec], sink: Sink) -> list[ShardSpec]:
         """Land those without bytes, which take no room; the others."""
@@ -215,7 +229,7 @@ class Transfer:
             return
         if run.place is None:
             if not may_overflow:
-                raise CacheFullError(run.nbytes, self._pool.free_bytes, self._pool.capacity)
+                raise CacheFullError(run.nbytes, self._pool.free_bytes, self._pool.capacity, setting=self._setting)
             self._warn_of_overflow(run.nbytes)
             run.place = self._pool.take_overflow(run.nbytes)
         yield run
@@ -240,8 +254,8 @@ class Transfer:
             stats = self._pool.stats()
             logger.warning(
                 "the %s of %s bytes is full of shards that are in use (%s held, %s waiting to be reused, the largest "
-                "free range %s): %s bytes are handed out uncached, and will be fetched again; raise %s, or clear what "
-                "is done with",
+                "free range %s): %s bytes are handed out uncached, and will be fetched again; raise %s (%s), or clear "
+                "what is done with",
                 "host tier" if self.parks else "pool",
                 *(
                     f"{number:,}"
@@ -253,7 +267,8 @@ class Transfer:
                         nbytes,
                     )
                 ),
-                "host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)" if self.parks else "pool_bytes (GPU_CACHE_POOL_BYTES)",
+                self._setting,
+                variable(self._setting),
             )
 
     def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:

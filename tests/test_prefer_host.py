@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpu_cache import FetchError, TensorCache
+from gpu_cache import TensorCache
 from gpu_cache.device import HostDevice
 from gpu_cache.errors import MutatedError, TransferError
-from tests.support.interleave_actors import in_background
 from tests.support.sim_device import SimDevice
-from tests.support.sources import DictSource, GatedReader, gated, same_bytes
-from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, parked, run_of
+from tests.support.sources import DictSource, same_bytes
+from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, is_in, on_host, parked, run_of
 
 
 @pytest.fixture
@@ -28,36 +26,6 @@ def source() -> DictSource:
 @pytest.fixture(params=KINDS)
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
     yield from cache_on(request.param, tmp_path)
-
-
-def on_host(cache: TensorCache, source: DictSource, names: str, **options: object) -> list[torch.Tensor]:
-    """Get runs on the host; bytes are right."""
-    keys = [key for name in names for key in run_of(name)]
-    got = cache.get_many(keys, source, prefer="host", **options)  # type: ignore[call-overload]
-    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(keys, got, strict=True))
-    return list(got)
-
-
-def is_in(pool_of: str, cache: TensorCache, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether every tensor lies in the slabs of the device's pool ("device"), or of the tier's ("host")."""
-    engine = cache._engine
-    assert engine is not None
-    assert engine.tier is not None
-    pool = engine.pool if pool_of == "device" else engine.tier.pool
-    begins = [(slab.arena.tensor.data_ptr(), slab.nbytes) for slab in pool._slabs]
-    return all(any(0 <= one.data_ptr() - begin < nbytes for begin, nbytes in begins) for one in tensors)
-
-
-def stands(readers: list[GatedReader], count: int) -> None:
-    """Wait until so many readers were opened, and the last one stands at its gate."""
-    while len(readers) < count:
-        time.sleep(0.001)
-    assert readers[count - 1].has_arrived.wait(10)
-
-
-def wait_for_joins(cache: TensorCache, count: int) -> None:
-    while cache.buffer_stats()["joined"] < count:
-        time.sleep(0.001)
 
 
 def test_what_is_missing_is_received_there_and_takes_nothing_of_the_device(
@@ -133,54 +101,6 @@ def test_what_somebody_holds_on_the_host_stays_there(cache: TensorCache, source:
     assert len(source.asked) == 2
 
 
-def test_who_writes_while_it_is_copied_harms_only_who_waited(source: DictSource) -> None:
-    device = SimDevice()
-    cache = TensorCache(CONFIG, device=device)
-    (held,) = cache.get_many(["a1"], source, prefer="host")
-    device.adversary.begin()
-    assert cache.prefetch(["a1"], source).result(10) == 1
-    assert cache._open_engine().transfer.stream.queue, "the copy has yet to run"
-    held.zero_()
-    device.finish()
-    del held
-    fill(cache, source, "a")
-    assert source.asked == [["a1"], run_of("a")]
-    assert device.faults == []
-
-
-@pytest.mark.parametrize("prefers", ["device", "host"])
-def test_who_joins_a_fetch_for_the_other_place(cache: TensorCache, source: DictSource, prefers: str) -> None:
-    """A call for the device copies what came to the host; one for the host takes what came to the device."""
-    first, second = ("host", "device") if prefers == "device" else ("device", "host")
-    readers = gated(source)
-    fetching = in_background(lambda: cache.get_many(run_of("a"), source, prefer=first))
-    stands(readers, 1)
-    joining = in_background(lambda: cache.get_many(run_of("a"), source, prefer=second))
-    wait_for_joins(cache, 4)
-    readers[0].gate.set()
-    got, others = joining.result(10), fetching.result(10)
-    for tensors in (got, others):
-        assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), tensors, strict=True))
-    assert is_in("device", cache, got)
-    assert is_in(first, cache, others)
-    assert len(source.asked) == 1
-
-
-def test_a_clear_while_it_is_received(cache: TensorCache, source: DictSource) -> None:
-    readers = gated(source)
-    future = cache.prefetch(run_of("a"), source, prefer="host")
-    assert readers[0].has_arrived.wait(10)
-    cache.clear(["a0", "a1"])
-    readers[0].gate.set()
-    assert future.result(10) == 4
-    assert parked(cache) == {"a2", "a3"}
-    assert cache.clear() == 2
-    cache.synchronize()
-    stats = cache.buffer_stats()
-    assert (stats["host_bytes"], stats["num_entries"], stats["total_bytes"]) == (0, 0, 0)
-    assert cache._index.report()["host_entries"] == 0
-
-
 def test_the_tier_makes_room_and_overflows_only_when_all_of_it_is_held(
     cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -199,36 +119,6 @@ def test_the_tier_makes_room_and_overflows_only_when_all_of_it_is_held(
     on_host(cache, source, "ef")
     assert parked(cache) >= {*run_of("e"), *run_of("f")}
     assert cache.buffer_stats()["overflows"] == 8
-
-
-def test_an_overflow_of_the_tier_is_fetched_anew_for_the_device(source: DictSource) -> None:
-    """It was in no pool: who joined for the device has nothing to copy from."""
-    cache = TensorCache(CONFIG, device=SimDevice())
-    held = on_host(cache, source, "abcdefgh")
-    readers = gated(source)
-    fetching = in_background(lambda: cache.get_many(["i0"], source, prefer="host"))
-    stands(readers, 1)
-    joining = in_background(lambda: cache.get_many(["i0"], source))
-    wait_for_joins(cache, 1)
-    readers[0].gate.set()
-    stands(readers, 2)
-    readers[1].gate.set()
-    assert is_in("device", cache, joining.result(10))
-    assert same_bytes(fetching.result(10)[0], SHARDS["i0"])
-    assert len(held) == 32
-
-
-def test_a_shard_that_fails_leaves_the_others_cached(cache: TensorCache, source: DictSource) -> None:
-    missing: list[Hashable] = ["nowhere"]
-    with pytest.raises(FetchError, match="nowhere is not at node-a:1"):
-        cache.get_many([*run_of("a"), *missing], source, prefer="host")
-    assert parked(cache) == set(run_of("a"))
-    (found, lacking) = cache.get_many(["a0", *missing], source, prefer="host", on_error="none")
-    assert (found is not None, lacking) == (True, None)
-    del found
-    cache.clear()
-    cache.synchronize()
-    assert cache.buffer_stats()["host_bytes"] == 0
 
 
 def test_without_a_tier_it_is_refused_unless_the_device_is_the_host(source: DictSource) -> None:
@@ -333,18 +223,6 @@ def test_a_capture_gets_what_is_in_the_tier_and_nothing_else(source: DictSource)
             cache.get_many(run_of("b"), source, prefer="host")
         device.captured = None
     assert device.faults == []
-
-
-def test_memory_that_cannot_be_pinned_is_gone_without(source: DictSource) -> None:
-    device = SimDevice()
-    cache = TensorCache(CONFIG, device=device)
-    device.refuse("slot", 100)
-    got = on_host(cache, source, "a")
-    assert cache.buffer_stats()["overflows"] == 4
-    assert len(got) == 4
-    device.refuse("slot", 0)
-    on_host(cache, source, "a")
-    assert parked(cache) == set(run_of("a"))
 
 
 def test_offload_leaves_it_and_close_leaves_what_is_held(cache: TensorCache, source: DictSource) -> None:

@@ -118,4 +118,3 @@ def _make_orderly(cache: TensorCache, engine: Engine) -> None:
 
     engine.settle = settle_one_by_one  # type: ignore[method-assign]
     engine.reaper._period_s = 3600.0
-    cache._index.fetch_stopped = lambda: None  # type: ignore[method-assign]

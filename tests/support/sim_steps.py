@@ -118,7 +118,9 @@ def get_captured(world: World) -> None:
     stream, cached = world.device.captured, world.cache.keys()
     assert stream is not None
     keys = world.choices.sample(cached, min(len(cached), 2)) if world.choices.happens(90) else world.some_keys()
-    is_cached = all(key in world.cache and not world.cache._index.is_parked(key) for key in keys)
+    prefer = world.some_place()
+    on_device = [key for key in cached if not world.cache._index.is_parked(key)]
+    is_cached = set(keys) <= set(cached if prefer == "host" else on_device)
     is_cached = is_cached and not world.changed(keys)
     world.say(names(keys))
     if is_cached:
@@ -126,7 +128,7 @@ def get_captured(world: World) -> None:
     received = world.ledger.receiving(keys if is_cached else ())
     try:
         with world.device.stream(stream), received:
-            tensors = world.cache.get_many(keys, world.source)
+            tensors = world.cache.get_many(keys, world.source, prefer=prefer)
     except TransferError:
         world.say("refused")
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import time
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from gpu_cache.device import HostDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice
-from tests.support.sources import DictSource, same_bytes
+from tests.support.sources import DictSource, GatedReader, same_bytes
 
 KIB = 1 << 10
 CONFIG = CacheConfig(
@@ -60,3 +61,34 @@ def fill(cache: TensorCache, source: DictSource, names: str) -> None:
 def parked(cache: TensorCache) -> set[Hashable]:
     """What is in the host tier."""
     return {key for key in list(cache.keys()) if cache._index.is_parked(key)}
+
+
+def on_host(cache: TensorCache, source: DictSource, names: str, **options: object) -> list[torch.Tensor]:
+    """Get runs on the host; bytes are right."""
+    keys = [key for name in names for key in run_of(name)]
+    got = cache.get_many(keys, source, prefer="host", **options)  # type: ignore[call-overload]
+    assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(keys, got, strict=True))
+    return list(got)
+
+
+def is_in(pool_of: str, cache: TensorCache, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether every tensor lies in the slabs of the device's pool ("device"), or of the tier's ("host")."""
+    engine = cache._engine
+    assert engine is not None
+    assert engine.tier is not None
+    pool = engine.pool if pool_of == "device" else engine.tier.pool
+    begins = [(slab.arena.tensor.data_ptr(), slab.nbytes) for slab in pool._slabs]
+    return all(any(0 <= one.data_ptr() - begin < nbytes for begin, nbytes in begins) for one in tensors)
+
+
+def stands(readers: list[GatedReader], count: int) -> None:
+    """Wait until so many readers were opened, and the last one stands at its gate."""
+    while len(readers) < count:
+        time.sleep(0.001)
+    assert readers[count - 1].has_arrived.wait(10)
+
+
+def wait_for_joins(cache: TensorCache, count: int) -> None:
+    """Wait until so many look-ups joined a fetch of another call."""
+    while cache.buffer_stats()["joined"] < count:
+        time.sleep(0.001)

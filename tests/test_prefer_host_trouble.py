@@ -1,0 +1,300 @@
+"""`prefer="host"` beside other calls, and where something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_cache import CacheFullError, FetchError, TensorCache
+from gpu_cache.block import Range
+from gpu_cache.device import HostDevice
+from gpu_cache.slab import SlabPool
+from tests.support.interleave_actors import in_background
+from tests.support.sim_device import SimDevice
+from tests.support.sources import DictSource, gated, same_bytes
+from tests.support.tier_scene import (
+    CONFIG,
+    KINDS,
+    SHARDS,
+    cache_on,
+    fill,
+    is_in,
+    on_host,
+    parked,
+    run_of,
+    stands,
+    wait_for_joins,
+)
+
+
+@pytest.fixture
+def source() -> DictSource:
+    return DictSource(SHARDS)
+
+
+@pytest.fixture(params=KINDS)
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
+    yield from cache_on(request.param, tmp_path)
+
+
+@pytest.fixture
+def staged() -> TensorCache:
+    return TensorCache(CONFIG, device=HostDevice(stages=True))
+
+
+class Gate:
+    """Whoever looks for room in the device's pool waits here."""
+
+    def __init__(self, cache: TensorCache) -> None:
+        self._arrived, self._gate = threading.Event(), threading.Event()
+        pool = cache._open_engine().pool
+        self._take, pool.take = pool.take, self._wait_and_take  # type: ignore[method-assign]
+
+    def _wait_and_take(self, nbytes: int) -> Range | None:
+        self._arrived.set()
+        assert self._gate.wait(10)
+        return self._take(nbytes)
+
+    def wait(self) -> None:
+        """Until somebody stands here."""
+        assert self._arrived.wait(10)
+
+    def open(self) -> None:
+        self._gate.set()
+
+
+def test_who_writes_while_it_is_copied_harms_only_who_waited(source: DictSource) -> None:
+    device = SimDevice()
+    cache = TensorCache(CONFIG, device=device)
+    (held,) = cache.get_many(["a1"], source, prefer="host")
+    device.adversary.begin()
+    assert cache.prefetch(["a1"], source).result(10) == 1
+    assert cache._open_engine().transfer.stream.queue, "the copy has yet to run"
+    held.zero_()
+    device.finish()
+    del held
+    fill(cache, source, "a")
+    assert source.asked == [["a1"], run_of("a")]
+    assert device.faults == []
+
+
+@pytest.mark.parametrize("prefers", ["device", "host"])
+def test_who_joins_a_fetch_for_the_other_place(cache: TensorCache, source: DictSource, prefers: str) -> None:
+    """A call for the device copies what came to the host; one for the host takes what came to the device."""
+    first, second = ("host", "device") if prefers == "device" else ("device", "host")
+    readers = gated(source)
+    fetching = in_background(lambda: cache.get_many(run_of("a"), source, prefer=first))
+    stands(readers, 1)
+    joining = in_background(lambda: cache.get_many(run_of("a"), source, prefer=second))
+    wait_for_joins(cache, 4)
+    readers[0].gate.set()
+    got, others = joining.result(10), fetching.result(10)
+    for tensors in (got, others):
+        assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), tensors, strict=True))
+    assert is_in("device", cache, got)
+    assert is_in(first, cache, others)
+    assert len(source.asked) == 1
+
+
+def test_a_clear_while_it_is_received(cache: TensorCache, source: DictSource) -> None:
+    readers = gated(source)
+    future = cache.prefetch(run_of("a"), source, prefer="host")
+    assert readers[0].has_arrived.wait(10)
+    cache.clear(["a0", "a1"])
+    readers[0].gate.set()
+    assert future.result(10) == 4
+    assert parked(cache) == {"a2", "a3"}
+    assert cache.clear() == 2
+    cache.synchronize()
+    stats = cache.buffer_stats()
+    assert (stats["host_bytes"], stats["num_entries"], stats["total_bytes"]) == (0, 0, 0)
+    assert cache._index.report()["host_entries"] == 0
+
+
+def test_an_overflow_of_the_tier_is_fetched_anew_for_the_device(source: DictSource) -> None:
+    """It was in no pool: who joined for the device has nothing to copy from."""
+    cache = TensorCache(CONFIG, device=SimDevice())
+    held = on_host(cache, source, "abcdefgh")
+    readers = gated(source)
+    fetching = in_background(lambda: cache.get_many(["i0"], source, prefer="host"))
+    stands(readers, 1)
+    joining = in_background(lambda: cache.get_many(["i0"], source))
+    wait_for_joins(cache, 1)
+    readers[0].gate.set()
+    stands(readers, 2)
+    readers[1].gate.set()
+    assert is_in("device", cache, joining.result(10))
+    assert same_bytes(fetching.result(10)[0], SHARDS["i0"])
+    assert len(held) == 32
+
+
+def test_a_shard_that_fails_leaves_the_others_cached(cache: TensorCache, source: DictSource) -> None:
+    missing: list[Hashable] = ["nowhere"]
+    with pytest.raises(FetchError, match="nowhere is not at node-a:1"):
+        cache.get_many([*run_of("a"), *missing], source, prefer="host")
+    assert parked(cache) == set(run_of("a"))
+    (found, lacking) = cache.get_many(["a0", *missing], source, prefer="host", on_error="none")
+    assert (found is not None, lacking) == (True, None)
+    del found
+    cache.clear()
+    cache.synchronize()
+    assert cache.buffer_stats()["host_bytes"] == 0
+
+
+def test_memory_that_cannot_be_pinned_is_gone_without(source: DictSource) -> None:
+    device = SimDevice()
+    cache = TensorCache(CONFIG, device=device)
+    device.refuse("slot", 100)
+    got = on_host(cache, source, "a")
+    assert cache.buffer_stats()["overflows"] == 4
+    assert len(got) == 4
+    device.refuse("slot", 0)
+    on_host(cache, source, "a")
+    assert parked(cache) == set(run_of("a"))
+
+
+def test_a_storage_that_is_swapped_while_it_is_copied(staged: TensorCache, source: DictSource) -> None:
+    """As by a queue of torch.multiprocessing: the block dies, and somebody else's bytes come to its place."""
+    (held,) = staged.get_many(["b1"], source, prefer="host")
+    gate = Gate(staged)
+    copying = in_background(lambda: staged.get_many(["b1"], source))
+    gate.wait()
+    held.share_memory_()
+    others = staged.get_many(["c1", "d1", "e1"], source, prefer="host")
+    gate.open()
+    assert same_bytes(copying.result(10)[0], SHARDS["b1"])
+    assert same_bytes(held, SHARDS["b1"])
+    assert len(others) == 3
+
+
+def test_a_block_that_died_and_is_known_still_is_not_cached_as_what_took_its_place(
+    staged: TensorCache, source: DictSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (held,) = staged.get_many(["b1"], source, prefer="host")
+    engine = staged._open_engine()
+    assert engine.tier is not None
+    tier, inside, gate = engine.tier.pool, threading.Event(), threading.Event()
+    tell = tier._on_dead
+
+    def tell_late(dead: list[object]) -> None:
+        if dead:
+            inside.set()
+            assert gate.wait(10)
+        tell(dead)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tier, "_on_dead", tell_late)
+    held.share_memory_()
+    del held
+    draining = in_background(tier.drain)
+    assert inside.wait(10)
+    staged.get_many(["c1"], source, prefer="host")
+    assert same_bytes(staged.get_many(["b1"], source)[0], SHARDS["b1"])
+    gate.set()
+    draining.result(10)
+    assert same_bytes(staged.get_many(["b1"], source)[0], SHARDS["b1"])
+
+
+def test_what_died_while_it_was_evicted_goes_to_no_tier(source: DictSource) -> None:
+    cache = TensorCache(CONFIG, device=HostDevice())
+    fill(cache, source, "a")
+    engine = cache._open_engine()
+    assert engine.tier is not None
+    victims = cache._index.candidates()
+    cache.get("a1").share_memory_()  # type: ignore[union-attr]
+    assert engine.tier.take_in(victims).keys() == {"a0", "a2", "a3"}
+
+
+def test_what_is_in_the_tier_waits_for_nobodys_copy(staged: TensorCache, source: DictSource) -> None:
+    (held,) = staged.get_many(["b1"], source, prefer="host")
+    gate = Gate(staged)
+    copying = in_background(lambda: staged.get_many(["b1"], source))
+    gate.wait()
+    (same,) = staged.get_many(["b1"], source, prefer="host")
+    assert same.data_ptr() == held.data_ptr()
+    gate.open()
+    assert is_in("device", staged, copying.result(10))
+    assert parked(staged) == {"b1"}
+
+
+def test_what_came_to_the_other_place_is_no_failure(staged: TensorCache, source: DictSource) -> None:
+    readers = gated(source)
+    fetching = in_background(lambda: staged.get_many(["a0"], source, prefer="host"))
+    stands(readers, 1)
+    joining = in_background(lambda: staged.get_many(["a0", "nowhere"], source, on_error="none"))
+    wait_for_joins(staged, 1)
+    readers[0].gate.set()
+    found, lacking = joining.result(10)
+    assert is_in("device", staged, [found])
+    assert same_bytes(found, SHARDS["a0"])
+    assert lacking is None
+    assert len(fetching.result(10)) == 1
+
+
+def test_no_call_goes_on_beyond_its_time(staged: TensorCache, source: DictSource) -> None:
+    """What came to the tier is to be copied, for which there is no time left."""
+    readers = gated(source)
+    fetching = in_background(lambda: staged.get_many(["a0"], source, prefer="host"))
+    stands(readers, 1)
+    gate = Gate(staged)
+    joining = in_background(lambda: staged.get_many(["a0"], source, timeout_s=0.2))
+    wait_for_joins(staged, 1)
+    readers[0].gate.set()
+    with pytest.raises(FetchError, match=r"not here within 0.2 s \[1 of 1 shards failed: 'a0'"):
+        joining.result(10)
+    gate.open()
+    assert len(fetching.result(10)) == 1
+
+
+def test_a_prefetch_brings_what_there_is_room_for(staged: TensorCache, source: DictSource) -> None:
+    held = on_host(staged, source, "a")
+    with pytest.raises(FetchError, match=r"raise host_tier_bytes \(GPU_CACHE_HOST_TIER_BYTES\)") as caught:
+        staged.prefetch([key for name in "bcdefghi" for key in run_of(name)], source, prefer="host").result(10)
+    assert caught.value.failures.keys() == set(run_of("i"))
+    assert isinstance(caught.value.failures["i0"], CacheFullError)
+    assert parked(staged) == {key for name in "abcdefgh" for key in run_of(name)}
+    assert len(held) == 4
+
+
+def test_a_comparison_takes_no_more_of_the_device(staged: TensorCache, source: DictSource) -> None:
+    (written,) = staged.get_many(["a1"], source, prefer="host")
+    written.zero_()
+    assert same_bytes(staged.get_many(["a1"], source, prefer="host")[0], SHARDS["a1"])
+    staged.synchronize()
+    stats = staged.buffer_stats()
+    assert (stats["mutations"], stats["device_reserved_bytes"]) == (1, 0)
+
+
+def test_what_cannot_be_compared_is_said_to_be_unknown(
+    staged: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (written,) = staged.get_many(["a1"], source, prefer="host")
+    written.zero_()
+    monkeypatch.setattr(SlabPool, "take_free", lambda pool, nbytes: None)
+    assert same_bytes(staged.get_many(["a1"], source)[0], SHARDS["a1"])
+    staged.synchronize()
+    assert "no free range for 2,000 bytes to be compared in" in caplog.text
+    assert staged.buffer_stats()["mutations"] == 0
+
+
+def test_a_forked_child_may_read_what_the_host_cached_for_itself(source: DictSource) -> None:
+    cache = TensorCache(CONFIG, device=HostDevice())
+    (held,) = cache.get_many(["b1"], source, prefer="host")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(not torch.equal(held, SHARDS["b1"])))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_short_call_does_not_give_up_a_put(staged: TensorCache, source: DictSource) -> None:
+    gate = Gate(staged)
+    putting = in_background(lambda: staged.put("a1", SHARDS["a1"], timeout_s=60))
+    gate.wait()
+    with pytest.raises(FetchError, match="not here within"):
+        staged.get_many(["a1"], source, timeout_s=0.05)
+    gate.open()
+    assert putting.result(10) is True
