@@ -36,6 +36,7 @@ class Comparisons:
     """Compares on a stream of its own, behind everything that may still write into the blocks.
 
     The trainer waits for none of it: what a comparison finds is told by whoever looks next, at the latest the reaper.
+    Two blocks of the host tier are compared by whoever that is.
 
     Args:
         device: Where the blocks are.

@@ -171,7 +171,7 @@ class Consumer:
     ("stages", "num_operations", "tier_bytes", "host_share"),
     [
         (True, 10_000, 0, 0.0),
-        (True, 10_000, TIGHT.pool_bytes, 0.0),
+        (True, 3_000, TIGHT.pool_bytes, 0.0),
         (True, 10_000, TIGHT.pool_bytes, 0.4),
         (False, 1_000, 0, 0.0),
     ],

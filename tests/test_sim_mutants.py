@@ -19,7 +19,7 @@ from tests.support.sim_program import fault_of, few_objects
 from tests.support.sim_script import random_script
 from tests.support.sim_steps import WEIGHTS
 from tests.support.sim_tier_mutants import TIER_MUTANTS
-from tests.support.sim_world import CONFIG, TIERED
+from tests.support.sim_world import CONFIG, SMALL_SLOTS, TIERED
 
 MUTANTS = [*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS]
 MAX_PROGRAMS = 200
@@ -65,7 +65,7 @@ def test_a_mutant_is_seen(mutant: Mutant, monkeypatch: pytest.MonkeyPatch, table
         pytest.skip(f"harms nobody on torch {torch.__version__}, only on {mutant.torch}x")
     calls: list[None] = []
     monkeypatch.setattr(mutant.owner, mutant.name, mutant.replacement(calls))
-    config = TIERED if mutant in TIER_MUTANTS else CONFIG
+    config = TIERED if mutant in TIER_MUTANTS else SMALL_SLOTS if mutant.name == "abandon" else CONFIG
     seen = [found for base in BASES if (found := first_seen(base, config))[0]]
     assert calls, "the fault is somebody else's"
     assert len(seen) >= MIN_SEEN, f"seen in {len(seen)} of {len(BASES)} series"

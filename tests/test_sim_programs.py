@@ -19,7 +19,7 @@ from tests.support.sim_program import Program, SimFaultError, few_objects, run_s
 from tests.support.sim_script import Script, random_script
 from tests.support.sim_shards import contents
 from tests.support.sim_steps import WEIGHTS
-from tests.support.sim_world import CONFIG, TIERED
+from tests.support.sim_world import CONFIG, SMALL_SLOTS, TIERED
 from tests.support.sources import DictSource
 from tests.support.threads import run_threads
 
@@ -34,7 +34,7 @@ CONFIGS = {
     "tiny pool": dataclasses.replace(CONFIG, pool_bytes=24 << 10, prealloc_bytes=0, slab_bytes=8 << 10),
     "host tier": TIERED,
     "small host tier": dataclasses.replace(TIERED, host_tier_bytes=24 << 10, reuse_fence="noted"),
-    "one run a slot": dataclasses.replace(CONFIG, run_bytes=4 << 10, staging_slot_bytes=4 << 10),
+    "one run a slot": SMALL_SLOTS,
 }
 
 

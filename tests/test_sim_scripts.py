@@ -74,7 +74,7 @@ def test_a_fault_in_a_drawn_program_shrinks_to_a_short_witness(title: str, monke
             failed.append(script)
             raise
 
-    with pytest.raises(SimFaultError, match=r"^step \d+\nrace at .*\n(get|share|prefetch) \[shard-\d") as caught:
+    with pytest.raises(SimFaultError, match=r"^step \d+\nrace at .*\n(get|share|prefetch|put) \[?shard-\d") as caught:
         play()
     print("", f"{title}, after {len(failed)} programs that fail:", caught.value, failed[-1], sep="\n")
     assert len(failed[0].effective) >= 40

@@ -86,6 +86,9 @@ def get_broken(world: World) -> None:
     """A fetch whose connection breaks after some reads."""
     world.land()
     keys, num_reads, prefer = world.choices.sample(list(contents()), 6), world.choices.below(3), world.some_place()
+    if world.choices.happens(50):  # between the pieces of a large shard, of which the first is on its way
+        large = [key for key, tensor in contents().items() if tensor.numel() > 16 << 10]
+        keys, num_reads = [*dict.fromkeys([world.choices.choice(large), *keys[:2]])], 1
     world.say(f"{names(keys)} after {num_reads} reads")
     world.ledger.ask(keys)
     with world.wrapped(lambda reader: broken(reader, num_reads)), contextlib.suppress(FetchError):  # noqa: SIM117

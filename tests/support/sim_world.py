@@ -28,6 +28,7 @@ CONFIG = CacheConfig(
     slab_bytes=32 * _KIB, pool_bytes=80 * _KIB, prealloc_bytes=32 * _KIB, staging_slots=2,
     staging_slot_bytes=16 * _KIB, run_bytes=8 * _KIB, fetch_timeout_s=5,
 )  # fmt: skip
+SMALL_SLOTS = dataclasses.replace(CONFIG, run_bytes=4 * _KIB, staging_slot_bytes=4 * _KIB)  # a run each
 TIERED = dataclasses.replace(CONFIG, pool_bytes=48 * _KIB, host_tier_bytes=64 * _KIB)
 NODE = "node-a:1"
 _MAX_HELD = 14
