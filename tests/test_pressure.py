@@ -196,4 +196,4 @@ def test_random_operations_under_a_pool_a_tenth_of_the_working_set(
     after = cache.buffer_stats()
     assert (after["device_bytes"], after["device_reserved_bytes"], after["num_entries"]) == (0, 0, 0)
     assert after["host_bytes"] == 0
-    assert (stats["host_hits"] > 1000) == (tier_bytes > 0)
+    assert (stats["host_hits"] > num_operations // 10) == (tier_bytes > 0)
