@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from gpu_cache import TensorCache
+from gpu_cache import FetchError, TensorCache
 from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
 from gpu_cache.engine import Engine
 from gpu_cache.fetch import Fetch
 from gpu_cache.slab import SlabPool
+from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_clock import POISON
 from tests.support.sim_device import SimDevice
 
@@ -39,13 +40,13 @@ class WatchedLock:
         self._lock.release()
 
 
-def observe(cache: TensorCache, device: SimDevice, looked_again: Callable[[list[Hashable]], None]) -> None:
+def observe(cache: TensorCache, device: SimDevice, ledger: Ledger) -> None:
     """See bytes given back, and slots handed out for receiving: the host may write both from then on.
 
     Args:
         cache: What is looked at.
         device: That it is on.
-        looked_again: Told the keys that a call for the device looks up once more, as they came to the host tier.
+        ledger: What the program asked for.
     """
     engine = cache._open_engine()
     pool, staging = engine.pool, engine.staging
@@ -62,21 +63,29 @@ def observe(cache: TensorCache, device: SimDevice, looked_again: Callable[[list[
     staging.acquire = watched_acquire  # type: ignore[method-assign]
     _watch_locks(cache, engine, device.adversary.moment)
     _make_orderly(cache, engine)
-    _watch_strays(cache, looked_again)
+    _watch_strays(cache, ledger)
 
 
-def _watch_strays(cache: TensorCache, looked_again: Callable[[list[Hashable]], None]) -> None:
+def _watch_strays(cache: TensorCache, ledger: Ledger) -> None:
+    """What a call for the device gets in the host tier is looked up once more, or fails if there is no time left."""
     make = cache._fetch
 
     def watched_fetch(*args: Any, **kwargs: Any) -> Fetch:
         fetch = make(*args, **kwargs)
-        keep_arrived = fetch.keep_arrived
+        keep_arrived, complete = fetch.keep_arrived, fetch.complete
 
         def watched_keep_arrived() -> None:
-            looked_again([entry.key for entry in fetch._entries() if entry.parked is not None])
+            ledger.ask_again(fetch._strays())
             keep_arrived()
 
-        fetch.keep_arrived = watched_keep_arrived  # type: ignore[method-assign]
+        def watched_complete(*args: Any, **kwargs: Any) -> Engine:
+            try:
+                return complete(*args, **kwargs)
+            except FetchError as error:
+                ledger.arrived_bytes += nbytes_of(error.failures.keys() & set(fetch._strays()))
+                raise
+
+        fetch.keep_arrived, fetch.complete = watched_keep_arrived, watched_complete  # type: ignore[method-assign]
         return fetch
 
     cache._fetch = watched_fetch  # type: ignore[method-assign]

@@ -54,7 +54,7 @@ class World:
         self.ledger = Ledger()
         self.choices, self.words = Choices(), ""
         self._capture_left = 0
-        observe(self.cache, self.device, self.ledger.ask_again)
+        observe(self.cache, self.device, self.ledger)
 
     def begin(self, step: Step) -> None:
         """Begin a step: its numbers make the choices from here on, the adversary's first."""
