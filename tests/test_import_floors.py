@@ -75,6 +75,7 @@ FLOORS = {
             "shard",
             "trimming",
             "turns",
+            "tokens",
             "own_thread",
             "backends.deadline_socket",
             "backends.node_state",

@@ -64,6 +64,7 @@ class Served:
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "token"
     path.write_text("s3cret\n")
+    path.chmod(0o600)
     return path
 
 
@@ -135,13 +136,13 @@ def test_each_remedy_lets_other_hosts_in(
 
 
 def test_the_token_comes_from_the_environment_unless_given(owner: FakeOwner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AREAL_RPC_TOKEN", "from env")
+    monkeypatch.setenv("AREAL_RPC_TOKEN", "from-env")
     with rpc_server.start(owner=owner) as server:
-        assert status(server.address, "/data/a", "from env") == 404
+        assert status(server.address, "/data/a", "from-env") == 404
         assert status(server.address, "/data/a") == 401
     with rpc_server.start(owner=owner, token="given") as server:
         assert status(server.address, "/data/a", "given") == 404
-        assert status(server.address, "/data/a", "from env") == 401
+        assert status(server.address, "/data/a", "from-env") == 401
 
 
 def test_an_empty_token_in_the_environment_is_no_token(owner: FakeOwner, monkeypatch: pytest.MonkeyPatch) -> None:

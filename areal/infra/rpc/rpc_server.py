@@ -22,6 +22,7 @@ from aiohttp import web
 from areal.infra.rpc import runtime
 from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner, make_app
 from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
+from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
 from gpu_cache.config import parse_size
 
 try:
@@ -29,7 +30,6 @@ try:
 except ImportError:  # not on this platform; asyncio's own loop serves too, at a lower rate
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-TOKEN_VARIABLE = "AREAL_RPC_TOKEN"
 ALLOW_VARIABLE = "AREAL_RPC_ALLOW_UNAUTHENTICATED"
 
 # A trainer keeps one connection to each node and may think for long between two steps.
@@ -136,7 +136,7 @@ def start(
         host: Address or name to bind. Behind a wildcard address the server cannot know what others call it; tell the
             runtime with `add_own_address`.
         port: 0 takes a free one.
-        token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`.
+        token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`. White space around it is dropped.
         max_body_bytes: The longest request body.
         max_concurrent_responses: Answers with tensors under way at once; who comes beyond that is told to come back.
         allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
@@ -149,12 +149,13 @@ def start(
 
     Raises:
         OSError: The address cannot be bound.
-        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or not
-            even one answer may be under way, or `shard_ttl_s` is not a time.
+        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or the
+            token is not one line of printable ASCII, not even one answer may be under way, or `shard_ttl_s` is not a
+            time.
     """
     if max_concurrent_responses < 1:
         raise ValueError(f"max_concurrent_responses={max_concurrent_responses}: must be at least 1")
-    token = token or os.environ.get(TOKEN_VARIABLE) or None
+    token = find_token(token)
     is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
     family, location = _resolve(host, port)
     if not (token or is_allowed or ipaddress.ip_address(location[0].partition("%")[0]).is_loopback):
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=options.log_level)
     _log_ignored(vars(options))
     try:
-        token = _token(options.token_file)
+        token = None if options.token_file is None else read_token_file(options.token_file)
         shard_ttl_s = None if options.shard_ttl is None else parse_seconds(options.shard_ttl)
         ending = _readable_on(signal.SIGTERM, signal.SIGINT)
         server = start(
@@ -259,15 +260,6 @@ def _log_ignored(options: Mapping[str, object]) -> None:
         value = options[flag.removeprefix("--").replace("-", "_")]
         if value is not None:
             logger.debug("ignoring %s %s: accepted for upstream's launchers only", flag, value)
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    token = path.read_text().strip()
-    if not token:
-        raise ValueError(f"the token file {path} is empty")
-    return token
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import time
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -25,6 +24,7 @@ from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.own_thread import in_own_thread
 from areal.infra.rpc.shard import TensorShardInfo
 from areal.infra.rpc.store import ShardStore
+from areal.infra.rpc.tokens import find_token
 from gpu_cache import ShardReader
 
 
@@ -33,10 +33,10 @@ class HttpRTensorBackend:
 
     Args:
         max_shards_per_request: Bounds a request in the JSON form; a binary one is bounded by 256 MiB and 4,096 ids.
-        token: Sent as `Authorization: Bearer`; None reads AREAL_RPC_TOKEN.
+        token: Sent as `Authorization: Bearer`; None reads AREAL_RPC_TOKEN. White space around it is dropped.
         shards: Where `store` keeps tensors; None until the backend is made this process's own.
     Raises:
-        ValueError: `max_shards_per_request` is not positive.
+        ValueError: `max_shards_per_request` is not positive, or the token is not one line of printable ASCII.
     Thread-safety: any thread.
     """
 
@@ -47,7 +47,7 @@ class HttpRTensorBackend:
             raise ValueError("max_shards_per_request must be positive")
         self.max_shards_per_request = max_shards_per_request
         self.shards = shards
-        secret = os.environ.get("AREAL_RPC_TOKEN") if token is None else token
+        secret = find_token(token)
         self._settings = HttpSettings(
             {"Authorization": f"Bearer {secret}"} if secret else {}, max_json_shards=max_shards_per_request
         )

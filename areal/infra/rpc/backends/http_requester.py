@@ -53,7 +53,7 @@ FAULTS = (OSError, http.client.HTTPException)
 class HttpSettings:
     """What all requests of a backend have in common."""
 
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = dataclasses.field(repr=False)  # one of them is the token
     max_json_shards: int = 32
     max_binary_bytes: int = 256 << 20
     max_binary_shards: int = 4096
