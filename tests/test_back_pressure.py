@@ -48,7 +48,7 @@ class SlowClient:
         host, port = server.address.split(":")
         self.sock = socket.create_connection((host, int(port)))
         body = json.dumps({"shard_ids": ["huge"]}).encode()
-        headers = f"Host: x\r\nAccept: application/vnd.safetensors\r\nContent-Length: {len(body)}\r\n\r\n"
+        headers = f"Host: localhost\r\nAccept: application/vnd.safetensors\r\nContent-Length: {len(body)}\r\n\r\n"
         self.sock.sendall(b"POST /data/batch HTTP/1.1\r\n" + headers.encode() + body)
         eventually(lambda: health(server)["num_responses"] == 1)
 

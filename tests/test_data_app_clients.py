@@ -92,6 +92,31 @@ def test_with_the_token_the_routes_are_open(owner: FakeOwner) -> None:
         assert batch(server, "a", headers={"Authorization": "Bearer secretx"}).status == 200
 
 
+@pytest.mark.parametrize(
+    "headers", [{"Host": "page.example:80"}, {"Origin": "http://page.example"}, {"Origin": "null"}], ids=repr
+)
+def test_a_web_page_gets_nothing_and_changes_nothing(
+    server: ServerHandle, owner: FakeOwner, headers: dict[str, str]
+) -> None:
+    owner.store["a"] = torch.ones(1)
+    routes = [("GET", "/health"), ("GET", "/data/a"), ("POST", "/data/batch"), ("DELETE", "/data/clear")]
+    for method, path in [*routes, ("PUT", "/data/a"), ("POST", "/data/reclaim"), ("OPTIONS", "/data/a")]:
+        reply = ask(server, method, path, {"shard_ids": ["a"]}, headers)
+        assert (reply.status, reply.json["status"]) == (403, "error")
+        assert reply.json["message"].endswith("allow_hosts= or --allow-host lets more names in")
+    assert owner.store["a"].tolist() == [1.0]
+
+
+def test_allowed_names_are_answered(owner: FakeOwner) -> None:
+    with rpc_server.start("localhost", owner=owner, allow_hosts=["Node17"]) as server:
+        for headers in ({"Host": "node17:80"}, {"Host": "localhost"}, {"Origin": "https://node17"}):
+            assert ask(server, "GET", "/health", headers=headers).status == 200
+    with rpc_server.start("0.0.0.0", owner=owner, allow_unauthenticated=True) as server:
+        server.address = server.address.replace("0.0.0.0", "127.0.0.1")
+        assert ask(server, "GET", "/health", headers={"Host": "anything"}).status == 200
+        assert ask(server, "GET", "/health", headers={"Origin": "http://page.example"}).status == 403
+
+
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("POST", "/health", 405)])
 def test_what_is_not_served_is_refused_in_json(server: ServerHandle, method: str, path: str, status: int) -> None:
     reply = ask(server, method, path)
@@ -142,7 +167,7 @@ def test_a_client_that_leaves_while_sending_costs_nothing(
 ) -> None:
     host, port = server.address.split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"PUT /data/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nstart")
+        connection.sendall(b"PUT /data/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\nstart")
     assert ask(server, "GET", "/health").json["num_tensors"] == 0
     server.stop()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -185,7 +185,9 @@ def test_a_shard_that_is_being_sent_is_sent_to_its_end() -> None:
     tensor = torch.arange(64 * MIB // 8)  # more than all buffers on the way
     owner.store["large"] = tensor
     body = json.dumps({"shard_ids": ["large"]}).encode()
-    head = f"POST /data/batch HTTP/1.1\r\nHost: x\r\nAccept: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /data/batch HTTP/1.1\r\nHost: localhost\r\nAccept: {CONTENT_TYPE}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with rpc_server.start(owner=owner, shard_ttl_s=3600) as server:
         host, port = server.address.split(":")
         with socket.create_connection((host, int(port)), timeout=30) as sock:

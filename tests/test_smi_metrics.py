@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_cache.report import MAX_SOURCES
 from gpu_cache.smi import exposition, metrics
+from gpu_cache.smi.node import Node
 from tests.support.smi_machine import Machine, add_trainers, machine
 from tests.support.smi_nvml import FakeNvml
 from tests.support.smi_reports import NOW, TIB, report
@@ -178,7 +180,77 @@ def test_it_serves_a_scrape(node: Machine) -> None:
         assert answer.headers["Content-Type"].startswith("text/plain")
         found = parsed(answer.read().decode())
     assert found == scraped(node)
-    assert not [thread for thread in threading.enumerate() if "serve" in thread.name]
+    assert not [thread for thread in threading.enumerate() if "exporter" in thread.name or "smi" in thread.name]
+
+
+def scrape(port: int, text: str) -> tuple[str, str]:
+    """What is answered to a request written by hand: head and body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(text.replace("\n", "\r\n").encode())
+        head, _, body = b"".join(iter(lambda: client.recv(1 << 20), b"")).decode().partition("\r\n\r\n")
+        return head, body
+
+
+def test_the_exporter_speaks_openmetrics_to_those_who_ask(node: Machine) -> None:
+    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+        asked = "GET /metrics HTTP/1.1\nHost: localhost\nAccept: application/openmetrics-text; version=1.0.0\n\n"
+        head, body = scrape(port, asked)
+    assert "Content-Type: application/openmetrics-text; version=1.0.0" in head
+    assert body.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ("GET / HTTP/1.1\nHost: page.example\n\n", 403),
+        ("GET / HTTP/1.1\nHost: localhost\nOrigin: http://page.example\n\n", 403),
+        ("POST / HTTP/1.1\nHost: localhost\n\n", 405),
+        ("HEAD / HTTP/1.1\nHost: localhost\n\n", 200),
+    ],
+)
+def test_the_exporter_gives_web_pages_nothing(node: Machine, asked: str, status: int) -> None:
+    add_trainers(node.folder)
+    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+        head, body = scrape(port, asked)
+    assert head.startswith(f"HTTP/1.1 {status} ")
+    assert "gpu_cache" not in body
+
+
+def test_clients_that_say_nothing_cost_the_exporter_no_thread_and_no_scrape(node: Machine) -> None:
+    with exposition.serving(node.look, "127.0.0.1", 0) as port, contextlib.ExitStack() as stack:
+        scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")
+        before = threading.active_count()
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(100)]
+        for client in slow:
+            client.sendall(b"GET / HTTP/1.1\r\n")
+        assert scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")[0].startswith("HTTP/1.1 200 ")
+        assert threading.active_count() == before
+        with contextlib.suppress(ConnectionError):
+            assert slow[0].recv(1) == b"", "the clients that came first were dropped for those that came after"
+
+
+def test_a_slow_client_of_the_exporter_is_dropped(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposition, "_CLIENT_S", 0.1)
+    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+        for start in ("", "GET / HTTP/1.1\nHost: localhost\nX: " + 20_000 * "x"):
+            with contextlib.suppress(ConnectionError):
+                assert scrape(port, start) == ("", "")
+
+
+def test_a_look_that_fails_is_an_answer_and_the_next_one_works(
+    node: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = iter([RuntimeError("no driver")])
+
+    def look() -> Node:
+        for error in looks:
+            raise error
+        return node.look()
+
+    with exposition.serving(look, "127.0.0.1", 0) as port:
+        statuses = [scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")[0].split()[1] for _ in range(2)]
+    assert statuses == ["500", "200"]
+    assert "no driver" in caplog.text
 
 
 def test_serving_until_interrupted(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +265,8 @@ def test_serving_until_interrupted(node: Machine, monkeypatch: pytest.MonkeyPatc
         assert done.err.startswith(f"gpu-cache-smi: cannot serve on 127.0.0.1:{port}: ")
     done = node.run("--serve", f"localhost:{port}")
     assert (done.code, done.err) == (0, f"gpu-cache-smi: metrics on http://localhost:{port}/metrics\n")
+    done = node.run("--serve", f"0.0.0.0:{port}")
+    assert done.err.splitlines()[1].startswith("Warning: on 0.0.0.0 everyone who reaches this machine may read")
 
 
 def test_a_scrape_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

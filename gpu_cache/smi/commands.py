@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gpu_cache.hosts import is_loopback
 from gpu_cache.smi import boxes, cleanup, dmon, document, leaks, query, recording, timeline
 from gpu_cache.smi.live import Watch
 from gpu_cache.smi.node import Node, Observer
@@ -166,7 +167,7 @@ class Commands:
         host, port = self._options.serve
         try:
             with _exposition().serving(self.look, host, port) as bound:
-                self._terminal.tell([f"gpu-cache-smi: metrics on http://{host}:{bound}/metrics"])
+                self._terminal.tell([f"gpu-cache-smi: metrics on http://{host}:{bound}/metrics", *_exposure(host)])
                 while True:
                     time.sleep(3600)
         except OSError as error:
@@ -217,6 +218,13 @@ def _silence(process: Process) -> str:
     age_s = process.report_age_s
     why = {HUNG: f"no report for {age_s:.0f} s", DEAD: "it ended without cleanup"}.get(process.state, "it may be busy")
     return f"gpu-cache-smi: pid {process.pid} did not answer within {leaks.ANSWER_TIMEOUT_S:.0f} s ({why})"
+
+
+def _exposure(host: str) -> list[str]:
+    """A warning, if other machines can ask."""
+    if is_loopback(host):
+        return []
+    return [f"Warning: on {host} everyone who reaches this machine may read its processes' ids, roles and figures."]
 
 
 def _exposition() -> Any:

@@ -6,17 +6,32 @@ a process that inherits it.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import logging
+import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from gpu_cache.hosts import HostRule
 from gpu_cache.smi import figures, metrics
 from gpu_cache.smi.metrics import Exported
 from gpu_cache.smi.node import Node
+
+# A scraper asks at once and reads at once; a client that does not must not keep a place.
+_CLIENT_S = 10.0
+# Beyond these the client that came first is dropped.
+_MAX_CLIENTS = 32
+_MAX_HEAD_BYTES = 16 << 10
+
+logger = logging.getLogger(__name__)
 
 
 class NodeCollector(Collector):
@@ -44,20 +59,105 @@ def text(look: Callable[[], Node]) -> str:
 
 @contextmanager
 def serving(look: Callable[[], Node], host: str, port: int) -> Iterator[int]:
-    """Answers scrapes from threads of its own.
+    """Answer scrapes from a thread that looks once for each, one after another.
 
     Yields:
         The port, chosen by the system if `port` is 0.
     Raises:
         OSError: The port is taken, or the host is not of this machine.
     """
-    server, thread = start_http_server(port, host, _registry(look))
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    family, _, _, _, location = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.create_server(location[:2], family=family) as listener:
+        exporter = Exporter(look, listener)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            exporter.stop()
+
+
+class Exporter:
+    """A small HTTP server: few clients, each for a short time, one request each.
+
+    Args:
+        look: Finds what is exported.
+        listener: Listens; the caller closes it after `stop`.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, look: Callable[[], Node], listener: socket.socket) -> None:
+        self._registry, self._listener = _registry(look), listener
+        self._rule = HostRule(listener.getsockname()[0])
+        # Only the loop's thread touches them; the client that came first is the first.
+        self._clients: dict[asyncio.StreamWriter, None] = {}
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="gpu-cache-smi-look")
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu-cache-smi-exporter", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Drop all clients and end the thread."""
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+        self._looking.shutdown()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels what is under way
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._serve_client, sock=self._listener, limit=_MAX_HEAD_BYTES)
+        await self._stopping.wait()
+        server.close()
+
+    async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._clients) >= _MAX_CLIENTS:
+            next(iter(self._clients)).transport.abort()
+        self._clients[writer] = None
+        try:
+            await self._answer(reader, writer)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # the client went away, is too slow, or says too much
+        finally:
+            del self._clients[writer]
+            writer.transport.abort()  # what was to be sent is sent, or is not wanted
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(_CLIENT_S):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        status, content_type, body = await self._loop.run_in_executor(self._looking, self._reply, head)
+        writer.write(
+            f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+            "Connection: close\r\n\r\n".encode()
+        )
+        writer.write(b"" if head.startswith("HEAD ") else body)
+        async with asyncio.timeout(_CLIENT_S):
+            writer.transport.set_write_buffer_limits(0)
+            await writer.drain()
+            writer.write_eof()
+            await reader.read(1)  # the client closes when it has the answer; an abort before could take it away
+
+    def _reply(self, head: str) -> tuple[str, str, bytes]:
+        """Status, content type and body."""
+        try:
+            return self._scraped(head)
+        except Exception:  # top of a request: the next look may go better
+            logger.exception("a scrape failed")
+            return "500 Internal Server Error", "text/plain", b"the look at this machine failed\n"
+
+    def _scraped(self, head: str) -> tuple[str, str, bytes]:
+        request, *lines = head.split("\r\n")
+        named = [line.partition(":") for line in lines]
+        headers = [(name.strip().lower(), value.strip()) for name, _, value in named]
+        hosts, origins, accepted = (
+            [value for name, value in headers if name == wanted] for wanted in ("host", "origin", "accept")
+        )
+        if not request.startswith(("GET ", "HEAD ")):
+            return "405 Method Not Allowed", "text/plain", b"only GET\n"
+        if (refusal := self._rule.refusal(hosts, origins)) is not None:
+            return "403 Forbidden", "text/plain; charset=utf-8", f"{refusal}\n".encode()
+        encode, content_type = choose_encoder(",".join(accepted))
+        return "200 OK", content_type, encode(self._registry)
 
 
 def _registry(look: Callable[[], Node]) -> CollectorRegistry:

@@ -23,6 +23,7 @@ from areal.infra.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, Wir
 from areal.infra.rpc.store import ShardStore
 from areal.infra.rpc.turns import RETRY_AFTER_S, Turns
 from areal.infra.rpc.wire import CONTENT_TYPE, decode_frame
+from gpu_cache.hosts import HostRule
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
     from aiohttp.typedefs import Handler, Middleware
@@ -60,6 +61,7 @@ def make_app(
     owner: DataOwner,
     *,
     token: str | None,
+    rule: HostRule,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_responses: int = DEFAULT_MAX_RESPONSES,
     expiry: ShardExpiry | None = None,
@@ -69,11 +71,12 @@ def make_app(
     Args:
         owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
         token: What every route but `/health` asks for as `Authorization: Bearer`; None asks for nothing.
+        rule: Under which names it may be asked, and from which web pages.
         max_body_bytes: The longest request body; a longer one is answered 413.
         max_responses: Answers with tensors under way at once; who comes beyond that is answered 503 with Retry-After.
         expiry: Drops old shards while the application runs; None: they stay until they are cleared.
     """
-    middlewares: list[Middleware] = [_errors_as_json]
+    middlewares: list[Middleware] = [_errors_as_json, _asked_under(rule)]
     if token is not None:
         middlewares.append(_bearer_auth(token))
     app = web.Application(client_max_size=max_body_bytes, middlewares=middlewares)
@@ -297,6 +300,17 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     except Exception as error:
         logger.exception("%s %s failed", request.method, request.path)
         return _error(500, str(error))
+
+
+def _asked_under(rule: HostRule) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        refusal = rule.refusal(request.headers.getall("Host", []), request.headers.getall("Origin", []))
+        if refusal is not None:
+            raise web.HTTPForbidden(text=f"{refusal}; allow_hosts= or --allow-host lets more names in")
+        return await handler(request)
+
+    return check
 
 
 def _bearer_auth(token: str) -> Middleware:

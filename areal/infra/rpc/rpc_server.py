@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -24,6 +23,7 @@ from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONS
 from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
 from gpu_cache.config import parse_size
+from gpu_cache.hosts import HostRule, is_loopback
 
 try:
     from uvloop import new_event_loop
@@ -127,6 +127,7 @@ def start(
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_concurrent_responses: int = DEFAULT_MAX_RESPONSES,
     allow_unauthenticated: bool = False,
+    allow_hosts: Iterable[str] = (),
     shard_ttl_s: float | str | None = None,
     owner: ServedOwner | None = None,
 ) -> ServerHandle:
@@ -140,6 +141,9 @@ def start(
         max_body_bytes: The longest request body.
         max_concurrent_responses: Answers with tensors under way at once; who comes beyond that is told to come back.
         allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
+        allow_hosts: Names under which clients may ask a server that is bound to the loopback, beside the loopback's own
+            and `host`; and the hosts whose web pages may ask any server. A page that points its name at this machine
+            would else read and delete shards through a browser here.
         shard_ttl_s: Drop shards that are older, in seconds or as text ("10m", "2h"): a backstop for those that nobody
             clears. Longer than anything is meant to live, weights too. None: they stay.
         owner: Whose shards; None means this process's runtime.
@@ -158,7 +162,7 @@ def start(
     token = find_token(token)
     is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
     family, location = _resolve(host, port)
-    if not (token or is_allowed or ipaddress.ip_address(location[0].partition("%")[0]).is_loopback):
+    if not (token or is_allowed or is_loopback(location[0])):
         raise ValueError(
             f"refusing to serve other hosts on {host} without a token. Bind 127.0.0.1; or set a token, with "
             f"--token-file or {TOKEN_VARIABLE}; or, on a network where everybody may read and delete shards, say so "
@@ -167,7 +171,12 @@ def start(
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
     app = make_app(
-        served, token=token, max_body_bytes=max_body_bytes, max_responses=max_concurrent_responses, expiry=expiry
+        served,
+        token=token,
+        rule=HostRule(location[0], {host.strip("[]"), *allow_hosts}),
+        max_body_bytes=max_body_bytes,
+        max_responses=max_concurrent_responses,
+        expiry=expiry,
     )
     listener = socket.create_server(location, family=family, backlog=_BACKLOG)
     return ServerHandle(served, app, listener, _address(listener))
@@ -202,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_body_bytes=options.max_body_bytes,
             max_concurrent_responses=options.max_concurrent_responses,
             allow_unauthenticated=options.allow_unauthenticated,
+            allow_hosts=options.allow_host,
             shard_ttl_s=shard_ttl_s,
         )
     except (OSError, ValueError) as error:
@@ -243,6 +253,13 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-unauthenticated",
         action="store_true",
         help=f"serve other hosts without token (or {ALLOW_VARIABLE}=1)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which clients may ask a server bound to the loopback; may be repeated",
     )
     parser.add_argument(
         "--shard-ttl",

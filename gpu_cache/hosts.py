@@ -1,0 +1,66 @@
+"""Which requests a local server believes: none that a web page made a browser send.
+
+A page can point its own name at 127.0.0.1. The browser then takes a server there for a part of the page, and the page
+reads and writes at it. The name in Host gives it away, as Origin gives away a page that stays under its own address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from reprlib import repr as short_repr
+from urllib.parse import urlsplit
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine, and no other can reach it."""
+    address = _address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+class HostRule:
+    """The names under which a server may be asked.
+
+    Args:
+        bound: The address that the server listens on.
+        allowed: Further names, without ports, beside those of the loopback.
+    Attributes:
+        is_local: Whether the server listens on the loopback only; otherwise any name in Host will do.
+    """
+
+    def __init__(self, bound: str, allowed: Iterable[str] = ()) -> None:
+        self.is_local = is_loopback(bound)
+        self._allowed = {name.lower() for name in allowed}
+
+    def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> str | None:
+        """Say what is wrong with a request that has these headers, each as often as it has them; None if nothing is."""
+        for host in hosts:
+            if self.is_local and not self._is_known(name_of(host)):
+                return f"this server answers requests to localhost, 127.0.0.1 and [::1], not to {short_repr(host)}"
+        for origin in origins:
+            if not self._is_own(urlsplit(origin).netloc, hosts):
+                return f"this server answers no web page of another origin: {short_repr(origin)}"
+        return None
+
+    def _is_known(self, name: str) -> bool:
+        return is_loopback(name) or name in self._allowed
+
+    def _is_own(self, authority: str, hosts: Sequence[str]) -> bool:
+        """Whether a page is one that this server could have served: under a name that nobody can point elsewhere."""
+        name = name_of(authority)
+        is_same = authority.lower() in {host.lower() for host in hosts}
+        return name in self._allowed or (is_same and (is_loopback(name) or _address(name) is not None))
+
+
+def name_of(authority: str) -> str:
+    """The host of "host:port", "host", "[ipv6]:port" or "[ipv6]", in lower case and without brackets."""
+    host, _, port = authority.rpartition(":")
+    has_port = bool(host) and port.isdecimal() and (":" not in host or host.endswith("]"))
+    return (host if has_port else authority).strip("[]").lower()
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return None
