@@ -1,10 +1,12 @@
-"""The benchmark's rounds and rows, the thread beside, allocations. No test asserts how fast anything is."""
+"""The benchmark's rounds and rows, the thread beside, memory traffic. No test asserts how fast anything is."""
 
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
@@ -14,13 +16,15 @@ import torch
 
 sys.path.insert(0, str(FilePath(__file__).resolve().parents[1] / "scripts"))
 
-from bench.allocations import Allocated, AllocationWatch
-from bench.beside import Beside, busy_python, busy_torch
+from bench.allocations import Allocated, AllocationWatch, MemoryTraffic
+from bench.beside import PYTHON, TORCH, Beside
 from bench.exactness import BenchError
 from bench.meter import Cost
-from bench.rounds import Course, Plan, rows, run_rounds
+from bench.paths import Path, variants
+from bench.rounds import Course, Plan, rows, run_rounds, selected, skipped_row
 
-from tests.support.bench_rows import KEYS, STATS, a_meter, a_path, cost
+from gpu_cache.device import HostDevice
+from tests.support.bench_rows import KEYS, a_meter, a_path, cost
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +60,19 @@ def test_rounds_end_when_the_next_would_take_too_long(plan: Plan, ticks: list[in
 def test_each_path_is_checked_once_and_timed_once_a_round_in_turn() -> None:
     calls: list[str] = []
     paths = [
-        a_path(name, run=lambda _, name=name: calls.append(name), check=lambda _, name=name: calls.append(f"{name}?"))
+        a_path(name, run=lambda _, name=name: calls.append(name), check=lambda name, _: calls.append(f"{name}?"))
         for name in ("raw", "json", "cold")
     ]
     courses = run_rounds(paths, Plan(2, 2, 0), a_meter(), lambda name: None)
     assert calls == ["raw", "raw?", "json", "json?", "cold", "cold?", "raw", "json", "cold", "json", "cold", "raw"]
     assert [len(course.costs) for course in courses] == [2, 2, 2]
+
+
+def test_what_a_path_brings_beside_a_thread_is_checked_in_the_first_round() -> None:
+    calls: list[str] = []
+    settings = {"run": lambda _: calls.append("run"), "check": lambda name, _: calls.append(name)}
+    run_rounds(variants([a_path(**settings)], "cpu")[1:2], Plan(2, 2, 0), a_meter(), lambda name: None)
+    assert calls == ["run", "cold+python", "run"]
 
 
 def test_a_path_is_prepared_before_and_finished_after_each_run() -> None:
@@ -72,11 +83,29 @@ def test_a_path_is_prepared_before_and_finished_after_each_run() -> None:
 
 
 def test_a_path_that_brings_wrong_bits_ends_the_run() -> None:
-    def check(batch: object) -> None:
-        raise BenchError(f"not {batch}")
+    def check(path: str, batch: object) -> None:
+        raise BenchError(f"{path}: not {batch}")
 
-    with pytest.raises(BenchError, match="not batch"):
+    with pytest.raises(BenchError, match="cold: not batch"):
         run_rounds([a_path(check=check)], Plan(1, 1, 0), a_meter(), lambda name: None)
+
+
+def test_a_path_that_cannot_run_is_left_out_and_its_row_says_why() -> None:
+    path = Path.unavailable("areal/own_hits", "not here")
+    assert variants([path], "cpu") == [path]
+    assert run_rounds([path], Plan(1, 1, 0), a_meter(), lambda name: None) == []
+    row = skipped_row("W1", path)
+    assert row.keys() == row_of(Course(a_path(), 0, [cost(1)])).keys()
+    assert {key: value for key, value in row.items() if value is not None} == {
+        "workload": "W1", "path": "areal/own_hits", "skipped": "not here"
+    }  # fmt: skip
+
+
+def test_rows_are_chosen_by_pattern() -> None:
+    paths = variants([a_path("defaults/cold"), a_path("tuned/cold")], "cpu")
+    assert [path.name for path in selected(paths, ["defaults/*n", "tuned/cold"])] == [
+        "defaults/cold+python", "tuned/cold"
+    ]  # fmt: skip
 
 
 # Rows.
@@ -85,7 +114,7 @@ def test_a_path_that_brings_wrong_bits_ends_the_run() -> None:
 def test_a_row_has_the_keys_of_the_issue_and_medians_scaled_to_the_workload() -> None:
     half = Course(a_path(nbytes=5, num_shards=1), 3, [cost(1), cost(4), cost(2)])
     found = row_of(half)
-    assert found.keys() > KEYS
+    assert found.keys() >= KEYS
     assert (found["seconds"], found["seconds_min"], found["seconds_max"], found["num_rounds"]) == (4, 2, 8, 3)
     assert found["gb_per_s"] == pytest.approx(2.5e-9)
     assert found["us_per_shard"] == 2e6
@@ -115,31 +144,51 @@ def test_first_and_later_reads_are_compared_with_upstreams_first_and_later_ones(
 
 
 def test_allocations_are_added_up_and_memory_is_the_most_of_any_round() -> None:
-    costs = [Cost(1, 1, 1, Allocated(count, growth)) for count, growth in [(2, 10), (0, 30), (1, 20)]]
+    costs = [Cost(1, 1, 1, Allocated(*counted)) for counted in [(2, 10, 3, 5), (0, 30, 0, 9), (1, 20, 1, 7)]]
     found = row_of(Course(a_path(), 0, costs))
     assert (found["num_allocations"], found["device_growth_bytes"]) == (3, 30)
+    assert (found["num_slabs"], found["page_faults"]) == (4, 7)
+
+
+def test_a_busy_row_is_compared_with_the_quiet_one_of_the_same_round() -> None:
+    quiet, python = (Course(path, 0, []) for path in variants([a_path("defaults/warm")], "cpu")[:2])
+    quiet.costs += [cost(1), cost(10)]
+    python.costs += [cost(4, lost=0.5, stall_s=0.002), cost(20, lost=0.7, stall_s=0.004)]
+    found = row_of(python, quiet)
+    assert (found["times_quiet"], found["lost_percent"], found["stall_ms"]) == (3, 60, 3)
+    assert row_of(quiet, python)["times_quiet"] is None
+
+
+def test_hits_are_compared_with_the_reference_beside_the_same_thread() -> None:
+    names = ["defaults/hits+torch", "defaults/warm+torch", "areal/hits+torch", "areal/hits"]
+    courses = [Course(a_path(name), 0, [cost(seconds)]) for name, seconds in zip(names, (6, 6, 3, 1), strict=True)]
+    assert [row["times_reference"] for row in rows("W1", 10, courses)] == [2, None, None, None]
 
 
 # The thread beside.
 
 
-@pytest.mark.parametrize("work", [busy_python, lambda: busy_torch("cpu")])
-def test_the_thread_beside_goes_on_during_a_call_and_its_loss_is_in_the_row(work: Any) -> None:
-    beside = work()
-    made: list[int] = []
-
-    def run(_: object) -> None:
-        began = beside.look().num_steps
-        while beside.look().num_steps == began:
-            threading.Event().wait(0.001)
-        made.append(beside.look().num_steps - began)
-
-    (course,) = run_rounds([a_path(run=run, beside=beside)], Plan(1, 1, 0), a_meter(), lambda name: None)
-    assert len(made) == 2
-    assert min(made) > 0
-    assert row_of(course)["lost_percent"] <= 100
+@pytest.mark.parametrize("kind", [PYTHON, TORCH])
+def test_the_thread_beside_goes_on_during_a_call_and_its_loss_is_in_the_row(kind: str) -> None:
+    path = a_path(run=lambda _: time.sleep(0.02)).besides(kind, "cpu")
+    (course,) = run_rounds([path], Plan(1, 1, 0), a_meter(), lambda name: None)
+    found = row_of(course)
+    assert found["lost_percent"] < 100, "it made no step"
+    assert found["stall_ms"] < 20
     assert course.costs[0].client_cpu_s >= 0
     assert not any(thread.name == "bench-beside" for thread in threading.enumerate())
+
+
+def test_a_gap_counts_from_where_the_span_begins_and_before_it_has_ended() -> None:
+    goes_on, is_at_work = threading.Event(), threading.Event()
+    steps = iter([lambda: None, is_at_work.set, goes_on.wait])  # type: ignore[var-annotated]
+    with Beside(lambda: next(steps, lambda: None)()) as beside:
+        is_at_work.wait()
+        time.sleep(0.2)  # before the span
+        span = beside.over(0.01)
+        goes_on.set()
+    assert 0.01 <= span.longest_s < 0.2
+    assert span.rate == 0
 
 
 def test_a_step_that_fails_is_reported() -> None:
@@ -148,7 +197,7 @@ def test_a_step_that_fails_is_reported() -> None:
         a_meter().timed(lambda: None, Beside(lambda: next(steps)))
 
 
-# Allocations.
+# Memory traffic.
 
 
 class FakeAccelerator:
@@ -171,17 +220,26 @@ class FakeAccelerator:
 
 def test_blocks_of_the_device_and_its_peak_are_counted() -> None:
     fake = FakeAccelerator()
-    watch = AllocationWatch(lambda: STATS, "cuda:0", fake)
+    watch = AllocationWatch(MemoryTraffic(), "cuda:0", fake)
     watch.begin()
-    assert watch.end() == Allocated(0, 0)
+    found = watch.end()
+    assert (found.count, found.device_bytes, found.num_slabs) == (0, 0, 0)
     watch.begin()
     fake.num_blocks, fake.peak = 8, 1300
-    assert watch.end() == Allocated(3, 300)
+    found = watch.end()
+    assert (found.count, found.device_bytes, found.num_slabs) == (3, 300, 0)
 
 
-def test_a_pool_or_a_ring_that_grew_counts_on_every_device() -> None:
-    stats = dict(STATS)
-    watch = AllocationWatch(lambda: dict(stats), "cpu")
-    watch.begin()
-    stats["pinned_capacity_bytes"] += 1
-    assert watch.end() == Allocated(1, None)
+def test_slabs_that_come_and_go_within_a_call_are_counted_with_their_page_faults() -> None:
+    original = HostDevice.arena
+    with MemoryTraffic() as traffic:
+        watch, device = AllocationWatch(traffic, "cpu"), HostDevice()
+        watch.begin()
+        arena = device.arena(64 * mmap.PAGESIZE)
+        arena.tensor.fill_(1)
+        device.release_arena(arena)
+        device.pinned(1)
+        found = watch.end()
+    assert (found.count, found.num_slabs, found.device_bytes) == (2, 2, None)
+    assert found.page_faults > 0
+    assert HostDevice.arena is original

@@ -15,27 +15,28 @@ sys.path.insert(0, str(FilePath(__file__).resolve().parents[1] / "scripts"))
 
 import plot_benchmark
 from bench import report, scale, targets
-from bench.rounds import Plan
+from bench.paths import Path
+from bench.rounds import Plan, skipped_row
 from bench.targets import Target, Verdict
 from bench.workloads import make_workload
 
 from tests.support.bench_rows import KEYS, full_rows
 
 FLOOR = Target("more", lambda rows: rows["W3", "cold"]["ratio_raw"], 0.8, 0.9, is_floor=True)
-CEILING = dataclasses.replace(FLOOR, what="less", is_floor=False, must=8, stretch=4)
+CEILING = dataclasses.replace(FLOOR, what="less", is_floor=False, wanted=8, stretch=4)
 NOTHING = Target("nothing", lambda rows: 3, 0)
 
 
 @pytest.mark.parametrize(
     ("target", "measured", "words"),
     [
-        (FLOOR, 0.95, "stretch reached"),
-        (FLOOR, 0.8, "must reached"),
+        (FLOOR, 0.95, "stretch met"),
+        (FLOOR, 0.8, "met"),
         (FLOOR, 0.4, "missed by 50%"),
-        (CEILING, 4, "stretch reached"),
+        (CEILING, 4, "stretch met"),
         (CEILING, 10, "missed by 25%"),
         (CEILING, 20, "missed by a factor of 2.5"),
-        (NOTHING, 0, "reached"),
+        (NOTHING, 0, "met"),
         (NOTHING, 3, "missed by 3"),
         (FLOOR, None, "not measured"),
     ],
@@ -62,17 +63,21 @@ def test_what_was_not_run_is_not_measured() -> None:
 def test_tables_show_targets_beside_figures_and_what_only_a_gpu_has() -> None:
     found, workload = full_rows(), make_workload("W1", 1 / 512)
     own = [row for row in found if row["workload"] == "W1"]
+    own += [skipped_row("W1", Path.unavailable("own", "not here"))]
     console = Console(width=120, file=io.StringIO())
-    for table in (
-        report.result_table(workload, own),
-        report.device_table(workload, own),
-        report.scale_table([row for row in found if row["workload"] == "W4"]),
-        report.target_table(targets.verdicts(found, is_host=False)),
-    ):
-        console.print(table)
+    report.print_workload(console, workload, own, is_host=False)
+    console.print(report.scale_table([row for row in found if row["workload"] == "W4"]))
+    console.print(report.target_table(targets.verdicts(found, is_host=False)))
     text = console.file.getvalue()
-    assert all(words in text for words in ("cold_busy_torch", "pinned_peak", "1,000,000", "0.014 to 0.016", "missed"))
+    words = ("defaults/cold+torch", "x quiet", "pinned_peak", "1,000,000", "wanted", "missed", "own was not run: not")
+    assert [one for one in words if one not in text] == []
     assert "…" not in text, "a column is too narrow"
+
+
+def test_a_run_of_single_rows_shows_the_targets_that_they_measure() -> None:
+    found = [row for row in full_rows() if (row["workload"], row["path"]) == ("W1", "defaults/warm")]
+    table = report.target_table(targets.verdicts(found, is_host=True), only_measured=True)
+    assert list(table.columns[0].cells) == ["W1 warm, us per shard"]
 
 
 # W4.

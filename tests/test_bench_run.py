@@ -15,20 +15,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import benchmark
-from bench import profiling, publishing, scale, trainer
+from bench import meter, profiling, publishing, scale, trainer
 from bench.owner import Owner
 from bench.trainer import Trainer
 
 from areal.infra.rpc import RTensor
-from tests.support.bench_rows import DEVICE_PATHS, HOST_PATHS, KEYS
+from tests.support.bench_rows import KEYS, paths_of
 
 # Five trajectories of W1, a few of the others, up to 10,000 entries.
 SMALL = ["--fraction", "0.01", "--rounds", "1"]
 
 
 @pytest.fixture(autouse=True)
-def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "_SLAB_BYTES", 32 << 20)
+    monkeypatch.setattr(meter, "_ALONE_S", 0.005)
+    monkeypatch.setattr(meter, "_MOST_ALONE_S", 0.01)
 
 
 def run(*arguments: str, device: str = "cpu") -> int:
@@ -42,17 +44,21 @@ def rows_of(file: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def check_rows(file: Path, paths: list[str]) -> None:
+def check_rows(file: Path, *, on_gpu: bool) -> None:
     found = rows_of(file)
-    assert list(found) == ["W1", "W2", "W3", "W4"]
-    for workload in ("W1", "W2", "W3"):
-        assert [row["path"] for row in found[workload]] == paths
-        by_path = {row["path"]: row for row in found[workload]}
+    assert list(found) == ["W1", "W2", "W3", "W5", "W4"]
+    for workload in ("W1", "W2", "W3", "W5"):
+        by_path = {row["path"]: row for row in found[workload] if not row["skipped"]}
+        expected = [path for path in paths_of(workload, on_gpu=on_gpu) if not path.startswith("areal/own")]
+        assert list(by_path) == expected
         assert all(row.keys() >= KEYS and row["num_rounds"] == 1 for row in by_path.values())
-        assert all((row["lost_percent"] is not None) == ("busy" in path) for path, row in by_path.items())
-        assert by_path["raw"]["ratio_raw"] == by_path["json"]["ratio_json"] == 1
-        assert by_path["clear"]["ratio_raw"] is by_path["warm"]["gb_per_s"] is None
-        assert all(by_path[path]["num_allocations"] == 0 for path in ("cold", "cold4", "prefetch", "warm"))
+        for path, row in by_path.items():
+            assert (row["lost_percent"], row["stall_ms"], row["times_quiet"]).count(None) == (0 if "+" in path else 3)
+        assert by_path["raw"]["ratio_raw"] == 1
+        assert by_path["defaults/step"]["ratio_raw"] is None
+        tuned = [row for path, row in by_path.items() if path.startswith("tuned/")]
+        assert [row["path"] for row in tuned if row["num_allocations"] or row["num_slabs"]] == []
+    assert [row["skipped"] for row in found["W1"] if row["path"] == "areal/own_hits"] == ["AReaL is not installed here"]
     assert {row["num_entries"] for row in found["W4"]} == set(scale.SIZES[:2])
     assert all(row.keys() >= KEYS for row in found["W4"])
 
@@ -65,7 +71,7 @@ def test_the_cost_of_reports_is_measured(capsys: pytest.CaptureFixture[str], mon
 
 def test_every_path_of_every_workload_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--json", str(tmp_path / "new" / "rows.json")) == 0
-    check_rows(tmp_path / "new" / "rows.json", HOST_PATHS)
+    check_rows(tmp_path / "new" / "rows.json", on_gpu=False)
     said = capsys.readouterr().out
     assert "W1 rollout" in said
     assert "Targets" in said
@@ -75,9 +81,9 @@ def test_every_path_of_every_workload_has_a_row(tmp_path: Path, capsys: pytest.C
 @pytest.mark.gpu
 def test_on_a_gpu_there_are_rows_of_its_link_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--json", str(tmp_path / "rows.json"), device="cuda") == 0
-    check_rows(tmp_path / "rows.json", HOST_PATHS + DEVICE_PATHS)
+    check_rows(tmp_path / "rows.json", on_gpu=True)
     assert "memory beyond the pool" in capsys.readouterr().out
-    cold = next(row for row in rows_of(tmp_path / "rows.json")["W3"] if row["path"] == "cold")
+    cold = next(row for row in rows_of(tmp_path / "rows.json")["W3"] if row["path"] == "defaults/cold")
     assert cold["device_growth_bytes"] is not None
     assert cold["ratio_pinned"] > 0
 
@@ -87,20 +93,25 @@ def change_a_bit(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
     return batch
 
 
-@pytest.mark.parametrize(
-    ("name", "method", "spoil"),
-    [
-        ("cold4: brought 4 trajectories, not 5", "localize_in_parts", lambda batch: batch[1:]),
-        ("prefetch: logprobs of trajectory 4", "prefetch_and_localize", change_a_bit),
-    ],
-)
-def test_a_broken_path_ends_the_run_and_is_named(
-    name: str, method: str, spoil: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_step_that_reads_wrong_bits_ends_the_run_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = getattr(Trainer, method)
-    monkeypatch.setattr(Trainer, method, staticmethod(lambda *arguments: spoil(original(*arguments))))
-    assert run("--workload", "W1") == benchmark.EXIT_FAILED
-    assert f"benchmark: {name}" in capsys.readouterr().err
+    reads = Trainer.reads
+    monkeypatch.setattr(Trainer, "reads", staticmethod(lambda handles: map(change_a_bit, reads(handles))))
+    assert run("--workload", "W1", "--only", "defaults/step") == benchmark.EXIT_FAILED
+    assert "benchmark: defaults/step: logprobs of trajectory 4" in capsys.readouterr().err
+
+
+def test_single_rows_are_run_and_a_name_that_none_has_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ["--only", "tuned/w*,defaults/warm+torch", "--workload", "W1,W4"]
+    assert run(*only, "--json", str(tmp_path / "rows.json")) == 0
+    assert {workload: [row["path"] for row in rows] for workload, rows in rows_of(tmp_path / "rows.json").items()} == {
+        "W1": ["defaults/warm+torch", "tuned/warm"]
+    }
+    assert run("--workload", "W4", "--only", "nothing") == benchmark.EXIT_FAILED
+    assert "no row is named nothing" in capsys.readouterr().err
 
 
 def test_a_batch_that_arrives_wrong_beside_a_busy_thread_is_found(
@@ -113,8 +124,8 @@ def test_a_batch_that_arrives_wrong_beside_a_busy_thread_is_found(
         return change_a_bit(original(handles)) if is_busy else original(handles)
 
     monkeypatch.setattr(RTensor, "localize", staticmethod(localize))
-    assert run("--workload", "W1") == benchmark.EXIT_FAILED
-    assert "benchmark: cold_busy_python: logprobs of trajectory 4" in capsys.readouterr().err
+    assert run("--workload", "W1", "--only", "defaults/cold*") == benchmark.EXIT_FAILED
+    assert "benchmark: defaults/cold+python: logprobs of trajectory 4" in capsys.readouterr().err
 
 
 def test_a_dead_owner_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +153,7 @@ def test_a_profile_names_functions_of_both_threads(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workload", "W9"], "'W9' is none of W1, W2, W3, W4"),
+        (["--workload", "W9"], "'W9' is none of W1, W2, W3, W5, W4"),
         (["--rounds", "0"], "at least 1"),
         (["--fraction", "1.5"], "at most 1"),
         (["--json", "/no/such/folder/rows.json"], "/no/such/folder"),

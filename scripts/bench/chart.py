@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bench import scale
-from bench.targets import HOST_TARGETS, Target
+from bench.targets import COLD, HOST_TARGETS, Target
 
 Row = Mapping[str, Any]
-Limits = tuple[float, float]  # must and stretch; zeros where there are none
+Limits = tuple[float, float]  # wanted and stretch; zeros where there are none
 _NO_LIMITS: Limits = (0.0, 0.0)
 
 # Shown at 800 pixels in a README: 8 inches of type that is meant for 100 dots an inch.
@@ -29,18 +29,18 @@ _ROOM = 4
 _WORKLOADS = {"W1": ("many small shards", _BLUE), "W2": ("top-64 logits", _ORANGE), "W3": ("pixel values", _GREEN)}
 _ARRIVALS = {
     "raw": "raw socket",
-    "cold": "localize",
-    "cold4": "from four threads",
-    "prefetch": "prefetch, then localize",
-    "cold_busy_torch": "beside busy torch",
-    "cold_busy_python": "beside busy Python",
+    "tuned/cold": "localize, preallocated",
+    "defaults/cold": "localize, at defaults",
+    "defaults/cold+torch": "beside busy torch",
+    "defaults/cold+python": "beside busy Python",
     "json": "AReaL's JSON",
 }
 _SHARD_COSTS = {
     "json": "AReaL's JSON",
-    "cold": "localize, cold",
-    "warm": "localize, cached",
-    "localized": "localized before",
+    "defaults/cold": "localize, cold",
+    "defaults/warm": "localize, cached",
+    "defaults/warm+python": "cached, busy Python",
+    "defaults/localized": "localized before",
 }
 _OPERATIONS = {"insert": _ORANGE, "clear": _GREEN, "hit": _BLUE}
 _TARGETS = {target.what: target for target in HOST_TARGETS}
@@ -74,20 +74,18 @@ def _draw_arrivals(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _arrival_limits(workload: str, path: str, rates: Mapping[tuple[str, str], float]) -> Limits:
-    """Must and stretch in GB/s."""
-    target = _TARGETS.get(f"{workload} cold, of the raw limit") if path == "cold" else None
+    """Wanted and stretch in GB/s."""
+    target = _TARGETS.get(f"{workload} cold, of raw") if path == COLD else None
     limit = rates.get((workload, "raw"))
     if target and limit and target.stretch:
-        return target.must * limit, target.stretch * limit
-    if (workload, path) == ("W3", "cold_busy_python"):
-        return _limits(_TARGETS["W3 cold beside busy Python, GB/s"])
+        return target.wanted * limit, target.stretch * limit
     return _NO_LIMITS
 
 
 def _draw_shard_costs(axes: Axes, rows: Sequence[Row]) -> None:
     """Microseconds per shard of W1."""
-    costs = {row["path"]: row["us_per_shard"] for row in rows if row["workload"] == "W1"}
-    goals = {"cold": "W1 cold", "warm": "W1 warm", "localized": "W1 already localized"}
+    costs = {row["path"]: row["us_per_shard"] for row in rows if row["workload"] == "W1" and row["us_per_shard"]}
+    goals = {f"defaults/{name}": f"W1 {name}" for name in ("cold", "warm", "localized")}
     for place, path in enumerate(_SHARD_COSTS):
         if path in costs:
             axes.barh(place, costs[path], 0.6, color=_GREY if path == "json" else _BLUE)
@@ -109,7 +107,7 @@ def _draw_growth(axes: Axes, rows: Sequence[Row]) -> None:
             if line:
                 axes.plot(*zip(*line, strict=True), style, color=colour, label=label, markersize=3.5, linewidth=1.6)
         target = _TARGETS[f"W4 index, us per {operation}"]
-        axes.plot([scale.SIZES[-1]], [target.must], "_", color=colour, markersize=14, markeredgewidth=2.5)
+        axes.plot([scale.SIZES[-1]], [target.wanted], "_", color=colour, markersize=14, markeredgewidth=2.5)
     axes.plot([], [], "_", color=_TEXT, markersize=11, markeredgewidth=2.5, label="target")
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -120,7 +118,7 @@ def _draw_growth(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _limits(target: Target) -> Limits:
-    return target.must, target.must if target.stretch is None else target.stretch
+    return target.wanted, target.wanted if target.stretch is None else target.stretch
 
 
 def _mark(axes: Axes, limits: Limits, at: float, height: float) -> None:

@@ -61,6 +61,15 @@ class Original:
             raise BenchError(f"{path}: the bytes are not what was sent")
 
 
+def check_tensors(expected: Sequence[torch.Tensor], path: str, found: Sequence[torch.Tensor]) -> None:
+    """Raise `BenchError` unless the tensors are the same."""
+    if len(found) != len(expected):
+        raise BenchError(f"{path}: brought {len(found)} tensors, not {len(expected)}")
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one.dtype is not other.dtype or not torch.equal(one.cpu(), other):
+            raise BenchError(f"{path}: tensor {number} is not what was sent")
+
+
 def _is_same(found: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], expected: torch.Tensor) -> bool:
     return found.dtype is dtype and tuple(found.shape) == shape and torch.equal(_bytes_of(found.cpu()), expected)
 

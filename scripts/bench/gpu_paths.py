@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from bench.exactness import BenchError, Original
-from bench.paths import JsonPart, Path
+from bench.exactness import BenchError, Original, check_tensors
+from bench.paths import DEFAULTS, TUNED, JsonPart, Path, Trainers
 from bench.trainer import Trainer
 from bench.workloads import Workload
 from gpu_cache import ShardReader, ShardSpec
 
-PINNED_PEAK, PIPELINE = "pinned_peak", "pipeline"
+PINNED_PEAK, PIPELINE, FEW = "pinned_peak", "pipeline", "get_clear_30"
+_NUM_FEW = 30
 UPSTREAM_COLD, UPSTREAM_SECOND = "upstream_cold", "upstream_second"
 
 
@@ -51,54 +52,64 @@ class Link:
 
 
 def gpu_paths(
-    workload: Workload, trainer: Trainer, original: Original, part: JsonPart, link: Link | None = None
+    workload: Workload, trainers: Trainers, original: Original, part: JsonPart, link: Link | None = None
 ) -> list[Path]:
     """Link and pipeline, and AReaL's way: host tensors from JSON, then `.to(device)` one by one; again at each read."""
-    link = link or Link(trainer.device)
+    link = link or Link(trainers.tuned.device)
     source, target = link.pinned(original.joined), torch.empty_like(original.joined, device=link.device)
     all_of_it = (workload.nbytes, workload.num_shards)
     on_host = [tensor for trajectory in workload.trajectories() for tensor in trajectory.values()]
-    check_part = partial(part.check, UPSTREAM_COLD, original)
+    check_part, check_moved = partial(part.check, original), partial(check_tensors, on_host)
     return [
-        Path(PINNED_PEAK, lambda _: link.copy(target, source), partial(original.check_bytes, PINNED_PEAK), *all_of_it),
-        _pipeline(workload, trainer),
+        Path(PINNED_PEAK, lambda _: link.copy(target, source), original.check_bytes, *all_of_it),
+        _pipeline(f"{DEFAULTS}/{PIPELINE}", workload, trainers.defaults),
+        _pipeline(f"{TUNED}/{PIPELINE}", workload, trainers.tuned),
+        _few(f"{DEFAULTS}/{FEW}", workload, trainers.defaults),
         Path(UPSTREAM_COLD, lambda _: link.move(part.fetch()), check_part, part.nbytes, len(part.shard_ids)),
-        Path(
-            UPSTREAM_SECOND,
-            lambda _: link.move(on_host),
-            partial(_check_alike, UPSTREAM_SECOND, on_host),
-            *all_of_it,
-            is_transfer=False,
-        ),
+        Path(UPSTREAM_SECOND, lambda _: link.move(on_host), check_moved, *all_of_it, is_transfer=False),
     ]
 
 
-def _pipeline(workload: Workload, trainer: Trainer) -> Path:
+def _pipeline(name: str, workload: Workload, trainer: Trainer) -> Path:
     """All that the cache does, from a source that takes no time; the bytes are whatever the staging buffers held."""
-    specs = [
-        ShardSpec(("pipeline", number, name), dtype, shape(length))
-        for number, length in enumerate(workload.lengths)
-        for name, (dtype, shape) in workload.layout.items()
-    ]
+    specs = _specs(workload)
     keys, source = [spec.key for spec in specs], InstantSource(specs)
 
-    def check(tensors: Sequence[torch.Tensor]) -> None:
+    def check(path: str, tensors: Sequence[torch.Tensor]) -> None:
         found = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
         if found != [(spec.dtype, spec.shape) for spec in specs]:
-            raise BenchError(f"{PIPELINE}: other dtypes or shapes than were announced")
+            raise BenchError(f"{path}: other dtypes or shapes than were announced")
 
     def run(_: None) -> list[torch.Tensor]:
         return trainer.cache.get_many(keys, source)
 
     finish = trainer.clear_cache  # the pool has room for one batch
-    return Path(PIPELINE, run, check, workload.nbytes, workload.num_shards, trainer.clear_cache, finish)
+    return Path(name, run, check, workload.nbytes, workload.num_shards, trainer.clear_cache, finish)
 
 
-def _check_alike(path: str, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> None:
-    """Raise `BenchError` unless the tensors are the same."""
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if one.dtype is not other.dtype or not torch.equal(one.cpu(), other):
-            raise BenchError(f"{path}: tensor {number} is not what was moved")
+def _few(name: str, workload: Workload, trainer: Trainer) -> Path:
+    """What a small call costs beside its copies: get and clear of the first shards."""
+    specs = _specs(workload)[:_NUM_FEW]
+    keys, source = [spec.key for spec in specs], InstantSource(specs)
+
+    def run(_: None) -> int:
+        trainer.cache.get_many(keys, source)
+        return trainer.cache.clear(keys)
+
+    def check(path: str, num_cleared: int) -> None:
+        if num_cleared != len(keys):
+            raise BenchError(f"{path}: cleared {num_cleared} shards, not {len(keys)}")
+
+    nbytes = sum(workload.shard_bytes[: len(keys)])
+    return Path(name, run, check, nbytes, len(keys), trainer.clear_cache, is_transfer=False, is_reading=False)
+
+
+def _specs(workload: Workload) -> list[ShardSpec]:
+    return [
+        ShardSpec(("pipeline", number, name), dtype, shape(length))
+        for number, length in enumerate(workload.lengths)
+        for name, (dtype, shape) in workload.layout.items()
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.allocations import Allocated, AllocationWatch
-from bench.beside import Beside, rate
+from bench.beside import Beside, Span
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-# The thread beside is watched alone for so long before a call, and again after it.
-_ALONE_S = 0.05
+# The thread beside is watched alone for so long before a call, and for as long as the call after it, but no longer.
+_ALONE_S, _MOST_ALONE_S = 0.05, 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,8 +28,9 @@ class Cost:
         seconds: On the clock.
         client_cpu_s: CPU seconds of all threads of this process, but for the one beside.
         server_cpu_s: CPU seconds of the owner.
-        allocated: On the device and pinned.
+        allocated: What was taken from the device and given back.
         lost: Which part of its steps the thread beside lost; None where there was none.
+        stall_s: By how much its longest gap was longer than when it is alone for as long; None likewise.
     """
 
     seconds: float
@@ -37,6 +38,7 @@ class Cost:
     server_cpu_s: float
     allocated: Allocated
     lost: float | None = None
+    stall_s: float | None = None
 
 
 class Meter:
@@ -50,11 +52,11 @@ class Meter:
     def __init__(self, server_cpu: Callable[[], float], watch: AllocationWatch) -> None:
         self._server_cpu, self._watch = server_cpu, watch
 
-    def timed(self, call: Callable[[], Any], beside: Beside | None = None) -> Cost:
-        """What a call costs, which begins with no garbage, and with a thread beside it that is at work already."""
+    def timed(self, call: Callable[[], Any], beside: Beside | None = None) -> tuple[Cost, Any]:
+        """What a call costs, and its result. It begins with no garbage, and the thread beside is at work already."""
         return self._timed(call) if beside is None else self._timed_beside(call, beside)
 
-    def _timed(self, call: Callable[[], Any]) -> Cost:
+    def _timed(self, call: Callable[[], Any]) -> tuple[Cost, Any]:
         gc.collect()
         server_began = self._server_cpu()
         self._watch.begin()
@@ -62,25 +64,31 @@ class Meter:
         result = call()
         seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         allocated = self._watch.end()
-        del result
-        return Cost(seconds, cpu_s, self._server_cpu() - server_began, allocated)
+        return Cost(seconds, cpu_s, self._server_cpu() - server_began, allocated), result
 
-    def _timed_beside(self, call: Callable[[], Any], beside: Beside) -> Cost:
-        looks = []
+    def _timed_beside(self, call: Callable[[], Any], beside: Beside) -> tuple[Cost, Any]:
+        spans: list[Span] = []
 
         def watched() -> Any:
-            looks.append(beside.look())
+            beside.begin()
             result = call()
-            looks.append(beside.look())
+            spans.append(beside.span())
             return result
 
         with beside:
-            alone = beside.rate_over(_ALONE_S)
-            cost = self._timed(watched)
-            alone = (alone + beside.rate_over(_ALONE_S)) / 2
-        began, ended = looks
-        own_cpu_s = max(cost.client_cpu_s - (ended.cpu_s - began.cpu_s), 0.0)
-        return dataclasses.replace(cost, client_cpu_s=own_cpu_s, lost=1 - rate(began, ended) / alone)
+            before = beside.over(_ALONE_S)
+            cost, result = self._timed(watched)
+            (during,) = spans
+            # As long as the call, or a fair part of it: the longer one looks, the longer the longest gap.
+            after = beside.over(min(during.seconds, _MOST_ALONE_S))
+        num_alone = before.rate * before.seconds + after.rate * after.seconds
+        cost = dataclasses.replace(
+            cost,
+            client_cpu_s=max(cost.client_cpu_s - during.cpu_s, 0.0),
+            lost=1 - during.rate * (before.seconds + after.seconds) / num_alone,
+            stall_s=during.longest_s - after.longest_s,
+        )
+        return cost, result
 
 
 def with_growth(call: Callable[[], Any]) -> tuple[Any, int]:

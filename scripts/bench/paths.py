@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from areal.infra.rpc import RTensor
-from bench.beside import Beside, busy_python, busy_torch
+from areal.infra.rpc.rtensor import ClearReport
+from bench.beside import PYTHON, TORCH, Beside, busy
 from bench.exactness import Original
 from bench.json_client import JsonClient
 from bench.owner import Owner
@@ -20,7 +21,11 @@ from bench.raw_socket import RawReceiver
 from bench.trainer import Trainer
 from bench.workloads import Workload
 
-NUM_THREADS = 4
+# What a row's name begins with: the cache's settings are a user's defaults, or everything is preallocated.
+DEFAULTS, TUNED = "defaults", "tuned"
+# Hits of flat lists: of AReaL's own code, and of this project; and of a dict of tensors, which they are compared with.
+HITS = OWN_HITS, LOCALIZE_HITS, GET_MANY_HITS = "areal/own_hits", f"{DEFAULTS}/hits", f"{DEFAULTS}/hits_get_many"
+REFERENCE = "areal/hits"
 
 
 def _nothing(*_: object) -> None:
@@ -34,7 +39,7 @@ class Path:
     Attributes:
         name: Short, for tables.
         run: What is timed; takes what `prepare` returned.
-        check: Raises if the result of `run` is wrong.
+        check: Raises if the result of `run` is wrong; takes the path's name and the result.
         nbytes: Of the batch, or of the part of it that `run` brings.
         num_shards: Likewise.
         prepare: Before `run`, untimed.
@@ -42,11 +47,13 @@ class Path:
         is_transfer: Whether bytes move, so that bytes per second mean something.
         is_reading: Whether tensors or bytes are there afterwards, so that its speed can be compared with others'.
         beside: Work that another thread does meanwhile.
+        quiet: The path that does the same with nothing beside it.
+        reason: Why it cannot run; "" if it can.
     """
 
     name: str
     run: Callable[[Any], Any]
-    check: Callable[[Any], None]
+    check: Callable[[str, Any], None]
     nbytes: int
     num_shards: int
     prepare: Callable[[], Any] = _nothing
@@ -54,6 +61,27 @@ class Path:
     is_transfer: bool = True
     is_reading: bool = True
     beside: Beside | None = None
+    quiet: str | None = None
+    reason: str = ""
+
+    @classmethod
+    def unavailable(cls, name: str, reason: str) -> Path:
+        """One that cannot run here."""
+        return cls(name, _nothing, _nothing, 0, 0, reason=reason)
+
+    def besides(self, kind: str, device: str) -> Path:
+        """The same beside a thread of this kind."""
+        return dataclasses.replace(self, name=f"{self.name}+{kind}", beside=busy(kind, device), quiet=self.name)
+
+
+def variants(paths: Sequence[Path], device: str) -> list[Path]:
+    """Each path quiet, beside a Python thread, and beside a torch thread."""
+    found = []
+    for path in paths:
+        found.append(path)
+        if not path.reason:
+            found += [path.besides(kind, device) for kind in (PYTHON, TORCH)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -91,7 +119,7 @@ class JsonPart:
         """Their tensors, in order."""
         return self.client.fetch(self.shard_ids)
 
-    def check(self, path: str, original: Original, tensors: Sequence[torch.Tensor]) -> None:
+    def check(self, original: Original, path: str, tensors: Sequence[torch.Tensor]) -> None:
         """Raise `BenchError` unless the tensors are what was sent."""
         step = len(self.names)
         groups = [tensors[at : at + step] for at in range(0, len(tensors), step)]
@@ -99,18 +127,28 @@ class JsonPart:
         original.check_batch(path, batch, self.num_trajectories)
 
 
+@dataclass(frozen=True)
+class Trainers:
+    """Two caches for one workload: as a user gets it, and with everything preallocated."""
+
+    defaults: Trainer
+    tuned: Trainer
+
+
 @contextlib.contextmanager
 def open_paths(
-    workload: Workload, owner: Owner, trainer: Trainer, original: Original, json_bytes: float
+    workload: Workload, owner: Owner, trainers: Trainers, original: Original, json_bytes: float
 ) -> Iterator[tuple[list[Path], JsonPart]]:
     """All paths that every device has, and what the JSON one brings; connections go when the context is left."""
     offer = owner.offer
     raw, client = RawReceiver(offer.raw_location), JsonClient(offer.address)
-    with contextlib.closing(raw), contextlib.closing(client), ThreadPoolExecutor(NUM_THREADS) as threads:
+    with contextlib.closing(raw), contextlib.closing(client):
         part = JsonPart.of(workload, client, offer.shard_ids, json_bytes)
-        json = Path("json", part.fetch, partial(part.check, "json", original), part.nbytes, len(part.shard_ids))
-        handles = _handle_paths(workload, owner, trainer, original, threads)
-        yield [*_byte_paths(workload, raw, original), json, *handles], part
+        json = Path("json", part.fetch, partial(part.check, original), part.nbytes, len(part.shard_ids))
+        paths = [*_byte_paths(workload, raw, original), json]
+        paths += variants(_handle_paths(DEFAULTS, workload, owner, trainers.defaults, original), trainers.tuned.device)
+        cold, *others = _handle_paths(TUNED, workload, owner, trainers.tuned, original)
+        yield [*paths, *variants([cold], trainers.tuned.device), *others], part
 
 
 def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> list[Path]:
@@ -125,40 +163,32 @@ def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> lis
         return received
 
     def path(name: str, run: Callable[[None], torch.Tensor]) -> Path:
-        return Path(name, run, partial(original.check_bytes, name), workload.nbytes, workload.num_shards)
+        return Path(name, run, original.check_bytes, workload.nbytes, workload.num_shards)
 
     return [path("raw", receive), path("memcpy", lambda _: copied.copy_(original.joined))]
 
 
-def _handle_paths(
-    workload: Workload, owner: Owner, trainer: Trainer, original: Original, threads: ThreadPoolExecutor
-) -> list[Path]:
+def _handle_paths(settings: str, workload: Workload, owner: Owner, trainer: Trainer, original: Original) -> list[Path]:
     """What users call."""
-    all_of_it = (workload.nbytes, workload.num_shards)
+    check = partial(original.check_batch, num_trajectories=len(workload.lengths))
+
+    def check_step(name: str, report: ClearReport) -> None:
+        """The step has dropped what it read: look at what another one reads."""
+        trainer.check_cleared(name, report)
+        owner.restore()
+        for batch in trainer.reads(trainer.step_handles()):
+            check(name, batch)
 
     def path(name: str, run: Callable[[Any], Any], prepare: Callable[[], Any], **more: Any) -> Path:
-        check = partial(original.check_batch, name, num_trajectories=len(workload.lengths))
-        return Path(name, run, check, *all_of_it, prepare, **more)
+        sizes = {"nbytes": workload.nbytes, "num_shards": workload.num_shards}
+        return Path(f"{settings}/{name}", run, prepare=prepare, **{"check": check, **sizes, **more})
 
-    def cold(name: str, run: Callable[[Any], Any] = RTensor.localize, **more: Any) -> Path:
-        return path(name, run, trainer.uncached_handles, **more)
-
+    hot: dict[str, Any] = {"is_transfer": False}
+    ends: dict[str, Any] = {"is_transfer": False, "is_reading": False, "finish": owner.restore}
     return [
-        cold("cold"),
-        cold("cold4", partial(trainer.localize_in_parts, threads, NUM_THREADS)),
-        cold("prefetch", trainer.prefetch_and_localize),
-        path("warm", RTensor.localize, trainer.cached_handles, is_transfer=False),
-        path("localized", RTensor.localize, trainer.localized_handles, is_transfer=False),
-        Path(
-            "clear",
-            trainer.clear,
-            trainer.check_cleared,
-            *all_of_it,
-            trainer.cached_handles,
-            owner.restore,
-            is_transfer=False,
-            is_reading=False,
-        ),
-        cold("cold_busy_python", beside=busy_python()),
-        cold("cold_busy_torch", beside=busy_torch(trainer.device)),
+        path("cold", RTensor.localize, trainer.uncached_handles),
+        path("warm", RTensor.localize, trainer.cached_handles, **hot),
+        path("localized", RTensor.localize, trainer.localized_handles, **hot),
+        path("clear", trainer.clear, trainer.cached_handles, check=trainer.check_cleared, **ends),
+        path("step", trainer.step, trainer.step_handles, check=check_step, **ends),
     ]

@@ -9,33 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from bench.targets import Verdict
 from bench.workloads import Workload
 
+Row = Mapping[str, Any]
+_SHORT_S = 0.01
 _CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 _HEADINGS = (
-    "ms", "least - most", "GB/s", "us/shard", "CPU s/GB", "owner's", "memory", "x raw", "x json", "lost"
+    "ms", "spread", "GB/s", "us/shard", "CPU s/GB", "owner's", "memory", "x raw", "slabs", "faults"
 )  # fmt: skip
 NOTES = """\
 raw        one tuned socket (reno, writes of 1 MiB) into one buffer: bytes, no shards      memcpy  between two buffers
 json       AReaL's JSON form, 32 shards a request, by this project's codec
-cold       localize, nothing cached      cold4      the same, the trajectories divided over four threads
-prefetch   prefetch().result(), then localize
-warm       localize, new handles, all cached      localized  localize of handles that have their tensors
-clear      clear_everywhere: evicted here, deleted at the owner
-cold_busy_python, cold_busy_torch   cold, while another thread of the trainer runs pure Python, or small operations of
-           torch; lost: how many steps fewer a second that thread makes meanwhile than alone, just before and after
-Each round runs every path once. Ratios are medians of how many times as fast a path was as raw or json in the same
-round; seconds are median (least to most). Memory is the most that the client grew during one untimed run, where every
-path's bits were compared too. Buffers and slabs are allocated and written before: page faults of fresh memory are in
-no row, but json's tensors are new each time. One owner process, loopback. CPU s/GB: of client and owner; that of a
-thread beside is left out."""
+defaults/  through a cache with a user's settings, CacheConfig()      tuned/  everything preallocated and written before
+cold       localize, nothing cached      warm   localize, new handles, all cached
+localized  localize of handles that have their tensors      clear  clear_everywhere: evicted here, deleted at the owner
+step       as the demo has it: prefetch, five reads through new handles, clear_everywhere
+hits       localize of a flat list of cached handles      hits_get_many  get_many of its keys
+areal/hits the same from a dict that hands out the tensors that it keeps, as AReaL's buffer does
+areal/own_hits   AReaL's own localize, where AReaL is installed
++python, +torch   the same, while another thread of the trainer runs pure Python, or small operations of torch
+Each round runs every path once; milliseconds are medians over the rounds, spread is from the least to the most. Ratios
+are medians too, of terms of one round. x raw: how many times as fast as raw; x quiet: how many times as long as with
+nothing beside it. Lost: how many steps fewer a second the thread beside makes than alone. Stall: by how many ms its
+longest gap is longer than when it is alone for as long. Slabs: taken from the device or given back, in all timed
+rounds; faults: page faults of this process, a call. Memory is the most that the client grew during one untimed run.
+Every path's bits are compared once. One owner process, loopback. CPU s/GB: of client and owner; that of a thread beside
+is left out."""
 DEVICE_NOTES = """\
 pinned_peak      one pinned copy of all bytes      pipeline  get_many from a source that takes no time: room, tensors,
-                 staging buffers, copies; the bytes are not looked at
+                 staging buffers, copies; the bytes are not looked at      get_clear_30  of 30 such shards, and clear
 upstream_cold    AReaL's way: tensors on the host from JSON, then .to(device) one by one
 upstream_second  the same at a later read: the host has the tensors, .to(device) again; compare with warm
 new blocks: of torch's allocator, slabs included, or of pinned memory, in all timed rounds. Memory: at the most."""
@@ -78,26 +85,51 @@ def workload_table(workloads: Sequence[Workload], sizes: Sequence[int] = ()) -> 
     return table
 
 
-def result_table(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The figures of a workload's paths."""
-    num_rounds = rows[0]["num_rounds"]
-    parts = [row for row in rows if row["measured_bytes"] != workload.nbytes]
+def print_workload(console: Console, workload: Workload, rows: Sequence[Row], is_host: bool) -> None:
+    """The tables of a workload, and why rows are missing."""
+    ran = [row for row in rows if not row["skipped"]]
+    if ran:
+        console.print(result_table(workload, ran))
+        console.print(beside_table(workload, ran))
+        if not is_host:
+            console.print(device_table(workload, ran))
+    for row in rows:
+        if row["skipped"]:
+            console.print(f"{row['path']} was not run: {row['skipped']}")
+
+
+def result_table(workload: Workload, rows: Sequence[Row]) -> Table:
+    """The figures of a workload's paths with nothing beside them."""
+    quiet = [row for row in rows if row["lost_percent"] is None]
+    parts = [row for row in quiet if row["measured_bytes"] < workload.nbytes]
     caption = ", ".join(f"* run on {row['measured_bytes'] / 1e6:.0f} MB, seconds scaled" for row in parts)
-    table = Table(
-        title=f"{workload.name} {workload.title}, {workload.nbytes / 1e6:.1f} MB, median of {num_rounds} rounds",
-        title_justify="left",
-        caption=caption or None,
-        caption_justify="left",
-    )
+    size = f"{workload.nbytes / 1e6:.1f} MB, median of {rows[0]['num_rounds']} rounds"
+    title = f"{workload.name} {workload.title}, {size}"
+    table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     table.add_column("path", no_wrap=True)
     for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
+    for row in quiet:
         table.add_row(row["path"] + ("*" if row in parts else ""), *_cells(row))
     return table
 
 
-def device_table(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> Table:
+def beside_table(workload: Workload, rows: Sequence[Row]) -> Table:
+    """The same paths beside busy threads."""
+    table = Table(title=f"{workload.name} {workload.title}: beside a busy thread", title_justify="left")
+    table.add_column("path", no_wrap=True)
+    for heading in ("ms", "x quiet", "lost", "stall, ms", "slabs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row["lost_percent"] is not None:
+            figures = [row["seconds"] * 1e3, row["times_quiet"]]
+            # Within a call this short the thread has no turn.
+            lost = "-" if row["seconds"] < _SHORT_S else _percent(row["lost_percent"])
+            table.add_row(row["path"], *map(_number, figures), lost, _number(row["stall_ms"]), f"{row['num_slabs']:,}")
+    return table
+
+
+def device_table(workload: Workload, rows: Sequence[Row]) -> Table:
     """What only a device with memory of its own has."""
     table = Table(title=f"{workload.name} {workload.title}: the device", title_justify="left")
     table.add_column("path")
@@ -115,7 +147,7 @@ def device_table(workload: Workload, rows: Sequence[Mapping[str, Any]]) -> Table
     return table
 
 
-def scale_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def scale_table(rows: Sequence[Row]) -> Table:
     """W4: a line for each structure and operation."""
     sizes = sorted({row["num_entries"] for row in rows})
     table = Table(title=f"W4 scale, median of {rows[0]['num_rounds']} rounds, us per entry", title_justify="left")
@@ -129,21 +161,22 @@ def scale_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def target_table(found: Sequence[Verdict]) -> Table:
+def target_table(found: Sequence[Verdict], *, only_measured: bool = False) -> Table:
     """What should be, and what is."""
     table = Table(title="Targets", title_justify="left")
     table.add_column("what", no_wrap=True)
-    for heading in ("must", "stretch", "AReaL", "measured"):
+    for heading in ("wanted", "stretch", "measured"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")
     for verdict in found:
         target = verdict.target
+        if only_measured and verdict.measured is None:
+            continue
         style = {True: "green", False: "red", None: "dim"}[verdict.is_met]
         table.add_row(
             target.what,
-            target.must_words or f"{target.must:g}",
+            target.wanted_words or f"{target.wanted:g}",
             "" if target.stretch is None else f"{target.stretch:g}",
-            target.upstream,
             _number(verdict.measured),
             verdict.words,
             style=style,
@@ -151,18 +184,18 @@ def target_table(found: Sequence[Verdict]) -> Table:
     return table
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _cells(row: Row) -> list[str]:
     return [
         _number(row["seconds"] * 1e3),
-        f"{_number(row['seconds_min'] * 1e3)} - {_number(row['seconds_max'] * 1e3)}",
+        _percent((row["seconds_max"] - row["seconds_min"]) / row["seconds"] * 100),
         _number(row["gb_per_s"]),
         _number(row["us_per_shard"]),
         _number(row["cpu_s_per_gb_client"]),
         _number(row["cpu_s_per_gb_server"]),
-        _bytes(row["rss_growth_bytes"]),
+        "-" if row["rss_growth_bytes"] is None else _bytes(row["rss_growth_bytes"]),
         _number(row["ratio_raw"]),
-        _number(row["ratio_json"]),
-        _percent(row["lost_percent"]),
+        f"{row['num_slabs']:,}",
+        f"{row['page_faults']:,.0f}",
     ]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
-from concurrent.futures import Executor
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,44 +14,69 @@ from areal.infra.rpc import RTensor, deserialize_value, runtime
 from areal.infra.rpc.rtensor import ClearReport, clear_fetch_buffer
 from bench.exactness import BenchError
 from bench.workloads import Workload
+from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import ALIGNMENT
 
 _SLAB_BYTES = 256 << 20
+_NUM_READS = 5  # of a batch in a step, as in the demo
+_STAGING_WAIT_S = 60.0
 
 
 class Trainer:
-    """Reads one workload through a cache that is made for it.
-
-    All slabs are taken and written once before anything is timed: page faults of fresh memory are in no figure.
+    """Reads one workload through a cache of its own.
 
     Args:
         workload: What will be read.
         handles: The batch in handles, as text.
-        device: Where to cache.
+        config: Settings of the cache.
     Attributes:
         cache: The cache.
-        device: Where it is: "cpu", "cuda:0".
     """
 
-    def __init__(self, workload: Workload, handles: str, device: str) -> None:
+    def __init__(self, workload: Workload, handles: str, config: CacheConfig) -> None:
         self._num_shards = workload.num_shards
         self._handles = handles
+        self.cache = TensorCache(config)
+
+    @classmethod
+    def at_defaults(cls, workload: Workload, handles: str) -> Trainer:
+        """With the settings that a user gets; takes nothing before its first read."""
+        return cls(workload, handles, CacheConfig())
+
+    @classmethod
+    def tuned(cls, workload: Workload, handles: str, device: str) -> Trainer:
+        """With everything preallocated.
+
+        All slabs and staging buffers are taken and written once before anything is timed: page faults of fresh memory
+        are in no figure.
+        """
         num_slabs = _num_slabs(workload)
         pool_bytes = num_slabs * _SLAB_BYTES
-        self.cache = runtime.configure(
-            device=device, slab_bytes=_SLAB_BYTES, prealloc_bytes=pool_bytes, pool_bytes=pool_bytes
-        ).cache
+        config = CacheConfig(device=device, slab_bytes=_SLAB_BYTES, prealloc_bytes=pool_bytes, pool_bytes=pool_bytes)
+        trainer = cls(workload, handles, config)
         for number in range(num_slabs):
-            self.cache.put(f"slab {number}", torch.ones(_SLAB_BYTES, dtype=torch.uint8))
-        self.device = self.cache.device_name
-        self.clear_cache()
+            trainer.cache.put(f"slab {number}", torch.ones(_SLAB_BYTES, dtype=torch.uint8))
+        trainer.clear_cache()
+        trainer._take_staging()
+        return trainer
+
+    @property
+    def device(self) -> str:
+        """Where the cache is: "cpu", "cuda:0"; "" before the first use."""
+        return self.cache.device_name
+
+    def select(self) -> None:
+        """Make handles of this process use this trainer's cache."""
+        runtime.current().cache = self.cache
 
     def new_handles(self) -> Any:
-        """The batch in handles, all of them remote."""
+        """The batch in handles, all of them remote; reads use this trainer's cache from now on."""
+        self.select()
         return deserialize_value(json.loads(self._handles))
 
     def uncached_handles(self) -> Any:
         """The same, with nothing cached."""
+        self.select()
         clear_fetch_buffer()
         return self.new_handles()
 
@@ -66,17 +91,22 @@ class Trainer:
         RTensor.localize(handles)
         return handles
 
-    @staticmethod
-    def prefetch_and_localize(handles: Any) -> Any:
-        """Fetch in the background, wait, and then read."""
-        RTensor.prefetch(handles).result()
-        return RTensor.localize(handles)
+    def step_handles(self) -> list[Any]:
+        """The batch in handles for each read of a step; and once more, for its fetch and its clear."""
+        self.clear_cache()
+        return [self.new_handles() for _ in range(_NUM_READS + 1)]
+
+    def step(self, handles: list[Any]) -> ClearReport:
+        """One step as the demo has it: fetch, five reads, each of which drops the one before, and clear."""
+        deque(self.reads(handles), maxlen=0)
+        return self.clear(handles[0])
 
     @staticmethod
-    def localize_in_parts(threads: Executor, num_parts: int, handles: Any) -> list[Any]:
-        """Read the trajectories on several threads at once, each thread its share of them."""
-        parts = list(threads.map(RTensor.localize, [handles[start::num_parts] for start in range(num_parts)]))
-        return [parts[number % num_parts][number // num_parts] for number in range(len(handles))]
+    def reads(handles: list[Any]) -> Iterator[Any]:
+        """Fetch, and read five times; each read's handles are dropped."""
+        RTensor.prefetch(handles[0]).result()
+        while len(handles) > 1:
+            yield RTensor.localize(handles.pop())
 
     @staticmethod
     def clear(handles: Any) -> ClearReport:
@@ -92,11 +122,11 @@ class Trainer:
         """Figures of the cache."""
         return self.cache.buffer_stats()
 
-    def check_cleared(self, report: ClearReport) -> None:
+    def check_cleared(self, path: str, report: ClearReport) -> None:
         """Raise `BenchError` if anything is left."""
         left = [owner["num_tensors"] for owner in report.owners.values()]
         if not report.is_complete or report.num_shards != self._num_shards or any(left) or len(self.cache):
-            raise BenchError(f"clear: left {len(self.cache)} shards here and {left} at the owner: {report.failures}")
+            raise BenchError(f"{path}: left {len(self.cache)} shards here and {left} at the owner: {report.failures}")
 
     def check_pool(self) -> None:
         """Raise `BenchError` if the cache was too small: then something else was measured."""
@@ -107,6 +137,14 @@ class Trainer:
     def close(self) -> None:
         """Give the memory back."""
         self.cache.close()
+
+    def _take_staging(self) -> None:
+        """Take every staging buffer once: how many a fetch needs at a time depends on threads' luck."""
+        engine = self.cache._engine
+        if engine is not None and engine.staging is not None:
+            slots = [engine.staging.acquire(_STAGING_WAIT_S) for _ in range(engine.config.staging_slots)]
+            for slot in slots:
+                engine.staging.release(slot)
 
 
 def _num_slabs(workload: Workload) -> int:

@@ -1,4 +1,4 @@
-"""The tensors that travel: three batches as post-training by reinforcement learning makes them, seeded."""
+"""The tensors that travel: batches as post-training by reinforcement learning makes them, seeded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Workload:
 
 
 def make_workload(name: str, fraction: float = 1.0) -> Workload:
-    """One of the three, or a fraction of its trajectories.
+    """One of the catalogue, or a fraction of its trajectories.
 
     Raises:
         KeyError: There is none of this name.
@@ -94,6 +94,10 @@ def _distillation_lengths(rng: np.random.Generator) -> np.ndarray:
 
 def _vision_lengths(rng: np.random.Generator) -> np.ndarray:
     return rng.integers(512, 4096, 64, endpoint=True)
+
+
+def _image_lengths(rng: np.random.Generator) -> np.ndarray:
+    return np.full(64, 1190)  # 5.6 MB each
 
 
 def _row(length: int) -> tuple[int, ...]:
@@ -127,10 +131,12 @@ _ROLLOUT: Layout = {
 }
 _DISTILLATION: Layout = {"topk_logits": (torch.bfloat16, _top_64), "topk_ids": (torch.int32, _top_64)}
 _VISION: Layout = {"pixel_values": (torch.float32, _patches), "input_ids": (torch.int64, _merged_patches)}
+_IMAGES: Layout = {"pixel_values": (torch.float32, _patches)}
 
 _CATALOGUE: dict[str, tuple[str, Callable[[np.random.Generator], np.ndarray], Layout]] = {
     "W1": ("rollout: many small shards", _rollout_lengths, _ROLLOUT),
     "W2": ("distillation: top-64 logits", _distillation_lengths, _DISTILLATION),
     "W3": ("vision: pixel values", _vision_lengths, _VISION),
+    "W5": ("images: equal shards of 5.6 MB", _image_lengths, _IMAGES),
 }
 NAMES = tuple(_CATALOGUE)

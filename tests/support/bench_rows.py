@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(FilePath(__file__).resolve().parents[2] / "scripts"))
 
 from bench import scale
-from bench.allocations import Allocated, AllocationWatch
+from bench.allocations import Allocated, AllocationWatch, MemoryTraffic
 from bench.meter import Cost, Meter
 from bench.paths import Path
 from bench.rounds import Course, rows
@@ -20,22 +20,41 @@ KEYS = {
     "workload", "path", "seconds", "gb_per_s", "us_per_shard", "cpu_s_per_gb_client", "cpu_s_per_gb_server",
     "rss_growth_bytes", "ratio_raw", "ratio_json",
 }  # fmt: skip
+
+
+def _beside_each(*names: str) -> list[str]:
+    return [f"{name}{beside}" for name in names for beside in ("", "+python", "+torch")]
+
+
+_USERS = ["cold", "warm", "localized", "clear", "step"]
 HOST_PATHS = [
-    "raw", "memcpy", "json", "cold", "cold4", "prefetch", "warm", "localized", "clear",
-    "cold_busy_python", "cold_busy_torch",
+    *("raw", "memcpy", "json"),
+    *_beside_each(*(f"defaults/{name}" for name in _USERS)),
+    *_beside_each("tuned/cold"),
+    *(f"tuned/{name}" for name in _USERS[1:]),
+]
+HIT_PATHS = _beside_each("areal/hits", "areal/own_hits", "defaults/hits", "defaults/hits_get_many")
+DEVICE_PATHS = [
+    "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "upstream_cold", "upstream_second",
 ]  # fmt: skip
-DEVICE_PATHS = ["pinned_peak", "pipeline", "upstream_cold", "upstream_second"]
-STATS = {"device_reserved_bytes": 100, "pinned_capacity_bytes": 7}
+IMAGE_PATHS = ["raw", "memcpy", *_beside_each("defaults/cold", "defaults/step")]
+
+
+def paths_of(workload: str, *, on_gpu: bool = False) -> list[str]:
+    """Names of the rows of a workload, in order."""
+    if workload == "W5":
+        return IMAGE_PATHS
+    return HOST_PATHS + (HIT_PATHS if workload == "W1" else []) + (DEVICE_PATHS if on_gpu else [])
 
 
 def a_path(name: str = "cold", **settings: Any) -> Path:
     """A path that does nothing."""
-    return Path(name, **{"run": lambda _: "batch", "check": lambda _: None, "nbytes": 10, "num_shards": 2, **settings})
+    return Path(name, **{"run": lambda _: "batch", "check": lambda *_: None, "nbytes": 10, "num_shards": 2, **settings})
 
 
 def a_meter() -> Meter:
     """On the host, with an owner that takes no time."""
-    return Meter(lambda: 0.0, AllocationWatch(lambda: STATS, "cpu"))
+    return Meter(lambda: 0.0, AllocationWatch(MemoryTraffic(), "cpu"))
 
 
 def cost(seconds: float, **more: Any) -> Cost:
@@ -46,18 +65,27 @@ def cost(seconds: float, **more: Any) -> Cost:
 def full_rows() -> list[dict[str, Any]]:
     """As of a full run on a GPU."""
     found = []
-    for workload in ("W1", "W2", "W3"):
-        late = ("warm", "localized", "upstream_second", "clear")
-        paths = [
-            a_path(name, nbytes=10**9, num_shards=128, is_transfer=name not in late, is_reading=name != "clear")
-            for name in HOST_PATHS + DEVICE_PATHS
-        ]
+    for workload in ("W1", "W2", "W3", "W5"):
+        paths = [_full_path(name) for name in paths_of(workload, on_gpu=True)]
         courses = [
-            Course(path, 1, [cost(number * 2.0, lost=0.1 if "busy" in path.name else None)])
+            Course(path, 1, [cost(number * 2.0, **({"lost": 0.1, "stall_s": 0.01} if path.quiet else {}))])
             for number, path in enumerate(paths, 1)
         ]
         found += rows(workload, 10**9, courses)
     return found + _scale_rows()
+
+
+def _full_path(name: str) -> Path:
+    quiet, plus, _ = name.partition("+")
+    hot = any(word in name for word in ("warm", "localized", "second", "clear", "step", "hits"))
+    return a_path(
+        name,
+        nbytes=10**9,
+        num_shards=128,
+        is_transfer=not hot,
+        is_reading="clear" not in name and "step" not in name,
+        quiet=quiet if plus else None,
+    )
 
 
 def _scale_rows() -> list[dict[str, Any]]:

@@ -1,0 +1,130 @@
+"""Hits of a flat list of handles: this project's, a dict's, and those of AReaL's own code where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path as FilePath
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from areal.infra.rpc import RTensor
+from bench.exactness import check_tensors
+from bench.paths import GET_MANY_HITS, LOCALIZE_HITS, OWN_HITS, REFERENCE, Path
+from bench.trainer import Trainer
+from bench.workloads import Workload
+from gpu_cache.source import NO_SOURCE
+
+# A call is short: so many are timed together. Each has handles of its own, and drops nothing.
+_NUM_CALLS = 5
+_MODULE = "areal.infra.rpc.rtensor"
+_REPOSITORY = FilePath(__file__).resolve().parents[2]
+
+
+class UnavailableError(RuntimeError):
+    """A row cannot run here; the message says why."""
+
+
+def hit_paths(workload: Workload, trainer: Trainer) -> list[Path]:
+    """All ways of handing out a batch that is there, in the order of the handles."""
+    expected = [tensor for trajectory in workload.trajectories() for tensor in trajectory.values()]
+
+    def path(name: str, run: Callable[[Any], Any], prepare: Callable[[], Any]) -> Path:
+        check = partial(_check, expected)
+        sizes = workload.nbytes * _NUM_CALLS, workload.num_shards * _NUM_CALLS
+        return Path(name, run, check, *sizes, prepare, is_transfer=False)
+
+    def cached() -> list[list[RTensor]]:
+        trainer.cached_handles()
+        return [_flat(trainer.new_handles()) for _ in range(_NUM_CALLS)]
+
+    def keys() -> list[list[Any]]:
+        return [[handle.shard.shard_id for handle in call] for call in cached()]
+
+    return [
+        path(REFERENCE, *_dict_of_tensors(trainer, expected)),
+        _own_path(path, trainer, expected),
+        path(LOCALIZE_HITS, partial(map_calls, RTensor.localize), cached),
+        path(GET_MANY_HITS, partial(map_calls, lambda wanted: trainer.cache.get_many(wanted, NO_SOURCE)), keys),
+    ]
+
+
+def map_calls(call: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    """The results of one call after another."""
+    return [call(argument) for argument in arguments]
+
+
+def own_code(folders: Sequence[str]) -> ModuleType:
+    """The module of handles of the AReaL that is installed in one of the folders, beside this project's of that name.
+
+    Raises:
+        UnavailableError: None is installed, or it cannot be imported.
+    """
+    relative = FilePath(*_MODULE.split(".")).with_suffix(".py")
+    found = [folder for folder in folders if folder and (FilePath(folder) / relative).is_file()]
+    others = [folder for folder in found if FilePath(folder).resolve() != _REPOSITORY]
+    if not others:
+        raise UnavailableError("AReaL is not installed here")
+    ours = _pop_package()
+    sys.path.insert(0, others[0])
+    try:
+        return importlib.import_module(_MODULE)
+    except Exception as error:
+        raise UnavailableError(f"AReaL in {others[0]} cannot be imported: {error!r}") from error
+    finally:
+        sys.path.remove(others[0])
+        _pop_package()
+        sys.modules.update(ours)
+
+
+def _pop_package() -> dict[str, ModuleType]:
+    """Take the package's modules out of the interpreter's table."""
+    names = [name for name in sys.modules if name.partition(".")[0] == "areal"]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _dict_of_tensors(trainer: Trainer, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+    """What `localize` must do at least: look each id up under a lock, and hand out the object that is kept."""
+    lock = threading.Lock()
+    kept = {handle.shard.shard_id: one for handle, one in zip(_flat(trainer.new_handles()), tensors, strict=True)}
+
+    def localize(handles: list[RTensor]) -> list[torch.Tensor]:
+        with lock:
+            for handle in handles:
+                handle.data = kept[handle.shard.shard_id]
+        return [handle.data for handle in handles]
+
+    return partial(map_calls, localize), lambda: [_flat(trainer.new_handles()) for _ in range(_NUM_CALLS)]
+
+
+def _own_path(make: Callable[..., Path], trainer: Trainer, tensors: Sequence[torch.Tensor]) -> Path:
+    """AReaL's own `localize`, with everything in its buffer."""
+    try:
+        own = own_code(sys.path)
+        handles = _flat(trainer.new_handles())
+        own._fetch_buffer.update({one.shard.shard_id: kept for one, kept in zip(handles, tensors, strict=True)})
+    except (UnavailableError, AttributeError) as error:
+        return Path.unavailable(OWN_HITS, str(error))
+
+    def prepare() -> list[list[Any]]:
+        infos = [own.TensorShardInfo(one.shard.shard_id, one.shard.node_addr) for one in handles]
+        return [
+            [own.RTensor(info, one.data) for info, one in zip(infos, handles, strict=True)] for _ in range(_NUM_CALLS)
+        ]
+
+    return make(OWN_HITS, partial(map_calls, own.RTensor.localize), prepare)
+
+
+def _flat(batch: Sequence[dict[str, RTensor]]) -> list[RTensor]:
+    return [handle for trajectory in batch for handle in trajectory.values()]
+
+
+def _check(expected: Sequence[torch.Tensor], path: str, calls: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Raise `BenchError` unless each call brought the tensors."""
+    for found in calls:
+        check_tensors(expected, path, found)
