@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from gpu_cache.block import TrimReport
     from gpu_cache.cache import TensorCache
     from gpu_cache.config import CacheConfig
-    from gpu_cache.entry import EntryInfo
+    from gpu_cache.entry import EntryInfo, Promise
     from gpu_cache.errors import (
         CacheClosedError,
         CacheFullError,
         FetchError,
         FetchTimeoutError,
         GpuCacheError,
+        MutatedError,
+        PromiseError,
         TransferError,
     )
     from gpu_cache.report import SourceStats
@@ -38,6 +40,7 @@ _HOME = {
     "FetchTimeoutError": "errors",
     "GpuCacheError": "errors",
     "MutatedError": "errors",
+    "PromiseError": "errors",
     "TransferError": "errors",
     "ShardReader": "source",
     "ShardSource": "source",
@@ -47,6 +50,7 @@ _HOME = {
     "stats_delta": "stats",
     "SourceStats": "report",
     "EntryInfo": "entry",
+    "Promise": "entry",
     "Scope": "scope",
     "TrimReport": "block",
 }
@@ -62,6 +66,7 @@ __all__ = [
     "stats_delta",
     "SourceStats",
     "EntryInfo",
+    "Promise",
     "Scope",
     "TrimReport",
     "GpuCacheError",
@@ -71,6 +76,7 @@ __all__ = [
     "FetchTimeoutError",
     "TransferError",
     "MutatedError",
+    "PromiseError",
 ]
 
 

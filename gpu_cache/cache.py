@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Literal, overload
@@ -16,8 +16,8 @@ from gpu_cache.checksum import check_bytes
 from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode
 from gpu_cache.device import Device
 from gpu_cache.engine import Engine, LazyEngine
-from gpu_cache.entry import Entry
-from gpu_cache.errors import CacheClosedError, FetchError, TransferError
+from gpu_cache.entry import Entry, Promise
+from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
 from gpu_cache.fetch import Fetch
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import AliasCounter, aliases_of, eager
@@ -40,13 +40,20 @@ class TensorCache(ReclaimingCache):
     Args:
         config: Settings; None reads the GPU_CACHE_* variables.
         device: A device to use instead of the one that `config.device` names.
+        broken: Makes the error for a key whose shard is not as expected, of that and of what there is.
     Thread-safety: any thread. No lock is held over I/O, copies or waits.
     Source: the life of a shard follows vLLM's KV-cache off-loading and PyTorch's CachingHostAllocator.
     """
 
-    def __init__(self, config: CacheConfig | None = None, *, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        config: CacheConfig | None = None,
+        *,
+        device: Device | None = None,
+        broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
+    ) -> None:
         self.config = CacheConfig.from_env() if config is None else config
-        self._given_device = device
+        self._given_device, self._broken = device, broken
         self._start_empty()
         self._tasks: set[ReaderTask] = set()
         process.register(self)
@@ -66,6 +73,7 @@ class TensorCache(ReclaimingCache):
         keep: bool = ...,
         prefer: Prefer = ...,
         on_error: Literal["raise"] = ...,
+        expected: Mapping[Hashable, Promise] | None = ...,
     ) -> list[torch.Tensor]: ...
 
     @overload
@@ -79,6 +87,7 @@ class TensorCache(ReclaimingCache):
         keep: bool = ...,
         prefer: Prefer = ...,
         on_error: OnError,
+        expected: Mapping[Hashable, Promise] | None = ...,
     ) -> Sequence[torch.Tensor | None]: ...
 
     @eager
@@ -92,6 +101,7 @@ class TensorCache(ReclaimingCache):
         keep: bool = False,
         prefer: Prefer = "device",
         on_error: OnError = "raise",
+        expected: Mapping[Hashable, Promise] | None = None,
     ) -> Sequence[torch.Tensor | None]:
         """Hand out the tensors of `keys`, fetching those that are not cached.
 
@@ -113,6 +123,9 @@ class TensorCache(ReclaimingCache):
                 pinned memory, without taking memory of the device. Clone what forked processes are to read: pinned
                 memory is not theirs.
             on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
+            expected: Dtype, shape and owner by key, where known. A shard that is of another dtype or shape fails, and
+                stays cached for others; one cached for another owner is a miss, and the fetched one takes its place.
+                None for an owner: any.
         Returns:
             One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that there is no
             room for come all the same, uncached.
@@ -130,7 +143,7 @@ class TensorCache(ReclaimingCache):
             raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
         if on_error not in ("raise", "none"):
             raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'none'")
-        fetch = self._fetch(timeout_s, keep=keep, prefer=prefer)
+        fetch = self._fetch(timeout_s, keep=keep, prefer=prefer, expected=expected)
         try:
             self._check_bytes(keys)
             may_lack = on_error == "none"
@@ -178,6 +191,7 @@ class TensorCache(ReclaimingCache):
         timeout_s: float | None = None,
         keep: bool = False,
         prefer: Prefer = "device",
+        expected: Mapping[Hashable, Promise] | None = None,
     ) -> Future[int]:
         """Begin to fetch the missing ones of `keys`, and return at once. Arguments as for `get_many`.
 
@@ -186,7 +200,7 @@ class TensorCache(ReclaimingCache):
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
-        fetch = self._fetch(timeout_s, is_prefetch=True, keep=keep, prefer=prefer)
+        fetch = self._fetch(timeout_s, is_prefetch=True, keep=keep, prefer=prefer, expected=expected)
         try:
             fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
         except BaseException:
@@ -276,7 +290,8 @@ class TensorCache(ReclaimingCache):
         return inherited
 
     def _start_empty(self) -> None:
-        index = self._index = ShardIndex(aliases_of, AliasCounter().is_held, doubts=Doubts(self.config.on_mutation))
+        doubts = Doubts(self.config.on_mutation)
+        index = self._index = ShardIndex(aliases_of, AliasCounter().is_held, doubts=doubts, broken=self._broken)
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
@@ -285,7 +300,13 @@ class TensorCache(ReclaimingCache):
         weakref.finalize(self, self._publisher.retire).atexit = False
 
     def _fetch(
-        self, timeout_s: float | None, *, is_prefetch: bool = False, keep: bool = False, prefer: Prefer = "device"
+        self,
+        timeout_s: float | None,
+        *,
+        is_prefetch: bool = False,
+        keep: bool = False,
+        prefer: Prefer = "device",
+        expected: Mapping[Hashable, Promise] | None = None,
     ) -> Fetch:
         if prefer not in ("device", "host"):
             raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
@@ -298,6 +319,7 @@ class TensorCache(ReclaimingCache):
             hands_out=not is_prefetch,
             holding=self._scope.get(),
             prefer=prefer,
+            expected=expected,
         )
 
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import torch
 
-from gpu_cache.entry import Claim, Entry
+from gpu_cache.entry import Claim, Entry, Promise
 from gpu_cache.scoped_index import ScopedIndex
 
 
@@ -40,6 +40,9 @@ class ClaimingIndex(ScopedIndex):
         Of a call that looks up again after something was cleared, claims are not indexed: the clear may have meant
         them, and a call that began before it must not bring them back.
 
+        A cached shard of another dtype or shape than `found.expected` says is `refused`, and stays. One of another
+        owner is a miss; what is fetched takes its place when it lands.
+
         Where tensors are to be handed out, an entry that somebody wrote into is claimed as a miss of a new generation.
         With `on_host` what is in the host tier is a hit there; else a claim, of a copy to the device.
 
@@ -52,12 +55,16 @@ class ClaimingIndex(ScopedIndex):
         checks = hands_out and self._doubts.is_on
         with self._lock:
             if checks and self._doubts.is_error:
-                keys = self._doubts.refuse_changed(self._entries, keys)
+                keys = list(keys)
+                self._doubts.refuse_changed(self._entries, self._meant_locked(keys, found))
             entries, hit_bytes, num_parked = self._entries, 0, 0
+            expected = found.expected
             self._begin_locked(found, deadline)
             for key in keys:
                 if (entry := entries.get(key)) is None:
                     self._claim_locked(key, found)
+                    continue
+                if expected and entry.promise != expected.get(key) and self._is_other_locked(entry, found):
                     continue
                 place = entry.parked or entry
                 if (base := place.base) is None or (entry.moving is not None and not on_host):
@@ -91,9 +98,40 @@ class ClaimingIndex(ScopedIndex):
 
     def _claim_locked(self, key: Hashable, found: Claim) -> None:
         """Claim what is not there."""
-        entry = found.claimed[key] = Entry(key, next(self._generations), num_awaiting=1, deadline=found.deadline)
+        entry = found.claimed[key] = Entry(
+            key, next(self._generations), num_awaiting=1, deadline=found.deadline, promise=found.expected.get(key)
+        )
         if found.is_current:
             self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
+
+    def _is_other_locked(self, entry: Entry, found: Claim) -> bool:
+        """Refuse an entry that is not what the caller expects, or claim the shard of the owner that is meant.
+
+        Whether either was done. What is on its way is compared when it is here.
+        """
+        promise = found.expected.get(entry.key)
+        if not entry.is_owned_as(promise):
+            self._claim_rival_locked(entry, promise, found)
+            return True
+        if entry.has_arrived and not entry.is_tensor_of(promise):
+            assert entry.promise is not None
+            found.refused[entry.key] = entry.promise
+            return True
+        return False
+
+    def _meant_locked(self, keys: Iterable[Hashable], found: Claim) -> list[Hashable]:
+        """Those of `keys` that are indexed for the owner that the caller means."""
+        known = [entry for key in keys if (entry := self._entries.get(key)) is not None]
+        return [entry.key for entry in known if entry.is_owned_as(found.expected.get(entry.key))]
+
+    def _claim_rival_locked(self, entry: Entry, promise: Promise | None, found: Claim) -> None:
+        """Claim the same key of another owner. The entry stays until that has landed: it may never."""
+        rival = found.claimed[entry.key] = Entry(
+            entry.key, next(self._generations), num_awaiting=1, deadline=found.deadline, promise=promise,
+            lineage=entry.lineage or entry.generation,
+        )  # fmt: skip
+        if found.is_current:
+            rival.replaces = entry.generation, self._num_removals
 
     def _join_locked(self, entry: Entry, found: Claim) -> None:
         """Wait with whoever fetches it, or brings it back."""
@@ -104,7 +142,7 @@ class ClaimingIndex(ScopedIndex):
     def _bring_back_locked(self, entry: Entry, found: Claim) -> None:
         """Claim what is in the host tier, for the device."""
         moving = Entry(entry.key, next(self._generations), is_fetch=False, num_awaiting=1, deadline=found.deadline)
-        moving.resident, moving.origin = entry, entry.parked
+        moving.resident, moving.origin, moving.promise = entry, entry.parked, entry.promise
         found.claimed[entry.key] = entry.moving = moving
 
     def reserve(self, key: Hashable, deadline: float = 0.0) -> Entry | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+
+# What a caller was told of a shard, or what a shard is: dtype, shape, and owner; None: any owner, or an unknown one.
+Promise: TypeAlias = tuple[torch.dtype, tuple[int, ...], str | None]
 
 
 class State(enum.Enum):
@@ -66,6 +69,9 @@ class Entry:
     origin: Parked | None = None  # of `moving`: what is copied, until it landed
     is_shared: bool = False  # of `moving`: `resident` has its tensor, and counts those who await it
     flight: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
+    promise: Promise | None = None  # PENDING: of the claiming call, if it has one; READY: what the shard is
+    # The generation, of another owner, whose place it takes when it lands; and the drops on request seen before.
+    replaces: tuple[int, int] | None = None
 
     @property
     def place(self) -> Entry | Parked:
@@ -92,6 +98,16 @@ class Entry:
         """Whether nothing of its key was cached when it was claimed, neither on the device nor in the host tier."""
         return self.suspect is None and self.resident is None
 
+    def is_owned_as(self, promise: Promise | None) -> bool:
+        """Whether it is of the owner that a caller means, as far as both say."""
+        if promise is None or self.promise is None:
+            return True
+        return promise[2] == self.promise[2] or promise[2] is None or self.promise[2] is None
+
+    def is_tensor_of(self, promise: Promise | None) -> bool:
+        """Whether it has the dtype and shape that a caller expects, as far as both say."""
+        return promise is None or self.promise is None or promise[:2] == self.promise[:2]
+
     @property
     def is_changed(self) -> bool:
         """Whether somebody wrote into it, as far as torch counts."""
@@ -112,6 +128,8 @@ class Claim:
     is_current: bool = True  # nothing was dropped on request since then
     deadline: float = 0.0
     doubted: list[tuple[Entry, Entry]] = dataclasses.field(default_factory=list)  # claimed anew, and what was there
+    expected: Mapping[Hashable, Promise] = dataclasses.field(default_factory=dict)  # by the caller
+    refused: dict[Hashable, Promise] = dataclasses.field(default_factory=dict)  # cached, and other than expected
 
 
 @dataclasses.dataclass(slots=True, eq=False)

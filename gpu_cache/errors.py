@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 _MAX_CAUSES = 8  # looked at behind an error, of which some chains are rings
 _MAX_NAMED = 3  # shards in a message
@@ -73,6 +74,23 @@ class FetchError(GpuCacheError, RuntimeError):
         return self.message
 
 
+class PromiseError(FetchError):
+    """A shard has another dtype or shape than the caller expects. It stays as it is, for those who expect that.
+
+    Args:
+        key: The shard.
+        promised: Dtype, shape and owner as expected.
+        found: As they are.
+    """
+
+    reason = "answer"
+
+    def __init__(self, key: Hashable, promised: tuple[Any, ...], found: tuple[Any, ...]) -> None:
+        super().__init__(f"Failed to fetch shard {key!r}{broken_promise(promised, found)}")
+        self.args = (key, promised, found)
+        self.key, self.promised, self.found = key, promised, found
+
+
 class FetchTimeoutError(FetchError):
     """A shard did not arrive in time. It may still be there."""
 
@@ -118,6 +136,13 @@ def failure_reason(error: BaseException) -> str:
 def _reason_by_kind(error: BaseException) -> str:
     kinds = {TimeoutError: "timeout", OSError: "connection", EOFError: "connection", ValueError: "answer"}
     return next((reason for kind, reason in kinds.items() if isinstance(error, kind)), "")
+
+
+def broken_promise(promised: tuple[Any, ...], found: tuple[Any, ...]) -> str:
+    """The owner, what a caller expects of it, and what there is, for a message."""
+    (dtype, shape, owner), (found_dtype, found_shape, _) = promised, found
+    source = f" from {owner}" if owner else ""
+    return f"{source}: {dtype} of shape {list(shape)} is promised, {found_dtype} of shape {list(found_shape)} was found"
 
 
 def combined(failures: dict[Hashable, BaseException], num_requested: int) -> Exception:

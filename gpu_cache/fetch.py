@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from gpu_cache.completion import Completion
 from gpu_cache.config import Prefer
 from gpu_cache.engine import Engine
-from gpu_cache.entry import Claim, Entry, Holding
+from gpu_cache.entry import Claim, Entry, Holding, Promise
 from gpu_cache.errors import (
     CacheClosedError,
     FetchError,
@@ -47,6 +47,7 @@ class Fetch:
         hands_out: Whether somebody gets the tensors, so that what was written to is fetched again.
         holding: Of the scope that the call is made in.
         prefer: "host": what is not on the device goes to the host tier, and is handed out there.
+        expected: What the shards should be, where known.
     Thread-safety: used by the call's thread; `cancel` from any.
     """
 
@@ -60,8 +61,9 @@ class Fetch:
         hands_out: bool = True,
         holding: Holding | None = None,
         prefer: Prefer = "device",
+        expected: Mapping[Hashable, Promise] | None = None,
     ) -> None:
-        self.claim = Claim()
+        self.claim = Claim(expected=expected or {})
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
         self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
@@ -72,6 +74,11 @@ class Fetch:
     @property
     def _left_s(self) -> float:
         return max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def _num_wanted(self) -> int:
+        claim = self.claim
+        return len(claim.hits) + len(claim.claimed) + len(claim.joined) + len(claim.refused)
 
     @property
     def has_lost_joins(self) -> bool:
@@ -109,7 +116,7 @@ class Fetch:
                     del wanted[held]
                 self._index.claim(wanted, self.claim, self.deadline, hands_out=self._hands_out, on_host=self._on_host)
                 if self._keep:
-                    self._index.keep(wanted)
+                    self._index.keep(wanted, self.claim)
                 if self._holding is not None and self.claim.claimed:
                     claimed = self.claim.claimed.values()
                     self._index.adopt(self._holding, [entry for entry in claimed if entry.is_new])
@@ -196,12 +203,13 @@ class Fetch:
             now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
             self._index.abort([entry for entry in self.claim.joined.values() if entry.deadline <= now], late)
         if failures := self._failures():
-            raise combined(failures, len(failures) + self._num_arrived())
+            raise combined(failures, self._num_wanted)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """An alias of every shard, by key; after `wait`."""
+        others = self._others()
         places = [(entry.key, entry.place if self._on_host else entry) for entry in self._entries()]
-        arrived = {key: place.base for key, place in places if place.base is not None}
+        arrived = {key: place.base for key, place in places if place.base is not None and key not in others}
         return {**self.claim.hits, **dict(zip(arrived, aliases_of(arrived.values()), strict=True))}
 
     def host_completions(self) -> Iterable[Completion]:
@@ -222,6 +230,7 @@ class Fetch:
             dict.fromkeys(self.completions()),
             before.host_completions,
             num_removals=before.num_removals,
+            expected=before.expected,
         )
         self.finish()
         self.claim = kept
@@ -260,7 +269,7 @@ class Fetch:
 
         def all_done() -> None:
             failures = self._failures()
-            then(combined(failures, len(failures) + self._num_arrived()) if failures else None)
+            then(combined(failures, self._num_wanted) if failures else None)
 
         def one_done(_: object) -> None:
             if left.pop() == 0:  # one step: just one of several at once is the last
@@ -278,8 +287,10 @@ class Fetch:
         self._index.abort(self.claim.claimed.values(), error)
 
     def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
-        if missing := self._index.missing(keys, on_host=self._on_host):
+        if missing := self._index.missing(keys, self.claim.expected, on_host=self._on_host):
             why = " (it was written to in place since it came)" if missing[0] in self._index else ""
+            if not self._index.missing(missing[:1], on_host=self._on_host):
+                why = " (another owner's shard of that id is cached)"
             if not self._on_host and self._index.is_parked(missing[0]):
                 why = " (it is in the host tier)"
             raise TransferError(f"cannot fetch {missing[0]!r}{why} ({len(missing)} in all) during CUDA graph capture")
@@ -303,9 +314,16 @@ class Fetch:
     def _strays(self) -> list[Hashable]:
         return [] if self._on_host else [entry.key for entry in self._entries() if entry.parked is not None]
 
-    def _num_arrived(self) -> int:
-        return len(self.claim.hits) + sum(entry.has_arrived for entry in self._entries())
+    def _others(self) -> dict[Hashable, Promise]:
+        """What is cached, or was fetched for another call, and is not what this one expects, by key."""
+        if not self.claim.expected:
+            return {}
+        arrived = ((key, entry) for key, entry in self.claim.joined.items() if entry.has_arrived)
+        others = {key: entry.promise for key, entry in arrived if not entry.is_tensor_of(self.claim.expected.get(key))}
+        return {**self.claim.refused, **{key: found for key, found in others.items() if found is not None}}
 
     def _failures(self) -> dict[Hashable, BaseException]:
-        late = self._late()
-        return {entry.key: entry.error or late for entry in self._entries() if not entry.has_arrived}
+        late, expected = self._late(), self.claim.expected
+        missing = {entry.key: entry.error or late for entry in self._entries() if not entry.has_arrived}
+        others = self._others()
+        return {**{key: self._index.broken(key, expected[key], found) for key, found in others.items()}, **missing}

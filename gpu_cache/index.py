@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gpu_cache.claims import ClaimingIndex
-from gpu_cache.entry import Candidate, Entry, Landing, Parked, State
-from gpu_cache.errors import failure_reason
+from gpu_cache.entry import Candidate, Entry, Landing, Parked, Promise, State
+from gpu_cache.errors import PromiseError, failure_reason
 from gpu_cache.lease import Lease
 from gpu_cache.mutation import Doubts
 
@@ -25,6 +25,7 @@ class ShardIndex(ClaimingIndex):
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
         doubts: What is done about entries that somebody wrote into; None: nothing.
+        broken: The error for a key whose shard is not as promised, of the promise and of what there is.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
@@ -35,13 +36,14 @@ class ShardIndex(ClaimingIndex):
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
         doubts: Doubts | None = None,
+        broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
     ) -> None:
         super().__init__(alias, now, doubts or Doubts())
-        self._is_held = is_held
+        self._is_held, self.broken = is_held, broken
 
     def publish(
         self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, *, parked: bool = False
-    ) -> list[Parked]:
+    ) -> list[Parked | Entry]:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.
 
         One that was brought back leaves the host tier, unless somebody holds it there, who may have written into it
@@ -53,10 +55,12 @@ class ShardIndex(ClaimingIndex):
             completion: Of the copy that filled them; None: nothing to wait for.
             parked: Whether they are in the host tier now.
         Returns:
-            What left the host tier with it, for the caller to let die.
+            What left the host tier with it, or gave way to another owner's, for the caller to let die.
         """
         with self._lock:
             landed, origins = self._land_locked(landings, node, completion, parked)
+            left: list[Parked | Entry] = [*origins]
+            left += [old for entry in landed if entry.replaces and (old := self._take_place_locked(entry))]
             standing = [entry for entry in landed if self._stands_locked(entry)]
             if self._is_closed:
                 for entry in standing:
@@ -70,7 +74,7 @@ class ShardIndex(ClaimingIndex):
                     resident.num_awaiting, entry.is_shared = entry.num_awaiting, True
                     resident.version = entry.version
         _wake(landed)
-        return origins
+        return left
 
     def deliver(
         self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, *, parked: bool = False
@@ -210,6 +214,16 @@ class ShardIndex(ClaimingIndex):
             entry.resident.moving = None
         return origin
 
+    def _take_place_locked(self, entry: Entry) -> Entry | None:
+        """Index what landed instead of another owner's shard; not if that went, or anything was dropped, meanwhile."""
+        assert entry.replaces is not None
+        old = self._entries.get(entry.key)
+        if old is None or entry.replaces != (old.generation, self._num_removals):
+            return None
+        self._drop_locked(old)
+        self._entries[entry.key] = entry
+        return old
+
     def _can_leave_locked(self, resident: Entry) -> bool:
         """Whether a shard of the host tier, of which there is a copy on the device by now, may be known there only."""
         parked = resident.parked
@@ -231,6 +245,9 @@ class ShardIndex(ClaimingIndex):
             else:
                 entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
             entry.node, entry.nbytes, entry.version = node, landing.nbytes, version
+            if entry.promise is None:
+                owner = None if entry.is_fetch else node or None
+                entry.promise = landing.base.dtype, tuple(landing.base.shape), owner
             landed.append(entry)
             if (origin := self._settle_move_locked(entry)) is not None:
                 origins.append(origin)

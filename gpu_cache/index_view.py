@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from gpu_cache.entry import Entry, EntryInfo
+from gpu_cache.entry import Claim, Entry, EntryInfo
 from gpu_cache.ledger import Ledger
 
 
@@ -78,11 +78,13 @@ class IndexView:
                 wanted = (one for one in itertools.takewhile(self._ledger.is_outlived, wanted) if not one.is_kept)
             return [self._ledger.about(entry) for entry in itertools.islice(wanted, most)]
 
-    def keep(self, keys: Iterable[Hashable]) -> None:
-        """Say that these are meant to outlive clears, cached or on their way: they are no leak."""
+    def keep(self, keys: Iterable[Hashable], found: Claim) -> None:
+        """Say that what a call found is meant to outlive clears, cached or on its way: it is no leak."""
         with self._lock:
             for key in keys:
-                if (entry := self._entries.get(key)) is not None:
+                claimed = found.claimed.get(key)
+                entry = claimed if claimed is not None and claimed.replaces else self._entries.get(key)
+                if entry is not None and key not in found.refused:
                     self._ledger.kept(entry)
 
     def came_from(self, entries: Iterable[Entry], node: str) -> None:

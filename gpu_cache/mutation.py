@@ -82,7 +82,7 @@ class Doubts:
         entry.base, entry.lease, entry.completion, entry.nbytes = (
             suspect.base, suspect.lease, suspect.completion, suspect.nbytes
         )  # fmt: skip
-        entry.parked = suspect.parked
+        entry.parked, entry.promise = suspect.parked, suspect.promise
         self.accept(entry)
         lease = entry.place.lease
         return lease is None or lease() is not None  # else its storage was swapped meanwhile

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 import torch
 
 from gpu_cache.completion import Completion
-from gpu_cache.entry import Entry, Landing, State
+from gpu_cache.entry import Entry, Landing, Promise, State
 from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index import ShardIndex
 from gpu_cache.inflight import Turn
@@ -86,13 +86,26 @@ class ReaderTask:
             logger.exception("cutting the connection to %s failed", self.reader.node)
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
-        """Refuse shards that were not asked for, or that come twice, and any once the cache is closed."""
+        """Refuse shards that were not asked for, or that come twice, and any once the cache is closed.
+
+        Those of another dtype or shape than promised fail alone; their bytes are read, and go to no reader.
+        """
         if self._index.is_closed:
             raise CacheClosedError
         keys = {spec.key for spec in specs}
-        if len(keys) == len(specs) and keys <= self.entries.keys() and keys.isdisjoint(self._announced):
-            self._announced |= keys
-            return
+        if len(keys) != len(specs) or not keys <= self.entries.keys() or not keys.isdisjoint(self._announced):
+            self._refuse_unwanted(specs)
+        self._announced |= keys
+        for spec in specs:
+            promise = self.entries[spec.key].promise
+            if promise is not None and (spec.dtype is not promise[0] or spec.shape != promise[1]):
+                self._refuse(spec, promise)
+
+    def _refuse(self, spec: ShardSpec, promise: Promise) -> None:
+        error = self._index.broken(spec.key, promise, (spec.dtype, spec.shape, promise[2]))
+        self._index.abort([self.entries[spec.key]], error)
+
+    def _refuse_unwanted(self, specs: Sequence[ShardSpec]) -> None:
         for spec in specs:
             if spec.key not in self.entries or spec.key in self._announced:
                 how = "twice" if spec.key in self._announced else "without being asked for it"

@@ -19,8 +19,10 @@ class ScopedIndex(SuspectIndex):
                 holder = holder.outer
             if holder is None:
                 return
-            holder.generations.update((entry.key, entry.generation) for entry in entries)
-            if len(over := holder.generations) > holder.prune_at:
+            known = holder.generations
+            # What takes another's place may fail: then the scope must still know that one, and it knows both by it.
+            known.update((one.key, one.generation) for one in entries if known.get(one.key, -1) != one.lineage)
+            if len(over := known) > holder.prune_at:
                 kept = self._held_locked(holder)
                 holder.generations = {entry.key: entry.lineage or entry.generation for entry in kept}
                 holder.prune_at = max(holder.prune_at, 2 * len(holder.generations))

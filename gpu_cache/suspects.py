@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from gpu_cache.entry import Claim, Entry, State
+from gpu_cache.entry import Claim, Entry, Promise, State
 from gpu_cache.index_view import IndexView
 from gpu_cache.mutation import DOUBTED, Doubts
 
@@ -39,7 +40,13 @@ class SuspectIndex(IndexView):
         """The index's part of a report, consistent in itself."""
         return {**super().report(), "mutations": self._doubts.num_found}
 
-    def missing(self, keys: Iterable[Hashable], *, on_host: bool = False) -> list[Hashable]:
+    def missing(
+        self,
+        keys: Iterable[Hashable],
+        expected: Mapping[Hashable, Promise] = MappingProxyType({}),
+        *,
+        on_host: bool = False,
+    ) -> list[Hashable]:
         """Those of `keys` that a call would have to fetch, or (unless `on_host`) to copy. Counts nothing."""
         with self._lock:
             entries = [(key, self._entries.get(key)) for key in keys]
@@ -48,6 +55,7 @@ class SuspectIndex(IndexView):
                 for key, entry in entries
                 if entry is None
                 or (entry.place if on_host else entry).base is None
+                or not entry.is_owned_as(expected.get(key))
                 or self._doubts.wants_refetch(entry)
             ]
 
@@ -98,6 +106,7 @@ class SuspectIndex(IndexView):
         anew = found.claimed[key] = Entry(
             key, next(self._generations), node=entry.node, is_kept=entry.is_kept, num_awaiting=1,
             deadline=found.deadline, suspect=entry, lineage=entry.lineage or entry.generation,
+            promise=found.expected.get(key),
         )  # fmt: skip
         found.doubted.append((anew, entry))
         self._drop_locked(entry)

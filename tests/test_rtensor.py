@@ -121,7 +121,7 @@ def test_localize_rebuilds_the_containers(backend: UsersBackend) -> None:
 
 def test_localize_asks_once_for_distinct_misses_in_order(backend: UsersBackend) -> None:
     RTensor.localize([handle(1), handle(4)])
-    nest = [handle(3), handle(1, "node-b:1"), handle(0), handle(3), handle(4), handle(6, "node-c:1"), handle(0)]
+    nest = [handle(3), handle(1), handle(0), handle(3), handle(4), handle(6, "node-c:1"), handle(0)]
     found = RTensor.localize(nest)
     assert [[info.shard_id for info in shards] for shards in backend.fetched] == [["s1", "s4"], ["s3", "s0", "s6"]]
     assert [len(tensor) - 1 for tensor in found] == [3, 1, 0, 3, 4, 6, 0]

@@ -159,7 +159,7 @@ def test_a_partial_hit_asks_only_for_the_misses(serve: Callable[..., FaultServer
 
 
 def test_results_are_paired_with_ids_whatever_their_order(serve: Callable[..., FaultServer]) -> None:
-    tensors = named([torch.full((5,), number) for number in range(9)])
+    tensors = named([torch.full((5,), float(number)) for number in range(9)])
     backwards = lambda asked: reply(frame((name, tensors[name]) for name in reversed(asked.shard_ids)))  # noqa: E731
     server = serve(whole(backwards))
     found = RTensor.localize([remote(server.address, shard_id, torch.ones(5)) for shard_id in tensors])

@@ -210,7 +210,7 @@ FORKING = """
 
     warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which is what this is about
     server = rpc_server.start()
-    handle = RTensor.remotize(torch.arange(5), server.address)
+    handle = RTensor.remotize(torch.arange(5.0), server.address)
     kept = handle.to_local()
     parent = runtime.current()
 
@@ -236,9 +236,9 @@ FORKING = """
             raise AssertionError("the parent's cache works in its child")
         except gpu_cache.CacheClosedError:
             pass
-        assert torch.equal(kept, torch.arange(5))
+        assert torch.equal(kept, torch.arange(5.0))
         fresh = RTensor(TensorShardInfo(handle.shard.shard_id, server.address), torch.empty(5, device="meta"))
-        assert torch.equal(fresh.to_local(), torch.arange(5))
+        assert torch.equal(fresh.to_local(), torch.arange(5.0))
         assert buffer_stats()["fetches"] == 1
         os.environ["GPU_CACHE_POOL_BYTES"] = "8MiB"
         assert runtime.configure(device="cpu").cache.config.pool_bytes == 8 << 20
@@ -249,7 +249,7 @@ FORKING = """
         in_child(lambda: runtime.current().store.put("x", torch.ones(2)))
         in_child(lambda: get_backend())
     assert runtime.current() is parent
-    assert torch.equal(RTensor(handle.shard, torch.empty(5, device="meta")).to_local(), torch.arange(5))
+    assert torch.equal(RTensor(handle.shard, torch.empty(5, device="meta")).to_local(), torch.arange(5.0))
     server.stop()
     print("done")
 """

@@ -21,6 +21,7 @@ from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
 from areal.infra.rpc.serialization import register_dataclass
 from areal.infra.rpc.shard import (
     ShardAnswerError,
+    ShardConflictError,
     ShardFetchError,
     ShardLostError,
     ShardMissingError,
@@ -42,6 +43,7 @@ __all__ = [
     "RTensorBackend",
     "RayRTensorBackend",
     "ShardAnswerError",
+    "ShardConflictError",
     "ShardFetchError",
     "ShardLostError",
     "ShardMissingError",
@@ -147,8 +149,9 @@ class RTensor:
         Returns:
             A future of the number of shards on their way. It need not be waited for.
         """
-        remote = {handle.shard.shard_id: handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta}
-        return runtime.current().prefetch(remote, timeout_s, prefer)
+        remote = [handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta]
+        _check_owners(remote)
+        return runtime.current().prefetch({one.shard.shard_id: one for one in remote}, timeout_s, prefer)
 
     @staticmethod
     def remotize(obj: Any, node_addr: str) -> Any:
@@ -340,13 +343,45 @@ def _fill(
     if not remote:
         return
     distinct = {handle.shard.shard_id: handle for handle in remote}
-    tensors = runtime.current().get_many(distinct, timeout_s, on_error, prefer)
     if len(distinct) < len(remote):
-        by_id = dict(zip(distinct, tensors, strict=True))
-        tensors = [by_id[handle.shard.shard_id] for handle in remote]
-    for handle, tensor in zip(remote, tensors, strict=True):
+        _fill_repeated(remote, timeout_s, on_error, prefer)
+        return
+    for handle, tensor in zip(remote, runtime.current().get_many(distinct, timeout_s, on_error, prefer), strict=True):
         if tensor is not None:
             handle.data = tensor
+
+
+def _fill_repeated(remote: Sequence[RTensor], timeout_s: float | None, on_error: OnError, prefer: Prefer) -> None:
+    """Fill handles of which some have one shard. If those promise different things, each promise is asked for alone."""
+    _check_owners(remote)
+    promised: dict[Hashable, dict[Hashable, list[RTensor]]] = {}
+    for handle in remote:
+        groups = promised.setdefault(handle.shard.shard_id, {})
+        groups.setdefault((handle.data.dtype, handle.data.shape), []).append(handle)
+    for number in range(max(map(len, promised.values()))):
+        asked = {key: list(groups.values())[number] for key, groups in promised.items() if number < len(groups)}
+        first = {key: group[0] for key, group in asked.items()}
+        tensors = runtime.current().get_many(first, timeout_s, on_error, prefer)
+        for group, tensor in zip(asked.values(), tensors, strict=True):
+            if tensor is not None:
+                for handle in group:
+                    handle.data = tensor
+
+
+def _check_owners(handles: Iterable[RTensor]) -> None:
+    """Refuse handles that give one shard id two owners.
+
+    Raises:
+        ShardConflictError: There are some; nothing was fetched.
+    """
+    owners: dict[Hashable, str] = {}
+    for handle in handles:
+        shard_id, owner = handle.shard.shard_id, handle.shard.node_addr
+        if (known := owners.setdefault(shard_id, owner)) != owner:
+            raise ShardConflictError(
+                f"Failed to fetch shard {shard_id}: handles of one call say that {known} owns it, and that {owner} "
+                "does; an id means one shard of one owner"
+            )
 
 
 def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 
 import gpu_cache
-from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBackend, on_host, source_of
+from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBackend, on_host, promises_of, source_of
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
 from areal.infra.rpc.clearing import StepClearer
-from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo
+from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo, answer_error
 from areal.infra.rpc.store import ShardStore
-from gpu_cache import ShardReader
+from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer
 
 
@@ -45,7 +45,7 @@ class Runtime:
     def __init__(self, config: gpu_cache.CacheConfig | None = None, store: ShardStore | None = None) -> None:
         self.pid = os.getpid()
         self.store = ShardStore() if store is None else store
-        self.cache = gpu_cache.TensorCache(config)
+        self.cache = gpu_cache.TensorCache(config, broken=answer_error)
         self.clearer = StepClearer()
         self.own_addresses: set[str] = set()  # of servers in this process
         # Guards _backend, _is_chosen_here.
@@ -88,23 +88,27 @@ class Runtime:
         Raises:
             gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
         """
-        source = _HandleSource(self, handles)
-        return self.cache.get_many(list(handles), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer)
+        source, expected = _HandleSource(self, handles), _promises(handles)
+        return self.cache.get_many(
+            list(handles), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer, expected=expected
+        )
 
     def prefetch(
         self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, prefer: Prefer = "device"
     ) -> Future[int]:
         """Begin to fetch what is not cached."""
-        return self.cache.prefetch(list(handles), _HandleSource(self, handles), timeout_s=timeout_s, prefer=prefer)
+        source, expected = _HandleSource(self, handles), _promises(handles)
+        return self.cache.prefetch(list(handles), source, timeout_s=timeout_s, prefer=prefer, expected=expected)
 
     def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
         """Where the tensors of remote handles come from: this process's store, or the backend."""
         shards = {key: handle.shard for key, handle in handles.items()}
-        remote = source_of(self.backend, shards, {key: handle.data for key, handle in handles.items()})
+        expected = {key: handle.data for key, handle in handles.items()}
+        remote = source_of(self.backend, shards, expected)
         if not self.own_addresses:
             return remote
         own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
-        local = CallSource("local", partial(self._load_own, shards), may_hang=False)
+        local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
         return NodesSource({key: local if key in own else remote for key in shards})
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
@@ -125,7 +129,7 @@ class Runtime:
 
     def replace_cache(self, config: gpu_cache.CacheConfig) -> None:
         """Go on with an empty cache; what waits for shards of the old one fails."""
-        previous, self.cache = self.cache, gpu_cache.TensorCache(config)
+        previous, self.cache = self.cache, gpu_cache.TensorCache(config, broken=answer_error)
         previous.close()
 
     def close(self) -> None:
@@ -156,6 +160,11 @@ class _HandleSource:
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
         return self._runtime.source({key: self._handles[key] for key in keys}).open(keys, timeout_s)
+
+
+def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:
+    """What they say of their shards."""
+    return {key: (one.data.dtype, one.data.shape, one.shard.node_addr) for key, one in handles.items()}
 
 
 def _can_be_id(value: Any) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from gpu_cache.errors import FetchError, FetchTimeoutError
+from gpu_cache import Promise
+from gpu_cache.errors import FetchError, FetchTimeoutError, broken_promise
 
 LeafT = TypeVar("LeafT")
 
@@ -90,6 +91,10 @@ class ShardAnswerError(ShardFetchError):
     reason = "answer"
 
 
+class ShardConflictError(ShardFetchError, ValueError):
+    """Handles of one call give one shard id two owners. An id means one shard of one owner."""
+
+
 class ShardUnreachableError(ShardFetchError):
     """No connection to the owner, or it broke off, and other tries did not mend that."""
 
@@ -104,6 +109,11 @@ class ShardTimeoutError(ShardFetchError, FetchTimeoutError):
 
 class WireError(ValueError):
     """A frame that breaks the wire format; nothing was allocated for it."""
+
+
+def answer_error(key: Hashable, promised: Promise, found: Promise) -> ShardAnswerError:
+    """The error of a shard that is not what its handle promises."""
+    return ShardAnswerError(f"Failed to fetch shard {key}{broken_promise(promised, found)}")
 
 
 def collect_leaves(obj: object, leaf_type: type[LeafT]) -> list[LeafT]:

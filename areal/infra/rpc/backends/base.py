@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from areal.infra.rpc.backends.bounded_call import BoundedCall
-from areal.infra.rpc.shard import TensorShardInfo
-from gpu_cache import ShardReader, ShardSource, TensorReader
+from areal.infra.rpc.shard import TensorShardInfo, answer_error
+from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
 
 _NAMED_NODES = 3  # how many a message names
 
@@ -49,19 +49,32 @@ class CallSource:
     Args:
         node: Where the tensors come from, for messages and `clear_node`.
         load: The call.
+        promises: What the shards should be; another one is refused before its bytes are copied.
         may_hang: Whether the call may last longer than it may take. Then a thread of its own makes it.
     """
 
-    def __init__(self, node: str, load: Load, *, may_hang: bool = True) -> None:
-        self._node, self._load, self._may_hang = node, load, may_hang
+    def __init__(self, node: str, load: Load, promises: Mapping[Hashable, Promise], *, may_hang: bool = True) -> None:
+        self._node, self._load, self._promises, self._may_hang = node, load, promises, may_hang
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader; its call is given up after `timeout_s`."""
-        load = partial(self._load, keys, timeout_s)
+        load = partial(self._loaded, keys, timeout_s)
         if not self._may_hang:
             return [TensorReader(self._node, keys, load)]
         call = BoundedCall(load, self._node, timeout_s)
         return [TensorReader(self._node, keys, call.result, call.cancel)]
+
+    def _loaded(self, keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor | Exception]:
+        loaded = self._load(keys, timeout_s)
+        if len(loaded) != len(keys):
+            return list(loaded)  # the reader says so
+        return [self._as_promised(key, one) for key, one in zip(keys, loaded, strict=True)]
+
+    def _as_promised(self, key: Hashable, one: torch.Tensor | Exception) -> torch.Tensor | Exception:
+        promise = self._promises.get(key)
+        if promise is None or isinstance(one, Exception) or (one.dtype, one.shape) == promise[:2]:
+            return one
+        return answer_error(key, promise, (one.dtype, one.shape, promise[2]))
 
 
 class NodesSource:
@@ -90,7 +103,15 @@ def source_of(
         return [on_host(tensor) for tensor in backend.fetch([shards[key] for key in keys])]
 
     nodes = sorted({info.node_addr for info in shards.values()})
-    return CallSource(", ".join(nodes[:_NAMED_NODES]) + (", ..." if len(nodes) > _NAMED_NODES else ""), load)
+    named = ", ".join(nodes[:_NAMED_NODES]) + (", ..." if len(nodes) > _NAMED_NODES else "")
+    return CallSource(named, load, promises_of(shards, expected))
+
+
+def promises_of(
+    shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+) -> dict[Hashable, Promise]:
+    """What handles say of their shards, where they say it."""
+    return {key: (meta.dtype, meta.shape, shards[key].node_addr) for key, meta in expected.items()}
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

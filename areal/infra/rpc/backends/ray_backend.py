@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.backends.base import CallSource, on_host
+from areal.infra.rpc.backends.base import CallSource, on_host, promises_of
 from areal.infra.rpc.shard import (
     ShardClearError,
     ShardFetchError,
@@ -40,7 +40,7 @@ class RayRTensorBackend:
         self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
     ) -> CallSource:
         """A source over the object store; a lost object fails alone."""
-        return CallSource("ray", self._load)
+        return CallSource("ray", self._load, promises_of(shards, expected))
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """The tensors of shards, in order.
