@@ -24,6 +24,7 @@ class Slab:
     free: FreeList
     is_overflow: bool = False  # beyond the pool's cap: holds one run and is released with it
     leases: dict[int, Lease] = dataclasses.field(default_factory=dict)  # by offset, kept until they fire
+    templates: dict[torch.dtype, torch.Tensor] = dataclasses.field(default_factory=dict)  # empty; not under the lock
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +90,9 @@ def carve_shards(
     """The tensors of the shards of a run, `offsets` bytes into its range, with the leases that give the bytes back."""
     slab, first = taken.slab, taken.offset
     storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
-    templates = {dtype: torch.empty(0, dtype=dtype, device=device) for dtype in {spec.dtype for spec in specs}}
+    templates = slab.templates
+    for dtype in {spec.dtype for spec in specs} - templates.keys():
+        templates[dtype] = torch.empty(0, dtype=dtype, device=device)
     for spec, offset in zip(specs, offsets, strict=True):
         base, lease = carve(storage, first + offset, spec.nbytes, templates[spec.dtype], spec.shape, freed)
         lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, first + offset, aligned(spec.nbytes)

@@ -19,7 +19,7 @@ from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry, Promise
 from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
 from gpu_cache.fetch import Fetch
-from gpu_cache.index import ShardIndex
+from gpu_cache.index import ShardIndex, bases_of
 from gpu_cache.lease import AliasCounter, aliases_of, eager
 from gpu_cache.mutation import Doubts
 from gpu_cache.publish import Publisher
@@ -345,8 +345,10 @@ class TensorCache(ReclaimingCache):
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their way back to the free lists."""
         count = len(dropped)
+        bases = bases_of(dropped)
         dropped.clear()
         if (engine := self._engine) is not None:
+            engine.husks.strip(bases)
             engine.drain()
             engine.reaper.wake()
         self._publisher.soon()

@@ -16,6 +16,7 @@ from gpu_cache.errors import TransferError
 from gpu_cache.fence import StreamFence
 from gpu_cache.host_tier import HostTier
 from gpu_cache.index import ShardIndex
+from gpu_cache.lease import Husks
 from gpu_cache.placement import Placement, choose_device
 from gpu_cache.reaper import Reaper
 from gpu_cache.room import RoomMaker
@@ -40,15 +41,17 @@ class Engine:
         self.device = device
         self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
         self.fence = StreamFence(device, self.config.reuse_fence)
-        self.pool = SlabPool(device, self.config, self.fence, index.forget_dead)
-        self.tier = HostTier(device, self.config, self.fence, index) if self.config.host_tier_bytes else None
+        self.husks = Husks()
+        self.pool = SlabPool(device, self.config, self.fence, index.forget_dead, self.husks)
+        has_tier = self.config.host_tier_bytes > 0
+        self.tier = HostTier(device, self.config, self.fence, index, self.husks) if has_tier else None
         self.room = RoomMaker(index, self.pool) if self.tier is None else RoomMaker(index, self.pool, self.tier.take_in)
         self.staging = StagingRing(device, self.config) if device.stages else None
         self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
         self.fence.note(self.transfer.stream)
         self._to_host = None if self.tier is None else self._transfer_to(self.tier)
         self.comparisons = Comparisons(device, self.fence, self.pool)
-        self.reaper = Reaper(self)
+        self.reaper = Reaper(self, self.husks)
 
     def transfer_to(self, prefer: Prefer) -> Transfer:
         """What moves shards to the device, or to the host tier; where the device is the host it need not be on.

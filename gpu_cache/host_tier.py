@@ -16,7 +16,7 @@ from gpu_cache.entry import Candidate, Parked
 from gpu_cache.fence import StreamFence
 from gpu_cache.host_arenas import HostArenas
 from gpu_cache.index import ShardIndex
-from gpu_cache.lease import plain_tensors
+from gpu_cache.lease import Husks, plain_tensors
 from gpu_cache.room import RoomMaker
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardSpec
@@ -35,10 +35,13 @@ class HostTier:
         config: Resolved settings.
         fence: Of the device's pool: ranges of either are reused only behind the copies between them.
         index: Of the entries.
+        husks: Takes what is left of the tier's tensors.
     Thread-safety: any thread. Copies are enqueued, and waited for only where their bytes are wanted.
     """
 
-    def __init__(self, device: Device, config: CacheConfig, fence: StreamFence, index: ShardIndex) -> None:
+    def __init__(
+        self, device: Device, config: CacheConfig, fence: StreamFence, index: ShardIndex, husks: Husks
+    ) -> None:
         self._device, self._run_bytes = device, config.run_bytes
         # Of one capacity with the settings' slabs. What it took it keeps: pinning costs more than copying.
         sizes = dataclasses.replace(
@@ -48,7 +51,7 @@ class HostTier:
             slab_bytes=min(config.slab_bytes, config.host_tier_bytes),
         )
         self.arenas = cast(Device, HostArenas(device))
-        self.pool = SlabPool(self.arenas, sizes, fence, index.forget_dead)
+        self.pool = SlabPool(self.arenas, sizes, fence, index.forget_dead, husks)
         self.pool.keep(config.host_tier_bytes)
         self.room = RoomMaker(index, self.pool, parked=True)
         self._warnings = Throttle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from sys import getrefcount
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from gpu_cache.claims import ClaimingIndex
 from gpu_cache.entry import Candidate, Entry, Landing, Parked, Promise, State
 from gpu_cache.errors import PromiseError, failure_reason
-from gpu_cache.lease import Lease
+from gpu_cache.lease import UNSHARED, Lease
 from gpu_cache.mutation import Doubts
 
 
@@ -253,6 +254,16 @@ class ShardIndex(ClaimingIndex):
                 origins.append(origin)
         self._ledger.landed(landed, node)
         return landed, origins
+
+
+def bases_of(dropped: list[Entry]) -> list[torch.Tensor]:
+    """Take their tensors from dropped entries that only the list refers to; a call may yet hand out those of others."""
+    bases: list[torch.Tensor] = []
+    for entry in dropped:
+        if getrefcount(entry) == UNSHARED:
+            bases += [place.base for place in (entry, entry.parked) if place is not None and place.base is not None]
+            entry.base = entry.parked = None
+    return bases
 
 
 def _wake(entries: Iterable[Entry]) -> None:

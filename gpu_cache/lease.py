@@ -4,24 +4,40 @@ A block's tensor sits on a slice of a slice of the arena's storage. The outer sl
 refers to it, so it dies with the last alias of any kind (views, saved tensors, numpy arrays, DLPack capsules), which
 a weak reference on the public tensor or its storage does not see.
 Source: our measurement of 24 ways of keeping an alias, torch 2.9.1 and 2.13; for the public storage pytorch#145253.
+
+Beside a thread that runs Python, a call that gives the GIL away may wait 5 ms to get it back. Most calls of torch do,
+and dropping any tensor does, so blocks are built, aliased and emptied by the few that do not.
+Source: our count of `PyEval_SaveThread`, torch 2.13: `detach`, `empty` and the drop of a tensor 1 each, `set_` 4,
+`Tensor._make_subclass`, `Tensor.new(storage)`, `_reinterpret_tensor`, the setter of `data` and slices of storages 0.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import math
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from sys import getrefcount
+from typing import Any, NamedTuple, TypeVar, cast
+from weakref import getweakrefcount
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _COLLECTIONS = 1000
+_LAYOUTS = 4096  # of shapes, remembered
 # What `UntypedStorage.__getitem__` ends in, after looks at the device that cost twice as much: 0.25 instead of 0.8 us.
 _slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage] = torch._C.StorageBase.__getitem__  # type: ignore[misc]
+_alias_of: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass
+_num_owners: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]  # in C++
+
+# Makes a dense tensor of a shape over a whole storage, like an empty template in dtype and device; also returns what
+# else it made on the way, for the caller to drop.
+Builder = Callable[[torch.Tensor, torch.UntypedStorage, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Lease(weakref.ref[torch.UntypedStorage]):
@@ -39,6 +55,66 @@ class Lease(weakref.ref[torch.UntypedStorage]):
     nbytes: int  # of the block, alignment included
 
 
+def _num_references(holder: list[object]) -> int:
+    """What `getrefcount` says of what one container and one local variable refer to."""
+    one = holder[0]
+    return getrefcount(one)
+
+
+UNSHARED = _num_references([object()])
+
+
+class Husks:
+    """Tensors that have no bytes any more, for a thread to drop that may wait: dropping one gives the GIL away.
+
+    Thread-safety: any thread, by single operations of a deque.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[torch.Tensor] = deque()
+        self._nothing: dict[torch.device, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, husk: torch.Tensor) -> None:
+        """Drop this later."""
+        self._kept.append(husk)
+
+    def strip(self, tensors: list[torch.Tensor]) -> None:
+        """Empty the list. Tensors that only the list holds lose their bytes now, and are dropped later."""
+        while tensors:
+            one = tensors[-1]
+            if getrefcount(one) == UNSHARED and _num_owners(one) == 1 and not getweakrefcount(one):
+                one.data = self._nothing_on(one.device)
+                self._kept.append(one)
+            tensors.pop()
+
+    def drop(self, most: int) -> None:
+        """Drop some of them, one by one."""
+        with contextlib.suppress(IndexError):  # there are no more
+            for _ in range(most):
+                self._kept.popleft()
+
+    def _nothing_on(self, device: torch.device) -> torch.Tensor:
+        if (found := self._nothing.get(device)) is None:
+            with plain_tensors():
+                found = self._nothing[device] = torch.empty(0, dtype=torch.uint8, device=device)
+        return found
+
+
+class Freed(deque[Lease]):
+    """Where the leases of one pool fire to.
+
+    Attributes:
+        husks: Takes what is left of tensors that blocks were built with.
+    """
+
+    def __init__(self, husks: Husks) -> None:
+        super().__init__()
+        self.husks = husks
+
+
 def carve(
     arena: torch.UntypedStorage,
     offset: int,
@@ -49,14 +125,104 @@ def carve(
 ) -> tuple[torch.Tensor, Lease]:
     """A tensor over `nbytes` (at least 1) of an arena, and the lease that goes to `freed` when it is unused.
 
-    Call inside `plain_tensors()`. The tensor is like `template` in dtype and device; it has a storage of its own, of
-    exactly `nbytes`, that cannot be resized.
+    Call inside `plain_tensors()`. The tensor is like `template`, which is empty, in dtype and device; it has a storage
+    of its own, of exactly `nbytes`, that cannot be resized. With a `Freed` this never gives the GIL away.
     """
     hidden = _slice_of(arena, slice(offset, offset + nbytes))
-    # `new`, as a tensor of a known dtype and device costs half of `torch.empty`.
-    tensor = template.new().set_(_slice_of(hidden, slice(0, nbytes)), 0, shape)  # type: ignore[call-overload]
+    inner = _slice_of(hidden, slice(0, nbytes))
+    if _layout_of(shape, template.dtype).nbytes != nbytes:
+        raise ValueError(f"{nbytes:,} bytes are no {template.dtype} tensor of shape {shape}")
+    tensor, spare = _builder_for(template, inner)(template, inner, shape)
+    if spare is not None:
+        spare.data = template  # else the lease would wait for the thread that drops it
+        if (husks := getattr(freed, "husks", None)) is not None:
+            husks.keep(spare)
     # Last: had building failed with the lease made, it would have fired for a range that is still the caller's.
     return tensor, Lease(hidden, freed.append)
+
+
+class _Layout(NamedTuple):
+    """Of a dense tensor."""
+
+    strides: tuple[int, ...]
+    nbytes: int
+    as_dict: dict[str, Any]  # as torch rebuilds the tensors of CUDA graphs
+
+
+@functools.lru_cache(_LAYOUTS)
+def _layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> _Layout:
+    if any(length < 0 for length in shape):
+        raise ValueError(f"shape {shape} has a negative length")
+    strides = tuple(math.prod(max(1, length) for length in shape[number:]) for number in range(1, len(shape) + 1))
+    described = {"size": shape, "stride": strides, "storage_offset": 0, "dtype": dtype}
+    return _Layout(strides, math.prod(shape) * dtype.itemsize, described)
+
+
+_builders: dict[str, Builder] = {}  # the quickest that is sound, by type of device; each is found once
+
+
+def _builder_for(template: torch.Tensor, storage: torch.UntypedStorage) -> Builder:
+    kind = "cpu" if template.is_cpu else template.device.type
+    if (found := _builders.get(kind)) is None:
+        found = _builders[kind] = next(one for one in _ways_to_build(kind) if _is_sound(one, template, storage))
+    return found
+
+
+def _ways_to_build(kind: str) -> Iterator[Builder]:
+    """The quickest first. The last one is always sound, and gives the GIL away."""
+    if kind == "cuda" and (rebuild := getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)):
+        yield functools.partial(_rebuilt, rebuild)
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    if reinterpret := getattr(guards, "_reinterpret_tensor", None):
+        yield functools.partial(_reinterpreted, reinterpret)
+    yield _set
+
+
+def _rebuilt(
+    rebuild: Callable[..., torch.Tensor], template: torch.Tensor, storage: torch.UntypedStorage, shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return rebuild(_layout_of(shape, template.dtype).as_dict, storage), None
+
+
+def _reinterpreted(
+    reinterpret: Callable[..., torch.Tensor],
+    template: torch.Tensor,
+    storage: torch.UntypedStorage,
+    shape: tuple[int, ...],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    flat: torch.Tensor = template.new(storage)
+    if len(shape) == 1:
+        return flat, None
+    return reinterpret(flat, shape, _layout_of(shape, template.dtype).strides, 0), flat
+
+
+def _set(
+    template: torch.Tensor, storage: torch.UntypedStorage, shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return template.data.set_(storage, 0, shape), None  # type: ignore[call-overload]
+
+
+def _is_sound(build: Builder, template: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Whether tensors so built are as `carve` promises. Neither reads nor writes bytes, nor allocates any."""
+    length = storage.nbytes() // template.dtype.itemsize
+    return all(_is_as_wanted(build, template, storage, shape) for shape in ((length,), (1, length)))
+
+
+def _is_as_wanted(
+    build: Builder, template: torch.Tensor, storage: torch.UntypedStorage, shape: tuple[int, ...]
+) -> bool:
+    try:
+        one, other = build(template, storage, shape)[0], build(template, storage, shape)[0]
+        before = one._version
+        other.unsqueeze_(0)
+        return (
+            (one.shape, one.dtype, one.device, one.is_contiguous()) == (shape, template.dtype, template.device, True)
+            and (one.untyped_storage()._cdata, one.storage_offset()) == (storage._cdata, 0)
+            and torch._C._dispatch_keys(one).raw_repr() == torch._C._dispatch_keys(template).raw_repr()
+            and (one._version, one.requires_grad, one._is_view(), one.is_inference()) == (before, False, False, False)
+        )
+    except (RuntimeError, TypeError, KeyError):
+        return False
 
 
 _Method = TypeVar("_Method", bound=Callable[..., object])
@@ -79,11 +245,11 @@ def plain_tensors() -> Iterator[None]:
 
 
 def aliases_of(bases: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """A new tensor on the bytes of each, with autograd state of its own."""
-    if torch._C._len_torch_dispatch_stack():
-        with plain_tensors():
-            return [base.detach() for base in bases]
-    return [base.detach() for base in bases]
+    """A new tensor on the bytes of each, with autograd state of its own, and the version counter of the base.
+
+    Whatever inference mode or dispatch mode is active in this thread, and never giving the GIL away.
+    """
+    return [_alias_of(torch.Tensor, base) for base in bases]
 
 
 class AliasCounter:

@@ -71,9 +71,18 @@ class RoomMaker:
                 break
 
     def _evict(self, victims: list[Candidate], *, held: bool = False) -> bool:
-        """A block that somebody wrote into, or may write into while it is copied, is no copy of its shard's bytes."""
+        """Evict all of these, or none; the list is empty afterwards.
+
+        A block that somebody wrote into, or may write into while it is copied, is no copy of its shard's bytes.
+        """
         movable = [one for one in victims if one.entry.is_original and not one.is_held]
-        return self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held)
+        if not self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held):
+            return False
+        movable.clear()
+        bases = [one.base for one in victims]
+        victims.clear()  # with them the entries die
+        self._pool.husks.strip(bases)
+        return True
 
 
 def _span_of(one: Candidate) -> Span:

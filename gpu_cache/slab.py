@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from gpu_cache.device import Device
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Lease, lease_fault
+from gpu_cache.lease import Freed, Husks, Lease, lease_fault
 from gpu_cache.slab_set import SlabSet
 from gpu_cache.source import ShardSpec
 from gpu_cache.victims import Layout, Span
@@ -27,6 +26,7 @@ class SlabPool(SlabSet):
         config: Resolved settings.
         fence: Records the events that freed ranges wait for.
         on_dead: Told the leases that fired.
+        husks: Takes what is left of tensors that blocks were built with; None: its own.
     Raises:
         GpuCacheError: Leases are unsound on this torch.
     Thread-safety: any thread.
@@ -34,19 +34,29 @@ class SlabPool(SlabSet):
     """
 
     def __init__(
-        self, device: Device, config: CacheConfig, fence: StreamFence, on_dead: Callable[[list[Lease]], None]
+        self,
+        device: Device,
+        config: CacheConfig,
+        fence: StreamFence,
+        on_dead: Callable[[list[Lease]], None],
+        husks: Husks | None = None,
     ) -> None:
         if fault := lease_fault():
             raise GpuCacheError(fault)
         super().__init__(device, config)
         self._fence, self._on_dead = fence, on_dead
-        self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
+        self._freed = Freed(Husks() if husks is None else husks)  # leases fire into it, and nothing else appends
         # Guarded by the lock.
         self._quarantine: dict[Quarantine, None] = {}  # the oldest first
         self._pending_bytes = self._held_bytes = self._quarantined_bytes = self._peak_bytes = 0
 
     def __repr__(self) -> str:
         return f"SlabPool({self.accounts()}, at most {self.capacity:,} bytes)"
+
+    @property
+    def husks(self) -> Husks:
+        """What is left of tensors of this pool."""
+        return self._freed.husks
 
     @property
     def is_busy(self) -> bool:
