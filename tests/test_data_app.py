@@ -138,7 +138,7 @@ def test_a_binary_batch_has_each_distinct_shard_once(server: ServerHandle, owner
     owner.store.update({"a": torch.tensor([1]), "b": patterned(torch.float16, 2, 2)})
     reply = batch(server, "b", "a", "b", headers=BINARY)
     assert (reply.status, reply.content_type) == (200, CONTENT_TYPE)
-    assert reply.body == b"".join(Frame([("b", owner.store["b"]), ("a", owner.store["a"])]))
+    assert reply.body == b"".join(Frame(owner.store.get_many(["b", "a"])[0]))
 
 
 def test_a_binary_batch_of_all_dtypes_and_lengths_arrives_bit_for_bit(server: ServerHandle, owner: FakeOwner) -> None:

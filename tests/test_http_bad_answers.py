@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -41,7 +40,7 @@ BAD_ARRAYS: dict[str, tuple[bytes, str]] = {
     "no list": (json.dumps(tensor_to_json(A)).encode(), "not a list but"),
     "a number": (b"7", "not a list but 7"),
     "junk": (b"[nonsense", "Expecting value"),
-    "deep": (b"[" * 100_000, "recursion"),
+    "deep": (b"[" * 100_000, "100,000 brackets and commas in JSON; 2 tensors have 512 at most"),
     "no text": (b'["\xff"]', "decode"),
     "nothing": (b"", "0 bytes of JSON"),
 }
@@ -74,20 +73,3 @@ def test_a_bad_element_fails_alone(serve: Callable[..., FaultServer], bad: objec
     assert list(reader.failures) == ["a"]
     assert str(reader.failures["a"]).endswith("(shards a)")
     assert server.address in str(reader.failures["a"])
-
-
-@pytest.mark.parametrize("answer", [json_of(PAIR), frames_of(PAIR)], ids=["json", "binary"])
-def test_a_body_is_bounded(serve: Callable[..., FaultServer], answer: Any) -> None:
-    assert "100" in failure(serve(whole(answer)), max_body_bytes=100)
-    assert drained(reader_of(serve(whole(answer)).address, ["a", "b"], max_body_bytes=10_000)).keys() == PAIR.keys()
-    announced = serve(whole(reply(b"", length=1 << 50, content_type=OCTETS)))
-    assert "1,125,899,906,842,624 bytes" in failure(announced)
-
-
-def test_json_in_chunks_is_bounded_too(serve: Callable[..., FaultServer]) -> None:
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {OCTETS}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    body = json.dumps([tensor_to_json(A), tensor_to_json(B)]).encode()
-    chunks = head + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:50], body[50:])) + b"0\r\n\r\n"
-    server = serve(whole(chunks))
-    assert same_bits(drained(reader_of(server.address, ["a", "b"]))["b"], B)
-    assert "101 bytes of JSON; expected 1 to 100" in failure(server, max_body_bytes=100)

@@ -41,9 +41,7 @@ def serve() -> Iterator[Callable[..., FaultServer]]:
 
 def test_first_few_are_asked_for_then_many(serve: Callable[..., FaultServer]) -> None:
     server = serve(whole(frames_of(MANY)))
-    reader = reader_of(
-        server.address, list(MANY), nbytes=dict.fromkeys(MANY, 8), max_json_shards=5, max_binary_shards=150
-    )
+    reader = reader_of(server.address, list(MANY), promised=MANY, max_json_shards=5, max_binary_shards=150)
     tensors = drained(reader)
     assert list(map(len, server.wanted)) == [5, 150, 45]
     assert list(itertools.chain(*server.wanted)) == list(MANY)
@@ -53,9 +51,10 @@ def test_first_few_are_asked_for_then_many(serve: Callable[..., FaultServer]) ->
 
 
 def test_a_request_is_bounded_by_the_bytes_that_are_known(serve: Callable[..., FaultServer]) -> None:
-    server = serve(whole(frames_of(MANY)))
-    nbytes = dict.fromkeys(list(MANY)[:6], 40) | {"s2": 1000}
-    drained(reader_of(server.address, list(MANY)[:8], nbytes=nbytes, max_binary_bytes=100, max_json_shards=10))
+    tensors = {f"s{index}": torch.zeros(5, dtype=torch.int64) for index in range(8)} | {"s2": torch.zeros(250)}
+    server = serve(whole(frames_of(tensors)))
+    promised = {name: tensors[name] for name in list(tensors)[:6]}
+    drained(reader_of(server.address, list(tensors), promised=promised, max_binary_bytes=100, max_json_shards=10))
     # 10 bytes are reckoned with where nothing is known.
     assert server.wanted == [["s0", "s1"], ["s2"], ["s3", "s4"], ["s5", "s6", "s7"]]
 
@@ -69,7 +68,7 @@ def test_a_server_that_speaks_json_only_is_asked_for_few_at_once(serve: Callable
 
 def test_a_server_may_change_its_form(serve: Callable[..., FaultServer]) -> None:
     server = serve(whole(json_of(MANY)), whole(frames_of(MANY)))
-    tensors = drained(reader_of(server.address, list(MANY), nbytes=dict.fromkeys(MANY, 8)))
+    tensors = drained(reader_of(server.address, list(MANY), promised=MANY))
     assert list(map(len, server.wanted)) == [32, 32, 136]
     assert all(torch.equal(tensors[key], MANY[key]) for key in MANY)
 
@@ -120,7 +119,7 @@ def test_a_refusal_is_an_answer(serve: Callable[..., FaultServer], answer: bytes
 
 
 def test_a_long_refusal_is_quoted_in_part(serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_requester, "_MAX_TEXT_BYTES", 10_000)
+    monkeypatch.setattr(http_requester, "_TEXT_SLACK_BYTES", 10_000)
     server = serve(whole(refusal(500, "x" * 9_000)), whole(refusal(500, "y" * 1_000_000)))
     assert len(failure(server)) < 3000
     assert len(failure(server)) < 3000

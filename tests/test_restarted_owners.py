@@ -18,7 +18,7 @@ from areal.infra.rpc.rtensor import RTensor, ShardLostError, ShardMissingError, 
 from gpu_cache import FetchError
 from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote
 from tests.support.fake_owner import FakeOwner
-from tests.support.fault_server import Answer, Asked, FaultServer, cut, frame, frames_of, json_of, whole
+from tests.support.fault_server import FaultServer, by, cut, frame, frames_of, json_of, whole
 from tests.support.interleave_actors import in_background
 from tests.support.reading import drained, reader_of
 from tests.support.server_process import server_process
@@ -36,16 +36,6 @@ def on_the_host() -> None:
 def serve() -> Iterator[Callable[..., FaultServer]]:
     with nothing_forgotten(), fault_servers() as start:
         yield start
-
-
-def by(incarnation: str, answer: Answer) -> Answer:
-    """The same answer, from a server that names itself."""
-
-    def named(asked: Asked) -> bytes:
-        status, _, rest = answer(asked).partition(b"\r\n")
-        return status + f"\r\nX-Shard-Incarnation: {incarnation}\r\n".encode() + rest
-
-    return named
 
 
 def http_backend() -> HttpRTensorBackend:
@@ -174,10 +164,9 @@ def test_idle_connections_to_the_old_one_are_closed(serve: Callable[..., FaultSe
 def test_the_form_is_learnt_anew(serve: Callable[..., FaultServer]) -> None:
     many = {f"s{number}": torch.tensor([number]) for number in range(9)}
     server, node = serve(whole(by("old", frames_of(many))), whole(by("new", json_of(many)))), NodeState()
-    nbytes = dict.fromkeys(many, 8)
-    drained(reader_of(server.address, ["s0"], nbytes=nbytes, node=node, max_json_shards=4))
+    drained(reader_of(server.address, ["s0"], promised=many, node=node, max_json_shards=4))
     assert node.is_binary
-    drained(reader_of(server.address, list(many), nbytes=nbytes, node=node, max_json_shards=4))
+    drained(reader_of(server.address, list(many), promised=many, node=node, max_json_shards=4))
     assert not node.is_binary
 
 

@@ -160,9 +160,9 @@ def test_a_partial_hit_asks_only_for_the_misses(serve: Callable[..., FaultServer
 
 def test_results_are_paired_with_ids_whatever_their_order(serve: Callable[..., FaultServer]) -> None:
     tensors = named([torch.full((5,), float(number)) for number in range(9)])
-    backwards = lambda asked: reply(frame((name, tensors[name]) for name in reversed(asked.shard_ids)))  # noqa: E731
+    backwards = lambda asked: reply(frame({name: tensors[name] for name in reversed(asked.shard_ids)}))  # noqa: E731
     server = serve(whole(backwards))
-    found = RTensor.localize([remote(server.address, shard_id, torch.ones(5)) for shard_id in tensors])
+    found = RTensor.localize([remote(server.address, shard_id, tensor) for shard_id, tensor in tensors.items()])
     assert all(same_bytes(got, want) for got, want in zip(found, tensors.values(), strict=True))
 
 

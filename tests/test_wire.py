@@ -12,7 +12,9 @@ from safetensors.torch import load, save
 
 from areal.infra.rpc import layout
 from areal.infra.rpc.shard import WireError
-from areal.infra.rpc.wire import Frame, decode_frame, header_nbytes, parse_header
+from areal.infra.rpc.store import ShardStore
+from areal.infra.rpc.wire import Frame, decode_frame, header_nbytes, parse_header, serials_of
+from gpu_cache import ShardSpec
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -128,6 +130,78 @@ def test_ids_are_opaque() -> None:
     items = [(shard_id, torch.tensor([number])) for number, shard_id in enumerate(ids)]
     arrived = decode_frame(encoded(*items))
     assert {shard_id: tensor.item() for shard_id, tensor in arrived.items()} == dict(zip(ids, range(8), strict=True))
+
+
+def stored(**tensors: torch.Tensor) -> ShardStore:
+    store = ShardStore()
+    store.update(tensors)
+    return store
+
+
+def sent_by(store: ShardStore, *ids: str) -> bytes:
+    return b"".join(Frame(store.get_many(ids)[0]))
+
+
+def serials_in(frame: bytes) -> dict[str, str]:
+    return serials_of(frame[8 : 8 + header_nbytes(frame[:8], len(frame))])
+
+
+def test_an_owner_tells_a_serial_of_each_shard() -> None:
+    store = stored(a=torch.ones(3), b=torch.ones(2), c=torch.ones(1).cdouble())
+    before = serials_in(sent_by(store, "a", "b", "c"))
+    assert before.keys() == {"a", "b", "c"}
+    assert len(set(before.values())) == 3
+    assert serials_in(sent_by(store, "c", "a")) == {"c": before["c"], "a": before["a"]}
+    assert load(sent_by(store, "a", "b"))["1"].tolist() == [1, 1], "for the safetensors library it is another text"
+    store["a"] = torch.ones(3)
+    store["b"].add_(1)
+    after = serials_in(sent_by(store, "a", "b", "c"))
+    assert (before["a"] != after["a"], before["b"] != after["b"]) == (True, True)
+    assert before["c"] == after["c"]
+    del store["a"]
+    store["a"] = torch.ones(3)
+    assert serials_in(sent_by(store, "a"))["a"] not in {before["a"], after["a"]}
+
+
+def test_a_shard_made_under_inference_mode_has_a_serial_too() -> None:
+    with torch.inference_mode():
+        store = stored(a=torch.ones(3))
+    before = serials_in(sent_by(store, "a"))
+    store["a"] = torch.ones(3)
+    assert before != serials_in(sent_by(store, "a"))
+
+
+def test_who_is_no_owner_tells_no_serials() -> None:
+    assert serials_in(encoded(("a", torch.ones(3)))) == {}
+    (_, numbered), *_ = stored(a=torch.ones(3)).get_many(["a"])[0]
+    mixed = b"".join(Frame([("a", numbered), ("b", torch.ones(2))]))
+    assert serials_in(mixed) == {}
+    assert decode_frame(mixed).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("text", ["", "1.0", "1.0 2.0 3.0", "1.0  2.0", " "])
+def test_serials_for_other_shards_are_none(text: str) -> None:
+    frame = encoded(("a", torch.ones(3)), ("b", torch.ones(2)))
+    header = header_of(frame)
+    header["__metadata__"]["serials"] = text
+    assert serials_of(json.dumps(header).encode()) == {}
+
+
+def test_a_header_is_known_again_whatever_the_serials_are() -> None:
+    tensors = {"a": torch.ones(3), "b": torch.ones(2), "raw": torch.ones(1).cdouble()}
+    specs = [ShardSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    foreseen = layout.Layout(list(tensors), specs, [layout.described(s.dtype, s.shape, s.nbytes) for s in specs])
+    store = stored(**tensors)
+    for frame in (encoded(*tensors.items()), sent_by(store, *tensors)):
+        header, length = frame[8 : 8 + header_nbytes(frame[:8], len(frame))], foreseen.payload_nbytes
+        assert foreseen.is_of(header, length)
+        assert not foreseen.is_of(header, length + 1)
+        assert not foreseen.is_of(header[: len(header) // 2], length)
+        # Any other byte but of a serial makes it another header.
+        serials = json.loads(header)["__metadata__"].get("serials", "none").encode()
+        for at in range(len(header.rstrip())):
+            is_serial = header.find(serials) <= at < header.find(serials) + len(serials)
+            assert is_serial or not foreseen.is_of(header[:at] + b"#" + header[at + 1 :], length), at
 
 
 def test_an_empty_frame_is_a_frame() -> None:

@@ -7,13 +7,14 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.serialization import tensor_to_json
 from areal.infra.rpc.wire import CONTENT_TYPE, Frame
 
@@ -171,9 +172,17 @@ def reply(
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def frame(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> bytes:
-    items = tensors.items() if isinstance(tensors, Mapping) else tensors
-    return b"".join(map(bytes, Frame(items)))
+def frame(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """All of these tensors as their owner sends them."""
+    return b"".join(map(bytes, Frame(numbered(tensors).items())))
+
+
+def numbered(tensors: Mapping[str, torch.Tensor], first: int = 1) -> dict[str, OwnedShard]:
+    """The tensors as a store numbers them that got them in this order."""
+    shards = {shard_id: OwnedShard(tensor) for shard_id, tensor in tensors.items()}
+    for number, shard in enumerate(shards.values(), first):
+        shard.number(number)
+    return shards
 
 
 def raw_frame(header: Any, payload: bytes = b"") -> bytes:
@@ -182,15 +191,26 @@ def raw_frame(header: Any, payload: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + payload
 
 
-def frames_of(tensors: Mapping[str, torch.Tensor]) -> Answer:
-    """What a healthy owner of these tensors answers."""
+def frames_of(tensors: Mapping[str, torch.Tensor], first: int = 1) -> Answer:
+    """What a healthy owner of these tensors answers, numbered from `first` on; of no incarnation."""
 
     def answer(asked: Asked) -> bytes:
         if missing := [shard_id for shard_id in asked.shard_ids if shard_id not in tensors]:
             return refusal(400, json.dumps({"status": "error", "missing_shard_ids": missing}))
-        return reply(frame((shard_id, tensors[shard_id]) for shard_id in asked.shard_ids))
+        shards = numbered(tensors, first)
+        return reply(b"".join(map(bytes, Frame((shard_id, shards[shard_id]) for shard_id in asked.shard_ids))))
 
     return answer
+
+
+def by(incarnation: str, answer: Answer) -> Answer:
+    """The same answer, from a server that names itself."""
+
+    def named(asked: Asked) -> bytes:
+        status, _, rest = answer(asked).partition(b"\r\n")
+        return status + f"\r\nX-Shard-Incarnation: {incarnation}\r\n".encode() + rest
+
+    return named
 
 
 def json_of(tensors: Mapping[str, torch.Tensor]) -> Answer:
@@ -236,6 +256,24 @@ def dripping(answer: Answer | bytes, num_at_once: int, every_s: float = 0.01) ->
             exchange.send(data[position : position + 1])
 
     return step
+
+
+class Flood:
+    """A step that sends a beginning, and then bytes for as long as the client takes them.
+
+    Attributes:
+        num_sent: Bytes behind the beginning, by all that were asked for.
+    """
+
+    def __init__(self, beginning: bytes, piece: bytes = bytes(1 << 18), most: int = 256 << 20) -> None:
+        self.num_sent = 0
+        self._beginning, self._piece, self._most = beginning, piece, most
+
+    def __call__(self, exchange: Exchange) -> None:
+        exchange.send(self._beginning)
+        while self.num_sent < self._most:
+            exchange.send(self._piece)
+            self.num_sent += len(self._piece)
 
 
 def silent(exchange: Exchange) -> None:

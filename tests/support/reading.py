@@ -14,7 +14,7 @@ from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import FETCH, HttpSettings, Requester
 from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.shard import ShardFetchError
-from gpu_cache import ShardReader
+from gpu_cache import FetchError, ShardReader, ShardSpec
 from tests.support.areal_fixtures import LONG_S
 from tests.support.fault_server import FaultServer
 
@@ -23,20 +23,19 @@ def reader_of(
     address: str,
     keys: Sequence[Hashable],
     *,
-    nbytes: Mapping[Hashable, int] | None = None,
+    promised: Mapping[Any, torch.Tensor] | None = None,
     pool: ConnectionPool | None = None,
     timeout_s: float = LONG_S,
     node: NodeState | None = None,
     **settings: Any,
 ) -> HttpReader:
-    """Tries again without a pause, and keeps its connection in a pool that is closed."""
+    """Tries again without a pause, and keeps its connection in a pool that is closed; knows what is `promised`."""
     if pool is None:
         pool = ConnectionPool()
         pool.close()
     chosen = HttpSettings({}, **{"retry_pause_s": 0.0, **settings})
     requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s, node or NodeState())
-    expected = {key: torch.empty(length, dtype=torch.uint8, device="meta") for key, length in (nbytes or {}).items()}
-    return HttpReader(keys, expected, requester, chosen)
+    return HttpReader(keys, promised or {}, requester, chosen)
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:
@@ -52,6 +51,42 @@ def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, 
     finally:
         reader.close()
     return tensors
+
+
+def drained_by_windows(reader: ShardReader, window_bytes: int) -> dict[Hashable, torch.Tensor]:
+    """As a cache reads: a shard is there once a read has brought its last byte; what a part lost comes with another."""
+    tensors: dict[Hashable, torch.Tensor] = {}
+    try:
+        while (specs := reader.next_specs()) is not None:
+            try:
+                _read_windows(reader, specs, window_bytes, tensors)
+            except FetchError as error:
+                if not error.may_go_on:
+                    raise
+    finally:
+        reader.close()
+    return tensors
+
+
+def _read_windows(
+    reader: ShardReader, specs: Sequence[ShardSpec], window_bytes: int, tensors: dict[Hashable, torch.Tensor]
+) -> None:
+    built = {spec.key: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+    tensors |= {key: tensor for key, tensor in built.items() if not tensor.nbytes}
+    windows: list[list[tuple[memoryview, list[Hashable]]]] = [[]]  # pieces, with the shard that each completes
+    room = window_bytes
+    for spec in specs:
+        view = built[spec.key].view(-1).view(torch.uint8).numpy().data if spec.nbytes else memoryview(b"")
+        for at in range(0, spec.nbytes, window_bytes):
+            piece = view[at : at + window_bytes]
+            if len(piece) > room:
+                windows.append([])
+                room = window_bytes
+            windows[-1].append((piece, [spec.key] if at + len(piece) == spec.nbytes else []))
+            room -= len(piece)
+    for window in windows:
+        reader.read_into([piece for piece, _ in window])
+        tensors |= {key: built[key] for _, completed in window for key in completed}
 
 
 def failure(server: FaultServer, *keys: str, **settings: Any) -> str:

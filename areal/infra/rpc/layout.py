@@ -5,6 +5,7 @@ reader that knows what it asked for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
@@ -27,6 +28,8 @@ NAME_OF_DTYPE = {
 _NAMES = {dtype: NAME_OF_DTYPE.get(dtype, "") for dtype in DTYPES.values()}
 _UNNAMED = {dtype for dtype, name in _NAMES.items() if not name}
 _WIDEST_FIRST = sorted(DTYPES.values(), key=lambda dtype: -dtype.itemsize)
+# The one part of a header that a reader cannot foresee; it stands last in `__metadata__`.
+_SERIALS = re.compile(rb'(, "serials": "[0-9. ]*")?')
 
 
 class Described(Protocol):
@@ -44,6 +47,7 @@ class Layout:
         ids: Distinct, in the order asked for.
         shards: What they name.
         texts: What `described` says of them.
+        serials: Of each shard, as the sender's store numbers them; none where it does not, and none for a reader.
     Attributes:
         indices: Places in the request, in the order of the bytes.
         header: With its length before it: a frame up to the bytes.
@@ -52,16 +56,27 @@ class Layout:
         WireError: More shards than a frame has, too long a header, or a dtype that does not travel.
     """
 
-    def __init__(self, ids: Sequence[Hashable], shards: Sequence[Described], texts: Sequence[str]) -> None:
+    def __init__(
+        self, ids: Sequence[Hashable], shards: Sequence[Described], texts: Sequence[str], serials: Sequence[str] = ()
+    ) -> None:
         if len(shards) > MAX_TENSORS:
             raise WireError(f"{len(shards):,} ids; a frame has at most {MAX_TENSORS:,}")
         self.indices = _by_dtype(shards)
         self.payload_nbytes = sum(shard.nbytes for shard in shards)
-        self.header = _header(ids, self.indices, shards, texts)
+        self._before, self._after = _metadata(ids, shards), _entries(self.indices, shards, texts)
+        told = f', "serials": "{" ".join(serials)}"'.encode() if serials else b""
+        self.header = _framed(self._before + told + self._after)
 
     def is_of(self, header: bytes | bytearray, payload_nbytes: int) -> bool:
-        """Whether a frame has this header (without the length before it) and so many bytes."""
-        return header == self.header[PREFIX_BYTES:] and payload_nbytes == self.payload_nbytes
+        """Whether a frame has this header, but for its serials and the length before it, and so many bytes."""
+        text = header.rstrip(b" ")
+        begin, end = len(self._before), len(text) - len(self._after)
+        return (
+            payload_nbytes == self.payload_nbytes
+            and text.startswith(self._before)
+            and text.endswith(self._after)
+            and _SERIALS.fullmatch(text, begin, end) is not None
+        )
 
 
 def described(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> str:
@@ -85,21 +100,28 @@ def _by_dtype(shards: Iterable[Described]) -> list[int]:
     return [index for group in groups.values() for index in group]
 
 
-def _header(
-    ids: Sequence[Hashable], indices: Iterable[int], shards: Sequence[Described], texts: Sequence[str]
-) -> bytes:
-    """Prefix and header; composed as text, as `json.dumps` takes twice as long."""
-    entries, end = [], 0
-    for index in indices:
-        begin, end = end, end + shards[index].nbytes
-        entries.append(f',"{index}":{{{texts[index]},"data_offsets":[{begin},{end}]}}')
+def _metadata(ids: Sequence[Hashable], shards: Sequence[Described]) -> bytes:
+    """A header's beginning: `__metadata__`, not yet closed."""
     raw = {
         str(index): [str(shard.dtype).removeprefix("torch."), list(shard.shape)]
         for index, shard in enumerate(shards)
         if shard.dtype in _UNNAMED
     }
     metadata = {"ids": json.dumps(ids)} | ({"raw": json.dumps(raw)} if raw else {})
-    text = f'{{"__metadata__":{json.dumps(metadata)}{"".join(entries)}}}'.encode()
+    return f'{{"__metadata__":{json.dumps(metadata)[:-1]}'.encode()
+
+
+def _entries(indices: Iterable[int], shards: Sequence[Described], texts: Sequence[str]) -> bytes:
+    """The rest of a header; composed as text, as `json.dumps` takes twice as long."""
+    entries, end = [], 0
+    for index in indices:
+        begin, end = end, end + shards[index].nbytes
+        entries.append(f',"{index}":{{{texts[index]},"data_offsets":[{begin},{end}]}}')
+    return f"}}{''.join(entries)}}}".encode()
+
+
+def _framed(text: bytes) -> bytes:
+    """A header with its length before it, padded to a multiple of 8."""
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise WireError(f"a header of {len(text):,} bytes, the limit is {MAX_HEADER_BYTES:,}")

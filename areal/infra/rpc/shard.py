@@ -111,6 +111,10 @@ class WireError(ValueError):
     """A frame that breaks the wire format; nothing was allocated for it."""
 
 
+class TooLongError(WireError):
+    """An answer longer than the shards that it is about; its bytes were not read."""
+
+
 def answer_error(key: Hashable, promised: Promise, found: Promise) -> ShardAnswerError:
     """The error of a shard that is not what its handle promises."""
     return ShardAnswerError(f"Failed to fetch shard {key}{broken_promise(promised, found)}")

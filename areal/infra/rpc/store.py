@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import OrderedDict
@@ -32,10 +33,12 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, OwnedShard] = OrderedDict()  # in the order of their dates
         self._total_bytes = 0
+        self._numbers = itertools.count(1)
 
     def put(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
         """Keep a tensor as it is, without a copy; replaces what the id named before."""
         entry = OwnedShard(tensor)
+        entry.number(next(self._numbers))
         with self._lock:
             previous = self._entries.pop(shard_id, None)
             entry.stored_at = self._now()

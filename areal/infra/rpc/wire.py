@@ -2,12 +2,14 @@
 
     8 bytes, little-endian: length of the header | the header, JSON, padded with spaces to a multiple of 8 | the bytes
 
-The header's keys are "0", "1", … in the order in which the ids were asked for. Two entries of `__metadata__` say the
-rest, each a JSON text as safetensors wants strings there:
+The header's keys are "0", "1", … in the order in which the ids were asked for. Entries of `__metadata__` say the rest,
+each a text, as safetensors wants strings there:
 
-- "ids": the list of shard ids, by index;
-- "raw", only where needed: {"index": ["dtype", [shape]]} of the tensors whose dtype has no name in safetensors
-  (complex32, complex128, float8_e8m0fnu). Their entries in the header are U8, as long as the tensor has bytes.
+- "ids": JSON, the list of shard ids, by index;
+- "raw", only where needed: JSON, {"index": ["dtype", [shape]]} of the tensors whose dtype has no name in safetensors
+  (complex32, complex128, float8_e8m0fnu). Their entries in the header are U8, as long as the tensor has bytes;
+- "serials", from an owner: the serial of each shard, by index, with a space between two. Equal serials from one
+  incarnation of a server mean equal bytes. A reader goes on amid a shard only where both are equal.
 
 The bytes are packed without holes, widest dtype first, then by dtype, then by index: each tensor is aligned to its own
 width (up to 8), and a reader builds the tensors of one dtype from one range. Bits arrive as they were sent, except
@@ -61,7 +63,8 @@ class Frame:
         ids, shards = [shard_id for shard_id, _ in listed], [shard for _, shard in listed]
         if (num_ids := len(set(ids))) != len(ids):
             raise WireError(f"{len(ids):,} ids, {num_ids:,} distinct")
-        layout = Layout(ids, shards, [shard.text for shard in shards])
+        serials = [shard.serial for shard in shards]
+        layout = Layout(ids, shards, [shard.text for shard in shards], serials if all(serials) else ())
         self._shards = [shards[index] for index in layout.indices]
         self.header, self.payload_nbytes = layout.header, layout.payload_nbytes
 
@@ -138,6 +141,13 @@ def parse_header(header: bytes, data_nbytes: int) -> list[ShardSpec]:
     return [spec for _, _, spec in placed]
 
 
+def serials_of(header: bytes | bytearray) -> dict[str, str]:
+    """The serials in a header that `parse_header` takes, by shard id; none where the sender tells none."""
+    metadata = _json_object(header, "the header")["__metadata__"]
+    ids, serials = _json(metadata["ids"], "ids in __metadata__"), metadata.get("serials", "").split(" ")
+    return dict(zip(ids, serials, strict=True)) if len(ids) == len(serials) and all(serials) else {}
+
+
 def decode_frame(frame: bytes | bytearray | memoryview) -> dict[str, torch.Tensor]:
     """Build the tensors of a whole frame, by id, each in memory of its own.
 
@@ -148,21 +158,21 @@ def decode_frame(frame: bytes | bytearray | memoryview) -> dict[str, torch.Tenso
     at = PREFIX_BYTES + header_nbytes(bytes(view[:PREFIX_BYTES]), len(view))
     tensors = {}
     for spec in parse_header(bytes(view[PREFIX_BYTES:at]), len(view) - at):
-        flat = torch.empty(spec.nbytes, dtype=torch.uint8)
+        flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
         flat.numpy().data[:] = view[at : at + spec.nbytes]
         tensors[str(spec.key)] = flat.view(spec.dtype).view(spec.shape)
         at += spec.nbytes
     return tensors
 
 
-def _json(text: str | bytes, where: str) -> Any:
+def _json(text: str | bytes | bytearray, where: str) -> Any:
     try:
         return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise WireError(f"{where} is not JSON: {error}") from error
 
 
-def _json_object(text: str | bytes, where: str) -> dict[str, Any]:
+def _json_object(text: str | bytes | bytearray, where: str) -> dict[str, Any]:
     document = _json(text, where)
     if not isinstance(document, dict):
         raise WireError(f"{where} is not an object but {short_repr(document)}")

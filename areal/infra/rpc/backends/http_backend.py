@@ -15,6 +15,7 @@ from areal.infra.rpc.backends.http_deleter import HttpDeleter
 from areal.infra.rpc.backends.http_reader import HttpReader
 from areal.infra.rpc.backends.http_requester import (
     CLEAR,
+    DEFAULT_MAX_UNKNOWN_BYTES,
     FETCH,
     HttpSettings,
     Requester,
@@ -25,7 +26,7 @@ from areal.infra.rpc.own_thread import in_own_thread
 from areal.infra.rpc.shard import TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from areal.infra.rpc.tokens import find_token
-from gpu_cache import ShardReader
+from gpu_cache import FetchError, ShardReader, ShardSpec
 
 
 class HttpRTensorBackend:
@@ -35,21 +36,33 @@ class HttpRTensorBackend:
         max_shards_per_request: Bounds a request in the JSON form; a binary one is bounded by 256 MiB and 4,096 ids.
         token: Sent as `Authorization: Bearer`; None reads AREAL_RPC_TOKEN. White space around it is dropped.
         shards: Where `store` keeps tensors; None until the backend is made this process's own.
+        max_unknown_bytes: The longest shard that `fetch` takes, in bytes. `source` takes what the handles promise,
+            however long it is, and nothing longer.
     Raises:
-        ValueError: `max_shards_per_request` is not positive, or the token is not one line of printable ASCII.
+        ValueError: `max_shards_per_request` or `max_unknown_bytes` is not positive, or the token is not one line of
+            printable ASCII.
     Thread-safety: any thread.
     """
 
     def __init__(
-        self, max_shards_per_request: int = 32, *, token: str | None = None, shards: ShardStore | None = None
+        self,
+        max_shards_per_request: int = 32,
+        *,
+        token: str | None = None,
+        shards: ShardStore | None = None,
+        max_unknown_bytes: int = DEFAULT_MAX_UNKNOWN_BYTES,
     ) -> None:
         if max_shards_per_request <= 0:
             raise ValueError("max_shards_per_request must be positive")
+        if max_unknown_bytes <= 0:
+            raise ValueError("max_unknown_bytes must be positive")
         self.max_shards_per_request = max_shards_per_request
         self.shards = shards
         secret = find_token(token)
         self._settings = HttpSettings(
-            {"Authorization": f"Bearer {secret}"} if secret else {}, max_json_shards=max_shards_per_request
+            {"Authorization": f"Bearer {secret}"} if secret else {},
+            max_json_shards=max_shards_per_request,
+            max_unknown_bytes=max_unknown_bytes,
         )
         self._connections = ConnectionPool()
         self._nodes: dict[str, NodeState] = {}
@@ -71,6 +84,8 @@ class HttpRTensorBackend:
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
+
+        Nothing says how long these shards are: one longer than `max_unknown_bytes` is not taken.
 
         Raises:
             ShardFetchError: One did not arrive.
@@ -149,13 +164,22 @@ def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
     tensors: dict[Hashable, torch.Tensor] = {}
     try:
         while (specs := reader.next_specs()) is not None:
-            for spec in specs:
-                flat = torch.empty(spec.nbytes, dtype=torch.uint8)
-                if spec.nbytes:
-                    reader.read_into([flat.numpy().data])
-                tensors[spec.key] = flat.view(spec.dtype).view(spec.shape)
+            _read_part(reader, specs, tensors)
         for error in reader.failures.values():
             raise error
     finally:
         reader.close()
     return tensors
+
+
+def _read_part(reader: ShardReader, specs: Sequence[ShardSpec], tensors: dict[Hashable, torch.Tensor]) -> None:
+    """Read the shards of a part, those without bytes first; the reader announces again what it could not complete."""
+    try:
+        for spec in sorted(specs, key=lambda spec: spec.nbytes > 0):
+            flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
+            if spec.nbytes:
+                reader.read_into([flat.numpy().data])
+            tensors[spec.key] = flat.view(spec.dtype).view(spec.shape)
+    except FetchError as error:
+        if not error.may_go_on:
+            raise

@@ -20,6 +20,7 @@ _MAX_BUFFERS = 1000
 # What is read of a text before room is made for more: a length that was only announced must not cost memory.
 _PIECE_BYTES = 1 << 20
 _RETRY_AFTER_DATE_S = 1.0
+_MAX_INCARNATION = 64  # characters; ours have 32
 
 
 class AddressError(ValueError):
@@ -45,7 +46,7 @@ class HttpAnswer:
         self.status = response.status
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after_s(response.headers)
-        self.incarnation = response.headers.get(INCARNATION_HEADER, "")
+        self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:_MAX_INCARNATION]
         self.unread_bytes = -1 if response.length is None else response.length
         self._response, self._sock = response, sock
         if response.length is None and not response.chunked:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from areal.infra.rpc.backends.http_connection import AddressError, HttpAnswer
-from areal.infra.rpc.backends.http_requester import Requester, kind_of_status, named, read_text, shortened
+from areal.infra.rpc.backends.http_requester import Requester, kind_of_status, named, shortened
 from areal.infra.rpc.shard import ShardAnswerError, ShardClearError, ShardFetchError, ShardUnreachableError
 
 # Refused for what was asked, so that asking for less may help; others are refused for who asks, or where.
@@ -67,7 +67,7 @@ class HttpDeleter:
         """Ask for the last of the groups; one that is refused leaves its halves in its place."""
         group = groups.pop()
         try:
-            self._note(self._requester.send(group, _statistics))
+            self._note(self._requester.send(group, self._statistics_of))
         except RefusedError as error:
             self._num_refusals += 1
             middle = len(group) // 2
@@ -85,6 +85,16 @@ class HttpDeleter:
         self._statistics = dict(statistics)
         if isinstance(before, int) and isinstance(count, int):
             self._statistics["cleared_count"] = before + count
+
+    def _statistics_of(self, answer: HttpAnswer) -> dict[str, Any]:
+        """What the owner says after a clear."""
+        text = self._requester.text_of(answer)
+        if answer.status != 200:
+            raise RefusedError(answer.status, text)
+        statistics = json.loads(text)
+        if not isinstance(statistics, dict):
+            raise ValueError(f"{answer.status} body={shortened(text)}")
+        return statistics
 
     def _keep(self, group: list[Any], error: Exception) -> None:
         self._kept += group
@@ -124,14 +134,3 @@ def _is_json(shard_id: Any) -> bool:
 
 def _kinds(shard_ids: list[Any]) -> str:
     return ", ".join(sorted({type(shard_id).__name__ for shard_id in shard_ids}))
-
-
-def _statistics(answer: HttpAnswer) -> dict[str, Any]:
-    """What the owner says after a clear."""
-    text = read_text(answer)
-    if answer.status != 200:
-        raise RefusedError(answer.status, text)
-    statistics = json.loads(text)
-    if not isinstance(statistics, dict):
-        raise ValueError(f"{answer.status} body={shortened(text)}")
-    return statistics

@@ -28,8 +28,9 @@ from areal.infra.rpc.wire import CONTENT_TYPE
 ResultT = TypeVar("ResultT")
 
 NUM_TRIES = 3
-# Of a body that is read as text. A refusal may list 4,096 missing ids.
-_MAX_TEXT_BYTES = 16 << 20
+DEFAULT_MAX_UNKNOWN_BYTES = 8 << 30
+# Of a body that is read as text, beside the ids that a refusal may list.
+_TEXT_SLACK_BYTES = 64 << 10
 _MAX_SHOWN = 2000  # characters of a refusal in a message
 _NAMED_SHARDS = 3  # how many shards a message names
 # The system's: a program that seeds Python's own must get the same numbers with us as without.
@@ -51,13 +52,16 @@ FAULTS = (OSError, http.client.HTTPException)
 
 @dataclasses.dataclass(frozen=True)
 class HttpSettings:
-    """What all requests of a backend have in common."""
+    """What all requests of a backend have in common.
+
+    `max_unknown_bytes` is the longest shard that is taken where no handle says its size.
+    """
 
     headers: Mapping[str, str] = dataclasses.field(repr=False)  # one of them is the token
     max_json_shards: int = 32
     max_binary_bytes: int = 256 << 20
     max_binary_shards: int = 4096
-    max_body_bytes: int = 8 << 30
+    max_unknown_bytes: int = DEFAULT_MAX_UNKNOWN_BYTES
     fetch_timeout_s: float = 60.0
     delete_timeout_s: float = 10.0
     retry_pause_s: float = 0.1
@@ -106,7 +110,7 @@ class Requester:
         self._route, self._pool, self._settings, self._deadline = route, pool, settings, deadline
         self._connection: NodeConnection | None = None
         self._cancelled = threading.Event()
-        self._named = ""
+        self._named, self._max_text_bytes = "", _TEXT_SLACK_BYTES
 
     def send(
         self,
@@ -128,11 +132,16 @@ class Requester:
         """
         self._named, self._num_busy = named(shard_ids), 0
         payload = json.dumps({"shard_ids": shard_ids}).encode()
+        self._max_text_bytes = 2 * len(payload) + _TEXT_SLACK_BYTES  # for the same ids in other escapes
         while True:
             try:
                 return receive(self._try(payload, meanwhile))
             except FAULTS as error:
                 self.fault(error)
+
+    def text_of(self, answer: HttpAnswer) -> str:
+        """The body of a refusal, or of another answer about ids; not more of it than all ids take that were sent."""
+        return answer.read_rest(self._max_text_bytes).decode("utf-8", "replace")
 
     def fault(self, error: BaseException) -> None:
         """Give up the connection, unless the node is only busy, and let some time pass before the next try.
@@ -151,7 +160,7 @@ class Requester:
         if is_last or self._cancelled.wait(pause_s):
             raise kind_of_fault(error)(
                 f"Failed to {self._route.work} {self.url} after {self.num_faults + self._num_busy} attempts. "
-                f"Last error: {error!r} ({self._named})"
+                f"Last error: {shortened(repr(error))} ({self._named})"
             ) from error
 
     def _wait_s(self, busy: NodeBusyError) -> float:
@@ -202,7 +211,7 @@ class Requester:
         if self.node.note(answer.incarnation):
             self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
         if answer.status == 503 and answer.retry_after_s is not None:
-            raise NodeBusyError(f"503 body={shortened(read_text(answer))}", answer.retry_after_s)
+            raise NodeBusyError(f"503 body={shortened(self.text_of(answer))}", answer.retry_after_s)
         return answer
 
 
@@ -228,11 +237,6 @@ def kind_of_status(status: int) -> type[ShardFetchError]:
     if status == 404:
         return ShardMissingError
     return ShardRefusedError if 400 <= status < 500 else ShardAnswerError
-
-
-def read_text(answer: HttpAnswer) -> str:
-    """The body of a small answer, or of a refusal."""
-    return answer.read_rest(_MAX_TEXT_BYTES).decode("utf-8", "replace")
 
 
 def shortened(text: str) -> str:
