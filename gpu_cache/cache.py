@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -266,8 +266,13 @@ class TensorCache(ReclaimingCache):
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
 
-        Waits at most a few seconds for reads that were cut off.
+        Waits at most a few seconds for reads that were cut off, and for the threads that made them. It may be called on
+        such a thread, as by a callback of a prefetch.
         """
+        self.end(time.monotonic() + _CLOSE_WAIT_S)
+
+    def end(self, deadline: float) -> None:
+        """As `close`, which waits until then, as by `time.monotonic()`."""
         if self._is_closed:
             return
         self._refuse_capture("close")
@@ -276,7 +281,8 @@ class TensorCache(ReclaimingCache):
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel(CacheClosedError())
-        concurrent.futures.wait([task.done for task in tasks], _CLOSE_WAIT_S)
+        for task in tasks:
+            task.wait(deadline)
         self._drop(dropped)
         self._lazy.close()
         self._publisher.close()

@@ -188,7 +188,6 @@ class LazyEngine:
                 self.current, self._is_final = built, placement.is_final
             chosen = self.current
         if is_mine:
-            process.register_settling(built.reaper)
             settings = described(self._config, built.config)
             logger.info("caching on %s (%s): %s", placement.device.torch_device, placement.reason, settings)
             process.warn_if_shared(placement.device.torch_device)

@@ -1,18 +1,30 @@
-"""The live caches of this process: closed at exit, cut off in a forked child. Module-level state of `gpu_cache`."""
+"""The life of this process: caches and threads that end with it, and what a forked child must leave to its parent.
+
+Module-level state of `gpu_cache`.
+"""
 
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401
+import contextlib
 import ctypes
 import logging
 import os
+import threading
 import time
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+# Longest waits at exit, each for all together: for cut-off reads of caches, for servers, for every other thread.
+_CLOSE_S = 5.0
+_SERVERS_S = 6.0
+_THREADS_S = 2.0
 
 
 class LiveCache(Protocol):
@@ -20,21 +32,57 @@ class LiveCache(Protocol):
     def device_name(self) -> str:
         """Where it caches, "" while undecided."""
 
-    def close(self) -> None:
-        """Give everything back."""
+    def end(self, deadline: float) -> None:
+        """Give everything back; waits for reads that were cut off until then, as by `time.monotonic()`."""
 
     def disown(self) -> object:
         """Refuse every further call and return what must never be freed in this process."""
 
 
-class Settling(Protocol):
-    def settle(self, timeout_s: float) -> None:
-        """Wait for what is under way in torch's code and would not survive the interpreter's end."""
+class Inherited(Protocol):
+    def disown(self) -> object:
+        """Close descriptors in a child that inherited them, by `forget_sockets`; return what must never be freed."""
 
 
-_SETTLE_S = 2.0  # at exit, for all caches together
+class OwnThread(threading.Thread):
+    """A daemon thread that this process waits for before its interpreter goes, within a bound.
+
+    Python ends a daemon thread that comes back to a finalizing interpreter, and C++ code does not survive that: the
+    process aborts. So whatever may run torch's code in a thread of its own does so in one of these.
+
+    Args:
+        work: What the thread runs.
+        name: Of the thread.
+        ask_to_end: Makes `work` return soon. Called at exit; must not block.
+        is_server: Whether `work` needs executors, which Python ends before anything else: it ends first.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], object],
+        name: str,
+        ask_to_end: Callable[[], object] = lambda: None,
+        *,
+        is_server: bool = False,
+    ) -> None:
+        super().__init__(target=work, name=name, daemon=True)
+        self.ask_to_end, self.is_server = ask_to_end, is_server
+
+    def run(self) -> None:
+        """Work, and then keep nothing alive."""
+        try:
+            super().run()
+        finally:
+            self.ask_to_end = lambda: None
+
+    def wait(self, deadline: float) -> None:
+        """Join it until a deadline, as by `time.monotonic()`; a thread does not wait for itself."""
+        if self is not threading.current_thread() and self.is_alive():
+            self.join(max(0.0, deadline - time.monotonic()))
+
+
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
-_settling: weakref.WeakSet[Settling] = weakref.WeakSet()
+_inherited: weakref.WeakSet[Inherited] = weakref.WeakSet()
 
 
 def register(cache: LiveCache) -> None:
@@ -42,14 +90,27 @@ def register(cache: LiveCache) -> None:
     _caches.add(cache)
 
 
-def register_settling(one: Settling) -> None:
-    """Wait for it at exit, as it may outlive its cache."""
-    _settling.add(one)
-
-
 def unregister(cache: LiveCache) -> None:
     """It was closed."""
     _caches.discard(cache)
+
+
+def leave_to_parent(one: Inherited) -> None:
+    """Cut `one` off in a forked child, for as long as it lives."""
+    _inherited.add(one)
+
+
+def forget_sockets(descriptors: Iterable[int]) -> None:
+    """Close descriptors in a forked child, without a word to the peer.
+
+    Objects in the child still name them. So each number stays taken, by the null device: no such object can close a
+    later file of the child's.
+    """
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for descriptor in descriptors:
+        if descriptor >= 0:  # else closed before the fork
+            os.dup2(null, descriptor, inheritable=False)
+    os.close(null)
 
 
 def warn_if_shared(device: torch.device) -> None:
@@ -59,26 +120,73 @@ def warn_if_shared(device: torch.device) -> None:
         logger.warning("%d caches on %s in one process; each takes up to its own pool_bytes", count, device)
 
 
+def _own_threads() -> list[OwnThread]:
+    return [thread for thread in threading.enumerate() if isinstance(thread, OwnThread)]
+
+
+def _end_threads(threads: Sequence[OwnThread], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.ask_to_end()
+    for thread in threads:
+        thread.wait(deadline)
+
+
+def _end_servers() -> None:
+    """When the main thread ends: before Python ends executors, without which a server answers with errors."""
+    _end_threads([thread for thread in _own_threads() if thread.is_server], _SERVERS_S)
+
+
+def _end_all() -> None:
+    """At exit. Whatever interrupts it, a thread that is left does not abort the process."""
+    try:
+        _close_all()
+        _end_threads(_own_threads(), _THREADS_S)
+    finally:
+        if _own_threads():
+            _outlive_threads()
+
+
 def _close_all() -> None:
+    deadline = time.monotonic() + _CLOSE_S
     for cache in list(_caches):
         try:
-            cache.close()
+            cache.end(deadline)
         except Exception:
             logger.exception("closing %r at exit failed", cache)
-    deadline = time.monotonic() + _SETTLE_S
-    for one in list(_settling):
-        one.settle(max(0.0, deadline - time.monotonic()))
+
+
+def _outlive_threads() -> None:
+    """Keep threads that nothing can end, such as a caller's backend inside torch, from ending the process.
+
+    Two things would. Python up to 3.13 ends a thread by `pthread_exit` when it asks a finalizing interpreter for the
+    lock, and a C++ frame on its stack turns that into `std::terminate`: the handler becomes one that sleeps, which is
+    how Python 3.14 treats every such thread. And `exit` destroys C++ objects that the thread may be using: when all of
+    Python's own end is over, `_exit` comes before that, with the same status. `os._exit` in an `atexit` handler would
+    skip handlers of others, and the status is not known there.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        c, cpp = ctypes.CDLL(None), ctypes.CDLL("libstdc++.so.6")
+        cpp._ZSt13set_terminatePFvvE(c.pause)
+        c.on_exit(c._exit, None)
+        c["__cxa_atexit"](c.fflush, None, None)  # before `_exit`, being registered later
 
 
 def _disown_all() -> None:
     """In a child, where locks may be held by threads that do not exist here: takes none."""
-    for cache in list(_caches):
+    for one in (*_caches, *_inherited):
         # Arenas, events and pinned buffers of the parent: freeing them here, be it when the interpreter ends and clears
         # its modules, would call a CUDA context that did not survive the fork.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(cache.disown()))
+        try:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(one.disown()))
+        except Exception:  # such as no descriptor left; the others are to be cut off all the same
+            logger.exception("cutting off %r in a forked child failed", one)
     _caches.clear()
-    _settling.clear()
+    _inherited.clear()
 
 
-atexit.register(_close_all)
+atexit.register(_end_all)
+# What Python's executors use, too. The last registered is called first, and theirs is registered when
+# `concurrent.futures.thread` is imported. Where it is missing, servers end after executors, with errors in the log.
+getattr(threading, "_register_atexit", atexit.register)(_end_servers)
 os.register_at_fork(after_in_child=_disown_all)

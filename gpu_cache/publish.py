@@ -13,6 +13,7 @@ from typing import Any
 from gpu_cache.alarms import Alarms
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.index import ShardIndex
+from gpu_cache.process import OwnThread
 from gpu_cache.report import PERIOD_S, report_name
 from gpu_cache.report_files import HostileDirectoryError, ReportFiles, report_files
 from gpu_cache.reporter import Reporter, encoded
@@ -59,7 +60,7 @@ class Publisher:
         # A turn rather than a lock: who has it writes the report too. Guards _files, _reporter, _alarms.
         self._turn = threading.Lock()
         self._files: ReportFiles | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: OwnThread | None = None
         self._is_started = False
 
     def __repr__(self) -> str:
@@ -99,10 +100,16 @@ class Publisher:
         self._is_closed = True
 
     def close(self) -> None:
-        """End, and remove the files. Idempotent."""
+        """End, and remove the files; waits a second for the thread. Idempotent."""
+        deadline = time.monotonic() + _CLOSE_WAIT_S
+        self._ask_to_end()
+        self._clean_up()
+        if self._thread is not None:
+            self._thread.wait(deadline)
+
+    def _ask_to_end(self) -> None:
         self._is_closed = True
         self._wake.set()
-        self._clean_up()
 
     def disown(self) -> None:
         """In a forked child, where the thread does not exist: leave the files to the parent."""
@@ -144,18 +151,20 @@ class Publisher:
         except HostileDirectoryError as error:
             self._warn(f"no reports for gpu-cache-smi: {error}")
             return
-        self._thread = threading.Thread(target=self._run, name="gpu-cache-publish", daemon=True)
+        self._thread = OwnThread(self._run, "gpu-cache-publish", self._ask_to_end)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._is_closed and self._files is not None:
+        while self._files is not None:
             has_cleared = self._wake.wait(max(0.0, self._due_at - time.monotonic()))
             self._wake.clear()
-            if has_cleared:
+            if has_cleared and not self._is_closed:
                 self._clears_from = time.monotonic() + self._period_s  # steps may be short, and reports cost something
                 time.sleep(_SETTLE_S)
+            if self._is_closed:  # a closed cache leaves the device alone
+                break
             self._gather()
-            if not self._is_closed and (has_cleared or time.monotonic() >= self._due_at):
+            if has_cleared or time.monotonic() >= self._due_at:
                 self.publish()
         self._clean_up()
 
@@ -167,7 +176,7 @@ class Publisher:
             self._warn(f"timing copies failed: {traceback.format_exc()}")
 
     def _clean_up(self) -> None:
-        """In turn to its end: whoever waits for it may end the process next, and the thread in the midst of it."""
+        """In turn, behind a report that is being written."""
         if self._turn.acquire(timeout=_CLOSE_WAIT_S):
             try:
                 files, self._files = self._files, None

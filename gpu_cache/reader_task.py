@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 
@@ -16,6 +19,7 @@ from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index import ShardIndex
 from gpu_cache.inflight import Turn
 from gpu_cache.parked_reader import ParkedReader
+from gpu_cache.process import OwnThread
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.tensor_reader import TensorReader
 from gpu_cache.transfer import Transfer
@@ -38,19 +42,20 @@ class ReaderTask:
         self._transfer: Transfer | None = None  # once it runs
         index.came_from(entries.values(), reader.node)
         self._owner = threading.Lock()  # taken for good by whoever ends the task
+        self._thread: OwnThread | None = None  # once it runs in one of its own
+        self._drained_by = 0  # which thread
 
     def start(self, transfer: Transfer, deadline: float, live: set[ReaderTask], *, may_overflow: bool = True) -> None:
-        """Run in a thread of its own; `live` has it meanwhile."""
+        """Run in a thread of its own; `live` has the task until that thread is done with torch."""
         live.add(self)
-        threading.Thread(
-            target=self._run_noted, args=(transfer, deadline, live, may_overflow), name="gpu-cache-fetch", daemon=True
-        ).start()
+        self._thread = OwnThread(partial(self._run_noted, transfer, deadline, live, may_overflow), "gpu-cache-fetch")
+        self._thread.start()
 
     def run(self, transfer: Transfer, deadline: float, *, may_overflow: bool = True) -> None:
         """Drain to the end. Never raises: each entry not delivered gets the reason."""
         if not self.take_over():
             return  # given up before it began
-        self._transfer = transfer
+        self._transfer, self._drained_by = transfer, threading.get_ident()
         error = self._drain(transfer, deadline, may_overflow)
         while isinstance(error, FetchError) and error.may_go_on:
             self._announced = {key for key in self._announced if self.entries[key].has_arrived}
@@ -60,6 +65,13 @@ class ReaderTask:
     def take_over(self) -> bool:
         """Whether the caller is the first, and is to end it."""
         return self._owner.acquire(blocking=False)
+
+    def wait(self, deadline: float) -> None:
+        """Wait until its thread has ended, or has no more to do with it; not if that thread is the caller."""
+        if self._drained_by != threading.get_ident():
+            concurrent.futures.wait([self.done], max(0.0, deadline - time.monotonic()))
+        if self._thread is not None:
+            self._thread.wait(deadline)
 
     def end(self, error: BaseException | None) -> None:
         """Close the reader and settle what it has not delivered."""
@@ -128,9 +140,9 @@ class ReaderTask:
         finally:
             if is_fetch:
                 self._index.note_fetch(node, begins=False)
-            live.discard(self)
             if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
                 _finish(transfer)
+            live.discard(self)  # last: from here on `close` waits for the thread no more
 
     def _drain(self, transfer: Transfer, deadline: float, may_overflow: bool) -> BaseException | None:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gpu_cache.lease import Husks
+from gpu_cache.process import OwnThread
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,10 @@ class Reaper:
         self._pool, self._period_s = pool, PERIOD_S if period_s is None else period_s
         self._husks = Husks() if husks is None else husks
         self._may_be_busy, self._is_retired = threading.Event(), threading.Event()
-        self._has_looked = threading.Event()  # since it was retired
+        self._is_ended = threading.Event()
         # Guards _thread.
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread: OwnThread | None = None
         self._first: Callable[[], object] | None = None
 
     def wake(self) -> None:
@@ -53,7 +54,7 @@ class Reaper:
             return
         with self._lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="gpu-cache-reaper", daemon=True)
+                thread = OwnThread(self._run, "gpu-cache-reaper", self.end)
                 thread.start()
                 self._thread = thread
         self._may_be_busy.set()
@@ -68,27 +69,25 @@ class Reaper:
         self._is_retired.set()
         self._may_be_busy.set()
 
-    def settle(self, timeout_s: float) -> None:
-        """If it is retired, wait until what nobody holds was given back.
-
-        At exit: a thread that the interpreter ends amid torch's code takes the process with it.
-        """
-        if self._is_retired.is_set() and self._thread is not None:
-            self._has_looked.wait(timeout_s)
+    def end(self) -> None:
+        """Retire it, and look once more: what is held then is given back by the process's end. Only sets flags."""
+        self._is_ended.set()
+        self._is_retired.set()
+        self._may_be_busy.set()
 
     def _run(self) -> None:
-        pause: Callable[[float], object] = self._is_retired.wait  # retirement cuts it short, once
+        pause = self._is_retired.wait  # retirement cuts it short, once
         while True:
             self._may_be_busy.wait()
             pause(self._period_s)
             if self._is_retired.is_set():
-                pause = time.sleep
+                pause = self._is_ended.wait
             self._may_be_busy.clear()  # before looking: what is handed out from here on sets it again
-            is_last = self._is_retired.is_set()
+            is_last = self._is_ended.is_set()
             is_idle = self._reap()
+            if is_last:  # what is left of tensors goes with the process
+                return
             self._drop_husks()
-            if is_last:
-                self._has_looked.set()
             if is_idle and self._is_retired.is_set():
                 return
             if not is_idle or len(self._husks):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+from gpu_cache.process import OwnThread
 
 ResultT = TypeVar("ResultT")
 
@@ -14,8 +15,8 @@ ResultT = TypeVar("ResultT")
 async def in_own_thread(work: Callable[..., ResultT], *args: Any) -> ResultT:
     """Await a blocking call on a thread of its own.
 
-    The few threads of `asyncio.to_thread` could all be waiting for somebody who is dead. And those of an executor are
-    waited for when the interpreter ends: a daemon thread that hangs keeps nobody.
+    The few threads of `asyncio.to_thread` could all be waiting for an owner that is dead. And the interpreter waits
+    for those of an executor without end; for this one it waits a moment.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[ResultT] = loop.create_future()
@@ -34,7 +35,7 @@ async def in_own_thread(work: Callable[..., ResultT], *args: Any) -> ResultT:
         else:
             _tell(loop, settle, future.set_result, result)
 
-    threading.Thread(target=run, name="areal-clear", daemon=True).start()
+    OwnThread(run, "areal-clear").start()
     return await future
 
 

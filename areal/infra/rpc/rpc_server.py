@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
 from gpu_cache.config import parse_size
 from gpu_cache.hosts import HostRule, is_loopback
+from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 
 try:
     from uvloop import new_event_loop
@@ -62,7 +62,7 @@ class ServedOwner(DataOwner, Protocol):
 
 
 class ServerHandle:
-    """A server on a thread of its own. A context manager: leaving it stops the server.
+    """A server on a thread of its own. A context manager: leaving it stops the server, as does the process's end.
 
     Args:
         owner: Whose shards are served.
@@ -85,16 +85,31 @@ class ServerHandle:
         self._listener = listener
         self._loop = new_event_loop()
         self._stopping = asyncio.Event()
+        self._is_inherited = False
         owner.add_own_address(address)
-        self._thread = threading.Thread(target=self._run, name=f"areal-rpc-server-{address}", daemon=True)
+        self._thread = OwnThread(self._run, f"areal-rpc-server-{address}", self._ask_to_stop, is_server=True)
         self._thread.start()
+        leave_to_parent(self)
 
     def stop(self) -> None:
         """Stop serving, once the answers under way are sent or some seconds have passed. Idempotent; any thread."""
         self._owner.remove_own_address(self.address)
+        if not self._is_inherited:
+            self._ask_to_stop()
+            self._thread.join()
+
+    def disown(self) -> object:
+        """Close listener and connections in a forked child, which else keeps them open when the owner is gone."""
+        self._is_inherited = True
+        connections = self._runner.server.connections if self._runner.server is not None else ()
+        transports = [one.transport for one in connections if one.transport is not None]
+        sockets = [self._listener, *(transport.get_extra_info("socket") for transport in transports)]
+        forget_sockets([one.fileno() for one in sockets if one is not None])
+        return self
+
+    def _ask_to_stop(self) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: stopped before
             self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
 
     def _run(self) -> None:
         with contextlib.closing(self._loop):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import Generic, TypeVar
 
 from areal.infra.rpc.shard import ShardTimeoutError, ShardUnreachableError
+from gpu_cache.process import OwnThread
 
 ResultT = TypeVar("ResultT")
 
@@ -19,7 +19,7 @@ class BoundedCall(Generic[ResultT]):
     """One call on a thread of its own, waited for until a deadline.
 
     Nothing can end a call of somebody else's code that hangs: its thread stays until it returns, and what it returns
-    then is dropped there.
+    then is dropped there. At exit the process waits for it a moment, and then ends without it.
 
     Args:
         work: What to call.
@@ -41,7 +41,7 @@ class BoundedCall(Generic[ResultT]):
             ShardUnreachableError: It was given up.
             BaseException: Whatever it raised.
         """
-        threading.Thread(target=self._run, name="areal-call", daemon=True).start()
+        OwnThread(self._run, "areal-call").start()
         concurrent.futures.wait([self._outcome], max(0.0, self._deadline - time.monotonic()))
         self._give_up(
             ShardTimeoutError(f"Failed to fetch shards from {self._who}: no answer in {self._timeout_s:.1f} s")

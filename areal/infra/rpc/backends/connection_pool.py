@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from areal.infra.rpc.backends.http_connection import NodeConnection
+from gpu_cache.process import leave_to_parent
 
 # Of idle connections, over all nodes. Workers come and go; one to a worker that is gone would stay open for ever.
 _MAX_IDLE = 256
@@ -18,6 +19,12 @@ class ConnectionPool:
         self._lock = threading.Lock()
         self._idle: list[NodeConnection] = []  # longest idle first
         self._is_closed = False
+        leave_to_parent(self)
+
+    def disown(self) -> object:
+        """Be empty in a forked child, where the lock may be held for good; sockets are left to the parent."""
+        self._lock, kept, self._idle = threading.Lock(), self._idle, []
+        return kept
 
     def acquire(self, address: str) -> NodeConnection:
         """An idle connection to the node that is still alive, or a new one, not yet connected.

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from gpu_cache.process import forget_sockets, leave_to_parent
+
 ResultT = TypeVar("ResultT")
 
 _SHORTEST_S = 1e-3  # of a time-out: to the kernel, zero means none
@@ -36,6 +38,12 @@ class DeadlineSocket(socket.socket):
         self._is_cut = False
         # Guards the descriptor: once it is closed, its number may be another file's. Nothing under it blocks.
         self._lock = threading.Lock()
+        leave_to_parent(self)
+
+    def disown(self) -> object:
+        """Close it in a forked child, where the lock may be held for good; the parent's connection goes on."""
+        forget_sockets([self.fileno()])
+        return self
 
     def cut(self) -> None:
         """Make the call under way fail at once, and every later one. Idempotent."""
