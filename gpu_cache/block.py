@@ -25,6 +25,7 @@ class Slab:
     is_overflow: bool = False  # beyond the pool's cap: holds one run and is released with it
     leases: dict[int, Lease] = dataclasses.field(default_factory=dict)  # by offset, kept until they fire
     templates: dict[torch.dtype, torch.Tensor] = dataclasses.field(default_factory=dict)  # empty; not under the lock
+    used_at: int = 0  # the number of its last take
 
     @property
     def nbytes(self) -> int:

@@ -355,7 +355,7 @@ class TensorCache(ReclaimingCache):
         dropped.clear()
         if (engine := self._engine) is not None:
             engine.husks.strip(bases)
-            engine.drain()
+            engine.end_step() if count else engine.drain()
             engine.reaper.wake()
         self._publisher.soon()
         return count

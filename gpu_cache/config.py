@@ -50,9 +50,11 @@ class CacheConfig:
     Attributes:
         device: "auto" (the CUDA device if this process has initialised CUDA, else the host), "cpu", "cuda", "cuda:N".
         slab_bytes: Bytes of one slab; a larger shard gets a slab of its own.
-        prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host.
-        pool_bytes: The most all slabs may take. Default the smaller of 8 GiB and a tenth of the device; 2 GiB on
-            the host.
+        prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host. Kept
+            beside them is what the latest 16 steps had in use; each clear ends a step, as does a minute without a
+            fetch. `trim`, `offload`, and a device that is short of memory take that back.
+        pool_bytes: The most all slabs may take, the empty ones that are kept included. Default the smaller of 8 GiB
+            and a tenth of the device; 2 GiB on the host.
         staging_slots: Pinned buffers that bytes pass through on their way to the device.
         staging_slot_bytes: Bytes of one such buffer.
         run_bytes: The most bytes of consecutive shards that are placed and copied together.

@@ -128,6 +128,9 @@ class Device(Protocol):
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
 
+    def num_shortages(self) -> int:
+        """How often torch's allocator found too little memory on the device so far. Calls nothing of the device."""
+
     def identity(self) -> DeviceIdentity:
         """Which device this is."""
 
@@ -191,6 +194,9 @@ class HostDevice:
     def memory_info(self) -> tuple[int, int]:
         page = os.sysconf("SC_PAGE_SIZE")
         return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+
+    def num_shortages(self) -> int:
+        return 0
 
     def identity(self) -> DeviceIdentity:
         return DeviceIdentity("host")
@@ -299,6 +305,10 @@ class CudaDevice:
         with self._here():
             free, total = self._cuda.mem_get_info(self.torch_device)
             return int(free), int(total)
+
+    def num_shortages(self) -> int:
+        stats = self._cuda.memory_stats_as_nested_dict(self.torch_device)
+        return int(stats.get("num_alloc_retries", 0)) + int(stats.get("num_ooms", 0))
 
     def identity(self) -> DeviceIdentity:
         found = self._cuda.get_device_properties(self.torch_device)

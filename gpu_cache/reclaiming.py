@@ -36,7 +36,7 @@ class ReclaimingCache(ObservedCache):
             engine.synchronize()
 
     def trim(self, to_bytes: int = 0) -> TrimReport:
-        """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more from now on.
+        """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more until `resume`.
 
         Returns:
             How much was given back, true if anything was, and how much stays because its shards are cached or held.
@@ -69,7 +69,10 @@ class ReclaimingCache(ObservedCache):
         return report
 
     def resume(self) -> None:
-        """Take back what `offload` or `trim` said: the next use preallocates. Without it the cache works too."""
+        """Take back what `offload` or `trim` said: the next use preallocates, and slabs are kept from step to step.
+
+        Without it the cache works too, and takes and releases its slabs at each step.
+        """
         if (engine := self._engine) is not None:
             engine.pool.resume()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.fence import StreamFence
 from gpu_cache.lease import Freed, Husks, Lease, lease_fault
-from gpu_cache.slab_set import SlabSet
+from gpu_cache.slab_set import LOOK_S, SlabSet
 from gpu_cache.source import ShardSpec
 from gpu_cache.victims import Layout, Span
 
@@ -60,9 +61,9 @@ class SlabPool(SlabSet):
 
     @property
     def is_busy(self) -> bool:
-        """Whether bytes may become free without a call: any are taken, or in quarantine."""
+        """Whether bytes may become free without a call: any are taken, in quarantine, or kept for a next step."""
         with self._lock:
-            return bool(self._pending_bytes or self._held_bytes or self._quarantine)
+            return bool(self._pending_bytes or self._held_bytes or self._quarantine) or self._has_spare
 
     def take(self, nbytes: int) -> Range | None:
         """Take one range for a run, growing the pool where it may; None if there is no room now."""
@@ -72,10 +73,11 @@ class SlabPool(SlabSet):
                 while not (taken := self._take_locked(nbytes)) and self._growing_bytes:
                     self._lock.wait()  # for another thread's slab, which may have room for both
                 growth = 0 if taken else self._plan_growth_locked(nbytes)
-            # A run longer than a slab may need the room of empty ones.
-            is_settled = taken or nbytes > self.capacity
-            if is_settled or not (self._grow(growth) if growth else self._release_empty(keep_bytes=0)):
+                # A run longer than a slab may need the room of empty ones.
+                way = [] if taken or growth else self._make_way_locked(nbytes)
+            if not (self._grow(growth) if growth else way):
                 return taken
+            self._release(way)
 
     def take_free(self, nbytes: int) -> Range | None:
         """Take a range of what is free now; the pool does not grow for it."""
@@ -95,8 +97,7 @@ class SlabPool(SlabSet):
                 reserved = self._reserved_bytes + self._overflow_bytes
             raise CacheFullError(nbytes, self._device.memory_info()[0], self.capacity, reserved) from error
         with self._lock:
-            self._slabs.append(slab)
-            self._overflow_bytes += nbytes
+            self._add_locked(slab)
             taken = self._take_from_locked(slab, nbytes)
         assert taken is not None
         return taken
@@ -132,10 +133,20 @@ class SlabPool(SlabSet):
 
     def drain(self) -> None:
         """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""
-        if not (self._freed or self._quarantine) or self._device.is_capturing():
+        is_due = time.monotonic() >= self._look_at
+        if not (self._freed or self._quarantine or is_due) or self._device.is_capturing():
             return
+        if is_due:
+            self._look()
         self._collect()
         self._settle([one for one in self._fenced() if all(map(self._device.query, one.events or ()))])
+
+    def end_step(self) -> None:
+        """Something was cleared: what is in use from here on is the next step's. See `HighWater`."""
+        with self._lock:
+            has_ended = self._water.clear(self._held_bytes + self._pending_bytes)
+        if has_ended:
+            self._look_for_shortage()
 
     def synchronize(self) -> None:
         """Drain, and wait until what was freed before this call is reusable."""
@@ -175,10 +186,10 @@ class SlabPool(SlabSet):
     def trim(self, to_bytes: int = 0) -> TrimReport:
         """Release empty slabs down to `to_bytes`, and keep no more until `resume`."""
         with self._lock:
-            self._keep_bytes = min(self._keep_bytes, to_bytes)
+            self._limit_bytes = to_bytes if self._limit_bytes is None else min(self._limit_bytes, to_bytes)
             before = self._reserved_bytes + self._overflow_bytes
         self.synchronize()
-        self._release_empty(self._keep_bytes)
+        self._release_empty()
         with self._lock:
             held = [slab.nbytes for slab in self._slabs if not slab.free.is_empty]
             return TrimReport(max(0, before - self._reserved_bytes - self._overflow_bytes), sum(held), len(held))
@@ -256,8 +267,20 @@ class SlabPool(SlabSet):
                 for freed in one.ranges:
                     freed.slab.free.give(freed.offset, freed.nbytes)
                     self._quarantined_bytes -= freed.nbytes
+                    if freed.slab.free.is_empty and not freed.slab.is_overflow:
+                        self._in_use_bytes -= freed.slab.nbytes
         if done:
-            self._release_empty(self._keep_bytes)
+            self._release_empty()
+
+    def _look(self) -> None:
+        """Once in a while: keep less if the device is short of memory, or if nothing is taken any more."""
+        with self._lock:
+            if not self._has_spare:
+                self._look_at = time.monotonic() + LOOK_S
+                return
+            self._water.pass_time(self._held_bytes + self._pending_bytes)
+        self._look_for_shortage()
+        self._release_empty()
 
     def _give_way(self) -> bool:
         """Also what only waits to be reused."""
@@ -273,11 +296,17 @@ class SlabPool(SlabSet):
         return None
 
     def _take_from_locked(self, slab: Slab, nbytes: int) -> Range | None:
+        was_empty = slab.free.is_empty
         offset = slab.free.take(nbytes)
         if offset is None:
             return None
         self._pending_bytes += nbytes
-        self._peak_bytes = max(self._peak_bytes, self._held_bytes + self._pending_bytes)
+        in_use = self._held_bytes + self._pending_bytes
+        self._peak_bytes = max(self._peak_bytes, in_use)
+        slab.used_at = next(self._uses)
+        if not slab.is_overflow:
+            self._in_use_bytes += slab.nbytes if was_empty else 0
+            self._water.note(self._in_use_bytes, in_use, nbytes)
         return Range(slab, offset, nbytes)
 
     def _quarantine_locked(self, ranges: Sequence[Range | Lease], nbytes: int) -> None:

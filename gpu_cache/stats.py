@@ -17,7 +17,7 @@ class BufferStats(TypedDict):
     total_bytes: int  # cached, over all tiers
     # device pool
     device_bytes: int  # cached, being received, or still held by an alias; alignment included
-    device_reserved_bytes: int
+    device_reserved_bytes: int  # of all slabs, the empty ones that are kept included
     device_capacity_bytes: int
     device_peak_bytes: int
     device_largest_free_bytes: int

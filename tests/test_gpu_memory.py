@@ -31,14 +31,18 @@ SLAB_BYTES = 64 * MIB
 
 
 def rehearsed(cache: TensorCache) -> TensorCache:
-    """The cache, after it has taken and given back: what the driver allocates by the way is there."""
+    """The cache, after it has taken and given back: what the driver allocates by the way is there.
+
+    It has what is preallocated, and no more.
+    """
     fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
     cache.clear()
-    cache.synchronize()
+    cache.trim(cache._open_engine().config.prealloc_bytes or 0)
+    cache.resume()
     return cache
 
 
-def test_slabs_above_the_preallocated_ones_go_back_when_a_clear_empties_them() -> None:
+def test_slabs_that_a_step_needed_are_kept_for_the_next_one_and_go_back_with_a_trim() -> None:
     cache = rehearsed(roomy_cache(prealloc_bytes=SLAB_BYTES))
     before = steady_free_bytes()
     shards = fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
@@ -48,8 +52,22 @@ def test_slabs_above_the_preallocated_ones_go_back_when_a_clear_empties_them() -
     assert is_about(before - steady_free_bytes(), 3 * SLAB_BYTES), "they are held"
     del shards
     cache.synchronize()
+    assert is_about(before - steady_free_bytes(), 3 * SLAB_BYTES), "they are kept"
+    assert cache.buffer_stats()["device_reserved_bytes"] == 4 * SLAB_BYTES
+    cache.trim(SLAB_BYTES)
     assert is_about(steady_free_bytes(), before)
     assert cache.buffer_stats()["device_reserved_bytes"] == SLAB_BYTES
+
+
+def test_with_the_same_batches_torch_takes_no_memory_from_the_third_step_on() -> None:
+    cache = roomy_cache(prealloc_bytes=SLAB_BYTES)
+    seen = []
+    for _ in range(6):
+        fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
+        cache.clear()
+        cache.synchronize()
+        seen.append(torch.cuda.memory_stats(GPU)["segment.all.allocated"])
+    assert seen[2:] == [seen[1]] * 4
 
 
 def test_trim_gives_the_preallocated_slabs_back_too_and_spares_what_torch_keeps() -> None:
@@ -207,11 +225,11 @@ import torch
 from tests.support.gpu_scene import *
 cache = roomy_cache()
 fetch_all(cache, dict.fromkeys(range(3), 64 * MIB))
-cache.clear(); cache.synchronize()
+cache.clear(); cache.trim(); cache.resume()
 before = steady_free_bytes()
 fetch_all(cache, dict.fromkeys(range(3), 64 * MIB))
 taken = before - steady_free_bytes()
-cache.clear(); cache.synchronize()
+cache.clear(); cache.trim()
 print(is_about(taken, 192 * MIB, 64 * MIB), is_about(steady_free_bytes(), before))
 """
 
@@ -230,14 +248,14 @@ auto = TensorCache()
 auto.put("a", torch.ones(3))
 cache = roomy_cache()
 fetch(cache, "warm", 1)
-cache.clear(); cache.synchronize()
+cache.clear(); cache.trim()
 before = steady_free_bytes()
 kept = fetch(cache, "kept", 3, 64 * MIB)
 torch_memory_saver.pause()
 readable = is_all(kept.cpu(), 3)
 torch_memory_saver.resume()
 del kept
-cache.clear(); cache.synchronize()
+cache.clear(); cache.trim()
 print(auto.device_name, readable, is_about(steady_free_bytes(), before))
 """
 

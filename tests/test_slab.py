@@ -62,7 +62,9 @@ def test_a_block_goes_from_pending_to_held_to_free() -> None:
     check(pool, held=1024, free=MIB - 1024, reserved=MIB)
     del kept
     pool.drain()
-    check(pool)  # the slab is empty, and nothing is to be kept
+    check(pool, free=MIB, reserved=MIB)  # kept for the next step
+    pool.trim()
+    check(pool)
     assert pool.stats()["device_peak_bytes"] == 1536
 
 
@@ -79,9 +81,10 @@ def test_preallocated_slabs_are_taken_at_first_use_and_kept() -> None:
     assert not pool.trim(MIB)
 
 
-def test_a_slab_that_a_clear_leaves_empty_goes_back() -> None:
+def test_a_trimmed_pool_gives_back_a_slab_that_a_clear_leaves_empty() -> None:
     pool = pool_of(prealloc_bytes=MIB)
     first, second = [shards_in(pool, taken_from(pool, MIB), MIB) for _ in range(2)]
+    pool.trim(MIB)
     assert pool.accounts()["reserved"] == 2 * MIB
     del second
     pool.drain()
@@ -99,7 +102,7 @@ def test_the_pool_does_not_grow_beyond_its_cap() -> None:
     pool.abandon(second)
     check(pool, quarantined=3 * MIB // 2, reserved=3 * MIB // 2)
     pool.drain()
-    check(pool)
+    check(pool, free=3 * MIB // 2, reserved=3 * MIB // 2)
 
 
 def test_a_shard_larger_than_a_slab_gets_a_slab_of_its_own() -> None:
@@ -116,11 +119,13 @@ def test_empty_slabs_make_way_for_a_shard_longer_than_they_are() -> None:
     pool.drain()
     check(pool, free=4 * MIB, reserved=4 * MIB)
     taken = taken_from(pool, 3 * MIB)
-    check(pool, pending=3 * MIB, reserved=3 * MIB)
+    check(pool, pending=3 * MIB, free=MIB, reserved=4 * MIB)  # as many as it needs, and no more
     assert pool.free_bytes == MIB
+    assert pool.take(2 * MIB) is None
+    check(pool, pending=3 * MIB, free=MIB, reserved=4 * MIB)
     pool.abandon(taken)
     pool.drain()
-    check(pool, free=3 * MIB, reserved=3 * MIB)
+    check(pool, free=4 * MIB, reserved=4 * MIB)
 
 
 def test_readers_that_race_for_the_first_slab_share_it() -> None:
@@ -188,7 +193,7 @@ def test_building_that_fails_half_way_loses_nothing() -> None:
     pool.abandon(taken)
     del caught
     pool.drain()
-    check(pool)
+    check(pool, free=MIB, reserved=MIB)
 
 
 def test_unsound_leases_stop_the_pool_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +286,6 @@ def test_a_released_slab_gives_its_memory_back_to_the_driver(tmp_path: Path) -> 
     landings = shards_in(pool, taken_from(pool, 512), 512)
     assert cuda.reserved(index) == MIB
     del landings
-    pool.synchronize()
+    pool.trim()
     assert cuda.reserved(index) == 0
     assert not cuda.violations

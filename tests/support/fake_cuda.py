@@ -59,7 +59,8 @@ class FakeCuda:
         self.violations: list[str] = []
         self.copies: list[FakeStream] = []  # the stream of each copy
         self.synchronized: list[FakeStream] = []
-        self.num_pools = 0
+        self.num_pools = self.num_alloc_retries = self.num_ooms = 0
+        self.has_memory_stats = True
         self.num_priorities = 4
         self.turns: dict[tuple[int, int], int] = {}
         self.thread = Thread()
@@ -161,6 +162,7 @@ class FakeCuda:
             self._cached[index] -= reused
             nbytes -= reused
         if nbytes > self.free_bytes[index]:
+            self.num_ooms += 1
             for number in range(len(self.entered)):  # names no pool, which the traceback would keep alive
                 self.entered[number].num_allocated += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
@@ -248,6 +250,9 @@ class FakeCuda:
     def mem_get_info(self, device: torch.device) -> tuple[int, int]:
         self.driver_call(device)
         return self.free_bytes[device.index], self._device_bytes
+
+    def memory_stats_as_nested_dict(self, device: torch.device) -> dict[str, Any]:
+        return {"num_alloc_retries": self.num_alloc_retries, "num_ooms": self.num_ooms} if self.has_memory_stats else {}
 
     def get_device_properties(self, device: torch.device) -> Any:
         properties = SimpleNamespace(name="Fake GPU", uuid=f"0000-{device.index}")

@@ -81,6 +81,9 @@ class SimDevice(SimHost):
     def memory_info(self) -> tuple[int, int]:
         return 1 << 30, 1 << 30
 
+    def num_shortages(self) -> int:
+        return 0
+
     def identity(self) -> DeviceIdentity:
         return DeviceIdentity("simulated")
 
