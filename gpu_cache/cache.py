@@ -13,7 +13,7 @@ import torch
 
 from gpu_cache import process
 from gpu_cache.checksum import check_bytes
-from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode
+from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode, seconds
 from gpu_cache.device import Device
 from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry, Promise
@@ -116,7 +116,7 @@ class TensorCache(ReclaimingCache):
         Args:
             keys: Shard ids; one that repeats is looked up once and gives aliases of one block.
             source: Asked for the missing ones only.
-            timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`.
+            timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`; `math.inf`: no limit.
             ready: Overrides `config.ready` for this call.
             keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
             prefer: "host": what is not on the device by now is received into the host tier, and handed out there, in
@@ -316,7 +316,7 @@ class TensorCache(ReclaimingCache):
     ) -> Fetch:
         if prefer not in ("device", "host"):
             raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
-        limit_s = self.config.fetch_timeout_s if timeout_s is None else timeout_s
+        limit_s = self.config.fetch_timeout_s if timeout_s is None else seconds(timeout_s, "timeout_s")
         return Fetch(
             self._index,
             limit_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -13,6 +14,9 @@ from typing import Any, Literal, cast
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", re.IGNORECASE)
+
+# About thirty years. What is longer means no limit, and no lock, socket or timer takes it.
+LONGEST_S = 1e9
 
 # Every block starts at a multiple of this, as the CUDA allocator's blocks do.
 ALIGNMENT = 512
@@ -38,6 +42,26 @@ def parse_size(text: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
+    """A time limit that every kind of wait takes. Infinity, and more than 30 years, mean no limit: such is 1e9.
+
+    Args:
+        value: A number, or its text.
+        name: Of the argument, for the message; "": the caller adds it.
+        least: The shortest that makes sense.
+    Raises:
+        ValueError: Not a number, NaN, or less than `least`.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not found >= least:
+        named = f"{name}={value!r}: " if name else ""
+        raise ValueError(f"{named}must be a number of seconds, at least {least:g}; math.inf means no limit")
+    return min(found, LONGEST_S)
+
+
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up to a whole number of alignment units."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -58,7 +82,7 @@ class CacheConfig:
         staging_slots: Pinned buffers that bytes pass through on their way to the device.
         staging_slot_bytes: Bytes of one such buffer.
         run_bytes: The most bytes of consecutive shards that are placed and copied together.
-        fetch_timeout_s: Longest wait of one call for its shards, in seconds.
+        fetch_timeout_s: Longest wait of one call for its shards, in seconds; "inf" means no limit.
         max_inflight_bytes: The most bytes that are being received at once, over all nodes and all calls; whoever comes
             later waits for its turn. A window (a staging buffer's bytes; without staging, four) that is larger is
             received alone.
@@ -205,7 +229,7 @@ def _checked(field: str, value: Any) -> Any:
     if field == "on_mutation":
         return _one_of(value, "refetch|error|ignore")
     if field == "fetch_timeout_s":
-        return _at_least(float(value), 1e-3)
+        return seconds(value, least=1e-3)
     if field == "staging_slots":
         return _at_least(int(value), 1)
     if value is None and field in ("prealloc_bytes", "pool_bytes", "stats", "role", "rank"):

@@ -25,6 +25,8 @@ from soaking.owner import OwnerError
 from soaking.session import Plan, soak
 from soaking.verdict import judge
 
+from gpu_cache.config import seconds
+
 EXIT_FAILED = 1
 
 
@@ -90,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    if float(text) <= 0:
+    if not float(text) > 0:
         raise argparse.ArgumentTypeError("must be positive")
-    return float(text)
+    return seconds(text)
 
 
 if __name__ == "__main__":

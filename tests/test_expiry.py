@@ -147,7 +147,7 @@ def test_times_are_seconds_or_have_a_unit(text: Any, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", [0, -1, "", "0m", "soon", "1w", "-5m", "nan", "inf", "1e400", "9" * 400, True, None])
+@pytest.mark.parametrize("text", [0, -1, "", "0m", "soon", "1w", "-5m", "nan", "-inf", True, None])
 def test_what_is_no_time_is_refused(text: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="is not a time above 0"):
         parse_seconds(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gpu_cache import __version__
+from gpu_cache.config import seconds
 from gpu_cache.smi.boxes import DEVICES, PROCESSES, SOURCES
 from gpu_cache.smi.node import Filters
 from gpu_cache.smi.query import FIELDS
@@ -134,10 +135,10 @@ def _fields(kind: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not seconds >= MIN_INTERVAL_S:
-        raise argparse.ArgumentTypeError(f"at least {MIN_INTERVAL_S} seconds")
-    return seconds
+    try:
+        return seconds(text, least=MIN_INTERVAL_S)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _milliseconds(text: str) -> int:

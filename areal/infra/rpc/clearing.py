@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from areal.infra.rpc.own_thread import in_own_thread
 from areal.infra.rpc.shard import ShardClearError
+from gpu_cache.config import seconds
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class StepClearer:
     """
 
     def __init__(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self.timeout_s = timeout_s
+        self.timeout_s = seconds(timeout_s, "timeout_s")
         # Guards every field below.
         self._lock = threading.Lock()
         self._owed_by_owners: dict[str, list[SizedId]] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import re
 import threading
 import time
@@ -13,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
 from areal.infra.rpc.store import ShardStore
+from gpu_cache.config import seconds
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +25,19 @@ _LOG_PERIOD_S = 60.0
 
 
 def parse_seconds(text: float | str) -> float:
-    """Seconds of a number, or of text such as "90", "10m", "2h" or "1.5 d".
+    """Seconds of a number, or of text such as "90", "10m", "2h", "1.5 d" or "inf".
 
     Raises:
         ValueError: Not a time, or none that could be meant.
     """
     match = _DURATION.fullmatch(str(text))
-    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
-    if not 0.0 < seconds < math.inf:
+    try:
+        found = float(match[1]) * _UNITS_S[match[2]] if match else float(str(text))
+    except ValueError:
+        found = 0.0
+    if not found > 0.0:
         raise ValueError(f"{text!r} is not a time above 0; write seconds, or a number with s, m, h or d")
-    return seconds
+    return seconds(found)
 
 
 class ShardExpiry:
