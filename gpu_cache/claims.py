@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from concurrent.futures import Future
 
 import torch
@@ -26,7 +26,7 @@ class ClaimingIndex(ScopedIndex):
 
     def claim(
         self,
-        keys: Iterable[Hashable],
+        keys: Collection[Hashable],
         found: Claim | None = None,
         deadline: float = 0.0,
         *,
@@ -58,13 +58,17 @@ class ClaimingIndex(ScopedIndex):
                 keys = list(keys)
                 self._doubts.refuse_changed(self._entries, self._meant_locked(keys, found))
             entries, hit_bytes, num_parked = self._entries, 0, 0
-            expected = found.expected
             self._begin_locked(found, deadline)
-            for key in keys:
+            for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
                 if (entry := entries.get(key)) is None:
-                    self._claim_locked(key, found)
+                    self._claim_locked(key, promise, found)
                     continue
-                if expected and entry.promise != expected.get(key) and self._is_other_locked(entry, found):
+                # Equal ones are mostly one object: looking into two for each of thousands costs a quarter of the hit.
+                if (
+                    entry.promise is not promise
+                    and promise is not None
+                    and self._is_other_locked(entry, promise, found)
+                ):
                     continue
                 place = entry.parked or entry
                 if (base := place.base) is None or (entry.moving is not None and not on_host):
@@ -96,20 +100,21 @@ class ClaimingIndex(ScopedIndex):
             found.num_removals = self._num_removals
         found.is_current, found.deadline = found.num_removals == self._num_removals, deadline
 
-    def _claim_locked(self, key: Hashable, found: Claim) -> None:
+    def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
         """Claim what is not there."""
         entry = found.claimed[key] = Entry(
-            key, next(self._generations), num_awaiting=1, deadline=found.deadline, promise=found.expected.get(key)
+            key, next(self._generations), num_awaiting=1, deadline=found.deadline, promise=promise
         )
         if found.is_current:
             self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
 
-    def _is_other_locked(self, entry: Entry, found: Claim) -> bool:
+    def _is_other_locked(self, entry: Entry, promise: Promise, found: Claim) -> bool:
         """Refuse an entry that is not what the caller expects, or claim the shard of the owner that is meant.
 
         Whether either was done. What is on its way is compared when it is here.
         """
-        promise = found.expected.get(entry.key)
+        if entry.promise == promise:
+            return False
         if not entry.is_owned_as(promise):
             self._claim_rival_locked(entry, promise, found)
             return True
@@ -124,7 +129,7 @@ class ClaimingIndex(ScopedIndex):
         known = [entry for key in keys if (entry := self._entries.get(key)) is not None]
         return [entry.key for entry in known if entry.is_owned_as(found.expected.get(entry.key))]
 
-    def _claim_rival_locked(self, entry: Entry, promise: Promise | None, found: Claim) -> None:
+    def _claim_rival_locked(self, entry: Entry, promise: Promise, found: Claim) -> None:
         """Claim the same key of another owner. The entry stays until that has landed: it may never."""
         rival = found.claimed[entry.key] = Entry(
             entry.key, next(self._generations), num_awaiting=1, deadline=found.deadline, promise=promise,

@@ -139,6 +139,7 @@ def test_an_own_shard_may_live_on_a_device() -> None:
     class Elsewhere:
         nbytes, dtype, shape, device = 12, torch.float32, (3,), torch.device("cuda")
         layout, is_nested, ndim, is_cpu = torch.strided, False, 1, False
+        is_inference = lambda self: True  # noqa: E731
         detach = lambda self: self  # noqa: E731
         cpu = lambda self: torch.ones(3)  # noqa: E731
 

@@ -152,7 +152,9 @@ def _read_request(stream: Any) -> Asked | None:
         name, _, value = line.decode().partition(":")
         headers[name.lower()] = value.strip()
     method, path, _ = first.decode().split(" ", 2)
-    return Asked(method, path, headers, stream.read(int(headers.get("content-length", 0))))
+    length = int(headers.get("content-length", 0))
+    body = stream.read(length)
+    return Asked(method, path, headers, body) if len(body) == length else None  # the client is gone
 
 
 def reply(

@@ -18,7 +18,7 @@ from areal.infra.rpc.backends.base import CallSource, NodesSource, RTensorBacken
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
 from areal.infra.rpc.clearing import StepClearer
-from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo, answer_error
+from areal.infra.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
 from areal.infra.rpc.store import ShardStore
 from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer
@@ -78,7 +78,8 @@ class Runtime:
 
     def get_many(
         self,
-        handles: Mapping[Hashable, Handle],
+        handles: Sequence[Handle],
+        promises: Mapping[Hashable, Promise],
         timeout_s: float | None = None,
         on_error: OnError = "raise",
         prefer: Prefer = "device",
@@ -88,16 +89,16 @@ class Runtime:
         Raises:
             gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
         """
-        source, expected = _HandleSource(self, handles), _promises(handles)
+        source = _HandleSource(self, handles)
         return self.cache.get_many(
-            list(handles), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer, expected=expected
+            list(promises), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer, expected=promises
         )
 
     def prefetch(
         self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, prefer: Prefer = "device"
     ) -> Future[int]:
         """Begin to fetch what is not cached."""
-        source, expected = _HandleSource(self, handles), _promises(handles)
+        source, expected = _HandleSource(self, list(handles.values())), _promises(handles)
         return self.cache.prefetch(list(handles), source, timeout_s=timeout_s, prefer=prefer, expected=expected)
 
     def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
@@ -154,17 +155,18 @@ class Runtime:
 class _HandleSource:
     """The source of handles, made only for those that are asked for: of a batch that is cached, none."""
 
-    def __init__(self, runtime: Runtime, handles: Mapping[Hashable, Handle]) -> None:
+    def __init__(self, runtime: Runtime, handles: Sequence[Handle]) -> None:
         self._runtime, self._handles = runtime, handles
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
-        return self._runtime.source({key: self._handles[key] for key in keys}).open(keys, timeout_s)
+        handle_of = {handle.shard.shard_id: handle for handle in self._handles}
+        return self._runtime.source({key: handle_of[key] for key in keys}).open(keys, timeout_s)
 
 
 def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:
     """What they say of their shards."""
-    return {key: (one.data.dtype, one.data.shape, one.shard.node_addr) for key, one in handles.items()}
+    return {key: promise_of(one.data, one.shard.node_addr) for key, one in handles.items()}
 
 
 def _can_be_id(value: Any) -> bool:

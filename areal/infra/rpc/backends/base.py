@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from areal.infra.rpc.backends.bounded_call import BoundedCall
-from areal.infra.rpc.shard import TensorShardInfo, answer_error
+from areal.infra.rpc.shard import TensorShardInfo, answer_error, promise_of
 from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
 
 _NAMED_NODES = 3  # how many a message names
@@ -111,7 +111,7 @@ def promises_of(
     shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
 ) -> dict[Hashable, Promise]:
     """What handles say of their shards, where they say it."""
-    return {key: (meta.dtype, meta.shape, shards[key].node_addr) for key, meta in expected.items()}
+    return {key: promise_of(meta, shards[key].node_addr) for key, meta in expected.items()}
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
