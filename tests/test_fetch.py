@@ -31,9 +31,10 @@ def cache(request: pytest.FixtureRequest) -> TensorCache:
 def assert_empty(cache: TensorCache) -> None:
     """As if nothing had been asked for."""
     cache.clear()
-    cache.synchronize()
+    cache.trim()
     assert cache._engine is not None
     assert not any(cache._engine.pool.accounts().values())
+    cache.resume()
     assert cache._index.is_empty
 
 

@@ -73,8 +73,9 @@ class Stage:
         gc.collect()  # errors that the test caught
         engine = self.cache._engine
         assert engine is not None
-        engine.pool.synchronize()
+        engine.pool.trim()
         assert not any(engine.pool.accounts().values()), engine.pool
+        engine.pool.resume()
         assert engine.staging is None or not engine.staging.stats()["pinned_bytes"]
         assert self.cache._index.is_empty
 
