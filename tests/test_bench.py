@@ -191,6 +191,14 @@ def test_a_gap_counts_from_where_the_span_begins_and_before_it_has_ended() -> No
     assert span.rate == 0
 
 
+def test_a_thread_that_has_no_turn_loses_nothing() -> None:
+    goes_on = threading.Event()
+    steps = iter([lambda: None, goes_on.wait])  # type: ignore[var-annotated]
+    threading.Timer(0.3, goes_on.set).start()
+    cost, result = a_meter().timed(lambda: "result", Beside(lambda: next(steps, lambda: None)()))
+    assert (result, cost.lost) == ("result", 0)
+
+
 def test_a_step_that_fails_is_reported() -> None:
     steps = iter(range(1))
     with pytest.raises(BenchError, match="StopIteration"):

@@ -81,11 +81,12 @@ class Meter:
             (during,) = spans
             # As long as the call, or a fair part of it: the longer one looks, the longer the longest gap.
             after = beside.over(min(during.seconds, _MOST_ALONE_S))
-        num_alone = before.rate * before.seconds + after.rate * after.seconds
+        # On a busy machine it may not have had a turn: then it had nothing to lose.
+        alone = (before.rate * before.seconds + after.rate * after.seconds) / (before.seconds + after.seconds)
         cost = dataclasses.replace(
             cost,
             client_cpu_s=max(cost.client_cpu_s - during.cpu_s, 0.0),
-            lost=1 - during.rate * (before.seconds + after.seconds) / num_alone,
+            lost=1 - during.rate / alone if alone else 0.0,
             stall_s=during.longest_s - after.longest_s,
         )
         return cost, result
