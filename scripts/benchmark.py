@@ -33,9 +33,9 @@ from bench.gpu_paths import gpu_paths
 from bench.hits import hit_paths
 from bench.meter import Meter
 from bench.owner import Owner, OwnerError
-from bench.paths import Trainers, open_paths, variants
+from bench.paths import Trainers, open_paths, selected, variants
 from bench.profiling import CAVEAT, profiles
-from bench.rounds import Plan, rows, run_rounds, selected, skipped_row
+from bench.rounds import Plan, rows, run_rounds, skipped_row
 from bench.targets import verdicts
 from bench.trainer import Trainer
 from bench.workloads import NAMES, Workload, make_workload
@@ -69,7 +69,7 @@ class Extent:
     only: Sequence[str] = ("*",)
 
 
-# The seconds keep all of it under five minutes, and under one, on a machine that has other things to do as well.
+# The seconds keep all of it at about five minutes, and at about one.
 FULL = Extent(1.0, Plan(most=15, least=1, seconds=40), 28e6, scale.SIZES)
 QUICK = Extent(0.25, Plan(most=3, least=1, seconds=4), 7e6, scale.SIZES[:-1])
 # Of this workload only these rows are run: it is there for what a busy thread loses at a step.
@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
         help='rows by name or pattern, such as "raw,defaults/cold*"; a ratio needs the row that it compares with',
     )
     parser.add_argument("--rounds", type=_positive, help=f"timed rounds (default: {FULL.plan.most} if there is time)")
-    parser.add_argument("--quick", action="store_true", help="a quarter of each workload, in under a minute")
+    parser.add_argument("--quick", action="store_true", help="a quarter of each workload, in about a minute")
     parser.add_argument("--fraction", type=_share, help="so much of each workload (default: 1, quick: 0.25)")
     parser.add_argument(
         "--device", default="auto", help='"cpu", "cuda", "cuda:N"; "auto" takes the GPU if there is one'

@@ -20,8 +20,8 @@ from bench.allocations import Allocated, AllocationWatch, MemoryTraffic
 from bench.beside import PYTHON, TORCH, Beside
 from bench.exactness import BenchError
 from bench.meter import Cost
-from bench.paths import Path, variants
-from bench.rounds import Course, Plan, rows, run_rounds, selected, skipped_row
+from bench.paths import Path, selected, variants
+from bench.rounds import Course, Plan, rows, run_rounds, skipped_row
 
 from gpu_cache.device import HostDevice
 from tests.support.bench_rows import KEYS, a_meter, a_path, cost

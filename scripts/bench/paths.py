@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,8 @@ DEFAULTS, TUNED = "defaults", "tuned"
 # Hits of flat lists: of AReaL's own code, and of this project; and of a dict of tensors, which they are compared with.
 HITS = OWN_HITS, LOCALIZE_HITS, GET_MANY_HITS = "areal/own_hits", f"{DEFAULTS}/hits", f"{DEFAULTS}/hits_get_many"
 REFERENCE = "areal/hits"
+# Rows that are worth a look with everything preallocated too.
+_TUNED_ROWS = ("cold", "warm", "clear")
 
 
 def _nothing(*_: object) -> None:
@@ -82,6 +86,11 @@ def variants(paths: Sequence[Path], device: str) -> list[Path]:
         if not path.reason:
             found += [path.besides(kind, device) for kind in (PYTHON, TORCH)]
     return found
+
+
+def selected(paths: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
+    """The paths whose names match one of the patterns, as file names would."""
+    return [path for path in paths if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)]
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,9 @@ def open_paths(
         json = Path("json", part.fetch, partial(part.check, original), part.nbytes, len(part.shard_ids))
         paths = [*_byte_paths(workload, raw, original), json]
         paths += variants(_handle_paths(DEFAULTS, workload, owner, trainers.defaults, original), trainers.tuned.device)
-        cold, *others = _handle_paths(TUNED, workload, owner, trainers.tuned, original)
+        cold, *others = selected(
+            _handle_paths(TUNED, workload, owner, trainers.tuned, original), [f"{TUNED}/{name}" for name in _TUNED_ROWS]
+        )
         yield [*paths, *variants([cold], trainers.tuned.device), *others], part
 
 
@@ -173,11 +184,11 @@ def _handle_paths(settings: str, workload: Workload, owner: Owner, trainer: Trai
     check = partial(original.check_batch, num_trajectories=len(workload.lengths))
 
     def check_step(name: str, report: ClearReport) -> None:
-        """The step has dropped what it read: look at what another one reads."""
+        """The step has dropped what it read: look at what another one reads last."""
         trainer.check_cleared(name, report)
         owner.restore()
-        for batch in trainer.reads(trainer.step_handles()):
-            check(name, batch)
+        (batch,) = deque(trainer.reads(trainer.step_handles()), maxlen=1)
+        check(name, batch)
 
     def path(name: str, run: Callable[[Any], Any], prepare: Callable[[], Any], **more: Any) -> Path:
         sizes = {"nbytes": workload.nbytes, "num_shards": workload.num_shards}

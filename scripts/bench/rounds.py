@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,11 +58,6 @@ class Course:
     def rates(self) -> list[float]:
         """Bytes per second, round by round."""
         return [self.path.nbytes / cost.seconds for cost in self.costs]
-
-
-def selected(paths: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
-    """The paths whose names match one of the patterns, as file names would."""
-    return [path for path in paths if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)]
 
 
 def run_rounds(paths: Sequence[Path], plan: Plan, meter: Meter, advance: Callable[[str], None]) -> list[Course]:

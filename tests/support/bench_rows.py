@@ -31,7 +31,8 @@ HOST_PATHS = [
     *("raw", "memcpy", "json"),
     *_beside_each(*(f"defaults/{name}" for name in _USERS)),
     *_beside_each("tuned/cold"),
-    *(f"tuned/{name}" for name in _USERS[1:]),
+    "tuned/warm",
+    "tuned/clear",
 ]
 HIT_PATHS = _beside_each("areal/hits", "areal/own_hits", "defaults/hits", "defaults/hits_get_many")
 DEVICE_PATHS = [
