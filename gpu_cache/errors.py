@@ -7,6 +7,7 @@ from typing import Any
 
 _MAX_CAUSES = 8  # looked at behind an error, of which some chains are rings
 _MAX_NAMED = 3  # shards in a message
+LOCAL = "local"  # the reason of a failure that no node has to do with; counted as the cache's own
 
 
 class GpuCacheError(Exception):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 from gpu_cache.entry import Claim, Entry, EntryInfo, Parked, State
+from gpu_cache.errors import LOCAL
 from gpu_cache.report import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SURVIVED, Histograms
 from gpu_cache.stats import BusyClock, LookupCounters, Survivors
 from gpu_cache.tally import Sources, Tally
@@ -123,7 +124,7 @@ class Ledger:
         for entry in entries:
             if entry.is_fetch:
                 self._counters.fetch_errors += 1
-                errors = self._sources[entry.node].errors
+                errors = self._sources["" if reason == LOCAL else entry.node].errors
                 errors[reason] = errors.get(reason, 0) + 1
 
     def evicted(self, entries: Collection[Entry], *, parked: bool) -> None:

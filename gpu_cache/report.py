@@ -107,7 +107,8 @@ class SourceStats(TypedDict):
         fetch_bytes: Since start, as the following.
         fetch_busy_seconds: With at least one transfer from this node in flight.
         fetch_errors_by_reason: "timeout", "connection", "missing" (the owner has it no more), "refused" (by the owner),
-            "answer" (a bad one), "other"; adds up to `fetch_errors`.
+            "answer" (a bad one), "local" (of LOCAL_SOURCE: this process could not ask), "other"; adds up to
+            `fetch_errors`.
         fetch_durations: Counts by SOURCE_DURATION_EDGES_S, as in Histogram.
     """
 

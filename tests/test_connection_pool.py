@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import select
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from areal.infra.rpc.backends import connection_pool
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
+from areal.infra.rpc.backends.connection_pool import ConnectionPool, Place
 from areal.infra.rpc.backends.http_connection import NodeConnection
 from tests.support.areal_fixtures import ask, asked_once, nothing_forgotten
 from tests.support.fault_server import FaultServer, reply, whole
@@ -107,3 +110,120 @@ def test_a_closed_pool_keeps_nothing(server: FaultServer, pool: ConnectionPool) 
     assert is_closed(before)
     pool.release(after)
     assert is_closed(after)
+
+
+def in_time() -> float:
+    return time.monotonic() + 30
+
+
+def places(pool: ConnectionPool, number: int) -> list[Place]:
+    taken = [Place() for _ in range(number)]
+    for place in taken:
+        pool.enter(place, in_time())
+    return taken
+
+
+@pytest.fixture
+def small() -> Iterator[ConnectionPool]:
+    """Of a process that may have eight descriptors: four places, two idle connections."""
+    with nothing_forgotten():
+        pool = ConnectionPool(lambda: 8)
+        yield pool
+        pool.close()
+
+
+def test_there_are_places_for_half_of_the_descriptors(small: ConnectionPool) -> None:
+    taken = places(small, 4)
+    late = Place()
+    with pytest.raises(OSError, match=r"4 connections are in use; this process may have [\d,]+ file descr") as caught:
+        small.enter(late, time.monotonic())
+    assert (caught.value.errno, late.is_taken) == (errno.EMFILE, False)
+    small.leave(taken[0])
+    small.leave(taken[0])
+    small.enter(late, time.monotonic())
+    small.leave(late)
+    for place in taken:
+        small.leave(place)
+
+
+def test_places_go_in_the_order_in_which_they_were_asked_for(small: ConnectionPool) -> None:
+    taken, order = places(small, 4), list[int]()
+    waiting = [Place() for _ in range(6)]
+
+    def wait(index: int) -> None:
+        small.enter(waiting[index], in_time())
+        order.append(index)
+        small.leave(waiting[index])
+
+    threads = []
+    for index in range(6):
+        threads.append(threading.Thread(target=wait, args=(index,)))
+        threads[-1].start()
+        while len(small._queue) <= index:
+            time.sleep(0.001)
+    small.leave(taken[0])
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert order == [0, 1, 2, 3, 4, 5]
+    assert (small._num_places, len(small._queue)) == (3, 0)
+
+
+def test_who_gives_up_waiting_for_a_place_leaves_the_queue(small: ConnectionPool) -> None:
+    places(small, 4)
+    place, errors = Place(), list[OSError]()
+
+    def wait() -> None:
+        try:
+            small.enter(place, in_time())
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not small._queue:
+        time.sleep(0.001)
+    small.wake()
+    place.is_given_up = True
+    small.wake()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert isinstance(errors[0], ConnectionAbortedError)
+    assert not small._queue
+
+
+def test_idle_connections_are_kept_below_a_share_of_the_descriptors(server: FaultServer, small: ConnectionPool) -> None:
+    connections = [asked_once(server.address) for _ in range(3)]
+    for connection in connections:
+        small.release(connection)
+    assert list(map(is_closed, connections)) == [True, False, False]
+    places(small, 3)
+    small.acquire("127.0.0.1:1")
+    assert list(map(is_closed, connections)) == [True, True, False]
+    assert small.acquire(server.address) is connections[2]
+    connections[2].close()
+
+
+def test_idle_connections_are_given_up_when_descriptors_run_out(server: FaultServer, small: ConnectionPool) -> None:
+    connection = asked_once(server.address)
+    small.release(connection)
+    (place,) = places(small, 1)
+    assert small.make_room(place)
+    assert is_closed(connection)
+    assert place.is_taken
+    assert not small.make_room(place), "there is nothing to wait for"
+
+
+def test_where_descriptors_run_out_fewer_have_a_place_until_all_have_left(small: ConnectionPool) -> None:
+    first, second, third, _ = taken = places(small, 4)
+    assert small.make_room(first)
+    assert small.make_room(second)
+    assert [place.is_taken for place in taken] == [False, False, True, True]
+    for place in (first, Place()):
+        with pytest.raises(OSError, match="2 connections are in use"):
+            small.enter(place, time.monotonic())
+    small.leave(third)
+    small.enter(first, in_time())
+    for place in taken:
+        small.leave(place)
+    places(small, 4)

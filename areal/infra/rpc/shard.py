@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from gpu_cache import Promise
-from gpu_cache.errors import FetchError, FetchTimeoutError, broken_promise
+from gpu_cache.errors import LOCAL, FetchError, FetchTimeoutError, broken_promise
 
 _MAX_PROMISES = 4096
 _promises: dict[Promise, Promise] = {}
@@ -104,6 +104,12 @@ class ShardUnreachableError(ShardFetchError):
     """No connection to the owner, or it broke off, and other tries did not mend that."""
 
     reason = "connection"
+
+
+class ShardLocalError(ShardFetchError):
+    """This process could not ask: it has no file descriptor left for a connection. No node has to do with that."""
+
+    reason = LOCAL
 
 
 class ShardTimeoutError(ShardFetchError, FetchTimeoutError):

@@ -67,6 +67,10 @@ class DeadlineSocket(socket.socket):
         while left:
             left = left[self._in_time(super().send, left, flags) :]
 
+    def wait(self) -> None:
+        """Wait for the next byte, or the end, without taking it; in time."""
+        self._in_time(super().recv, 1, socket.MSG_PEEK)
+
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """As of any socket, in time."""
         return self._in_time(super().recv_into, buffer, nbytes, flags)

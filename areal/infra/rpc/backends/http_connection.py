@@ -8,8 +8,11 @@ Source: our measurement over loopback, 0.6 to 1.7 GB/s this way beside such a th
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
+import resource
 import socket
+import time
 from collections.abc import Callable, Mapping
 
 from areal.infra.rpc.backends.deadline_socket import DeadlineSocket
@@ -21,6 +24,16 @@ _MAX_BUFFERS = 1000
 _PIECE_BYTES = 1 << 20
 _RETRY_AFTER_DATE_S = 1.0
 _MAX_INCARNATION = 64  # characters; ours have 32
+# The kernel asks after an idle peer, so that a NAT in between does not forget the connection, or that it is known to be
+# dead after a minute; and gives up a request that was not even acknowledged.
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
+)
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class AddressError(ValueError):
@@ -131,6 +144,8 @@ class HttpAnswer:
 class NodeConnection:
     """One connection to one node.
 
+    Attributes:
+        idle_since: When its pool got it back, as by `time.monotonic()`; None while it is in use.
     Raises:
         AddressError: Not an address.
     Thread-safety: one thread; `cancel` from any.
@@ -138,6 +153,7 @@ class NodeConnection:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.idle_since: float | None = None
         self._host, self._port = split_address(address)
         self._http = http.client.HTTPConnection(self._host, self._port)
         self._http.auto_open = 0
@@ -156,6 +172,7 @@ class NodeConnection:
         *,
         deadline: float,
         patience_s: float,
+        first_patience_s: float | None = None,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> HttpAnswer:
         """Send a request and read the answer's headers, connecting first if need be.
@@ -167,6 +184,7 @@ class NodeConnection:
             headers: Further ones.
             deadline: As by `time.monotonic()`, for the body of the answer too.
             patience_s: The longest silence, in seconds.
+            first_patience_s: The longest wait for the first byte of the answer; None: as long as any.
             meanwhile: Work of the caller that may be done while the server prepares its answer.
         Raises:
             OSError: Not connected, cut off, or too late (TimeoutError).
@@ -174,14 +192,21 @@ class NodeConnection:
         """
         if self._response is not None:
             self._response.close()
-        self._answer = None  # so that the connection is not kept if this request fails
+        self._answer = self.idle_since = None  # so that the connection is not kept if this request fails
         sock = self._sock or self._connect(deadline, patience_s)
-        sock.deadline, sock.patience_s = deadline, patience_s
+        sock.deadline, sock.patience_s = deadline, patience_s if first_patience_s is None else first_patience_s
         self._http.request(method, path, body, dict(headers))
         meanwhile()
+        if first_patience_s is not None:
+            sock.wait()
+            sock.patience_s = patience_s
         self._response = self._http.getresponse()
         self._answer = HttpAnswer(self._response, sock)
         return self._answer
+
+    def was_idle(self, seconds: float) -> bool:
+        """Whether it comes from a pool where it was idle for so long."""
+        return self.idle_since is not None and time.monotonic() - self.idle_since >= seconds
 
     @property
     def can_be_reused(self) -> bool:
@@ -213,6 +238,19 @@ class NodeConnection:
         self._http.close()
 
     def _connect(self, deadline: float, patience_s: float) -> DeadlineSocket:
+        """Connect; that there was no descriptor is told from that the node was not there."""
+        try:
+            return self._connect_anywhere(deadline, patience_s)
+        except socket.gaierror as error:
+            if _has_descriptor():
+                raise
+            raise out_of_descriptors(str(error)) from error
+        except OSError as error:
+            if is_out_of_descriptors(error):
+                raise out_of_descriptors(str(error.strerror)) from error
+            raise
+
+    def _connect_anywhere(self, deadline: float, patience_s: float) -> DeadlineSocket:
         """Try the addresses of the host in turn, each for its share of the time."""
         *others, last = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         share_s = patience_s / (len(others) + 1)
@@ -231,9 +269,36 @@ class NodeConnection:
         except BaseException:
             sock.close()
             raise
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), *_KEEPALIVE):
+            sock.setsockopt(*option)
         self._http.sock = sock
         return sock
+
+
+def max_descriptors() -> int:
+    """How many descriptors this process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def is_out_of_descriptors(error: BaseException) -> bool:
+    """Whether this process, or this machine, had none left; no node has to do with that."""
+    return isinstance(error, OSError) and error.errno in _OUT_OF_DESCRIPTORS
+
+
+def out_of_descriptors(why: str) -> OSError:
+    """An error that says so."""
+    limit = f"this process may have {max_descriptors():,} file descriptors, raise that (RLIMIT_NOFILE, ulimit -n)"
+    return OSError(errno.EMFILE, f"{why}; {limit}")
+
+
+def _has_descriptor() -> bool:
+    """Whether one is left. The resolver does not tell: it says that the host is unknown."""
+    try:
+        socket.socket().close()
+    except OSError as error:
+        return not is_out_of_descriptors(error)
+    return True
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -12,12 +12,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.backends.http_connection import BrokenOffError, HttpAnswer, NodeConnection
+from areal.infra.rpc.backends.connection_pool import ConnectionPool, Place
+from areal.infra.rpc.backends.http_connection import (
+    BrokenOffError,
+    HttpAnswer,
+    NodeConnection,
+    is_out_of_descriptors,
+)
 from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.shard import (
     ShardAnswerError,
     ShardFetchError,
+    ShardLocalError,
     ShardMissingError,
     ShardRefusedError,
     ShardTimeoutError,
@@ -54,7 +60,9 @@ FAULTS = (OSError, http.client.HTTPException)
 class HttpSettings:
     """What all requests of a backend have in common.
 
-    `max_unknown_bytes` is the longest shard that is taken where no handle says its size.
+    `max_unknown_bytes` is the longest shard that is taken where no handle says its size. A connection that was idle
+    for `doubt_after_s` may be dead without a word, as by a NAT: it gets `doubted_patience_s` to begin its answer, and
+    then a fresh one is asked.
     """
 
     headers: Mapping[str, str] = dataclasses.field(repr=False)  # one of them is the token
@@ -65,6 +73,8 @@ class HttpSettings:
     fetch_timeout_s: float = 60.0
     delete_timeout_s: float = 10.0
     retry_pause_s: float = 0.1
+    doubt_after_s: float = 15.0
+    doubted_patience_s: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +119,8 @@ class Requester:
         self.num_faults = self._num_busy = 0
         self._route, self._pool, self._settings, self._deadline = route, pool, settings, deadline
         self._connection: NodeConnection | None = None
-        self._cancelled = threading.Event()
+        self._cancelled, self._place = threading.Event(), Place()
+        self._has_answered = False
         self._named, self._max_text_bytes = "", _TEXT_SLACK_BYTES
 
     def send(
@@ -125,8 +136,8 @@ class Requester:
             receive: Reads the answer, whole or in part; its faults count as the request's.
             meanwhile: Called between request and answer, at each try.
         Raises:
-            ShardUnreachableError: One fault too many, or ShardTimeoutError or ShardAnswerError, by the last fault; says
-                how many there were.
+            ShardUnreachableError: One fault too many, or ShardTimeoutError, ShardAnswerError or ShardLocalError, by
+                the last fault; says how many there were.
             TypeError: Ids that JSON cannot express.
             AddressError: The address is none.
         """
@@ -176,7 +187,11 @@ class Requester:
             self._pool.forget(self.address)  # the idle ones are likely to be as dead
 
     def release(self) -> None:
-        """Give the connection back for others, or close it if its last answer was not read to the end."""
+        """Give connection and place back for others; the connection is closed if its last answer was not read."""
+        self._pool.leave(self._place)
+        self._put_back()
+
+    def _put_back(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -188,31 +203,66 @@ class Requester:
     def cancel(self) -> None:
         """Make what is under way fail soon. Idempotent."""
         self._cancelled.set()
+        self._place.is_given_up = True
+        if not self._place.is_taken:
+            self._pool.wake()
         if (connection := self._connection) is not None:
             connection.cancel()
 
     def _try(self, payload: bytes, meanwhile: Callable[[], object]) -> HttpAnswer:
         if self._connection is not None and not self._connection.can_be_reused:
-            self.release()
-        if self._connection is None:
-            self._connection = self._pool.acquire(self.address)
-        if self._cancelled.is_set():  # looked at after _connection was filled: from here on it can be cut
-            raise ConnectionAbortedError("the fetch was given up")
-        answer = self._connection.request(
-            self._route.method,
-            self._route.path,
-            payload,
-            {"Content-Type": "application/json", "Accept": CONTENT_TYPE, **self._settings.headers},
-            deadline=self._deadline,
-            # A connection that went dead without a word leaves time for the other tries.
-            patience_s=(self._deadline - time.monotonic()) / (NUM_TRIES - self.num_faults),
-            meanwhile=meanwhile,
-        )
+            self._put_back()
+        answer = self._answer(payload, meanwhile)
+        self._has_answered = True
         if self.node.note(answer.incarnation):
             self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(self.text_of(answer))}", answer.retry_after_s)
         return answer
+
+    def _answer(self, payload: bytes, meanwhile: Callable[[], object]) -> HttpAnswer:
+        """Ask; what is due to a connection that was idle too long, or to descriptors that ran out, is no fault yet."""
+        while True:
+            connection = self._connected()
+            is_doubted = connection.was_idle(self._settings.doubt_after_s)
+            try:
+                return self._ask(connection, payload, meanwhile, is_doubted=is_doubted)
+            except OSError as error:
+                if not is_doubted and not (is_out_of_descriptors(error) and self._pool.make_room(self._place)):
+                    raise
+                self._drop_connections()
+
+    def _connected(self) -> NodeConnection:
+        """The connection, or another one, for which a place may have to be waited for."""
+        if self._connection is None:
+            if not self._place.is_taken:
+                # Amid a fetch there are buffers that others wait for.
+                self._pool.enter(self._place, self._try_ends if self._has_answered else self._deadline)
+            self._connection = self._pool.acquire(self.address)
+        if self._cancelled.is_set():  # looked at after _connection was filled: from here on it can be cut
+            raise ConnectionAbortedError("the fetch was given up")
+        return self._connection
+
+    def _ask(
+        self, connection: NodeConnection, payload: bytes, meanwhile: Callable[[], object], *, is_doubted: bool
+    ) -> HttpAnswer:
+        patience_s = self._try_ends - time.monotonic()
+        return connection.request(
+            self._route.method,
+            self._route.path,
+            payload,
+            {"Content-Type": "application/json", "Accept": CONTENT_TYPE, **self._settings.headers},
+            deadline=self._deadline,
+            patience_s=patience_s,
+            first_patience_s=min(self._settings.doubted_patience_s, patience_s) if is_doubted else None,
+            meanwhile=meanwhile,
+        )
+
+    @property
+    def _try_ends(self) -> float:
+        """As by `time.monotonic()`: a connection that went dead without a word leaves time for the other tries."""
+        now = time.monotonic()
+        return now + (self._deadline - now) / (NUM_TRIES - self.num_faults)
 
 
 def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
@@ -224,6 +274,8 @@ def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
 
 def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
     """What a request has failed of whose last fault this was."""
+    if is_out_of_descriptors(error):
+        return ShardLocalError
     if isinstance(error, (TimeoutError, NodeBusyError)):
         return ShardTimeoutError
     if isinstance(error, (OSError, BrokenOffError, http.client.IncompleteRead)):
