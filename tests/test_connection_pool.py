@@ -161,6 +161,7 @@ def test_places_go_in_the_order_in_which_they_were_asked_for(small: ConnectionPo
         threads[-1].start()
         while len(small._queue) <= index:
             time.sleep(0.001)
+        small.wake()  # they look, and wait again
     small.leave(taken[0])
     for thread in threads:
         thread.join(30)

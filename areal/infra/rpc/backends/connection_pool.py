@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 from areal.infra.rpc.backends.http_connection import NodeConnection, max_descriptors, out_of_descriptors
@@ -35,19 +34,19 @@ class ConnectionPool:
 
     def __init__(self, descriptors: Callable[[], int] = max_descriptors) -> None:
         self._descriptors, self._limit = descriptors, descriptors()
-        # Guards _limit and every field below. Notified once for each place that comes free, and on `wake`.
-        self._changed = threading.Condition(threading.Lock())
+        # Guards _limit and every field below.
+        self._lock = threading.Lock()
         self._idle: list[NodeConnection] = []  # longest idle first
         self._is_closed = False
-        self._queue: deque[Place] = deque()
+        self._queue: dict[Place, threading.Condition] = {}  # of those who wait, the first one first; of _lock
         self._num_places = 0
         self._ceiling: int | None = None  # of places, learnt when descriptors ran out; until none is taken
         leave_to_parent(self)
 
     def disown(self) -> object:
         """Be empty in a forked child, where the lock may be held for good; sockets are left to the parent."""
-        self._changed, kept, self._idle = threading.Condition(threading.Lock()), self._idle, []
-        self._queue, self._num_places, self._ceiling = deque(), 0, None
+        self._lock, kept, self._idle = threading.Lock(), self._idle, []
+        self._queue, self._num_places, self._ceiling = {}, 0, None
         return kept
 
     def enter(self, place: Place, deadline: float) -> None:
@@ -61,27 +60,28 @@ class ConnectionPool:
             ConnectionAbortedError: It was given up.
         """
         limit = self._descriptors()
-        with self._changed:
+        with self._lock:
             self._limit = limit
-            self._queue.append(place)
+            turn = self._queue[place] = threading.Condition(self._lock)
             try:
                 left_s = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-                self._changed.wait_for(lambda: place.is_given_up or self._is_next_locked(place), left_s)
+                turn.wait_for(lambda: place.is_given_up or self._is_next_locked(place), left_s)
                 self._take_locked(place)
             finally:
-                self._queue.remove(place)
-                self._changed.notify()  # there may be one more
+                del self._queue[place]
+                self._call_next_locked()  # there may be one more
 
     def leave(self, place: Place) -> None:
         """Give a place back, if it is taken."""
-        with self._changed:
+        with self._lock:
             if place.is_taken:
                 self._leave_locked(place)
 
     def wake(self) -> None:
         """Let those who wait look whether they were given up."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            for turn in self._queue.values():
+                turn.notify()
 
     def make_room(self, place: Place) -> bool:
         """Descriptors ran out: close what is idle; else give the place back, to enter again when others have left.
@@ -89,7 +89,7 @@ class ConnectionPool:
         Returns:
             Whether trying again may help; not if this place is the only one.
         """
-        with self._changed:
+        with self._lock:
             idle, self._idle = self._idle, []
             may_wait = not idle and self._num_places > 1
             if may_wait:
@@ -118,7 +118,7 @@ class ConnectionPool:
             connection.close()
             return
         connection.idle_since = time.monotonic()
-        with self._changed:
+        with self._lock:
             self._idle.append(connection)
         self._close_surplus()
 
@@ -129,14 +129,14 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Close what is idle, and what comes back from now on. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
         self._close_surplus()
 
     def _close_surplus(self) -> None:
         """Close the longest idle, where there are more than may be kept, or than places leave descriptors for."""
         unwanted: list[NodeConnection] = []
-        with self._changed:
+        with self._lock:
             left = max(0, int(self._limit * _SHARE) - self._num_places)
             most = min(_MAX_IDLE, int(self._limit * _IDLE_SHARE), left)
             while len(self._idle) > (0 if self._is_closed else most):
@@ -148,7 +148,7 @@ class ConnectionPool:
         most = max(1, int(self._limit * _SHARE))
         if self._ceiling is not None:
             most = min(most, self._ceiling)
-        return self._queue[0] is place and self._num_places < most
+        return next(iter(self._queue)) is place and self._num_places < most
 
     def _take_locked(self, place: Place) -> None:
         if place.is_given_up:
@@ -163,11 +163,16 @@ class ConnectionPool:
         self._num_places -= 1
         if not self._num_places:
             self._ceiling = None
-        self._changed.notify()
+        self._call_next_locked()
+
+    def _call_next_locked(self) -> None:
+        """Let the first who waits look whether there is a place now."""
+        if self._queue:
+            next(iter(self._queue.values())).notify()
 
     def _take_idle(self, address: str) -> NodeConnection | None:
         """The one to the node that was idle for the shortest time."""
-        with self._changed:
+        with self._lock:
             for position in reversed(range(len(self._idle))):
                 if self._idle[position].address == address:
                     return self._idle.pop(position)
