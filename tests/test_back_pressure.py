@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,15 +43,24 @@ def server(owner: FakeOwner) -> Iterator[ServerHandle]:
 
 
 class SlowClient:
-    """Asks for a huge shard, and takes none of it."""
+    """Asks for a shard, and takes none of it."""
 
-    def __init__(self, server: ServerHandle) -> None:
+    def __init__(self, server: ServerHandle, name: str = "huge", accept: str = "application/vnd.safetensors") -> None:
         host, port = server.address.split(":")
-        self.sock = socket.create_connection((host, int(port)))
-        body = json.dumps({"shard_ids": ["huge"]}).encode()
-        headers = f"Host: localhost\r\nAccept: application/vnd.safetensors\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.sock = socket.socket()
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        self.sock.connect((host, int(port)))
+        body = json.dumps({"shard_ids": [name]}).encode()
+        headers = f"Host: localhost\r\nAccept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n"
         self.sock.sendall(b"POST /data/batch HTTP/1.1\r\n" + headers.encode() + body)
-        eventually(lambda: health(server)["num_responses"] == 1)
+        eventually(lambda: health(server)["num_responses"] >= 1)
+
+    def take_all(self) -> None:
+        """Read until the server has nothing more."""
+        self.sock.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            while self.sock.recv(1 << 20):
+                pass
 
 
 @pytest.fixture
@@ -134,7 +144,8 @@ def test_no_end_of_an_answer_keeps_its_place(server: ServerHandle) -> None:
 
 
 def test_a_client_that_takes_nothing_loses_its_place(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_app, "_STALLED_S", 0.3)
+    monkeypatch.setattr(turns, "_STALLED_S", 0.3)
+    monkeypatch.setattr(data_app, "_WATCH_S", 0.05)
     client = SlowClient(server)
     eventually(lambda: health(server)["num_responses"] == 0)
     client.sock.settimeout(30)
@@ -144,6 +155,50 @@ def test_a_client_that_takes_nothing_loses_its_place(server: ServerHandle, monke
             num_received += len(taken)
     assert num_received < HUGE.nbytes
     client.sock.close()
+
+
+@pytest.mark.parametrize("accept", ["application/vnd.safetensors", "*/*"])
+def test_a_place_is_taken_until_the_client_has_taken_the_answer(
+    server: ServerHandle, owner: FakeOwner, accept: str
+) -> None:
+    owner.store["small"] = torch.zeros(3 << 20, dtype=torch.uint8)  # once it fitted the transport, and was forgotten
+    clients = [SlowClient(server, "small", accept) for _ in range(20)]
+    eventually(lambda: health(server)["num_busy_refusals"] == 19)
+    assert health(server)["num_responses"] == 1
+    next(client for client in clients if b" 200 OK" in client.sock.recv(100, socket.MSG_PEEK)).take_all()
+    eventually(lambda: health(server)["num_responses"] == 0)
+    for client in clients:
+        client.sock.close()
+
+
+def test_stopped_readers_in_every_place_deny_nobody(owner: FakeOwner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_STALLED_BEFORE_OTHERS_S", 0.5)
+    monkeypatch.setattr(data_app, "_WATCH_S", 0.05)
+    with rpc_server.start(owner=owner, max_concurrent_responses=4) as server:
+        stopped = [SlowClient(server) for _ in range(4)]
+        backend = HttpRTensorBackend()
+        tensors = backend.fetch([TensorShardInfo(name, server.address) for name in SHARDS])
+        assert all(map(same_bits, tensors, SHARDS.values()))
+        backend.close()
+        for client in stopped:
+            client.sock.close()
+
+
+def test_a_slow_reader_that_goes_on_keeps_its_place_though_others_wait(
+    owner: FakeOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "_STALLED_BEFORE_OTHERS_S", 1.0)
+    monkeypatch.setattr(data_app, "_WATCH_S", 0.05)
+    owner.store["small"] = torch.zeros(24 << 20, dtype=torch.uint8)
+    with rpc_server.start(owner=owner, max_concurrent_responses=1) as server:
+        slow = SlowClient(server, "small")
+        num_received = 0
+        while num_received < 24 << 20:
+            assert ask(server, "GET", "/data/s1")[0].status in (200, 503)
+            num_received += len(slow.sock.recv(3 << 20, socket.MSG_WAITALL))
+            time.sleep(0.15)
+            assert num_received % (3 << 20) == 0 or num_received > 24 << 20
+        slow.sock.close()
 
 
 def test_who_was_refused_goes_before_who_was_not(
@@ -170,9 +225,8 @@ def test_who_was_refused_goes_before_who_was_not(
 def test_who_was_refused_and_stays_away_is_forgotten() -> None:
     time_s = [0.0]
     places = Turns(1, lambda: time_s[0])
-    assert places.take("a")
-    assert not places.take("b")
-    places.leave()
+    with places.take("a"):
+        assert not places.take("b")
     time_s[0] = 0.1
     assert not places.take("c"), "b may come back"
     time_s[0] = 0.25
@@ -184,14 +238,101 @@ def test_who_was_refused_and_stays_away_is_forgotten() -> None:
 
 def test_places_beyond_those_that_were_refused_are_free_for_all() -> None:
     places = Turns(3, lambda: 0.0)
-    assert all(map(places.take, "abc"))
+    first, second, _ = map(places.take, "abc")
     assert not places.take("d")
-    places.leave()
-    places.leave()
+    places.leave(first)
+    places.leave(second)
     assert places.take("e"), "two are free, and only one was refused"
     assert not places.take("f")
     assert places.take("d")
     assert (places.num_taken, places.num_refusals) == (3, 2)
+
+
+def test_a_client_that_has_been_refused_for_long_has_a_place_kept_for_it() -> None:
+    time_s = [0.0]
+    places = Turns(1, lambda: time_s[0])
+    place = places.take("a")
+    for _ in range(21):
+        assert not places.take("b")
+        time_s[0] += 0.1
+        assert not places.take("c")
+    places.leave(place)
+    assert not places.take("c"), "b was refused before it"
+    with places.take("b"):
+        assert not places.take("b")
+    time_s[0] += 0.05
+    with places.take("c"):
+        assert not places.take("d")
+
+
+def test_no_place_waits_for_the_first_of_those_that_were_refused_just_now() -> None:
+    places = Turns(1, lambda: 0.0)
+    with places.take("a"):
+        assert not places.take("b")
+        assert not places.take("c")
+    assert places.take("c")
+
+
+class Taker:
+    """A place whose client takes as much as it is told to."""
+
+    def __init__(self, places: Turns) -> None:
+        self.num_taken, self.place = 0, places.take(self)
+        self.place.send(lambda: self.num_taken, lambda: 0, lambda: None)
+
+
+def test_a_place_that_makes_no_progress_is_freed_soon_only_while_others_wait() -> None:
+    time_s = [0.0]
+    places = Turns(2, lambda: time_s[0])
+    idle, busy = Taker(places), Taker(places)
+    for _ in range(11):
+        time_s[0] += 10
+        busy.num_taken += 1 << 20
+        assert places.stalled() == []
+    assert not places.take("another")
+    assert places.stalled() == [(idle.place, 110.0)]
+    time_s[0] += 5
+    assert places.stalled() == [], "the other stays away"
+    time_s[0] += 10
+    assert [place for place, _ in places.stalled()] == [idle.place]
+
+
+def test_a_client_that_takes_a_trickle_makes_no_progress() -> None:
+    time_s = [0.0]
+    places = Turns(1, lambda: time_s[0])
+    trickle = Taker(places)
+    for _ in range(7):
+        time_s[0] += 1
+        trickle.num_taken += 1000
+        assert not places.take("another")
+        assert places.stalled() == []
+    time_s[0] += 2
+    assert places.stalled() == [(trickle.place, 9.0)]
+
+
+def test_a_place_is_kept_until_the_client_has_taken_what_was_sent_or_asks_again() -> None:
+    places = Turns(1, lambda: 0.0)
+    left = [1 << 20]
+    with places.take("a") as place:
+        place.send(lambda: 1 << 20, lambda: left[0], lambda: None)
+    assert (places.num_taken, places.take("b")) == (1, None)
+    left[0] = 1 << 10
+    assert places.num_taken == 0
+    with places.take("b") as place:
+        place.send(lambda: 1 << 20, lambda: 1 << 20, lambda: None)
+    assert places.take("b"), "it asks again"
+    assert places.num_taken == 1
+
+
+def test_making_an_answer_is_no_stall_of_its_client() -> None:
+    time_s = [0.0]
+    places = Turns(1, lambda: time_s[0])
+    place = places.take("a")
+    time_s[0] = 1000.0
+    assert not places.take("another")
+    assert places.stalled() == []
+    place.send(lambda: 0, lambda: 0, lambda: None)
+    assert places.stalled() == []
 
 
 def test_not_even_one_answer_is_a_mistake(owner: FakeOwner) -> None:

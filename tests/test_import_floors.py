@@ -77,6 +77,7 @@ FLOORS = {
             "trimming",
             "turns",
             "tokens",
+            "connections",
             "own_thread",
             "backends.deadline_socket",
             "backends.node_state",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import signal
 import socket
@@ -151,6 +152,25 @@ def test_an_empty_token_in_the_environment_is_no_token(owner: FakeOwner, monkeyp
         rpc_server.start("0.0.0.0", owner=owner)
 
 
+def test_the_flags_name_the_limits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: dict[str, object] = {}
+
+    def start(*_: object, **settings: object) -> None:
+        given.update(settings)
+        raise ValueError("that will do")
+
+    monkeypatch.setattr(rpc_server, "start", start)
+    monkeypatch.setattr(rpc_server, "_readable_on", lambda *_: None)
+    limits = ["--header-timeout", "2m", "--body-timeout", "inf", "--idle-timeout", "90", "--max-connections", "7"]
+    with pytest.raises(SystemExit):
+        rpc_server.main([*limits, "--allow-host", "a", "--allow-host", "b"])
+    assert (given["header_timeout_s"], given["body_timeout_s"], given["idle_timeout_s"]) == (120.0, math.inf, 90.0)
+    assert (given["max_connections"], given["allow_hosts"]) == (7, ["a", "b"])
+    with pytest.raises(SystemExit):
+        rpc_server.main(["--idle-timeout", "soon"])
+    assert "'soon' is not a time above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", " \n"])
 def test_an_empty_token_file_is_refused(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "token"
@@ -216,9 +236,56 @@ def test_stop_does_not_wait_for_idle_connections(owner: FakeOwner) -> None:
     connection.getresponse().read()
     stopper = threading.Thread(target=server.stop)
     stopper.start()
-    stopper.join(timeout=rpc_server._SHUTDOWN_S * 0.8)
+    stopper.join(timeout=rpc_server._GRACE_S * 0.8)
     assert not stopper.is_alive()
     connection.close()
+
+
+@pytest.mark.parametrize("accept", ["application/vnd.safetensors", "*/*"])
+def test_stop_cuts_a_client_that_takes_nothing(owner: FakeOwner, accept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_server, "_GRACE_S", 0.2)
+    owner.store["huge"] = torch.zeros(64 << 20, dtype=torch.uint8)
+    server = rpc_server.start(owner=owner)
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.request("POST", "/data/batch", b'{"shard_ids": ["huge"]}', {"Accept": accept})
+    response = connection.getresponse()
+    stopper = threading.Thread(target=server.stop)
+    stopper.start()
+    stopper.join(timeout=20)
+    assert not stopper.is_alive()
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        response.read()
+    connection.close()
+
+
+def test_stop_lets_answers_under_way_arrive(owner: FakeOwner) -> None:
+    owner.store["huge"] = torch.zeros(64 << 20, dtype=torch.uint8)
+    server = rpc_server.start(owner=owner)
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.request("POST", "/data/batch", b'{"shard_ids": ["huge"]}', {"Accept": "application/vnd.safetensors"})
+    response = connection.getresponse()
+    stopper = threading.Thread(target=server.stop)
+    stopper.start()
+    assert len(response.read()) > 64 << 20
+    stopper.join(timeout=20)
+    assert not stopper.is_alive()
+    connection.close()
+
+
+def test_a_process_with_stuck_clients_ends_on_sigterm() -> None:
+    served = Served()
+    tensor = json.dumps(serialize_value(torch.zeros(16 << 20, dtype=torch.uint8))).encode()
+    assert status(served.address, "/data/a", method="PUT", body=tensor) == 200
+    host, port = served.address.split(":")
+    stuck = [socket.create_connection((host, int(port))) for _ in range(4)]
+    for sock in stuck:
+        sock.sendall(b"GET /data/a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+    returncode, out, err = served.end(signal.SIGTERM)
+    assert (returncode, out) == (0, "")
+    assert "Traceback" not in err
+    for sock in stuck:
+        sock.close()
 
 
 def test_without_an_owner_it_serves_this_processes_runtime() -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Protocol
 from aiohttp import web
 
 from areal.infra.rpc import runtime
+from areal.infra.rpc.connections import Connection, Connections, raise_descriptor_limit
 from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner, make_app
 from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
@@ -32,11 +34,15 @@ except ImportError:  # not on this platform; asyncio's own loop serves too, at a
 
 ALLOW_VARIABLE = "AREAL_RPC_ALLOW_UNAUTHENTICATED"
 
+# Longest wait for answers under way when the server stops, and then for what serves them to end.
+_GRACE_S = 3.0
+_ENDING_S = 0.5
+_BACKLOG = 4096
+DEFAULT_MAX_CONNECTIONS = 8192
+DEFAULT_HEADER_TIMEOUT_S = 30.0
+DEFAULT_BODY_TIMEOUT_S = 30.0
 # A trainer keeps one connection to each node and may think for long between two steps.
-_KEEPALIVE_S = 3600.0
-# Longest wait for answers under way when the server stops.
-_SHUTDOWN_S = 5.0
-_BACKLOG = 1024
+DEFAULT_IDLE_TIMEOUT_S = 3600.0
 # Of upstream's launchers; what they configure does not exist here.
 _IGNORED_FLAGS = (
     "--experiment-name",
@@ -67,21 +73,22 @@ class ServerHandle:
     Args:
         owner: Whose shards are served.
         app: What to serve.
+        connections: Keeps those of the application.
         listener: A listening socket; the server closes it.
         address: Where others find it.
     """
 
-    def __init__(self, owner: ServedOwner, app: web.Application, listener: socket.socket, address: str) -> None:
+    def __init__(
+        self,
+        owner: ServedOwner,
+        app: web.Application,
+        connections: Connections,
+        listener: socket.socket,
+        address: str,
+    ) -> None:
         self.address = address
-        self._owner = owner
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            handle_signals=False,
-            keepalive_timeout=_KEEPALIVE_S,
-            shutdown_timeout=_SHUTDOWN_S,
-            auto_decompress=False,  # a small body must not become a large one
-        )
+        self._owner, self._connections = owner, connections
+        self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=_ENDING_S / 2)
         self._listener = listener
         self._loop = new_event_loop()
         self._stopping = asyncio.Event()
@@ -92,7 +99,7 @@ class ServerHandle:
         leave_to_parent(self)
 
     def stop(self) -> None:
-        """Stop serving, once the answers under way are sent or some seconds have passed. Idempotent; any thread."""
+        """Stop serving, once the answers under way are sent, or 3 s have passed. Idempotent; any thread."""
         self._owner.remove_own_address(self.address)
         if not self._is_inherited:
             self._ask_to_stop()
@@ -118,9 +125,23 @@ class ServerHandle:
 
     async def _serve(self) -> None:
         await self._runner.setup()
-        await web.SockSite(self._runner, self._listener, backlog=_BACKLOG).start()
+        listening = await self._loop.create_server(self._connection, sock=self._listener, backlog=_BACKLOG)
+        watching = asyncio.create_task(self._connections.watch())
         await self._stopping.wait()
+        watching.cancel()
+        listening.close()
+        await self._connections.settle(_GRACE_S)
         await self._runner.cleanup()
+
+    def _connection(self) -> Connection:
+        assert self._runner.server is not None
+        return Connection(
+            self._connections,
+            self._runner.server,
+            loop=self._loop,
+            access_log=None,
+            auto_decompress=False,  # a small body must not become a large one
+        )
 
     def __enter__(self) -> ServerHandle:
         return self
@@ -144,6 +165,10 @@ def start(
     allow_unauthenticated: bool = False,
     allow_hosts: Iterable[str] = (),
     shard_ttl_s: float | str | None = None,
+    header_timeout_s: float = DEFAULT_HEADER_TIMEOUT_S,
+    body_timeout_s: float = DEFAULT_BODY_TIMEOUT_S,
+    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S,
+    max_connections: int = DEFAULT_MAX_CONNECTIONS,
     owner: ServedOwner | None = None,
 ) -> ServerHandle:
     """Serve shards from a thread of this process.
@@ -154,13 +179,18 @@ def start(
         port: 0 takes a free one.
         token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`. White space around it is dropped.
         max_body_bytes: The longest request body.
-        max_concurrent_responses: Answers with tensors under way at once; who comes beyond that is told to come back.
+        max_concurrent_responses: Answers with tensors under way at once; clients beyond are told to come back.
         allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
         allow_hosts: Names under which clients may ask a server that is bound to the loopback, beside the loopback's own
             and `host`; and the hosts whose web pages may ask any server. A page that points its name at this machine
             would else read and delete shards through a browser here.
         shard_ttl_s: Drop shards that are older, in seconds or as text ("10m", "2h"): a backstop for those that nobody
             clears. Longer than anything is meant to live, weights too. None: they stay.
+        header_timeout_s: The longest time for the header of a request, in seconds; `math.inf` for no limit, as below.
+        body_timeout_s: The longest time for each 64 KiB of a request's body, or for the rest of it.
+        idle_timeout_s: The longest time between two requests of one connection.
+        max_connections: Connections at once. Beyond these, or where this process is about to run out of descriptors,
+            the server closes the ones that it waited for longest. It raises this process's soft limit of descriptors.
         owner: Whose shards; None means this process's runtime.
 
     Returns:
@@ -169,11 +199,15 @@ def start(
     Raises:
         OSError: The address cannot be bound.
         ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or the
-            token is not one line of printable ASCII, not even one answer may be under way, or `shard_ttl_s` is not a
-            time.
+            token is not one line of printable ASCII, a limit is not positive, or `shard_ttl_s` is not a time.
     """
-    if max_concurrent_responses < 1:
-        raise ValueError(f"max_concurrent_responses={max_concurrent_responses}: must be at least 1")
+    _check_positive(
+        max_concurrent_responses=max_concurrent_responses,
+        header_timeout_s=header_timeout_s,
+        body_timeout_s=body_timeout_s,
+        idle_timeout_s=idle_timeout_s,
+        max_connections=max_connections,
+    )
     token = find_token(token)
     is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
     family, location = _resolve(host, port)
@@ -185,16 +219,26 @@ def start(
         )
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
+    raise_descriptor_limit()
+    connections = Connections(max_connections, header_timeout_s, idle_timeout_s)
     app = make_app(
         served,
         token=token,
         rule=HostRule(location[0], {host.strip("[]"), *allow_hosts}),
+        connections=connections,
+        body_timeout_s=body_timeout_s,
         max_body_bytes=max_body_bytes,
         max_responses=max_concurrent_responses,
         expiry=expiry,
     )
     listener = socket.create_server(location, family=family, backlog=_BACKLOG)
-    return ServerHandle(served, app, listener, _address(listener))
+    return ServerHandle(served, app, connections, listener, _address(listener))
+
+
+def _check_positive(**limits: float) -> None:
+    for name, value in limits.items():
+        if not value >= (1 if isinstance(value, int) else 1e-3):
+            raise ValueError(f"{name}={value}: must be at least {1 if isinstance(value, int) else 0.001}")
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
@@ -228,6 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_unauthenticated=options.allow_unauthenticated,
             allow_hosts=options.allow_host,
             shard_ttl_s=shard_ttl_s,
+            header_timeout_s=_limit(options.header_timeout),
+            body_timeout_s=_limit(options.body_timeout),
+            idle_timeout_s=_limit(options.idle_timeout),
+            max_connections=options.max_connections,
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -235,6 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"listening on {server.address}", flush=True)
         ending.recv(1)
     return 0
+
+
+def _limit(text: str) -> float:
+    """Seconds, as of `parse_seconds`, or "inf"."""
+    return math.inf if text.strip() == "inf" else parse_seconds(text)
 
 
 def _readable_on(*signals: signal.Signals) -> socket.socket:
@@ -262,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-concurrent-responses",
         type=int,
         default=DEFAULT_MAX_RESPONSES,
-        help="answers with tensors at once; who comes beyond that is told to come back (default: %(default)s)",
+        help="answers with tensors at once; clients beyond are told to come back (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-unauthenticated",
@@ -280,6 +333,23 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-ttl",
         metavar="TIME",
         help='drop shards that are older: seconds, or such as "10m" or "2h" (default: they stay until cleared)',
+    )
+    for flag, default, what in (
+        ("--header-timeout", DEFAULT_HEADER_TIMEOUT_S, "the header of a request"),
+        ("--body-timeout", DEFAULT_BODY_TIMEOUT_S, "each 64 KiB of a request's body"),
+        ("--idle-timeout", DEFAULT_IDLE_TIMEOUT_S, "the next request on a connection"),
+    ):
+        parser.add_argument(
+            flag,
+            metavar="TIME",
+            default=f"{default:g}",
+            help=f'longest wait for {what}; "inf" for none (default: %(default)s)',
+        )
+    parser.add_argument(
+        "--max-connections",
+        type=int,
+        default=DEFAULT_MAX_CONNECTIONS,
+        help="connections at once; beyond, those that are silent make room (default: %(default)s)",
     )
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     for flag in _IGNORED_FLAGS:

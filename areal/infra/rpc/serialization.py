@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import binascii
 import enum
+import json
+import re
+import secrets
+from collections.abc import Iterator
 from dataclasses import fields
 from reprlib import repr as short_repr
 from typing import Any
 
+import numpy as np
 import torch
 
 # Dtypes that travel, by the name that follows "torch." on the wire.
@@ -26,6 +31,12 @@ _MAX_EXTENT = 2**63 - 1  # torch counts bytes and strides in int64
 
 # Characters decoded at a time; whole groups of four. The one copy of the payload stays in the CPU's cache.
 _BASE64_CHUNK = 1 << 20
+# Bytes of a tensor encoded at a time; whole groups of three. Other threads wait for the interpreter meanwhile: 3 ms.
+_ENCODED_CHUNK = 3 << 20
+# JSON that a tensor's text may have beside the base64. Longer texts are not parsed: `json.loads` lets no other thread
+# run, and some MiB of "[[],[]..." take it seconds.
+_MAX_BESIDE_BYTES = 64 << 10
+_DATA_OPENS = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*"')
 
 ADMITTED_CLASS_PATHS = frozenset({"areal.infra.rpc.rtensor.RTensor", "areal.infra.rpc.rtensor.TensorShardInfo"})
 # Entered by rtensor.py when it is imported, constant from then on.
@@ -148,22 +159,85 @@ def tensor_to_json(tensor: torch.Tensor) -> dict[str, Any]:
     check_travels(tensor)
     text = None
     if not tensor.is_meta:
-        text = binascii.b2a_base64(host_bytes(_widened(tensor)), newline=False).decode("ascii")
+        text = b"".join(_base64(tensor)).decode("ascii")
     return {"type": "tensor", "data": text, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """By bits: a conversion would quieten signalling NaNs."""
-    if tensor.dtype is not torch.bfloat16:
-        return tensor
-    return tensor.detach().view(torch.int16).to(torch.int32) << 16
+class TensorText:
+    """The text `json.dumps(tensor_to_json(tensor))`; iterating makes it in parts of at most 4 MiB.
+
+    Args:
+        tensor: Kept alive; its values of the moment when a part is made are in that part.
+    Attributes:
+        nbytes: Its length, known before any part is made.
+    Raises:
+        TypeError: A dtype or layout that does not travel.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        check_travels(tensor)
+        self._tensor = tensor
+        quote = "" if tensor.is_meta else '"'
+        self._head = f'{{"type": "tensor", "data": {quote or "null"}'.encode()
+        self._tail = f'{quote}, "shape": {list(tensor.shape)}, "dtype": "{tensor.dtype}"}}'.encode()
+        num_bytes = 0 if tensor.is_meta else tensor.nbytes * (1 + (tensor.dtype is torch.bfloat16))
+        self.nbytes = len(self._head) + -(-num_bytes // 3) * 4 + len(self._tail)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._head
+        if not self._tensor.is_meta:
+            yield from _base64(self._tensor)
+        yield self._tail
 
 
-def tensor_from_json(described: object) -> torch.Tensor:
+def _base64(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The tensor's bytes in base64, in parts that can be joined."""
+    memory, is_narrow = host_bytes(tensor), tensor.dtype is torch.bfloat16
+    step = _ENCODED_CHUNK // 2 if is_narrow else _ENCODED_CHUNK
+    for start in range(0, len(memory), step):
+        chunk = memory[start : start + step]
+        yield binascii.b2a_base64(_widened(chunk) if is_narrow else chunk, newline=False)
+
+
+def _widened(memory: memoryview) -> bytes:
+    """bfloat16 as float32, whose upper half it is; by bits, as a conversion would quieten signalling NaNs."""
+    halves = np.zeros((len(memory) // 2, 2), np.uint16)
+    halves[:, 1] = np.frombuffer(memory, np.uint16)
+    return halves.tobytes()
+
+
+def tensor_from_text(text: bytes | bytearray) -> torch.Tensor:
+    """Build the tensor of a JSON text, as `tensor_from_json` does. The base64 in a long text is found, not parsed.
+
+    Raises:
+        ValueError: Not JSON, not a tensor, or more than 64 KiB of JSON beside the base64.
+        RecursionError: It is nested too deeply.
+    """
+    if len(text) <= _MAX_BESIDE_BYTES:
+        return tensor_from_json(json.loads(text))
+    opening = _DATA_OPENS.search(text, 0, _MAX_BESIDE_BYTES)
+    start = opening.end() if opening else 0
+    end = text.find(b'"', start) if opening else 0
+    if end < 0 or len(text) - (end - start) > _MAX_BESIDE_BYTES:
+        raise ValueError(
+            f"not a tensor: {len(text):,} bytes of JSON, and at most {_MAX_BESIDE_BYTES:,} may stand beside its data"
+        )
+    mark = secrets.token_hex(16)  # nobody else can write it: where it arrives is where the base64 was
+    described = json.loads(text[:start] + mark.encode() + text[end:])
+    if not isinstance(described, dict) or described.get("data") != mark:
+        raise ValueError(f"not a tensor: the long text in {len(text):,} bytes of JSON is not its data")
+    with memoryview(text)[start:end] as data:
+        return tensor_from_json(described, data)
+
+
+def tensor_from_json(described: object, data: memoryview | None = None) -> torch.Tensor:
     """Build the tensor that `tensor_to_json` described: on the host, writable, owning its memory; or on meta.
 
     Every number is checked before anything is allocated.
 
+    Args:
+        described: What JSON says.
+        data: The base64, if it is not in `described`.
     Raises:
         ValueError: Not a tensor, or its shape, dtype and bytes do not fit together.
     """
@@ -172,7 +246,7 @@ def tensor_from_json(described: object) -> torch.Tensor:
     dtype = _named_dtype(described.get("dtype"))
     is_narrow = dtype is torch.bfloat16
     shape, nbytes = checked_shape(described.get("shape"), 4 if is_narrow else dtype.itemsize)
-    text = described.get("data")
+    text = described.get("data") if data is None else data
     if text is None:
         return torch.empty(shape, dtype=dtype, device="meta")
     flat = _decoded(text, nbytes)
@@ -192,8 +266,8 @@ def _named_dtype(name: object) -> torch.dtype:
 def _decoded(text: object, nbytes: int) -> torch.Tensor:
     """The bytes of a base64 text as a new uint8 tensor; the length is checked first."""
     num_chars = -(-nbytes // 3) * 4
-    if not isinstance(text, str) or len(text) != num_chars:
-        found = f"{len(text):,} characters" if isinstance(text, str) else type(text).__qualname__
+    if not isinstance(text, str | memoryview) or len(text) != num_chars:
+        found = f"{len(text):,} characters" if isinstance(text, str | memoryview) else type(text).__qualname__
         raise ValueError(f"{nbytes:,} bytes need {num_chars:,} characters of base64, got {found}")
     flat = torch.empty(nbytes, dtype=torch.uint8)
     target = flat.numpy().data
