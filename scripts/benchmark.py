@@ -72,8 +72,13 @@ class Extent:
 # The seconds keep all of it at about five minutes, and at about one.
 FULL = Extent(1.0, Plan(most=15, least=1, seconds=40), 28e6, scale.SIZES)
 QUICK = Extent(0.25, Plan(most=3, least=1, seconds=4), 7e6, scale.SIZES[:-1])
-# Of this workload only these rows are run: it is there for what a busy thread loses at a step.
-_ROWS_OF = {"W5": ("raw", "memcpy", "defaults/cold*", "defaults/step*")}
+# Where shards are few and large, what costs microseconds a shard is not worth a row beside each thread; the last one
+# is there for what a busy thread loses at a step.
+_LARGE = (
+    *("raw", "memcpy", "json", "defaults/cold*", "defaults/step*", "defaults/warm", "defaults/clear", "tuned/cold"),
+    *("pinned_peak", "*/pipeline", "upstream_*"),
+)
+_ROWS_OF = {"W2": _LARGE, "W3": _LARGE, "W5": ("raw", "memcpy", "defaults/cold*", "defaults/step*")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

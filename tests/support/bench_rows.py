@@ -38,14 +38,21 @@ HIT_PATHS = _beside_each("areal/hits", "areal/own_hits", "defaults/hits", "defau
 DEVICE_PATHS = [
     "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "upstream_cold", "upstream_second",
 ]  # fmt: skip
-IMAGE_PATHS = ["raw", "memcpy", *_beside_each("defaults/cold", "defaults/step")]
+_BATCH_PATHS = _beside_each("defaults/cold", "defaults/step")
+# Of each workload; those of W2 and W3 are the same.
+_LARGE_PATHS = [
+    *("raw", "memcpy", "json", *_beside_each("defaults/cold"), "defaults/warm", "defaults/clear"),
+    *(*_beside_each("defaults/step"), "tuned/cold"),
+]
 
 
 def paths_of(workload: str, *, on_gpu: bool = False) -> list[str]:
     """Names of the rows of a workload, in order."""
     if workload == "W5":
-        return IMAGE_PATHS
-    return HOST_PATHS + (HIT_PATHS if workload == "W1" else []) + (DEVICE_PATHS if on_gpu else [])
+        return ["raw", "memcpy", *_BATCH_PATHS]
+    if workload != "W1":
+        return _LARGE_PATHS + ([name for name in DEVICE_PATHS if "30" not in name] if on_gpu else [])
+    return HOST_PATHS + HIT_PATHS + (DEVICE_PATHS if on_gpu else [])
 
 
 def a_path(name: str = "cold", **settings: Any) -> Path:
