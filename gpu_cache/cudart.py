@@ -1,4 +1,4 @@
-"""What torch's CUDA module lacks or offers raw: pinning, sticky errors, captures in other threads, its streams.
+"""The CUDA runtime library: pinning, sticky errors, captures in other threads, torch's streams, events and copies.
 
 Everything here gets torch's CUDA module as an argument, and is called with the device already current.
 """
@@ -10,15 +10,144 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, not only the registering thread's
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
+_DEFAULT = 4  # cudaMemcpyDefault: which way is told by the addresses
+_IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream: the source is read when the stream gets there
+_FIRST_BATCHED, _FIRST_WITHOUT_INDEX = 12_080, 13_000  # runtimes with cudaMemcpyBatchAsync, and with its later form
+
+NOT_READY = 600  # cudaErrorNotReady
+_CAPTURE_IMPLICIT = 906  # cudaErrorStreamCaptureImplicit: the default stream would wait for a captured one
+
+_CURRENT_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # only in a CUDA build
 
 _log = logging.getLogger(__name__)
+
+
+class RawCalls:
+    """Functions of the runtime library, with the types of their arguments: without those ctypes cuts handles.
+
+    Args:
+        library: Called with the GIL kept, which costs up to 5 ms to get back from a busy thread; each call takes about
+            a microsecond.
+        waiting: The same, for calls that wait: they let go of the GIL.
+    Raises:
+        AttributeError: A function is missing.
+    Thread-safety: any thread. The device must be current, as these calls would make a context on another one.
+    """
+
+    def __init__(self, library: Any, waiting: Any) -> None:
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+        numbers = ctypes.POINTER(number)
+        self.event_create = _typed(library, "cudaEventCreateWithFlags", ctypes.POINTER(pointer), ctypes.c_uint)
+        self.event_record = _typed(library, "cudaEventRecord", pointer, pointer)
+        self.event_query = _typed(library, "cudaEventQuery", pointer)
+        self.event_synchronize = _typed(waiting, "cudaEventSynchronize", pointer)
+        elapsed = next(name for name in ("cudaEventElapsedTime", "cudaEventElapsedTime_v2", "") if _has(library, name))
+        self.event_elapsed_time = _typed(library, elapsed, ctypes.POINTER(ctypes.c_float), pointer, pointer)
+        self.stream_wait_event = _typed(library, "cudaStreamWaitEvent", pointer, pointer, ctypes.c_uint)
+        self._is_capturing = _typed(library, "cudaStreamIsCapturing", pointer, numbers)
+        self._copy = _typed(library, "cudaMemcpyAsync", pointer, pointer, size, number, pointer)
+        self._version_of = _typed(library, "cudaRuntimeGetVersion", numbers)
+        self.clear = _typed(library, "cudaGetLastError")
+        self._library = library
+        self._status = threading.local()  # where answers go: one for each thread, made once
+
+    def check(self, code: int, call: str) -> None:
+        """Raise for a code that is none of success.
+
+        Raises:
+            RuntimeError: Names the call and the code; the error is cleared.
+        """
+        if code:
+            self.clear()
+            raise RuntimeError(f"{call}: CUDA error {code}")
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether a graph is being captured on a stream, or, for the default one, on one that it would wait for."""
+        answer = self._answer()
+        if code := self._is_capturing(stream, answer):
+            self.clear()
+            if code != _CAPTURE_IMPLICIT:
+                raise RuntimeError(f"cudaStreamIsCapturing: CUDA error {code}")
+            return True
+        return bool(answer.value)
+
+    def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
+        """Enqueue copies of pinned or device memory: where to, where from, how many bytes. They must not overlap.
+
+        Raises:
+            RuntimeError: One was refused; those before it may be under way.
+        """
+        if len(copies) > 1 and stream and self._copy_batch is not None and self._copy_at_once(copies, stream):
+            return
+        for dst, src, nbytes in copies:
+            if code := self._copy(dst, src, nbytes, _DEFAULT, stream):
+                self.check(code, "cudaMemcpyAsync")
+
+    def _copy_at_once(self, copies: Sequence[tuple[int, int, int]], stream: int) -> bool:
+        """By one call; if it is refused, as by an older driver, never again. Copying twice is harmless."""
+        number = len(copies)
+        pointers, sizes = ctypes.c_void_p * number, ctypes.c_size_t * number
+        dsts, srcs, lengths = zip(*copies, strict=True)
+        first = ctypes.c_size_t(0)  # copy that the attributes hold for, from there on
+        if code := self._copy_batch(
+            pointers(*dsts), pointers(*srcs), sizes(*lengths), number, _attributes(), ctypes.byref(first), 1,
+            *self._fail_index(), stream,
+        ):  # fmt: skip
+            self.clear()
+            self._copy_batch = None
+            _log.info("copies are enqueued one by one: cudaMemcpyBatchAsync: CUDA error %d", code)
+        return not code
+
+    @functools.cached_property
+    def _copy_batch(self) -> Any:
+        """`cudaMemcpyBatchAsync` with the arguments that this version of it takes; None where there is none."""
+        version = self._version
+        if version < _FIRST_BATCHED or not _has(self._library, "cudaMemcpyBatchAsync"):
+            return None
+        pointers, sizes = ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t)
+        index = [sizes] if version < _FIRST_WITHOUT_INDEX else []
+        return _typed(
+            self._library, "cudaMemcpyBatchAsync", pointers, pointers, sizes, ctypes.c_size_t, ctypes.c_void_p, sizes,
+            ctypes.c_size_t, *index, ctypes.c_void_p,
+        )  # fmt: skip
+
+    def _fail_index(self) -> list[Any]:
+        """Where the number of the copy that failed goes, in the form that has it."""
+        return [ctypes.byref(ctypes.c_size_t())] if self._version < _FIRST_WITHOUT_INDEX else []
+
+    @functools.cached_property
+    def _version(self) -> int:
+        answer = self._answer()
+        self.check(self._version_of(answer), "cudaRuntimeGetVersion")
+        return int(answer.value)
+
+    def _answer(self) -> Any:
+        if (answer := getattr(self._status, "answer", None)) is None:
+            answer = self._status.answer = ctypes.c_int()
+        return answer
+
+
+def _has(library: Any, name: str) -> bool:
+    return not name or hasattr(library, name)
+
+
+def _typed(library: Any, name: str, *arguments: Any) -> Any:
+    function = getattr(library, name)
+    function.argtypes, function.restype = arguments, ctypes.c_int
+    return function
+
+
+def _attributes() -> Any:
+    """`cudaMemcpyAttributes` with nothing but the order, its first field; longer than any version of it."""
+    return (ctypes.c_uint * 64)(_IN_STREAM_ORDER)
 
 
 class CudaRuntime:
@@ -27,14 +156,38 @@ class CudaRuntime:
     Args:
         cuda: Torch's CUDA module.
         maps: Names the files mapped into this process, one a line.
-        load: Opens a library by path. PyDLL keeps the GIL, which costs up to 5 ms to get back from a busy thread;
-            the calls take less than a microsecond.
+        load: Opens a library by path, to be called with the GIL kept.
+        load_waiting: The same, to be called without it.
+        current_stream: The handle of the calling thread's current stream, by the device's index; None: asks torch for
+            the stream itself, which takes 4 us.
     Thread-safety: any thread; sticky errors and capture modes are the calling thread's.
     """
 
-    def __init__(self, cuda: Any, maps: str = "/proc/self/maps", load: Callable[[str], Any] = ctypes.PyDLL) -> None:
-        self._cuda, self._maps, self._load = cuda, maps, load
+    def __init__(
+        self,
+        cuda: Any,
+        maps: str = "/proc/self/maps",
+        load: Callable[[str], Any] = ctypes.PyDLL,
+        load_waiting: Callable[[str], Any] = ctypes.CDLL,
+        current_stream: Callable[[int], int] | None = _CURRENT_STREAM,
+    ) -> None:
+        self._cuda, self._maps, self._load, self._load_waiting = cuda, maps, load, load_waiting
+        self._current_stream = current_stream
         self._has_warned = False
+
+    @functools.cached_property
+    def raw(self) -> RawCalls | None:
+        """Its functions; None where they cannot be called."""
+        for path, library in self._libraries.items():
+            with contextlib.suppress(OSError, AttributeError):
+                return RawCalls(library, self._load_waiting(path))
+        return None
+
+    def current_stream(self, device: torch.device) -> int:
+        """The handle of the calling thread's current stream."""
+        if self._current_stream is None:
+            return int(self._cuda.current_stream(device).cuda_stream)
+        return self._current_stream(device.index)
 
     def pin(self, address: int, nbytes: int) -> bool:
         """Page-lock host memory; False, with one warning, where the system refuses."""
@@ -83,15 +236,19 @@ class CudaRuntime:
 
     def _symbols(self, name: str) -> list[Any]:
         """The function of that name in each runtime library; several may be mapped, each with errors of its own."""
-        return [getattr(library, name) for library in self._libraries if hasattr(library, name)]
+        return [getattr(library, name) for library in self._libraries.values() if hasattr(library, name)]
 
     @functools.cached_property
-    def _libraries(self) -> list[Any]:
-        """What is mapped already, opened again: a further copy would have other errors than torch's."""
-        libraries = []
-        for path in _mapped(self._maps, "libcudart"):
+    def _libraries(self) -> dict[str, Any]:
+        """What is mapped already, opened again: a further copy would have other errors than torch's.
+
+        First those of the version that torch was built for; handles are the driver's, and good for any.
+        """
+        libraries = {}
+        version = f".so.{(torch.version.cuda or '').split('.')[0]}"
+        for path in sorted(_mapped(self._maps, "libcudart"), key=lambda path: version not in path):
             with contextlib.suppress(OSError):  # replaced on disk since
-                libraries.append(self._load(path))
+                libraries[path] = self._load(path)
         return libraries
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from gpu_cache.bitwise import differing
+from gpu_cache.cuda_events import Events, RawEvents, TorchEvents
 from gpu_cache.cuda_pools import PrivatePools
 from gpu_cache.cudart import CudaRuntime, nvml_uuid, pci_address, pooled_streams
 from gpu_cache.hostmem import host_memory, host_storage
@@ -100,6 +102,13 @@ class Device(Protocol):
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""
 
+    def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
+        """Enqueue copies of contiguous uint8 ranges (to, from) at once, in any order; the ranges do not overlap.
+
+        Raises:
+            RuntimeError: One was refused; others may be under way.
+        """
+
     def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
         """Enqueue a comparison of equal uint8 ranges of arenas on `stream`.
 
@@ -109,6 +118,12 @@ class Device(Protocol):
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         """A new event behind everything enqueued on `stream` so far."""
+
+    def record_all(self, streams: Sequence[Stream]) -> list[Event]:
+        """New events behind everything enqueued on `streams` so far; each may stand for several streams."""
+
+    def discard(self, events: Sequence[Event]) -> None:
+        """Never look at events again that a capture may have taken in."""
 
     def wait(self, stream: Stream, event: Event) -> None:
         """Make later work on `stream` wait for `event`; the host goes on."""
@@ -124,6 +139,9 @@ class Device(Protocol):
 
     def is_capturing(self, stream: Stream | None = None) -> bool:
         """Whether a CUDA graph is being captured on `stream` (None: the calling thread's current stream)."""
+
+    def is_any_capturing(self, streams: Sequence[Stream]) -> bool:
+        """Whether a CUDA graph is being captured on one of `streams`."""
 
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes of the device."""
@@ -169,12 +187,22 @@ class HostDevice:
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         dst.copy_(src)
 
+    def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
+        for dst, src in pairs:
+            dst.copy_(src)
+
     def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
         differs = bool(differing(left, right))
         return lambda: differs
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         return time.perf_counter() if timing else None
+
+    def record_all(self, streams: Sequence[Stream]) -> list[Event]:
+        return []
+
+    def discard(self, events: Sequence[Event]) -> None:
+        pass
 
     def wait(self, stream: Stream, event: Event) -> None:
         pass
@@ -189,6 +217,9 @@ class HostDevice:
         return float(end - start)
 
     def is_capturing(self, stream: Stream | None = None) -> bool:
+        return False
+
+    def is_any_capturing(self, streams: Sequence[Stream]) -> bool:
         return False
 
     def memory_info(self) -> tuple[int, int]:
@@ -215,7 +246,9 @@ class CudaDevice:
     ) -> None:
         self.torch_device = torch.device("cuda", index)
         self._cuda, self._runtime = cuda, runtime or CudaRuntime(cuda)
-        self._pools = PrivatePools(cuda, empty, lambda: any(map(self.is_capturing, self._streams)))
+        self._pools = PrivatePools(cuda, empty, lambda: self.is_any_capturing(self._streams))
+        self._stream_of: dict[int, Stream] = {}  # by handle: those that were current when asked
+        self._copyable: set[int] = set()  # addresses of arenas and of pinned buffers: raw calls never wait for them
 
     def __repr__(self) -> str:
         return f"CudaDevice({self.torch_device})"
@@ -229,10 +262,12 @@ class CudaDevice:
                 # Torch reuses a freed block in the order of its stream: work enqueued before may still read it. A
                 # private pool's first block comes straight from the driver, where nothing can be pending on it.
                 default.synchronize()
+        self._copyable.add(arena.tensor.data_ptr())
         return arena
 
     def release_arena(self, arena: Arena) -> None:
         self._refuse_capture("release an arena")
+        self._copyable.discard(arena.tensor.data_ptr())
         arena.tensor = _NOTHING
         token, arena.owner = arena.owner, None
         with self._here():
@@ -241,10 +276,14 @@ class CudaDevice:
     def pinned(self, nbytes: int) -> Pinned:
         tensor, view = host_memory(nbytes)
         with self._here():
-            return Pinned(tensor, view, is_pinned=self._runtime.pin(tensor.data_ptr(), nbytes))
+            is_pinned = self._runtime.pin(tensor.data_ptr(), nbytes)
+        if is_pinned:
+            self._copyable.add(tensor.data_ptr())
+        return Pinned(tensor, view, is_pinned=is_pinned)
 
     def release_pinned(self, pinned: Pinned) -> None:
         if pinned.is_pinned:
+            self._copyable.discard(pinned.tensor.data_ptr())
             with self._here():
                 self._runtime.unpin(pinned.tensor.data_ptr())
         pinned.tensor, pinned.view, pinned.is_pinned = _NOTHING, memoryview(b""), False
@@ -256,16 +295,28 @@ class CudaDevice:
             return self._cuda.Stream(device=self.torch_device, priority=-2)
 
     def current_stream(self) -> Stream:
-        return self._cuda.current_stream(self.torch_device)
+        handle = self._runtime.current_stream(self.torch_device)
+        if (found := self._stream_of.get(handle)) is None:
+            found = self._stream_of[handle] = self._cuda.current_stream(self.torch_device)
+        return found
 
     def fence_streams(self) -> Sequence[Stream]:
         return self._streams
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
-        with self._here(), self._cuda.stream(stream):
-            if self._cuda.is_current_stream_capturing():
+        self.copy_all([(dst, src)], stream)
+
+    def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
+        raw = self._runtime.raw
+        with self._here():
+            if self._events.is_capturing([stream]):
                 raise RuntimeError(f"{stream} is being captured: the copy would become a part of somebody's graph")
-            dst.copy_(src, non_blocking=True)
+            if raw is not None and all(map(self._is_copyable, itertools.chain.from_iterable(pairs))):
+                raw.copy([(dst.data_ptr(), src.data_ptr(), dst.numel()) for dst, src in pairs], stream.cuda_stream)
+                return
+            with self._cuda.stream(stream):
+                for dst, src in pairs:
+                    dst.copy_(src, non_blocking=True)
 
     def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
         with self._here(), self._cuda.stream(stream):
@@ -278,28 +329,41 @@ class CudaDevice:
         return seen
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
-        event = self._cuda.Event(enable_timing=timing)
-        event.record(stream)
-        return event
+        with self._here():
+            return self._events.record(stream, timing=timing)
+
+    def record_all(self, streams: Sequence[Stream]) -> list[Event]:
+        with self._here():
+            return self._events.record_all(streams)
+
+    def discard(self, events: Sequence[Event]) -> None:
+        self._events.discard(events)
 
     def wait(self, stream: Stream, event: Event) -> None:
-        stream.wait_event(event)
+        with self._here():
+            self._events.wait(stream, event)
 
     def query(self, event: Event) -> bool:
+        if self._events.has_seen(event):
+            return True
         with self._here():
-            return bool(event.query())
+            return self._events.query(event)
 
     def synchronize(self, event: Event) -> None:
         with self._here():
-            event.synchronize()
+            self._events.synchronize(event)
 
     def elapsed_s(self, start: Event, end: Event) -> float:
         with self._here():
-            return float(start.elapsed_time(end)) / 1e3
+            return self._events.elapsed_s(start, end)
 
     def is_capturing(self, stream: Stream | None = None) -> bool:
-        with self._cuda.device(self.torch_device), self._cuda.stream(stream):
-            return bool(self._cuda.is_current_stream_capturing())
+        asked = self.current_stream() if stream is None else stream
+        return bool(asked.cuda_stream) and self.is_any_capturing([asked])  # the default stream cannot be captured
+
+    def is_any_capturing(self, streams: Sequence[Stream]) -> bool:
+        with self._here():
+            return self._events.is_capturing(streams)
 
     def memory_info(self) -> tuple[int, int]:
         with self._here():
@@ -313,6 +377,13 @@ class CudaDevice:
     def identity(self) -> DeviceIdentity:
         found = self._cuda.get_device_properties(self.torch_device)
         return DeviceIdentity(found.name, nvml_uuid(found), pci_address(found))
+
+    @functools.cached_property
+    def _events(self) -> Events:
+        return TorchEvents(self._cuda) if self._runtime.raw is None else RawEvents(self._runtime.raw)
+
+    def _is_copyable(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._copyable
 
     @functools.cached_property
     def _streams(self) -> list[Stream]:

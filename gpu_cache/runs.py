@@ -62,6 +62,24 @@ class Piece:
             yield room[offset : offset - first + spec.nbytes]
 
 
+def copies_of(window: Sequence[Piece], slot: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What to copy (to, from), neighbours in one arena at once: mostly a whole window, as runs are placed in order.
+
+    Args:
+        window: Placed, and filled into `slot`.
+        slot: `(nbytes,)` uint8, pinned.
+    """
+    spans: list[tuple[torch.Tensor, int, int, int]] = []  # arena, place in it, place in the slot, length
+    for piece in window:
+        arena, begin = piece.run.range.slab.arena.tensor, piece.run.range.offset + piece.start
+        before = spans[-1] if spans else None
+        if before and before[0] is arena and before[1] + before[3] == begin and before[2] + before[3] == piece.at:
+            spans[-1] = (*before[:3], before[3] + piece.nbytes)
+        else:
+            spans.append((arena, begin, piece.at, piece.nbytes))
+    return [(arena[to : to + nbytes], slot[at : at + nbytes]) for arena, to, at, nbytes in spans]
+
+
 def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
     """Group shards, in order, into runs of at most `run_bytes`; a larger shard is a run of its own."""
     run = Run()

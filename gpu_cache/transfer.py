@@ -21,7 +21,7 @@ from gpu_cache.inflight import InflightBudget, Turn
 from gpu_cache.lease import plain_tensors
 from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import COPY, STAGE, profiled
-from gpu_cache.runs import Piece, Run, pack, windows
+from gpu_cache.runs import Piece, Run, copies_of, pack, windows
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.staging import StagingRing
@@ -176,11 +176,12 @@ class Transfer:
                 if completion is not None:
                     completion.wait_on(self.stream)
             started = self._device.record(self.stream, timing=True)
-            copies = stretches([one.lease for one in origins])
+            copies = []
             arena, begin = run.range.slab.arena.tensor, run.range.offset
-            for slab, offset, nbytes in copies:
-                self._device.copy_async(arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes], self.stream)
+            for slab, offset, nbytes in stretches([one.lease for one in origins]):
+                copies.append((arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes]))
                 begin += nbytes
+            self._device.copy_all(copies, self.stream)
             self._copy_again(run, origins)
             ended = self._device.record(self.stream, timing=True)
             self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
@@ -272,30 +273,30 @@ class Transfer:
             )
 
     def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:
-        """Fill the places of a window's shards with one read and, where staged, enqueue a copy for each run."""
+        """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""
         if self._staging is None:
             reader.read_into([view for piece in window for view in piece.buffers(piece.arena_view())])
             return None
         with profiled(STAGE):
             slot = self._staging.acquire(max(0.0, deadline - time.monotonic()))
-        num_copies = nbytes = 0
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        num_copies = 0
         try:
             staged = slot.pinned.view
             reader.read_into(
                 [view for piece in window for view in piece.buffers(staged[piece.at : piece.at + piece.nbytes])]
             )
             slot.started = self._device.record(self.stream, timing=True)
+            copies = copies_of(window, slot.pinned.tensor)
             with profiled(COPY):
-                for piece in window:
-                    self._device.copy_async(
-                        piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], self.stream
-                    )
-                    num_copies, nbytes = num_copies + 1, nbytes + piece.nbytes
+                self._device.copy_all(copies, self.stream)
+            num_copies = len(copies)
         finally:
             try:
-                if num_copies:  # also behind the copies of a window that failed half-way
+                if copies:  # also behind those of a window that failed half-way
                     slot.guard = self._device.record(self.stream, timing=True)
                 guard = slot.guard
             finally:
+                nbytes = sum(dst.numel() for dst, _ in copies[:num_copies])
                 self._staging.release(slot, num_copies=num_copies, nbytes=nbytes)
         return Completion(self._device, guard)

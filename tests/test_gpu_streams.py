@@ -116,3 +116,47 @@ def test_a_consumer_in_another_thread_is_not_held_up_by_a_busy_default_stream() 
 def test_the_copy_stream_is_none_that_torch_deals_out_by_default(device: CudaDevice) -> None:
     by_default = {torch.cuda.Stream(GPU, priority=priority).cuda_stream for priority in (0, -1) for _ in range(64)}
     assert device.new_stream().cuda_stream not in by_default
+
+
+def test_the_fence_and_the_copies_are_raw_calls_of_the_runtime_that_torch_uses(device: CudaDevice) -> None:
+    assert device._runtime.raw is not None
+    (events,) = device.record_all(device.fence_streams())
+    assert len(events) == len(device.fence_streams())
+    device.synchronize(events)
+    assert device.query(events)
+    handles = set(events.handles)
+    del events
+    assert set(device.record_all(device.fence_streams())[0].handles) == handles, "used again"
+
+
+def test_copies_that_lie_apart_arrive_and_the_next_kernel_meets_no_error(device: CudaDevice) -> None:
+    torch.cuda.init()
+    stream, arena, pinned = device.new_stream(), device.arena(1 << 20), device.pinned(1 << 20)
+    pinned.tensor.copy_(torch.arange(1 << 20) % 251)
+    for start in (0, 512):
+        arena.tensor.zero_()
+        torch.cuda.synchronize(GPU)
+        pairs = [(arena.tensor[at : at + 512], pinned.tensor[at : at + 512]) for at in range(start, 1 << 20, 1024)]
+        device.copy_all(pairs, stream)
+        device.synchronize(device.record(stream))
+        wanted = torch.zeros(1 << 20, dtype=torch.uint8).view(-1, 2, 512)
+        wanted[:, start // 512] = pinned.tensor.view(-1, 2, 512)[:, start // 512]
+        assert torch.equal(arena.tensor.cpu().view(-1, 2, 512), wanted)
+    device.release_pinned(pinned)
+    device.release_arena(arena)
+
+
+def test_raw_queries_and_records_beside_a_capture_leave_it_intact(device: CudaDevice) -> None:
+    torch.cuda.init()
+    total, graph = torch.zeros(4, device=GPU), torch.cuda.CUDAGraph()
+    total.add_(0)
+    (before,) = device.record_all(device.fence_streams())
+    torch.cuda.synchronize(GPU)
+    with torch.cuda.graph(graph):
+        total.add_(1)
+        assert device.is_any_capturing(device.fence_streams())
+        other = threading.Thread(target=lambda: (device.query(before), device.record(device.new_stream())))
+        other.start()
+        other.join(30)
+    graph.replay()
+    assert total.tolist() == [1.0] * 4

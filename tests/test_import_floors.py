@@ -39,7 +39,7 @@ FLOORS = {
             "victims",
             "parked_reader",
         ],
-        ["cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
+        ["cuda_events", "cuda_pools", "tally", "rate_window", "alarms", "report_files", "summary"],
         ["device", "ledger"],
         ["placement", "block", "completion", "fence", "staging", "host_arenas", "index_view"],
         ["slab_set", "runs", "suspects"],

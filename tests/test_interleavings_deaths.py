@@ -85,7 +85,7 @@ class DyingDevice(HostDevice):
         return found
 
 
-_DEVICE_CALLS = {"arena", "pinned", "copy_async", "record", "synchronize", "elapsed_s"}
+_DEVICE_CALLS = {"arena", "pinned", "copy_all", "record", "synchronize", "elapsed_s"}
 
 # Where the thread dies, and the shards that have arrived by then. Each is a run and a window of its own.
 IN_THE_READER = {
@@ -93,8 +93,8 @@ IN_THE_READER = {
     "next_specs 2": "abc", "close": "abc", "failures": "abc",
 }  # fmt: skip
 ON_THE_DEVICE = {
-    "arena": "", "arena 1": "ab", "pinned": "", "record": "", "copy_async": "", "record 1": "", "record 2": "a",
-    "copy_async 1": "a", "record 3": "a", "synchronize": "a", "elapsed_s": "a", "copy_async 2": "ab", "record 5": "ab",
+    "arena": "", "arena 1": "ab", "pinned": "", "record": "", "copy_all": "", "record 1": "", "record 2": "a",
+    "copy_all 1": "a", "record 3": "a", "synchronize": "a", "elapsed_s": "a", "copy_all 2": "ab", "record 5": "ab",
 }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_who_joined_a_thread_that_died_asks_for_itself(gate: str, kind: type[Bas
 
 
 @pytest.mark.parametrize("kind", DEATHS)
-@pytest.mark.parametrize("place", ["pinned", "record", "copy_async", "record 1", "arena"])
+@pytest.mark.parametrize("place", ["pinned", "record", "copy_all", "record 1", "arena"])
 def test_a_put_that_is_interrupted_loses_nothing(place: str, kind: type[BaseException]) -> None:
     device = DyingDevice(stages=True)
     stage, death = Stage(device, CONFIG), Death(place, kind)

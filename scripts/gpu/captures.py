@@ -63,21 +63,23 @@ _FENCE = (
 cache = small_cache()
 fetch(cache, "a", 5)
 is_at_it, has_begun = threading.Event(), threading.Event()
-record = CudaDevice.record
+record_all = CudaDevice.record_all
 
 
-def late(device, *arguments, **options):
+def late(device, streams):
     if threading.current_thread().name == "clears":
         is_at_it.set()
         has_begun.wait(30)
-    return record(device, *arguments, **options)
+    return record_all(device, streams)
 
 
-CudaDevice.record = late
+CudaDevice.record_all = late
 thread = threading.Thread(target=cache.clear, name="clears")
 thread.start()
 is_at_it.wait(30)
 try:
+    if not is_at_it.is_set():
+        raise RuntimeError("the clear recorded no fence")
     with torch.cuda.graph(graph):
         total.add_(1)
         has_begun.set()

@@ -23,7 +23,8 @@ def cuda_device(cuda: FakeCuda, tmp_path: Path, *paths: str) -> CudaDevice:
     maps = tmp_path / "maps"
     lines = [f"7f00-7f01 r-xp 00000000 08:01 42    {path}\n" for path in ("/lib/libc.so.6", *(paths or [RUNTIME]))]
     maps.write_text("".join(lines) + "7f02-7f03 rw-p 00000000 00:00 0\n")
-    return CudaDevice(1, cuda, cuda.empty, CudaRuntime(cuda, str(maps), lambda path: cuda.shared_object))
+    load = [lambda path: cuda.library] * 2
+    return CudaDevice(1, cuda, cuda.empty, CudaRuntime(cuda, str(maps), *load, cuda.current_raw_stream))
 
 
 def checked_device(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 
 from tests.support.fake_cuda_objects import (
+    BASE,
     GLOBAL,
+    POOL_SIZE,
     Block,
     FakeEvent,
     FakePool,
@@ -27,6 +30,7 @@ from tests.support.fake_cuda_objects import (
     StreamType,
     Thread,
 )
+from tests.support.fake_cudart import FakeLibrary
 
 MIB = 1 << 20
 
@@ -40,6 +44,7 @@ class FakeCuda:
         pin_limit_bytes: Pinning more than this in all fails, as under a low `ulimit -l`.
         backend: Name of torch's allocator.
         binds_last_error: Whether `cudart()` offers `cudaGetLastError`, as newer torch does.
+        library: More arguments of the runtime library, see `FakeLibrary`.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class FakeCuda:
         pin_limit_bytes: int = 64 * MIB,
         backend: str = "native",
         binds_last_error: bool = True,
+        **library: Any,
     ) -> None:
         self.free_bytes = [device_bytes] * num_devices
         self.pinned: dict[int, int] = {}
@@ -63,12 +69,16 @@ class FakeCuda:
         self.has_memory_stats = True
         self.num_priorities = 4
         self.turns: dict[tuple[int, int], int] = {}
+        self.implicit_capture = False  # a stream that the default one would wait for is being captured
+        self.calls: Counter[str] = Counter()  # of this module, where they lead to some of the runtime
         self.thread = Thread()
         self.Stream = StreamType(self)
         self._device_bytes, self._pin_limit_bytes, self._backend = device_bytes, pin_limit_bytes, backend
         self._binds_last_error, self._clock_ms = binds_last_error, 0.0
         self._queues: dict[FakeStream, list[tuple[str, FakeEvent]]] = {}
         self._cached: list[int] = [0] * num_devices  # bytes that the ordinary allocator keeps
+        self._blocks: dict[int, int] = {}  # addresses and lengths of device memory
+        self.library = FakeLibrary(self, **library)
 
     # What a test does to the device.
 
@@ -117,6 +127,26 @@ class FakeCuda:
             raise RuntimeError("operation not permitted: it ends the capture in another thread")
         self.refuse_capture("call the driver")
 
+    def is_forbidden_by_capture(self) -> bool:
+        """Whether a call that waits for the device would end a capture."""
+        is_own = threading.get_ident() in self.captures.values()
+        return is_own or (self.thread.capture_mode == GLOBAL and bool(self.captures))
+
+    def stream_of(self, handle: int, device: int) -> FakeStream | None:
+        """The stream of a handle on a device; None: there is none."""
+        if not handle:
+            return FakeStream(self, device, 0, 0)
+        level, turn = (handle - BASE) >> 12, handle & 0xFFF
+        is_there = 0 <= turn < POOL_SIZE and level >> 8 == device and 0 <= level & 0xFF < self.num_priorities
+        return FakeStream(self, device, handle, -(level & 0xFF)) if is_there else None
+
+    def is_known(self, address: int, nbytes: int) -> bool:
+        """Whether memory is on the device, or pinned."""
+        return any(
+            start <= address and address + nbytes <= start + length
+            for start, length in [*self._blocks.items(), *self.pinned.items()]
+        )
+
     def refuse_capture(self, action: str) -> None:
         if threading.get_ident() in self.captures.values():
             raise RuntimeError(f"operation not permitted when stream is capturing: {action}")
@@ -130,7 +160,8 @@ class FakeCuda:
         assert non_blocking, "a blocking copy"
         assert dst.shape == src.shape
         self.driver_call()
-        stream = self.current_stream(torch.device("cuda", self.thread.device))
+        self.calls["copy_"] += 1
+        stream = self.current(torch.device("cuda", self.thread.device))
         assert stream not in self.captures, "copied into a graph"
         self.copies.append(stream)
 
@@ -154,6 +185,8 @@ class FakeCuda:
         weakref.finalize(block, self._put_back, nbytes, device.index, self._note_in_pool(block, nbytes))
         tensor = torch.frombuffer(block, dtype=torch.uint8).as_subclass(FakeTensor)
         tensor.fake = self
+        self._blocks[tensor.data_ptr()] = nbytes
+        weakref.finalize(block, self._blocks.pop, tensor.data_ptr(), None)
         return tensor
 
     def _take(self, nbytes: int, index: int) -> None:
@@ -196,6 +229,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
+        self.calls["device"] += 1
         before, self.thread.device = self.thread.device, device.index
         self.contexts.add(device.index)
         try:
@@ -208,8 +242,9 @@ class FakeCuda:
         if stream is None:
             yield
             return
+        self.calls["stream"] += 1
         assert stream.device.index == self.thread.device, "leaving it would make a context on the device before"
-        before = self.current_stream(stream.device)
+        before = self.current(stream.device)
         self.thread.streams[stream.device.index] = stream
         try:
             yield
@@ -217,15 +252,25 @@ class FakeCuda:
             self.thread.streams[stream.device.index] = before
 
     def current_stream(self, device: torch.device) -> FakeStream:
+        self.calls["current_stream"] += 1
+        return self.current(device)
+
+    def current_raw_stream(self, index: int) -> int:
+        """What `torch._C._cuda_getCurrentRawStream` tells."""
+        return self.current(torch.device("cuda", index)).cuda_stream
+
+    def current(self, device: torch.device) -> FakeStream:
         return self.thread.streams.get(device.index) or self.default_stream(device)
 
     def default_stream(self, device: torch.device) -> FakeStream:
         return FakeStream(self, device.index, 0, 0)
 
     def is_current_stream_capturing(self) -> bool:
-        return self.current_stream(torch.device("cuda", self.thread.device)) in self.captures
+        self.calls["is_current_stream_capturing"] += 1
+        return self.current(torch.device("cuda", self.thread.device)) in self.captures
 
     def Event(self, *, enable_timing: bool) -> FakeEvent:  # noqa: N802
+        self.calls["Event"] += 1
         return FakeEvent(self, enable_timing)
 
     def MemPool(self) -> FakePool:  # noqa: N802
@@ -266,17 +311,11 @@ class FakeCuda:
             module.cudaGetLastError = self._get_last_error
         return module
 
-    # What `libcudart` offers; `shared_object` is how `ctypes` would show it.
-
-    @property
-    def shared_object(self) -> Any:
-        return SimpleNamespace(
-            cudaGetLastError=self._get_last_error, cudaThreadExchangeStreamCaptureMode=self._exchange_capture_mode
-        )
+    # What `libcudart` offers; see `FakeLibrary`.
 
     def _exchange_capture_mode(self, argument: Any) -> int:
         self.contexts.add(self.thread.device)
-        mode = ctypes.cast(argument, ctypes.POINTER(ctypes.c_int)).contents
+        mode = ctypes.c_int.from_address(argument)
         mode.value, self.thread.capture_mode = self.thread.capture_mode, mode.value
         return 0
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 GLOBAL, THREAD_LOCAL = 0, 1  # capture modes
 POOL_SIZE = 32
+BASE = 0x5573_0000_0000  # of the handles of streams: as on a GPU, longer than 32 bits
 
 
 class Thread(threading.local):
@@ -143,7 +144,7 @@ class StreamType:
         cuda.driver_call(device)
         level = min(max(-priority, 0), cuda.num_priorities - 1)
         turn = cuda.turns[device.index, level] = (cuda.turns.get((device.index, level), -1) + 1) % POOL_SIZE
-        return FakeStream(cuda, device.index, 0x1000 * (level + 1) + turn, -level)
+        return FakeStream(cuda, device.index, BASE + (device.index << 20) + (level << 12) + turn, -level)
 
     def priority_range(self) -> tuple[int, int]:
         self._cuda.driver_call()

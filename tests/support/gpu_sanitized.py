@@ -17,6 +17,7 @@ from torch.cuda import _sanitizer
 
 from gpu_cache import FetchError, TensorCache, reaper
 from gpu_cache.completion import Completion
+from gpu_cache.cudart import CudaRuntime
 from gpu_cache.device import CudaDevice
 from tests.support.gpu_race import late_reader
 from tests.support.gpu_scene import GPU, allocate, fence_off, fetch, keep_busy, small_cache
@@ -78,14 +79,17 @@ def _verdict(scene: Callable[[TensorCache], None]) -> str:
 
 @contextlib.contextmanager
 def _copies_seen() -> Iterator[None]:
-    """Show the sanitizer the copies too: it watches threads one by one, and a fetch has one of its own."""
-    copy_async = CudaDevice.copy_async
+    """Show the sanitizer the copies too: it watches threads one by one, and a fetch has one of its own.
+
+    It sees torch's events and copies only, so that the cache uses these.
+    """
+    copy_all = CudaDevice.copy_all
 
     def seen(device: CudaDevice, *arguments: Any) -> None:
         with _sanitizer.cuda_sanitizer.dispatch:
-            copy_async(device, *arguments)
+            copy_all(device, *arguments)
 
-    with mock.patch.object(CudaDevice, "copy_async", seen):
+    with mock.patch.object(CudaDevice, "copy_all", seen), mock.patch.object(CudaRuntime, "raw", None):
         yield
 
 

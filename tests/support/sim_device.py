@@ -132,6 +132,15 @@ class SimDevice(SimHost):
         self._enqueue(stream, mark)
         return event
 
+    def record_all(self, streams: Sequence[SimStream]) -> list[SimEvent]:
+        return [self.record(stream) for stream in streams]
+
+    def discard(self, events: Sequence[SimEvent]) -> None:
+        pass
+
+    def is_any_capturing(self, streams: Sequence[SimStream]) -> bool:
+        return any(map(self.is_capturing, streams))
+
     def wait(self, stream: SimStream, event: SimEvent) -> None:
         self._enqueue(stream, lambda at: join(at.clock, event.clock or {}), event)
 
@@ -182,6 +191,10 @@ class SimDevice(SimHost):
             to.memory[to_at : to_at + nbytes] = source.memory[source_at : source_at + nbytes]
 
         self._enqueue(stream, copy)
+
+    def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: SimStream) -> None:
+        for dst, src in pairs:
+            self.copy_async(dst, src, stream)
 
     def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: SimStream) -> Callable[[], bool]:
         assert left.numel() == right.numel()
