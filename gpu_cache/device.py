@@ -17,7 +17,7 @@ from gpu_cache.bitwise import differing
 from gpu_cache.cuda_events import Events, RawEvents, TorchEvents
 from gpu_cache.cuda_pools import PrivatePools
 from gpu_cache.cudart import CudaRuntime, nvml_uuid, pci_address, pooled_streams
-from gpu_cache.hostmem import host_memory, host_storage
+from gpu_cache.hostmem import host_memory, host_tensor
 from gpu_cache.lease import plain_tensors
 
 Stream = Any
@@ -25,7 +25,8 @@ Event = Any
 
 torch_cuda: Any = torch.cuda  # for modules that take it as an argument
 
-_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+with plain_tensors():  # it may be imported within a mode
+    _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +163,7 @@ class HostDevice:
         self.stages = stages
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-        storage = host_storage(nbytes)
-        with plain_tensors():
-            return Arena(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage))
+        return Arena(host_tensor(nbytes))
 
     def release_arena(self, arena: Arena) -> None:
         arena.tensor = _NOTHING

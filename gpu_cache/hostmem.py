@@ -6,6 +6,8 @@ import mmap
 
 import torch
 
+from gpu_cache.lease import plain_tensors
+
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later; Python's mmap has no name for it
 
 
@@ -30,7 +32,7 @@ def host_memory(nbytes: int) -> tuple[torch.Tensor, memoryview]:
     pages.madvise(mmap.MADV_DONTFORK)
     _touch(pages)
     # The tensor refers to this memoryview, which keeps `pages` mapped; one of its own, as callers may release theirs.
-    with torch.inference_mode(False):
+    with plain_tensors():
         tensor = torch.frombuffer(memoryview(pages)[:nbytes], dtype=torch.uint8)
     return tensor, memoryview(pages)[:nbytes]
 
@@ -47,6 +49,17 @@ def host_storage(nbytes: int) -> torch.UntypedStorage:
         if "can't allocate memory" in str(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
+
+
+def host_tensor(nbytes: int) -> torch.Tensor:
+    """Ordinary host memory as a tensor, `(nbytes,)` uint8, whatever modes are active in this thread.
+
+    Raises:
+        torch.OutOfMemoryError: As for `host_storage`.
+    """
+    storage = host_storage(nbytes)
+    with plain_tensors():
+        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 
 def _touch(pages: mmap.mmap) -> None:

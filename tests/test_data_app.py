@@ -196,7 +196,7 @@ def test_a_stored_tensor_that_cannot_travel_is_a_fault_and_the_next_request_work
     owner.store.update({"odd": torch.empty(2, dtype=torch.uint4), "fine": torch.ones(1)})
     for headers in ({}, BINARY):
         reply = batch(server, "fine", "odd", headers=headers)
-        assert_refused(reply, 500, "tensors of torch.uint4 do not travel")
+        assert_refused(reply, 500, "tensors of torch.uint4 do not travel; call view(torch.uint8) first")
     assert batch(server, "fine", headers=BINARY).status == 200
 
 

@@ -6,6 +6,7 @@ import torch
 
 from areal.infra.rpc.layout import described
 from areal.infra.rpc.serialization import check_travels, host_bytes
+from gpu_cache.lease import plain_tensors
 
 
 class OwnedShard:
@@ -40,7 +41,8 @@ class OwnedShard:
             return
         self.text = described(self.dtype, self.shape, self.nbytes)
         if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            self.memory = host_bytes(tensor)
+            with plain_tensors():
+                self.memory = host_bytes(tensor)
 
     @property
     def serial(self) -> str:

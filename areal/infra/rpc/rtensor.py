@@ -14,11 +14,11 @@ import torch
 
 import gpu_cache
 from areal.infra.rpc import runtime
-from areal.infra.rpc.backends.base import RTensorBackend
+from areal.infra.rpc.backends.base import RTensorBackend, take_back
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
 from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
 from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
-from areal.infra.rpc.serialization import register_dataclass
+from areal.infra.rpc.serialization import check_stored, register_dataclass
 from areal.infra.rpc.shard import (
     ShardAnswerError,
     ShardConflictError,
@@ -31,6 +31,7 @@ from areal.infra.rpc.shard import (
     ShardUnreachableError,
     TensorShardInfo,
     collect_leaves,
+    leaf_paths,
     map_leaves,
     promise_of,
 )
@@ -38,6 +39,7 @@ from areal.infra.rpc.trimming import trim_padding
 from areal.infra.rpc.views import FetchBufferView, StorageView
 from gpu_cache import Promise
 from gpu_cache.config import OnError, Prefer
+from gpu_cache.lease import plain_tensors
 
 __all__ = [
     "ClearReport",
@@ -184,21 +186,18 @@ class RTensor:
         """Store the tensors in nested containers in this process, and return the containers with handles.
 
         Each tensor is detached and copied to host memory. In a dict with an `attention_mask` trailing padding is
-        trimmed first.
+        trimmed first. All are stored, or none: every tensor is looked at before the first is stored, and if storing
+        fails half-way, what was stored is removed.
 
         Args:
             obj: A tensor, or dicts, lists and tuples of them; anything else passes through.
             node_addr: Address under which this process serves them.
+        Raises:
+            TypeError: A tensor that does not travel; says where in `obj` it is, and what to do.
         """
-        backend = get_backend()
-
-        def to_handle(leaf: Any) -> Any:
-            if isinstance(leaf, dict):
-                return {key: map_leaves(value, _DICT_OR_TENSOR, to_handle) for key, value in trim_padding(leaf).items()}
-            meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
-            return RTensor(TensorShardInfo(backend.store(_owned_copy(leaf)), node_addr), meta)
-
-        return map_leaves(obj, _DICT_OR_TENSOR, to_handle)
+        with plain_tensors():
+            _check_all_travel(obj)
+            return _stored(obj, node_addr, get_backend())
 
     @staticmethod
     def collect_shards(obj: Any) -> dict[str, list[Any]]:
@@ -251,7 +250,8 @@ class RTensor:
         """What travels: shape and dtype, never the values."""
         data = self.data
         if not data.is_meta:
-            data = torch.empty(data.shape, dtype=data.dtype, device="meta")
+            with plain_tensors():
+                data = torch.empty(data.shape, dtype=data.dtype, device="meta")
         return {"shard": self.shard, "data": data}
 
 
@@ -316,7 +316,12 @@ def buffer_stats() -> dict[str, Any]:
 
 
 def store(shard_id: Hashable, tensor: torch.Tensor) -> None:
-    """Keep a tensor under an id of the caller's choosing, for others to fetch."""
+    """Keep a tensor under an id of the caller's choosing, for others to fetch.
+
+    Raises:
+        TypeError: They could not: it does not travel, or has no values.
+    """
+    check_stored(tensor)
     runtime.current().store.put(shard_id, tensor)
 
 
@@ -426,6 +431,33 @@ def _check_owners(handles: Iterable[RTensor]) -> None:
                 f"Failed to fetch shard {shard_id}: handles of one call say that {known} owns it, and that {owner} "
                 "does; an id means one shard of one owner"
             )
+
+
+def _check_all_travel(obj: Any) -> None:
+    for tensor in collect_leaves(obj, torch.Tensor):
+        try:
+            check_stored(tensor)
+        except TypeError as error:
+            path = next(path for path, leaf in leaf_paths(obj, torch.Tensor, "obj") if leaf is tensor)
+            raise TypeError(f"cannot remotize {path}: {error} (nothing was stored)") from None
+
+
+def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
+    """The containers with handles in the place of tensors, which the backend has."""
+    stored: list[Any] = []
+
+    def to_handle(leaf: Any) -> Any:
+        if isinstance(leaf, dict):
+            return {key: map_leaves(value, _DICT_OR_TENSOR, to_handle) for key, value in trim_padding(leaf).items()}
+        stored.append(backend.store(_owned_copy(leaf)))
+        meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        return RTensor(TensorShardInfo(stored[-1], node_addr), meta)
+
+    try:
+        return map_leaves(obj, _DICT_OR_TENSOR, to_handle)
+    except BaseException:
+        take_back(backend, node_addr, stored)
+        raise
 
 
 def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpu_cache.hostmem import host_tensor
+from gpu_cache.lease import plain_tensors
+
 # Dtypes that travel, by the name that follows "torch." on the wire.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -115,7 +118,8 @@ def deserialize_value(value: Any) -> Any:
         ValueError: A tagged value that is broken, or a value that is nested too deeply.
     """
     try:
-        return _deserialize(value)
+        with plain_tensors():  # once, as entering costs more than a handle where a mode is active
+            return _deserialize(value)
     except RecursionError:
         raise ValueError("the value is nested too deeply") from None
 
@@ -127,7 +131,7 @@ def _deserialize(value: Any) -> Any:
         return value
     tag = value.get("type")
     if tag == "tensor" and value.keys() >= {"shape", "dtype"}:
-        return tensor_from_json(value)
+        return _tensor_from_json(value)
     if tag == "dataclass" and value.keys() >= {"class_path", "data"}:
         return _dataclass_from_json(value["class_path"], value["data"])
     if isinstance(tag, str) and value.keys() >= _REFUSED_TAGS.get(tag, {"class_path"}):
@@ -192,7 +196,8 @@ class TensorText:
 
 def _base64(tensor: torch.Tensor) -> Iterator[bytes]:
     """The tensor's bytes in base64, in parts that can be joined."""
-    memory, is_narrow = host_bytes(tensor), tensor.dtype is torch.bfloat16
+    with plain_tensors():
+        memory, is_narrow = host_bytes(tensor), tensor.dtype is torch.bfloat16
     step = _ENCODED_CHUNK // 2 if is_narrow else _ENCODED_CHUNK
     for start in range(0, len(memory), step):
         chunk = memory[start : start + step]
@@ -241,6 +246,11 @@ def tensor_from_json(described: object, data: memoryview | None = None) -> torch
     Raises:
         ValueError: Not a tensor, or its shape, dtype and bytes do not fit together.
     """
+    with plain_tensors():
+        return _tensor_from_json(described, data)
+
+
+def _tensor_from_json(described: object, data: memoryview | None = None) -> torch.Tensor:
     if not isinstance(described, dict) or described.get("type") != "tensor":
         raise ValueError(f"not a tensor: {short_repr(described)}")
     dtype = _named_dtype(described.get("dtype"))
@@ -269,7 +279,7 @@ def _decoded(text: object, nbytes: int) -> torch.Tensor:
     if not isinstance(text, str | memoryview) or len(text) != num_chars:
         found = f"{len(text):,} characters" if isinstance(text, str | memoryview) else type(text).__qualname__
         raise ValueError(f"{nbytes:,} bytes need {num_chars:,} characters of base64, got {found}")
-    flat = torch.empty(nbytes, dtype=torch.uint8)
+    flat = host_tensor(nbytes)
     target = flat.numpy().data
     for start in range(0, num_chars, _BASE64_CHUNK):
         place = target[start // 4 * 3 : (start + _BASE64_CHUNK) // 4 * 3]
@@ -306,12 +316,43 @@ def check_travels(tensor: torch.Tensor) -> None:
     Raises:
         TypeError: A dtype that does not travel, or not a plain dense tensor.
     """
-    if tensor.dtype not in _ADMITTED_DTYPES:
-        raise TypeError(f"tensors of {tensor.dtype} do not travel")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(f"only dense tensors travel, not {'nested' if tensor.is_nested else tensor.layout}")
+    if fault := _fault_of(tensor):
+        raise TypeError(fault)
+
+
+def check_stored(tensor: torch.Tensor) -> None:
+    """Refuse what others could not fetch, if it was stored: what does not travel, and what has no values.
+
+    Raises:
+        TypeError: What it is, and what to do.
+    """
+    check_travels(tensor)
+    if tensor.is_meta:
+        raise TypeError("a meta tensor has no values; store one that has")
+
+
+def _fault_of(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from travelling, and what to do; "" if nothing does."""
+    kind, dtype = type(tensor), tensor.dtype
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return (
+            "tensors inside torch.func (grad, vmap, jvp) do not travel; return it from the transformed function first"
+        )
+    if tensor.is_nested:
+        return "only dense tensors travel, not nested ones; call to_padded_tensor() first"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        remedy = "call full_tensor()" if kind.__name__ == "DTensor" else "make a plain tensor of it"
+        return f"only plain tensors travel, not {kind.__name__}; {remedy} first"
+    if tensor.layout is not torch.strided:
+        return f"only dense tensors travel, not {tensor.layout}; call to_dense() first"
+    if dtype not in _ADMITTED_DTYPES:
+        remedy = "call dequantize()" if tensor.is_quantized else "call view(torch.uint8)"
+        return f"tensors of {dtype} do not travel; {remedy} first"
     if tensor.ndim > MAX_RANK:
-        raise TypeError(f"tensors of rank {tensor.ndim} do not travel, the limit is {MAX_RANK}")
+        return f"tensors of rank {tensor.ndim} do not travel, the limit is {MAX_RANK}; reshape() it first"
+    if not tensor.is_meta and tensor.numel() and not tensor.untyped_storage().nbytes():
+        return "the tensor's memory was given back, as FSDP does with a parameter between uses; gather it first"
+    return ""
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -162,6 +162,19 @@ def _collect(children: Iterable[object], leaf_type: type[LeafT], found: list[Lea
             found.append(child)
         elif isinstance(child, _CONTAINERS):
             _collect(_children(child), leaf_type, found)
+
+
+def leaf_paths(obj: object, leaf_type: type[LeafT], path: str) -> Iterator[tuple[str, LeafT]]:
+    """The leaves as of `collect_leaves`, each with the words that lead to it, as in `batch["mask"][2]`."""
+    if isinstance(obj, leaf_type):
+        yield path, obj
+    elif isinstance(obj, dict):
+        for key, child in obj.items():
+            yield from leaf_paths(child, leaf_type, f"{path}[{key!r}]")
+    elif isinstance(obj, _CONTAINERS):
+        fields = getattr(obj, "_fields", None)  # of a named tuple
+        for number, child in enumerate(cast(Iterable[object], obj)):
+            yield from leaf_paths(child, leaf_type, f"{path}.{fields[number]}" if fields else f"{path}[{number}]")
 
 
 def map_leaves(obj: Any, leaf_type: type[LeafT], fn: Callable[[LeafT], object]) -> Any:

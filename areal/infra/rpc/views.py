@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from areal.infra.rpc import runtime
+from areal.infra.rpc.serialization import check_stored
+from gpu_cache.lease import plain_tensors
 
 
 class FetchBufferView(MutableMapping[Hashable, torch.Tensor]):
@@ -25,7 +27,8 @@ class FetchBufferView(MutableMapping[Hashable, torch.Tensor]):
     def __setitem__(self, key: Hashable, tensor: torch.Tensor) -> None:
         cache = runtime.current().cache
         cache.clear([key])
-        cache.put(key, tensor.detach().cpu())
+        with plain_tensors():
+            cache.put(key, tensor.detach().cpu())
 
     def __delitem__(self, key: Hashable) -> None:
         if not runtime.current().cache.clear([key]):
@@ -64,6 +67,7 @@ class StorageView(MutableMapping[Hashable, torch.Tensor]):
         return runtime.current().store[key]
 
     def __setitem__(self, key: Hashable, tensor: torch.Tensor) -> None:
+        check_stored(tensor)
         runtime.current().store[key] = tensor
 
     def __delitem__(self, key: Hashable) -> None:

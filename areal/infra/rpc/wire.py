@@ -31,6 +31,8 @@ from areal.infra.rpc.owned import OwnedShard
 from areal.infra.rpc.serialization import DTYPES, check_travels, checked_shape, host_bytes
 from areal.infra.rpc.shard import WireError
 from gpu_cache import ShardSpec
+from gpu_cache.hostmem import host_tensor
+from gpu_cache.lease import plain_tensors
 
 CONTENT_TYPE = "application/vnd.safetensors"
 _PART_BYTES = 1 << 20
@@ -157,11 +159,12 @@ def decode_frame(frame: bytes | bytearray | memoryview) -> dict[str, torch.Tenso
     view = memoryview(frame).cast("B")
     at = PREFIX_BYTES + header_nbytes(bytes(view[:PREFIX_BYTES]), len(view))
     tensors = {}
-    for spec in parse_header(bytes(view[PREFIX_BYTES:at]), len(view) - at):
-        flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
-        flat.numpy().data[:] = view[at : at + spec.nbytes]
-        tensors[str(spec.key)] = flat.view(spec.dtype).view(spec.shape)
-        at += spec.nbytes
+    with plain_tensors():
+        for spec in parse_header(bytes(view[PREFIX_BYTES:at]), len(view) - at):
+            flat = host_tensor(spec.nbytes)
+            flat.numpy().data[:] = view[at : at + spec.nbytes]
+            tensors[str(spec.key)] = flat.view(spec.dtype).view(spec.shape)
+            at += spec.nbytes
     return tensors
 
 

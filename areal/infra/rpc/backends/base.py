@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,8 +14,12 @@ import torch
 from areal.infra.rpc.backends.bounded_call import BoundedCall
 from areal.infra.rpc.shard import TensorShardInfo, answer_error, promise_of
 from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
+from gpu_cache.process import OwnThread
 
 _NAMED_NODES = 3  # how many a message names
+_TAKE_BACK_S = 10.0  # a deletion after a failure is waited for so long
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -37,6 +44,14 @@ class StreamingBackend(Protocol):
         self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
     ) -> ShardSource:
         """A source for these shards; `expected` are meta tensors as they should be, where known."""
+
+
+@runtime_checkable
+class TakingBack(Protocol):
+    """A backend that can forget at once what it has just stored."""
+
+    def take_back(self, shard_ids: Sequence[Any]) -> None:
+        """Forget it. Called by the owner, and not for what others may know of."""
 
 
 # Takes keys and how long that may take, in seconds; returns a tensor or an exception for each, in order.
@@ -112,6 +127,37 @@ def promises_of(
 ) -> dict[Hashable, Promise]:
     """What handles say of their shards, where they say it."""
     return {key: promise_of(meta, shards[key].node_addr) for key, meta in expected.items()}
+
+
+def take_back(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:
+    """Remove what was stored for a call that failed. Never raises: that call's error is the one to see."""
+    try:
+        if not shard_ids:
+            return
+        if isinstance(backend, TakingBack) and hasattr(type(backend), "take_back"):
+            backend.take_back(shard_ids)
+        else:
+            _delete_now(backend, node_addr, shard_ids)
+    except Exception as error:
+        text = "%d shards stay stored, as the call that had stored them failed and they could not be deleted: %r"
+        logger.warning(text, len(shard_ids), error)
+
+
+def _delete_now(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:
+    """Delete in a loop and a thread of its own: the caller may be inside another loop."""
+    outcome: Future[Any] = Future()
+
+    async def delete() -> None:
+        outcome.set_result(await backend.delete(node_addr, shard_ids))
+
+    def run() -> None:
+        try:
+            asyncio.run(delete())
+        except BaseException as error:  # top of a thread
+            outcome.set_exception(error)
+
+    OwnThread(run, "areal-clear").start()
+    outcome.result(_TAKE_BACK_S)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,12 @@ from areal.infra.rpc.backends.http_requester import (
 )
 from areal.infra.rpc.backends.node_state import NodeState
 from areal.infra.rpc.own_thread import in_own_thread
+from areal.infra.rpc.serialization import check_stored
 from areal.infra.rpc.shard import TensorShardInfo
 from areal.infra.rpc.store import ShardStore
 from areal.infra.rpc.tokens import find_token
 from gpu_cache import FetchError, ShardReader, ShardSpec
+from gpu_cache.hostmem import host_tensor
 
 
 class HttpRTensorBackend:
@@ -102,15 +104,22 @@ class HttpRTensorBackend:
         """Keep a tensor for others to fetch; returns a fresh uuid4.
 
         Raises:
+            TypeError: They could not: it does not travel, or has no values.
             RuntimeError: The backend has no store: it is not this process's own.
         """
         if self.shards is None:
             raise RuntimeError(
                 "this HttpRTensorBackend has no store; pass one, or make it the process's with set_backend"
             )
+        check_stored(tensor)
         shard_id = str(uuid.uuid4())
         self.shards.put(shard_id, tensor)
         return shard_id
+
+    def take_back(self, shard_ids: Sequence[Any]) -> None:
+        """Forget what `store` has kept, without a request."""
+        if self.shards is not None:
+            self.shards.remove(shard_ids)
 
     async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
         """Delete shards at their owner: three tries within 10 s. Unknown ids are no error.
@@ -176,7 +185,7 @@ def _read_part(reader: ShardReader, specs: Sequence[ShardSpec], tensors: dict[Ha
     """Read the shards of a part, those without bytes first; the reader announces again what it could not complete."""
     try:
         for spec in sorted(specs, key=lambda spec: spec.nbytes > 0):
-            flat = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
+            flat = host_tensor(spec.nbytes)
             if spec.nbytes:
                 reader.read_into([flat.numpy().data])
             tensors[spec.key] = flat.view(spec.dtype).view(spec.shape)

@@ -55,6 +55,10 @@ class RayRTensorBackend:
         """Put a tensor into the object store; returns its reference."""
         return self._ray.put(tensor)
 
+    def take_back(self, shard_ids: Sequence[Any]) -> None:
+        """Free what `store` has put."""
+        self._free(shard_ids)
+
     async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
         """Free objects wherever they are. Unknown ones are no error.
 
