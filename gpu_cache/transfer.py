@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # Received by one call where nothing is staged, in slots. Larger calls are faster (of the raw socket's speed: 0.73 in
 # calls of 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback); what a fault costs grows with them.
-_DIRECT_SLOTS = 4
+_DIRECT_SLOTS = 2
 _ATTEMPTS = 3  # to make room for a run, of which others take what they find
 
 

@@ -35,7 +35,7 @@ def test_defaults_depend_on_the_device() -> None:
     assert CacheConfig().resolved(is_cuda=True, device_bytes=200 * GIB).pool_bytes == 8 * GIB
     on_host = CacheConfig().resolved(is_cuda=False, device_bytes=0)
     assert (on_host.prealloc_bytes, on_host.pool_bytes) == (0, 2 * GIB)
-    assert (on_host.staging_slots, on_host.staging_slot_bytes, on_host.run_bytes) == (8, 16 * MIB, 4 * MIB)
+    assert (on_host.staging_slots, on_host.staging_slot_bytes, on_host.run_bytes) == (8, 32 * MIB, 4 * MIB)
     assert on_host.fetch_timeout_s == 60.0
 
 

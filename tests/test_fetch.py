@@ -24,7 +24,7 @@ CONFIG = CacheConfig(
 def cache(request: pytest.FixtureRequest) -> TensorCache:
     if request.param == "staged":
         return TensorCache(CONFIG, device=HostDevice(stages=True))
-    config = dataclasses.replace(CONFIG, staging_slot_bytes="16KiB")  # a direct read is four times as long
+    config = dataclasses.replace(CONFIG, staging_slot_bytes="32KiB")  # a direct read is twice as long
     return TensorCache(config, device=HostDevice(stages=False))
 
 
