@@ -6,38 +6,85 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError
 
+LOOK_S = 0.25  # how often a reader that waits looks at the progress of those that it waits for
+_STALLED_S = 1.0
+# Of a node that makes progress. A window of 64 MiB would take 17 minutes.
+_LEAST_BYTES_PER_S = 64 << 10
 
-@dataclasses.dataclass(slots=True, eq=False)
+
+@dataclasses.dataclass(slots=True, eq=False, weakref_slot=True)
 class Turn:
     """One reader's place in the queue, which it takes anew for each window."""
 
-    node: str  # for messages
+    node: str  # for messages, and for its share
+    # Bytes that came over its connection so far; None where the reader cannot tell. Any thread.
+    num_received: Callable[[], int | None] = lambda: None
     is_given_up: bool = False  # set by anybody, who then calls `wake`
 
 
+class Stalls:
+    """Tells which readers get too few bytes for what they hold.
+
+    Args:
+        now: Seconds, monotonic.
+    Thread-safety: any thread; of two that look at once, one's marks stand.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        # When a reader last kept pace, and its bytes then. A turn leads to a reader and its connection: none is kept.
+        self._marks: WeakKeyDictionary[Turn, tuple[float, int]] = WeakKeyDictionary()
+
+    def look(self, held_since: Mapping[Turn, float]) -> set[Turn]:
+        """The stalled ones. One that cannot tell its bytes is one when it holds what it has for a second."""
+        now = self._now()
+        marks = {turn: self._mark(turn, since, now) for turn, since in held_since.items()}
+        self._marks = WeakKeyDictionary(marks)
+        return {turn for turn, (at, _) in marks.items() if now - at >= _STALLED_S}
+
+    def _mark(self, turn: Turn, since: float, now: float) -> tuple[float, int]:
+        received = turn.num_received()
+        if received is None:
+            return since, 0
+        at, before = self._marks.get(turn, (now, received))
+        moved = received - before if received >= before else received  # else by a new connection
+        return (now, received) if moved > _LEAST_BYTES_PER_S * (now - at) else (at, before)
+
+
 class InflightBudget:
-    """The most bytes that may be on their way at once, granted first come, first served.
+    """The most bytes that may be on their way at once, granted first come, first served, node by node.
 
     A large request asks again for each window, behind whoever came meanwhile, so that it starves nobody; and nobody
-    overtakes one that waits, so that it is not starved either. A window larger than the whole budget is granted alone.
+    overtakes one that waits, so that it is not starved either. Only a node that holds less than another goes first,
+    however many of the other's readers wait. A window larger than the whole budget is granted alone.
+
+    While a reader of another node waits, what a stalled one holds does not count: its bytes do not come, and the
+    others' would not either. So the budget is exceeded by no more than the windows of stalled readers.
 
     Args:
         limit_bytes: The budget.
+        now: Seconds, monotonic.
     Thread-safety: any thread.
     Source: fair queueing by rounds; our own.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
         self.limit_bytes = limit_bytes
+        self._now, self._stalls = now, Stalls(now)
         # Guards every field below. Notified when bytes come back, when somebody leaves the queue, and on `wake`.
         self._changed = threading.Condition(threading.Lock())
-        self._queue: deque[Turn] = deque()
+        self._queue: dict[Turn, None] = {}  # first come, first served
+        self._next: Turn | None = None  # of the queue
+        self._held: dict[Turn, tuple[int, float]] = {}  # bytes, and since when
+        self._held_by_node: Counter[str] = Counter()
         self._nbytes = 0
+        self._stalled: set[Turn] = set()  # of those that hold bytes
         self._wait_s = 0.0
         self._is_closed = False
 
@@ -63,8 +110,7 @@ class InflightBudget:
             yield
         finally:
             with self._changed:
-                self._nbytes -= nbytes
-                self._changed.notify_all()
+                self._give_back_locked(turn)
 
     def wake(self) -> None:
         """Let those who wait look again whether they were given up."""
@@ -83,23 +129,74 @@ class InflightBudget:
             return {"inflight_bytes": self._nbytes, "inflight_wait_seconds": self._wait_s}
 
     def _take(self, nbytes: int, turn: Turn, deadline: float) -> None:
-        began = time.monotonic()
+        began = self._now()
         with self._changed:
-            self._queue.append(turn)
-            try:
-                self._changed.wait_for(lambda: self._is_over_locked(turn, nbytes), max(0.0, deadline - began))
-                self._check_locked(turn, nbytes, time.monotonic() - began)
-                self._nbytes += nbytes
-            finally:
-                self._queue.remove(turn)
+            self._queue[turn] = None
+            self._choose_locked()
+        try:
+            while not self._try(nbytes, turn, began, deadline):
+                self._look(turn)
+        finally:
+            with self._changed:
+                del self._queue[turn]
+                self._choose_locked()
                 self._changed.notify_all()  # the next one may fit beside it
-                self._wait_s += time.monotonic() - began
+                self._wait_s += self._now() - began
+
+    def _try(self, nbytes: int, turn: Turn, began: float, deadline: float) -> bool:
+        """Wait for the grant; False if it is time to look at those that hold theirs."""
+        with self._changed:
+            left_s = max(0.0, deadline - self._now())
+            if self._next is turn:
+                self._changed.wait_for(lambda: self._is_over_locked(turn, nbytes), min(left_s, LOOK_S))
+            else:
+                self._changed.wait_for(lambda: self._next is turn or self._is_over_locked(turn, nbytes), left_s)
+            if self._now() < deadline and not self._is_over_locked(turn, nbytes):
+                return False
+            self._check_locked(turn, nbytes, self._now() - began)
+            self._held[turn] = nbytes, self._now()
+            self._count_locked(turn.node, nbytes)
+            return True
+
+    def _look(self, turn: Turn) -> None:
+        """See who is stalled, if it is this reader that they keep from its bytes. Asks the readers outside the lock."""
+        with self._changed:
+            if self._next is not turn:
+                return
+            since = {one: at for one, (_, at) in self._held.items()}
+        stalled = self._stalls.look(since)
+        with self._changed:
+            self._stalled = {one for one in stalled if self._held.get(one, (0, None))[1] == since[one]}
+
+    def _give_back_locked(self, turn: Turn) -> None:
+        nbytes, _ = self._held.pop(turn)
+        self._stalled.discard(turn)
+        self._count_locked(turn.node, -nbytes)
+        self._choose_locked()
+        self._changed.notify_all()
+
+    def _count_locked(self, node: str, nbytes: int) -> None:
+        self._nbytes += nbytes
+        self._held_by_node[node] += nbytes
+        if not self._held_by_node[node]:
+            del self._held_by_node[node]
+
+    def _choose_locked(self) -> None:
+        """Of those who wait, the first of a node that holds the fewest bytes."""
+        self._next = min(self._queue, key=lambda turn: self._held_by_node[turn.node], default=None)
+
+    def _counted_locked(self, node: str) -> int:
+        """The bytes on their way that one of this node has to wait for."""
+        return self._nbytes - sum(self._held[turn][0] for turn in self._stalled if turn.node != node)
 
     def _is_over_locked(self, turn: Turn, nbytes: int) -> bool:
         return self._is_closed or turn.is_given_up or self._is_next_locked(turn, nbytes)
 
     def _is_next_locked(self, turn: Turn, nbytes: int) -> bool:
-        return self._queue[0] is turn and (not self._nbytes or self._nbytes + nbytes <= self.limit_bytes)
+        if self._next is not turn:
+            return False
+        counted = self._counted_locked(turn.node)
+        return not counted or counted + nbytes <= self.limit_bytes
 
     def _check_locked(self, turn: Turn, nbytes: int, waited_s: float) -> None:
         if self._is_closed:

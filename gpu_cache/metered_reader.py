@@ -39,6 +39,10 @@ class MeteredReader:
     def failures(self) -> Mapping[Hashable, Exception]:
         return self._inner.failures
 
+    @property
+    def num_received(self) -> int | None:
+        return getattr(self._inner, "num_received", None)
+
     def next_specs(self) -> Sequence[ShardSpec] | None:
         """Pass it on; the part before it is complete."""
         self._tell()

@@ -38,7 +38,7 @@ class ReaderTask:
         self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
         self._index = index
         self._announced: set[Hashable] = set()
-        self._turn = Turn(reader.node)
+        self._turn = Turn(reader.node, partial(getattr, reader, "num_received", None))
         self._transfer: Transfer | None = None  # once it runs
         index.came_from(entries.values(), reader.node)
         self._owner = threading.Lock()  # taken for good by whoever ends the task

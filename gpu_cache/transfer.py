@@ -119,7 +119,7 @@ class Transfer:
                     runs = self._place_all(full, placed, may_overflow)
                     with contextlib.closing(self._in_turn(full, runs, turn, deadline)) as granted:
                         for window in granted:
-                            self._move(reader, window, sink, deadline, placed)
+                            self._move(reader, window, sink, turn, deadline, placed)
         finally:
             for run in placed:
                 self._pool.abandon(run.range)
@@ -146,12 +146,18 @@ class Transfer:
             left -= sum(piece.nbytes for piece in window)
 
     def _move(
-        self, reader: ShardReader, window: list[Piece], sink: Sink, deadline: float, placed: dict[Run, None]
+        self,
+        reader: ShardReader,
+        window: list[Piece],
+        sink: Sink,
+        turn: Turn,
+        deadline: float,
+        placed: dict[Run, None],
     ) -> None:
         """Receive a window, and land the runs that are complete with it. Tensors are built while bytes arrive."""
         complete = [piece.run for piece in window if piece.is_last]
         landings = [self._pool.carve(run.range, run.specs, run.offsets) for run in complete]
-        completion = self._receive(reader, window, deadline)
+        completion = self._receive(reader, window, turn, deadline)
         for is_overflow in (False, True):
             landed = [
                 landing
@@ -272,13 +278,13 @@ class Transfer:
                 variable(self._setting),
             )
 
-    def _receive(self, reader: ShardReader, window: list[Piece], deadline: float) -> Completion | None:
+    def _receive(self, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float) -> Completion | None:
         """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""
         if self._staging is None:
             reader.read_into([view for piece in window for view in piece.buffers(piece.arena_view())])
             return None
         with profiled(STAGE):
-            slot = self._staging.acquire(max(0.0, deadline - time.monotonic()))
+            slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         num_copies = 0
         try:

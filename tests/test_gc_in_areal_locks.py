@@ -59,8 +59,11 @@ def use_everything() -> None:
         assert delete(backend, server.address, "a")["cleared_count"] == 1
         (reader,) = backend.source({"b": handles[1].shard}, {}).open(["b"], DEADLOCK_S)
         assert reader.next_specs()
+        assert reader.num_received
         reader.cancel()
         reader.close()
+        backend._connections.wake()
+        backend._connections.make_room(connection_pool.Place())
         backend._connections.forget(server.address)
         backend.close()
     set_backend(None)

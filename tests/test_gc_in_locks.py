@@ -7,6 +7,7 @@ import gc
 import inspect
 import itertools
 import threading
+import time
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from gpu_cache import (
     staging,
 )
 from gpu_cache.device import Arena, Device, HostDevice
+from gpu_cache.inflight import Turn
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.interleave_actors import few_objects, in_background
@@ -76,7 +78,16 @@ class Workload:
         self._stock_up_elsewhere()
 
     def run(self) -> None:
-        for step in (self._fetch, self._join, self._put, self._fail, self._overflow, self._clear, self._look):
+        for step in (
+            self._fetch,
+            self._join,
+            self._put,
+            self._fail,
+            self._wait,
+            self._overflow,
+            self._clear,
+            self._look,
+        ):
             self.stock_up()
             step()
 
@@ -130,6 +141,22 @@ class Workload:
         with pytest.raises(FetchError):
             self._cache.get_many(["l4", "l5"], self._source)  # the second has its range already
         self._source.wrap = lambda reader: reader
+
+    def _wait(self) -> None:
+        """For a turn, and for a staging buffer, that another reader holds, until it is looked at."""
+        assert self._cache._engine is not None
+        budget, ring, turn = self._cache._engine.transfer.inflight, self._cache._engine.staging, Turn("other:1")
+        with budget.granted(budget.limit_bytes, turn, time.monotonic() + DEADLOCK_S):
+            waiting = in_background(lambda: self._cache.get_many(["l6"], self._source))
+            eventually(lambda: len(budget._stalls._marks))
+        waiting.result(DEADLOCK_S)
+        if ring is not None:
+            slots = [ring.acquire(DEADLOCK_S, turn) for _ in range(CONFIG.staging_slots)]
+            waiting = in_background(lambda: self._cache.get_many(["l7"], self._source))
+            eventually(lambda: len(ring._stalls._marks))
+            for slot in slots:
+                ring.release(slot)
+            waiting.result(DEADLOCK_S)
 
     def _overflow(self) -> None:
         """More than the pool has room for, first held and then not."""

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import CacheClosedError, CacheConfig, FetchError, FetchTimeoutError, ShardReader, ShardSpec, TensorCache
+from gpu_cache import (
+    CacheClosedError,
+    CacheConfig,
+    FetchError,
+    FetchTimeoutError,
+    ShardReader,
+    ShardSpec,
+    TensorCache,
+    inflight,
+)
 from gpu_cache.device import HostDevice
 from gpu_cache.inflight import InflightBudget, Turn
 from gpu_cache.reader_task import ReaderTask
@@ -23,6 +32,12 @@ from tests.support.sources import DictSource, gated
 from tests.support.threads import run_threads
 
 LONG_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a test takes: its readers cannot tell what they received."""
+    monkeypatch.setattr(inflight, "_STALLED_S", 1000.0)
 
 
 class Holder:

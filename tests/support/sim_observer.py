@@ -55,8 +55,8 @@ def observe(cache: TensorCache, device: SimDevice, ledger: Ledger) -> None:
     for each in [pool] if engine.tier is None else [pool, engine.tier.pool]:
         _watch_give_backs(each, device)
 
-    def watched_acquire(timeout_s: float) -> Any:
-        slot = acquire(timeout_s)
+    def watched_acquire(*args: Any) -> Any:
+        slot = acquire(*args)
         device.host_write(slot.pinned.tensor, "a refill")
         return slot
 

@@ -11,6 +11,7 @@ from gpu_cache.config import ReadyMode
 from gpu_cache.device import Event, Stream
 from gpu_cache.engine import Engine
 from gpu_cache.fence import StreamFence
+from gpu_cache.inflight import Turn
 from gpu_cache.runs import Piece
 from gpu_cache.slab import SlabPool
 from gpu_cache.source import ShardReader
@@ -128,11 +129,11 @@ def _first_copy(original: Any, self: Transfer, *args: Any) -> Completion:
 
 
 def _receive_marked(
-    self: Transfer, reader: ShardReader, window: list[Piece], deadline: float, *, before: int
+    self: Transfer, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float, *, before: int
 ) -> Completion:
     """`_receive` as it is, but for the place of the event: before the copy of that number, at the latest at the end."""
     assert self._staging is not None
-    slot = self._staging.acquire(max(0.0, deadline - time.monotonic()))
+    slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
     try:
         staged = slot.pinned.view
         reader.read_into([v for piece in window for v in piece.buffers(staged[piece.at : piece.at + piece.nbytes])])
@@ -148,8 +149,8 @@ def _receive_marked(
 
 
 @_mutant("copies on streams that no fence knows", Transfer, "_receive")
-def _other_stream(original: Any, self: Transfer, reader: ShardReader, window: list[Piece], deadline: float) -> Any:
-    completion = original(self, reader, window, deadline)
+def _other_stream(original: Any, self: Transfer, *args: Any) -> Any:
+    completion = original(self, *args)
     self.stream = self._device.new_stream()
     return completion
 
@@ -158,8 +159,8 @@ def _other_stream(original: Any, self: Transfer, reader: ShardReader, window: li
 
 
 @_mutant("a slot guarded by nothing", StagingRing, "acquire")
-def _no_guard(original: Any, self: StagingRing, timeout_s: float) -> Slot:
-    slot = self._reserve(timeout_s) or self._allocate()
+def _no_guard(original: Any, self: StagingRing, timeout_s: float, turn: Turn) -> Slot:
+    slot = self._reserve(timeout_s, turn) or self._allocate()
     slot.guard = None
     return slot
 

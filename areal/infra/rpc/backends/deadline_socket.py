@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from gpu_cache.process import forget_sockets, leave_to_parent
 
+_BYTES_RECEIVED = struct.Struct("@128xQ")  # of Linux's `struct tcp_info`
 ResultT = TypeVar("ResultT")
 
 _SHORTEST_S = 1e-3  # of a time-out: to the kernel, zero means none
@@ -56,6 +57,13 @@ class DeadlineSocket(socket.socket):
         """As of any socket."""
         with self._lock:
             super().close()
+
+    @property
+    def num_received(self) -> int | None:
+        """Bytes that came so far, as the kernel counts them, also while a call blocks; None where it does not say."""
+        with self._lock, contextlib.suppress(OSError, struct.error):  # closed; an older kernel
+            return int(_BYTES_RECEIVED.unpack_from(self.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256))[0])
+        return None
 
     def connect(self, address: Any, /) -> None:
         """As of any socket, in time."""

@@ -225,6 +225,11 @@ class NodeConnection:
             return True
         return True
 
+    @property
+    def num_received(self) -> int | None:
+        """Bytes that came over it so far; any thread."""
+        return None if (sock := self._sock) is None else sock.num_received
+
     def cancel(self) -> None:
         """Cut the connection, so that a blocked call of another thread fails at once. Idempotent."""
         self._is_cancelled = True

@@ -188,6 +188,11 @@ class HttpReader:
         self._receive(buffers)
         self._num_read += sum(map(len, buffers))
 
+    @property
+    def num_received(self) -> int:
+        """Bytes that came over the connection so far; any thread."""
+        return self._requester.num_received
+
     def cancel(self) -> None:
         """Cut the connection."""
         self._requester.cancel()

@@ -200,6 +200,11 @@ class Requester:
         else:
             self._pool.release(connection)
 
+    @property
+    def num_received(self) -> int:
+        """Bytes that came over the connection that it has now; any thread."""
+        return 0 if (connection := self._connection) is None else connection.num_received or 0
+
     def cancel(self) -> None:
         """Make what is under way fail soon. Idempotent."""
         self._cancelled.set()
