@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import gpu_check
-from gpu import captures, machine, report, suite
+from gpu import captures, costs, lifetimes, machine, report, suite
 from gpu.findings import Assumption, Finding, examine, examine_all
 from gpu.suite import Outcome, SuiteRun
+
+from tests.support.cuda_devices import cuda_device
+from tests.support.fake_cuda import FakeCuda
 
 GOOD = Finding("good", "as it should be", "so it is", True)
 BAD = Finding("bad", "[never]", "always", False)
@@ -142,6 +146,39 @@ def test_without_a_gpu_every_check_fails_and_none_raises() -> None:
         pytest.skip("there is a GPU")
     local = [assumption for assumption in gpu_check.ASSUMPTIONS if not assumption.is_separate]
     assert not any(finding.is_ok for finding in examine_all(local, lambda text: None))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeCuda:
+    """What the checks of costs and blocks ask for, on the fake device."""
+    cuda = FakeCuda()
+    for module in (costs, lifetimes):
+        monkeypatch.setattr(module, "CudaDevice", lambda index: cuda_device(cuda, tmp_path))
+        monkeypatch.setattr(module, "GPU", torch.device("cpu"))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device=None: cuda.advance())
+    return cuda
+
+
+def test_a_block_is_carved_as_the_pool_carves_it(fake: FakeCuda) -> None:
+    found = lifetimes.look_at_the_block()[1]
+    assert found == "not so: arena at a multiple of 512" or not found.startswith("not so"), "host memory lies anywhere"
+    found = lifetimes.look_at_the_hook()[1]
+    assert found.startswith("fired [0, 1, 1, 2] times"), found
+
+
+@pytest.mark.parametrize(("most_us", "is_ok"), [(1e9, True), (0.0, False)])
+def test_a_fence_that_costs_too_much_fails_its_check(
+    fake: FakeCuda, most_us: float, is_ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_MOST_FENCE_US", most_us)
+    found = costs.look_at_the_fence()
+    assert found[0] == is_ok
+    assert found[1].startswith("all: 129 events")
+
+
+def test_calls_that_cost_too_much_fail_their_check() -> None:
+    assert costs.is_cheap({"record": 4.0, "query": 2.0})
+    assert not costs.is_cheap({"record": 4.0, "query": 6113.0})
 
 
 def test_the_driver_is_told_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

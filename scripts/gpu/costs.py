@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 
 from gpu.findings import Assumption
+from gpu.lifetimes import carved
 from gpu_cache.device import CudaDevice
 from gpu_cache.fence import StreamFence
-from gpu_cache.lease import carve, plain_tensors
+from gpu_cache.lease import Freed, Husks
 from tests.support.gpu_scene import GPU, MIB, fetch_all, roomy_cache
 from tests.support.sources import DictSource
 
 _COPIED_BYTES = 256 * MIB
 _ROUNDS = 5
+# Microseconds of host time; an H100's machine, which runs Python slowly, needs about a third of them.
+_MOST_FENCE_US, _MOST_CALL_US, _MOST_INSERT_US, _MOST_HIT_US = 1000.0, 50.0, 20.0, 10.0
 
 
 def microseconds(work: Callable[[], object], repeats: int = 500) -> float:
@@ -98,31 +100,38 @@ def look_at_events() -> tuple[bool, str]:
         "current stream": microseconds(device.current_stream),
         "is capturing": microseconds(lambda: device.is_capturing(stream)),
     }
-    return True, ", ".join(f"{name} {cost:.1f}" for name, cost in costs.items())
+    return is_cheap(costs), ", ".join(f"{name} {cost:.1f}" for name, cost in costs.items())
+
+
+def is_cheap(costs: Mapping[str, float]) -> bool:
+    """Whether no call costs the host much more than it should."""
+    return max(costs.values()) < _MOST_CALL_US
 
 
 def look_at_the_fence() -> tuple[bool, str]:
     """Time one set of events, which every drain with something to free records, and its queries."""
     device = CudaDevice(0)
     found = []
+    worst_us = 0.0
     for mode in ("all", "noted"):
         fence = StreamFence(device, mode)
         events = fence.record() or []
         record_us = microseconds(fence.record, 20)
         query_us = microseconds(lambda events=events: all(map(device.query, events)), 20)
-        found.append(f"{mode}: {len(events)} events, record {record_us:.0f}, query {query_us:.0f}")
-    return True, "; ".join(found)
+        worst_us = max(worst_us, record_us, query_us)
+        found.append(f"{mode}: {sum(map(len, events))} events, record {record_us:.0f}, query {query_us:.0f}")
+    return worst_us < _MOST_FENCE_US, "; ".join(found)
 
 
 def look_at_blocks() -> tuple[bool, str]:
     """Time making a block, and handing out shards that are cached."""
     device = CudaDevice(0)
     arena = device.arena(MIB)
-    freed: deque[object] = deque(maxlen=1)
+    freed = Freed(Husks())
 
     def insert() -> None:
-        with plain_tensors():
-            carve(arena.tensor, 0, 4096, torch.uint8, (4096,), freed)
+        carved(arena, torch.uint8, (4096,), freed)
+        freed.clear()
 
     insert_us = microseconds(insert)
     device.release_arena(arena)
@@ -133,14 +142,15 @@ def look_at_blocks() -> tuple[bool, str]:
     hit_us = microseconds(lambda: cache.get_many(keys, source), 3) / len(keys)
     empty_us = microseconds(lambda: torch.empty(4096, dtype=torch.uint8, device=GPU))
     cache.close()
-    return True, f"insert {insert_us:.1f}, hit {hit_us:.2f} a shard, torch.empty {empty_us:.1f}"
+    found = f"insert {insert_us:.1f}, hit {hit_us:.2f} a shard, torch.empty {empty_us:.1f}"
+    return insert_us < _MOST_INSERT_US and hit_us < _MOST_HIT_US, found
 
 
 ASSUMPTIONS = [
     Assumption("bandwidth", "GB/s in pieces of 16 MiB / 1 MiB / 64 KiB: ours as torch's pinned, pageable slower",
                look_at_bandwidth),
     Assumption("cache throughput", "as the link, for large shards", look_at_the_cache),
-    Assumption("event costs", "microseconds of host time: a few each", look_at_events),
+    Assumption("event costs", "microseconds of host time: a few each, none over 50", look_at_events),
     Assumption("fence costs", "microseconds of host time: under 1,000 for all streams", look_at_the_fence),
-    Assumption("block costs", "microseconds of host time: insert 4, hit under 2", look_at_blocks),
+    Assumption("block costs", "microseconds of host time: insert under 20, hit under 10", look_at_blocks),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 from collections import deque
 
@@ -10,17 +11,17 @@ import torch
 
 from gpu.findings import Assumption
 from gpu_cache.device import Arena, CudaDevice
-from gpu_cache.lease import Lease, carve, plain_tensors
+from gpu_cache.lease import Freed, Husks, Lease, carve, plain_tensors
 from tests.support.gpu_scene import GPU, MIB
 
 _NUM_FLOATS = 1024
 
 
-class Watched(deque[Lease]):
+class Watched(Freed):
     """Where a lease fires to; remembers on which threads."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Husks())
         self.threads: list[int] = []
 
     def append(self, lease: Lease) -> None:
@@ -28,9 +29,16 @@ class Watched(deque[Lease]):
         super().append(lease)
 
 
-def _block(arena: Arena, fired: Watched) -> tuple[torch.Tensor, Lease]:
+def carved(arena: Arena, dtype: torch.dtype, shape: tuple[int, ...], fired: deque[Lease]) -> tuple[torch.Tensor, Lease]:
+    """A block of an arena, 4,096 bytes from its beginning, as the pool carves it."""
     with plain_tensors():
-        block, lease = carve(arena.tensor, 4096, 4 * _NUM_FLOATS, torch.float32, (_NUM_FLOATS,), fired)
+        template = torch.empty(0, dtype=dtype, device=arena.tensor.device)
+        nbytes = dtype.itemsize * math.prod(shape)
+        return carve(arena.tensor.untyped_storage(), 4096, nbytes, template, shape, fired)
+
+
+def _block(arena: Arena, fired: Watched) -> tuple[torch.Tensor, Lease]:
+    block, lease = carved(arena, torch.float32, (_NUM_FLOATS,), fired)
     block.fill_(2)
     return block, lease
 
