@@ -6,12 +6,14 @@ reads and writes at it. The name in Host gives it away, as Origin gives away a p
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Iterable, Sequence
 from reprlib import repr as short_repr
 from urllib.parse import urlsplit
 
 
+@functools.lru_cache(256)  # requests name few hosts, each of them often
 def is_loopback(host: str) -> bool:
     """Whether a name or an address means this machine, and no other can reach it."""
     address = _address(host)

@@ -24,8 +24,8 @@ _PROMPT_S = 1.0
 _RESERVED_SHARE = 8
 # More descriptors than any server keeps connections.
 _MAX_DESCRIPTORS = 1 << 16
-# A response of this length waits in the transport; the handler of a longer one waits for the client.
-UNREAD_BYTES = 4096
+# So much of a response may wait in the transport; the handler of a longer one waits for the client.
+UNREAD_BYTES = 16 << 10
 # A peer that is gone is found within about a minute, and a NAT between sees that the connection is in use.
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
@@ -172,11 +172,7 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=UNREAD_BYTES)  # uvloop's is no subclass
-        sock = transport.get_extra_info("socket")
-        for name, value in _KEEPALIVE.items():
-            with contextlib.suppress(OSError, AttributeError):  # not on this platform
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._connections.admit(self, sock.fileno())
+        self._connections.admit(self, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
         if data:
@@ -201,6 +197,14 @@ class Connection(web.RequestHandler):
         response = web.json_response({"status": "error", "message": "not a request in HTTP/1.1"}, status=status)
         response.force_close()
         return response
+
+
+def find_dead_peers(listener: socket.socket) -> None:
+    """Let the kernel find peers that are gone, on the connections that a listener accepts: they inherit its options."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        with contextlib.suppress(OSError, AttributeError):  # not on this platform
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def raise_descriptor_limit() -> None:

@@ -144,10 +144,16 @@ class _Bodies:
         limit = self._max_nbytes if max_nbytes is None else min(max_nbytes, self._max_nbytes)
         _check_length(request.content_length or 0, limit)
         body = bytearray()
-        if request.body_exists:
-            self._connections.enter(request.protocol, Stage.RECEIVING)
-            await self._receive(request, body, limit)
-            self._connections.enter(request.protocol, Stage.ANSWERING)
+        try:
+            if request.content.is_eof():  # it came with the header, if there is one
+                body += request.content.read_nowait(-1)
+                _check_length(len(body), limit)
+            else:
+                self._connections.enter(request.protocol, Stage.RECEIVING)
+                await self._receive(request, body, limit)
+                self._connections.enter(request.protocol, Stage.ANSWERING)
+        except web.RequestPayloadError as error:
+            raise web.HTTPBadRequest(text=f"the body broke off after {len(body):,} bytes") from error
         return body
 
     async def _receive(self, request: web.Request, body: bytearray, limit: int) -> None:
@@ -164,8 +170,6 @@ class _Bodies:
         except TimeoutError:
             message = f"{len(body):,} bytes of the body came, and less than 64 KiB in the last {self._timeout_s:g} s"
             raise web.HTTPRequestTimeout(text=message) from None
-        except web.RequestPayloadError as error:
-            raise web.HTTPBadRequest(text=f"the body broke off after {len(body):,} bytes") from error
 
 
 class _DataRoutes:
@@ -317,13 +321,12 @@ async def _write(response: web.StreamResponse, answer: Answer) -> None:
 
 
 async def _drain(request: web.Request, transport: asyncio.WriteTransport) -> None:
-    """Wait until nothing is left in the transport; raises `ConnectionError` if the client stops taking it."""
+    """Wait until next to nothing is left in the transport; raises `ConnectionError` if the client stops taking it."""
     if not transport.is_closing():
-        transport.set_write_buffer_limits(high=0)
+        transport.set_write_buffer_limits(high=UNREAD_BYTES)
         await request.writer.drain()
     if transport.is_closing():
         raise ConnectionResetError("the client did not take the answer")
-    transport.set_write_buffer_limits(high=UNREAD_BYTES)
 
 
 def _left_bytes(transport: asyncio.WriteTransport) -> int:

@@ -19,7 +19,7 @@ from typing import Protocol
 from aiohttp import web
 
 from areal.infra.rpc import runtime
-from areal.infra.rpc.connections import Connection, Connections, raise_descriptor_limit
+from areal.infra.rpc.connections import Connection, Connections, find_dead_peers, raise_descriptor_limit
 from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner, make_app
 from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
@@ -232,6 +232,7 @@ def start(
         expiry=expiry,
     )
     listener = socket.create_server(location, family=family, backlog=_BACKLOG)
+    find_dead_peers(listener)
     return ServerHandle(served, app, connections, listener, _address(listener))
 
 
