@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -48,6 +49,15 @@ def test_bytes_pass_in_both_directions(pair: tuple[DeadlineSocket, socket.socket
     assert client.recvmsg_into(received, 0, socket.MSG_WAITALL)[0] == len(sent)
     assert b"".join(received) == sent
     thread.join()
+
+
+@pytest.mark.parametrize("limit_s", [1e10, 1e300, math.inf])
+def test_a_limit_beyond_all_times_is_none(pair: tuple[DeadlineSocket, socket.socket], limit_s: float) -> None:
+    client, server = pair
+    client.deadline = client.patience_s = limit_s
+    server.sendall(b"abc")
+    client.wait()
+    assert client.recv_into(bytearray(3)) == 3
 
 
 @each_call

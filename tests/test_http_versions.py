@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import select
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
@@ -11,13 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal.infra.rpc import runtime
+from areal.infra.rpc import rpc_server, runtime
 from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
+from areal.infra.rpc.backends.http_connection import split_address
 from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
 from areal.infra.rpc.shard import ShardAnswerError, ShardFetchError
 from areal.infra.rpc.store import ShardStore
 from areal.infra.rpc.wire import Frame
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import (
     Answer,
     Asked,
@@ -182,6 +188,76 @@ def test_a_localized_shard_is_wholly_old_or_wholly_new(serve: Callable[..., Faul
         server = serve(cut(by("A", frames_of(old)), header_bytes + at), whole(after))
         assert same_bits(RTensor.localize(remote(server.address, "s", old["s"])), new["s"])
         runtime.current().cache.clear()
+
+
+class CuttingProxy:
+    """Passes on bytes in both directions; of what comes back on its first connection only so many."""
+
+    def __init__(self, address: str, num_bytes: int, before_the_next: Callable[[], object]) -> None:
+        self._server, self._num_bytes, self._before_the_next = split_address(address), num_bytes, before_the_next
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._stop, self._stopped = socket.socketpair()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def __enter__(self) -> CuttingProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.close()
+        self._thread.join(30)
+        self._stopped.close()
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        num_bytes = self._num_bytes
+        while self._stopped not in select.select([self._listener, self._stopped], [], [])[0]:
+            client, _ = self._listener.accept()
+            with client, socket.create_connection(self._server) as server, contextlib.suppress(ConnectionError):
+                self._pass_on(client, server, num_bytes)
+            if num_bytes == self._num_bytes:
+                self._before_the_next()
+                num_bytes = 1 << 40
+
+    def _pass_on(self, client: socket.socket, server: socket.socket, num_bytes: int) -> None:
+        while num_bytes:
+            ready = select.select([client, server, self._stopped], [], [])[0]
+            if self._stopped in ready:
+                return
+            if server in ready:
+                data = server.recv(min(num_bytes, 1 << 16))
+                num_bytes -= len(data)
+                client.sendall(data)
+            else:
+                data = client.recv(1 << 16)
+                server.sendall(data)
+            if not data:
+                return
+
+
+REAL_CHANGES: dict[str, Callable[[FakeOwner], object]] = {
+    "put": lambda owner: owner.store.put("s", NEW_S.clone()),
+    "written in place": lambda owner: owner.store["s"].copy_(NEW_S),
+    "cleared and put": lambda owner: (owner.store.clear(), owner.store.put("s", NEW_S.clone())),
+    "nothing": lambda owner: None,
+}
+OLD_S, NEW_S = patterned(torch.int64, 300_000, seed=1), patterned(torch.int64, 300_000, seed=2)
+
+
+@pytest.mark.parametrize("change", REAL_CHANGES)
+@pytest.mark.parametrize("num_bytes", [1000, 1_300_000, 2_399_000])
+def test_a_server_whose_shard_changes_while_it_is_read(change: str, num_bytes: int) -> None:
+    runtime.configure(device="cpu", staging_slots=2, staging_slot_bytes="64KiB", run_bytes="64KiB")
+    owner = FakeOwner()
+    owner.store["s"] = OLD_S.clone()
+    with (
+        rpc_server.start(owner=owner) as server,
+        CuttingProxy(server.address, num_bytes, lambda: REAL_CHANGES[change](owner)) as proxy,
+    ):
+        got = RTensor.localize(remote(proxy.address, "s", OLD_S))
+    assert same_bits(got, OLD_S if change == "nothing" else NEW_S)
 
 
 class Owner:

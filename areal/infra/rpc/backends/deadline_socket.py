@@ -16,6 +16,7 @@ _BYTES_RECEIVED = struct.Struct("@128xQ")  # of Linux's `struct tcp_info`
 ResultT = TypeVar("ResultT")
 
 _SHORTEST_S = 1e-3  # of a time-out: to the kernel, zero means none
+_LONGEST_S = 1e6  # what is longer is no limit, and the kernel's numbers end somewhere
 
 
 class DeadlineSocket(socket.socket):
@@ -100,7 +101,7 @@ class DeadlineSocket(socket.socket):
             raise TimeoutError(f"nothing happened within {left_s:.3g} s") from None
 
     def _set_timeout(self, seconds: float) -> None:
-        whole = max(seconds, _SHORTEST_S)
+        whole = min(max(seconds, _SHORTEST_S), _LONGEST_S)
         timeval = struct.pack("@ll", int(whole), int(whole % 1 * 1e6))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
