@@ -23,21 +23,26 @@ class CacheFullError(GpuCacheError, MemoryError):
         capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
         reserved: Bytes that the pool has taken from a device without room; None: it is the pool that is full.
         setting: Which one is `capacity`.
+        why: What is in the way and what helps, if the pool knows better than that clearing does.
     """
 
     def __init__(
-        self, needed: int, free: int, capacity: int, reserved: int | None = None, setting: str = "pool_bytes"
+        self,
+        needed: int,
+        free: int,
+        capacity: int,
+        reserved: int | None = None,
+        setting: str = "pool_bytes",
+        why: str = "",
     ) -> None:
-        super().__init__(needed, free, capacity, reserved, setting)
+        super().__init__(needed, free, capacity, reserved, setting, why)
         self.needed, self.free, self.capacity, self.reserved = needed, free, capacity, reserved
-        self.setting = setting
+        self.setting, self.why = setting, why
 
     def __str__(self) -> str:
         if self.reserved is None:
-            return (
-                f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; "
-                f"raise {self.setting} (GPU_CACHE_{self.setting.upper()}) or clear shards"
-            )
+            why = self.why or f"raise {self.setting} (GPU_CACHE_{self.setting.upper()}) or clear shards"
+            return f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; {why}"
         return (
             f"need {self.needed:,} bytes, and the device is out of memory, with {self.free:,} free for its driver and "
             f"{self.reserved:,} in the pool, of at most {self.capacity:,}; clear shards, or lower pool_bytes "

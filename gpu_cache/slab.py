@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from gpu_cache.block import Quarantine, Range, Slab, TrimReport, carve_shards
-from gpu_cache.config import CacheConfig
+from gpu_cache.config import CacheConfig, variable
 from gpu_cache.device import Device
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError, GpuCacheError
@@ -17,6 +18,18 @@ from gpu_cache.lease import Freed, Husks, Lease, lease_fault
 from gpu_cache.slab_set import LOOK_S, SlabSet
 from gpu_cache.source import ShardSpec
 from gpu_cache.victims import Layout, Span
+
+
+class Shortage(NamedTuple):
+    """Why a pool has no room.
+
+    Attributes:
+        kind: In a word; each is warned about in turn.
+        words: What the pool is, has or does, and what helps.
+    """
+
+    kind: str
+    words: str
 
 
 class SlabPool(SlabSet):
@@ -219,6 +232,37 @@ class SlabPool(SlabSet):
                 "quarantined": self._quarantined_bytes,
                 "reserved": self._reserved_bytes + self._overflow_bytes,
             }
+
+    def shortage(self, nbytes: int, setting: str) -> Shortage:
+        """Say why a run of `nbytes` finds no room, and what helps, with the numbers of one moment.
+
+        Args:
+            nbytes: Of the run, after alignment.
+            setting: The field of the settings that bounds this pool.
+        """
+        can_reuse = self.can_reuse
+        with self._lock:
+            slabs = [slab for slab in self._slabs if not slab.is_overflow]
+            free = sum(slab.free.free_bytes for slab in slabs)
+            largest = max((slab.free.largest_free_bytes for slab in slabs), default=0)
+            room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
+            held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
+        raising = f"raise {setting} ({variable(setting)})"
+        if nbytes > self.capacity:
+            return Shortage("length", f"is shorter than this run of {nbytes:,} bytes; {raising}")
+        if room >= nbytes:
+            return Shortage("device", f"may grow by {room:,}, and the device has no memory for that; free some there")
+        if not can_reuse and freed:
+            return Shortage("capture", f"cannot reuse {freed:,} freed bytes during CUDA graph capture; fetch before")
+        if free + room >= nbytes:
+            return Shortage("pieces", f"has {free + room:,} bytes free in pieces, {largest:,} the largest; {raising}")
+        if pending >= max(held, freed, 1):
+            return Shortage("pending", f"has {pending:,} bytes taken for shards on their way; {raising}")
+        return Shortage(
+            "use",
+            f"is full of shards that are in use ({held:,} held, {freed:,} waiting to be reused, the largest free range "
+            f"{largest:,}); {raising}, or clear what is done with",
+        )
 
     @property
     def free_bytes(self) -> int:

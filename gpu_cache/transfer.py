@@ -12,7 +12,7 @@ import torch
 
 from gpu_cache.block import empty_landings, stretches
 from gpu_cache.completion import Completion
-from gpu_cache.config import ALIGNMENT, CacheConfig, aligned, variable
+from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
 from gpu_cache.device import Device, Stream
 from gpu_cache.entry import Landing, Parked
 from gpu_cache.errors import CacheFullError
@@ -22,7 +22,7 @@ from gpu_cache.lease import plain_tensors
 from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.runs import Piece, Run, copies_of, pack, windows
-from gpu_cache.slab import SlabPool
+from gpu_cache.slab import Shortage, SlabPool
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.staging import StagingRing
 from gpu_cache.throttle import Throttle
@@ -77,7 +77,7 @@ class Transfer:
         self._tier = tier
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
-        self._overflow_warnings = Throttle()
+        self._overflow_warnings: dict[str, Throttle] = {}  # by kind of shortage
         self.parks = parks
         self._setting = "host_tier_bytes" if parks else "pool_bytes"
         self.inflight = inflight or InflightBudget(config.max_inflight_bytes)
@@ -235,9 +235,12 @@ class Transfer:
                     yield from self._place(half, may_overflow, most_bytes)
             return
         if run.place is None:
+            shortage = self._pool.shortage(run.nbytes, self._setting)
             if not may_overflow:
-                raise CacheFullError(run.nbytes, self._pool.free_bytes, self._pool.capacity, setting=self._setting)
-            self._warn_of_overflow(run.nbytes)
+                free, capacity = self._pool.free_bytes, self._pool.capacity
+                why = f"the {'host tier' if self.parks else 'pool'} {shortage.words}"
+                raise CacheFullError(run.nbytes, free, capacity, setting=self._setting, why=why)
+            self._warn_of_overflow(run.nbytes, shortage)
             run.place = self._pool.take_overflow(run.nbytes)
         yield run
 
@@ -256,27 +259,12 @@ class Transfer:
             run.place = self._pool.take_freed(run.nbytes)
         return most_bytes
 
-    def _warn_of_overflow(self, nbytes: int) -> None:
-        if self._overflow_warnings.opens():
-            stats = self._pool.stats()
+    def _warn_of_overflow(self, nbytes: int, shortage: Shortage) -> None:
+        if self._overflow_warnings.setdefault(shortage.kind, Throttle()).opens():
             logger.warning(
-                "the %s of %s bytes is full of shards that are in use (%s held, %s waiting to be reused, the largest "
-                "free range %s): %s bytes are handed out uncached, and will be fetched again; raise %s (%s), or clear "
-                "what is done with",
-                "host tier" if self.parks else "pool",
-                *(
-                    f"{number:,}"
-                    for number in (
-                        self._pool.capacity,
-                        stats["device_bytes"],
-                        stats["device_quarantined_bytes"],
-                        stats["device_largest_free_bytes"],
-                        nbytes,
-                    )
-                ),
-                self._setting,
-                variable(self._setting),
-            )
+                "the %s of %s bytes %s: %s bytes are handed out uncached, and will be fetched again",
+                "host tier" if self.parks else "pool", f"{self._pool.capacity:,}", shortage.words, f"{nbytes:,}",
+            )  # fmt: skip
 
     def _receive(self, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float) -> Completion | None:
         """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""

@@ -9,8 +9,9 @@ from collections.abc import Hashable, Iterator
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache
+from gpu_cache import CacheConfig, CacheFullError, TensorCache
 from gpu_cache.device import HostDevice
+from gpu_cache.slab import SlabPool
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource
 
@@ -138,5 +139,49 @@ def test_an_overflow_says_what_fills_the_pool(cache: TensorCache, caplog: pytest
         said = [record.getMessage() for record in caplog.records if "GPU_CACHE_POOL_BYTES" in record.getMessage()]
     assert len(said) == 1, "once a minute"
     assert "32,768 bytes is full" in said[0]
-    assert "(32,768 held, 0 waiting to be reused, the largest free range 0): 8,192 bytes" in said[0]
+    assert "(32,768 held, 0 waiting to be reused, the largest free range 0); raise pool_bytes" in said[0]
+    assert "8,192 bytes are handed out uncached" in said[0]
     assert all(bool((tensor == tensor[0]).all()) for run in held for tensor in run)
+
+
+def test_a_shard_longer_than_the_pool_says_so_and_no_clear_is_advised(
+    cache: TensorCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = torch.zeros(40 * KIB, dtype=torch.uint8)
+    with caplog.at_level(logging.WARNING):
+        cache.get_many(["long"], DictSource({"long": long}))
+    (said,) = [record.getMessage() for record in caplog.records if "handed out uncached" in record.getMessage()]
+    assert "the pool of 32,768 bytes is shorter than this run of 40,960 bytes; raise pool_bytes" in said
+    assert "clear" not in said
+    with pytest.raises(CacheFullError, match="need 40,960 bytes, 32,768 free of 32,768; the pool is shorter") as caught:
+        cache.put("put", long)
+    assert "clear" not in str(caught.value)
+
+
+def test_free_bytes_in_pieces_are_told_as_such(cache: TensorCache, caplog: pytest.LogCaptureFixture) -> None:
+    held = {key: cache.get_many([key], SOURCE) for name in "abcd" for key in run_of(name)}
+    for key in list(held)[::2]:
+        del held[key]
+    cache.clear()
+    cache.synchronize()
+    with caplog.at_level(logging.WARNING):
+        cache.get_many(["long"], DictSource({"long": torch.zeros(4 * KIB, dtype=torch.uint8)}))
+    (said,) = [record.getMessage() for record in caplog.records if "handed out uncached" in record.getMessage()]
+    assert "has 16,384 bytes free in pieces, 2,048 the largest" in said
+
+
+def test_a_device_without_memory_for_a_slab_is_blamed_and_not_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+    device = SimDevice()
+    cache = TensorCache(dataclasses.replace(CONFIG, prealloc_bytes=0), device=device)
+    pool = cache._open_engine().pool
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(pool, "_grow", lambda growth: _refuse(pool, growth))
+        fill(cache, "a")
+    said = [record.getMessage() for record in caplog.records if "handed out uncached" in record.getMessage()]
+    assert "may grow by 32,768, and the device has no memory for that" in said[0]
+
+
+def _refuse(pool: SlabPool, growth: int) -> bool:
+    with pool._lock:
+        pool._growing_bytes -= growth
+    return False
