@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_cache.entry import Entry, Landing
+from gpu_cache.entry import Claim, Entry, Landing
 from gpu_cache.errors import CacheClosedError, FetchError, failure_reason
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
@@ -149,9 +149,10 @@ def test_survivors_by_clears_survived(index: ShardIndex) -> None:
 
 def test_what_is_kept_is_no_leak(index: ShardIndex) -> None:
     fetch(index, "cached", "leaks")
-    index.keep(["cached", "unknown"])
-    claimed = list(index.claim(["coming"]).claimed.values())
-    index.keep(["coming"])
+    index.keep(["cached", "unknown"], Claim())
+    found = index.claim(["coming"])
+    claimed = list(found.claimed.values())
+    index.keep(["coming"], found)
     index.publish([(claimed[0], Landing("coming", torch.zeros(2), None, 8))], "n:1", None)
     for number in range(3):
         step(index, number)

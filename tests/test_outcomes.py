@@ -195,7 +195,7 @@ def test_what_does_not_arrive_can_be_none(serve: Callable[..., FaultServer], cap
 
 def test_repeated_keys_and_holes_go_together(serve: Callable[..., FaultServer]) -> None:
     server = serve(whole(frames_of({"a": PAIR["a"]})))
-    source = runtime._HandleSource(runtime.current(), pair(server.address))
+    source = runtime._HandleSource(runtime.current(), list(pair(server.address).values()))
     got = runtime.current().cache.get_many(["a", "b", "a"], source, on_error="none")
     assert got[1] is None
     assert got[0] is not got[2]
