@@ -15,6 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpu_cache import hostmem
+
 ExampleT = TypeVar("ExampleT")
 
 # How many examples a test tries: by default, and in its long variant.
@@ -137,9 +139,9 @@ def repeating(draw: st.DrawFn, texts: st.SearchStrategy[bytes]) -> bytes:
 
 @contextlib.contextmanager
 def counted_allocations() -> Iterator[list[int]]:
-    """Bytes of each tensor that is allocated within, on whatever thread; those on meta have none."""
+    """Bytes of each tensor and host storage that is allocated within, on any thread; those on meta have none."""
     sizes: list[int] = []
-    empty = torch.empty
+    empty, host_storage = torch.empty, hostmem.host_storage
 
     def counted(*args: Any, **options: Any) -> torch.Tensor:
         if str(options.get("device")) == "meta":
@@ -149,6 +151,12 @@ def counted_allocations() -> Iterator[list[int]]:
         sizes.append(described.nbytes)
         return empty(*args, **options)
 
+    def counted_storage(nbytes: int) -> torch.UntypedStorage:
+        assert nbytes < 1 << 30, f"a storage of {nbytes:,} bytes"
+        sizes.append(nbytes)
+        return host_storage(nbytes)
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "empty", counted)
+        patched.setattr(hostmem, "host_storage", counted_storage)
         yield sizes
