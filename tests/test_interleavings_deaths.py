@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
+from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache, transfer
 from gpu_cache.device import HostDevice
 from tests.support.interleave_actors import PATIENCE_S, Board, SteppedReader, few_objects, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, eventually
@@ -102,6 +102,11 @@ ON_THE_DEVICE = {
 def quick_collections() -> Iterator[None]:
     with few_objects():
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_window_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_DIRECT_SLOTS", 4)
 
 
 class Source:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import CacheClosedError, FetchError, cache
+from gpu_cache import CacheClosedError, FetchError, cache, transfer
 from gpu_cache.device import HostDevice
 from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
 from tests.support.interleave_stage import CONFIG, GATES, SHARDS, Stage, eventually, late_call
@@ -26,6 +26,11 @@ ROOMY = dataclasses.replace(CONFIG, pool_bytes=256 << 10)
 def quick_collections() -> Iterator[None]:
     with few_objects():
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "_DIRECT_SLOTS", 4)
 
 
 @pytest.fixture(params=["direct", "staged"])
