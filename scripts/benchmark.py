@@ -208,12 +208,15 @@ def _quiet_process() -> Iterator[None]:
     """One thread of torch's own, and no garbage collection that looks at what the imports left."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    logging.getLogger("gpu_cache.process").setLevel(logging.ERROR)  # two caches on one GPU are meant here
+    said = logging.getLogger("gpu_cache.process")
+    level = said.level
+    said.setLevel(logging.ERROR)  # two caches on one GPU are meant here
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
+        said.setLevel(level)
         gc.unfreeze()
         torch.set_num_threads(num_threads)
 
