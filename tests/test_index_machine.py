@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gpu_cache.entry import Candidate, Entry, Landing, State
+from gpu_cache.entry import Candidate, Claim, Entry, Landing, Promise, State
 from gpu_cache.index import ShardIndex
 from gpu_cache.lease import aliases_of
 
@@ -35,6 +35,9 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         self.nodes: dict[Entry, str] = {}
         self.books: collections.Counter[str] = collections.Counter()
         self.newest = 0
+        self.promises: dict[Entry, Promise | None] = {}  # what each is, or is promised to be
+        self.replacing: dict[Entry, tuple[Entry, int]] = {}  # another owner's entry, and the clears before
+        self.num_clears = 0
 
     def count(self, what: str, nbytes: Iterable[int], bytes_of: str = "") -> None:
         lengths = list(nbytes)
@@ -49,10 +52,14 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         del self.standing[key]
         return self.ready.pop(key, -1)
 
-    def begin(self, entry: Entry) -> None:
+    def begin(self, entry: Entry, promise: Promise | None = None) -> None:
         assert entry.generation > self.newest, "a key that comes again is another generation"
         self.newest = entry.generation
-        self.standing[entry.key] = entry
+        self.promises[entry] = promise
+        if entry.key in self.standing:
+            self.replacing[entry] = self.standing[entry.key], self.num_clears
+        else:
+            self.standing[entry.key] = entry
         self.flying.append(entry)
         self.awaited.append(entry)
         self.nodes[entry] = ""
@@ -77,6 +84,28 @@ class IndexAgainstBooks(RuleBasedStateMachine):
                 self.touch(key)
             elif key in found.claimed:
                 self.begin(found.claimed[key])
+
+    @rule(key=st.sampled_from(KEYS[:2]), owner=st.sampled_from([*NODES, None]), length=st.integers(0, 2))
+    def claim_what_is_promised(self, key: str, owner: str | None, length: int) -> None:
+        promise, there = (torch.uint8, (length,), owner), self.standing.get(key)
+        known = self.promises[there] if there is not None else None
+        found = self.index.claim([key], Claim(expected={key: promise}))
+        is_other = known is not None and None not in (owner, known[2]) and owner != known[2]
+        if there is None or is_other:
+            self.books["misses"] += 1
+            assert (found.hits, found.joined, found.refused) == ({}, {}, {})
+            self.begin(found.claimed[key], promise)
+        elif key not in self.ready:
+            assert (found.hits, found.joined, found.claimed, found.refused) == ({}, {key: there}, {}, {})
+            self.joins[there] += 1
+            self.awaited.append(there)
+            self.books["joined"] += 1
+        elif known is not None and known[1] != (length,):
+            assert (found.hits, found.joined, found.claimed, found.refused) == ({}, {}, {}, {key: known})
+        else:
+            assert list(found.hits) == [key]
+            self.count("hits", [self.ready[key]], "hit_bytes")
+            self.touch(key)
 
     @rule(key=st.sampled_from(KEYS))
     def reserve(self, key: str) -> None:
@@ -105,6 +134,11 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     def land(self, data: st.DataObject, how: str, nbytes: int) -> None:
         entry = self.one_flying(data)
         self.flying.remove(entry)
+        if (promise := self.promises[entry]) is not None:
+            nbytes = promise[1][0]
+        if how == "publish" and self.replacing.get(entry) == (self.standing.get(entry.key), self.num_clears):
+            self.drop(entry.key)
+            self.standing[entry.key] = entry
         stood = self.standing.get(entry.key) is entry
         self.settle(entry, how, nbytes)
         assert entry.is_settled
@@ -113,6 +147,8 @@ class IndexAgainstBooks(RuleBasedStateMachine):
             self.books["fetch_errors"] += entry.is_fetch
         else:
             self.nodes[entry] = NODES[0]
+            if promise is None:
+                self.promises[entry] = torch.uint8, (nbytes,), None if entry.is_fetch else NODES[0]
             self.books["joined_bytes"] += nbytes * self.joins[entry]
             self.books["miss_bytes"] += nbytes * entry.is_fetch
             self.books["fetch_bytes"] += nbytes * entry.is_fetch
@@ -147,6 +183,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     @rule(keys=st.one_of(st.none(), st.sets(st.sampled_from(KEYS))), node=st.sampled_from([None, *NODES]))
     def clear(self, keys: set[str] | None, node: str | None) -> None:
         dropped = self.index.remove_node(node) if keys is None else self.index.remove(sorted(keys), node)
+        self.num_clears += 1
         meant = [
             key
             for key, entry in self.standing.items()
@@ -185,6 +222,10 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         assert self.index.keys() == list(self.ready)
         assert self.index.is_empty == (not self.standing)
         assert all((entry.state is State.READY) == (key in self.ready) for key, entry in self.standing.items())
+
+    @invariant()
+    def knows_what_each_is(self) -> None:
+        assert all(entry.promise == self.promises[entry] for entry in self.standing.values())
 
     @invariant()
     def adds_up(self) -> None:

@@ -8,7 +8,7 @@ import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 
@@ -94,8 +94,9 @@ class RTensor:
 
     # What the handle says of its shard, and the meta tensor that said it: taken once, as asking each tensor would make
     # localizing thousands of cached shards a third slower.
-    _promise: ClassVar[Promise] = (torch.uint8, (), "")
-    _said: ClassVar[torch.Tensor | None] = None
+    # No annotations, which would make them fields.
+    _promise = cast(Promise, (torch.uint8, (), ""))
+    _said = cast("torch.Tensor | None", None)
 
     def __post_init__(self) -> None:
         if isinstance(self.data, torch.Tensor) and self.data.is_meta and isinstance(self.shard, TensorShardInfo):
@@ -105,7 +106,7 @@ class RTensor:
         data = self.data
         promise = promise_of(data, self.shard.node_addr)
         self.shard.node_addr = promise[2] or ""  # the same text, as one object with that of other handles
-        self.__dict__.update(_promise=promise, _said=data)
+        self._promise, self._said = promise, data
         return promise
 
     @property
