@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -12,7 +12,7 @@ from gpu_cache.config import aligned
 from gpu_cache.device import Arena, Event
 from gpu_cache.entry import Landing
 from gpu_cache.freelist import FreeList
-from gpu_cache.lease import Lease, carve
+from gpu_cache.lease import Catch, Lease, carve
 from gpu_cache.source import ShardSpec
 
 
@@ -86,18 +86,23 @@ def stretches(leases: Iterable[Lease]) -> list[tuple[Slab, int, int]]:
 
 
 def carve_shards(
-    taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease]
-) -> Iterator[tuple[Landing, Lease]]:
-    """The tensors of the shards of a run, `offsets` bytes into its range, with the leases that give the bytes back."""
-    slab, first = taken.slab, taken.offset
+    taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease], leases: dict[int, Lease]
+) -> list[Landing]:
+    """The tensors of the shards of a run, `offsets` bytes into its range. `leases` gets, by offset, what frees them."""
+    slab, first, landings = taken.slab, taken.offset, list[Landing]()
     storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
     templates = slab.templates
     for dtype in {spec.dtype for spec in specs} - templates.keys():
         templates[dtype] = torch.empty(0, dtype=dtype, device=device)
-    for spec, offset in zip(specs, offsets, strict=True):
-        base, lease = carve(storage, first + offset, spec.nbytes, templates[spec.dtype], spec.shape, freed)
-        lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, first + offset, aligned(spec.nbytes)
-        yield Landing(spec.key, base, lease, spec.nbytes), lease
+    catch = Catch(freed)
+    twins = catch.twins
+    for spec, relative in zip(specs, offsets, strict=True):
+        offset, nbytes = first + relative, spec.nbytes
+        base, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, catch)
+        lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, offset, aligned(nbytes)
+        leases[offset] = lease
+        landings.append(Landing(spec.key, base, lease, nbytes, twins.pop() if twins else None))
+    return landings
 
 
 def empty_landings(specs: Sequence[ShardSpec], device: torch.device) -> list[Landing]:

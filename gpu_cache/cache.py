@@ -19,7 +19,7 @@ from gpu_cache.engine import Engine, LazyEngine
 from gpu_cache.entry import Entry, Promise
 from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
 from gpu_cache.fetch import Fetch
-from gpu_cache.index import ShardIndex, bases_of
+from gpu_cache.index import ShardIndex, tensors_of
 from gpu_cache.lease import AliasCounter, aliases_of, eager
 from gpu_cache.mutation import Doubts
 from gpu_cache.publish import Publisher
@@ -297,7 +297,14 @@ class TensorCache(ReclaimingCache):
 
     def _start_empty(self) -> None:
         doubts = Doubts(self.config.on_mutation)
-        index = self._index = ShardIndex(aliases_of, AliasCounter().is_held, doubts=doubts, broken=self._broken)
+        counter = AliasCounter()
+        index = self._index = ShardIndex(
+            aliases_of,
+            counter.is_held,
+            doubts=doubts,
+            is_held_beside_loan=counter.is_held_beside_loan,
+            broken=self._broken,
+        )
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
@@ -351,10 +358,10 @@ class TensorCache(ReclaimingCache):
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their way back to the free lists."""
         count = len(dropped)
-        bases = bases_of(dropped)
+        tensors = tensors_of(dropped)
         dropped.clear()
         if (engine := self._engine) is not None:
-            engine.husks.strip(bases)
+            engine.husks.strip(tensors)
             engine.end_step() if count else engine.drain()
             engine.reaper.wake()
         self._publisher.soon()

@@ -31,6 +31,12 @@ class Parked:
     lease: Any  # a lease.Lease
     completion: Any  # of the copy that filled it; None: it was received there
     version: int
+    loan: torch.Tensor | None = None
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """See Entry."""
+        return self.base if self.loan is None else self.loan
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -47,7 +53,8 @@ class Entry:
     state: State = State.PENDING
     node: str = ""
     nbytes: int = 0
-    base: torch.Tensor | None = None  # the tensor that every hand-out is an alias of; set once
+    base: torch.Tensor | None = None  # on its block, and never handed out; set once
+    loan: torch.Tensor | None = None  # what was, or will be, handed out: to one reader at a time, see claims.py
     lease: weakref.ref[torch.UntypedStorage] | None = None
     completion: Any = None  # of the copy that filled it (transfer.Completion); None: nothing to wait for
     error: BaseException | None = None
@@ -58,7 +65,7 @@ class Entry:
     epoch: int = 0  # clears seen when it was published
     num_joined: int = 0
     deadline: float = 0.0  # of the claiming call
-    version: int = 0  # of `base` when it was last known to hold what the source has
+    version: int = 0  # of `counted` when its block was last known to hold what the source has
     is_accepted: bool = False  # handed out as it is, though somebody wrote into it: there was nothing to fetch
     suspect: Entry | None = None  # what this generation is to replace: somebody wrote into it
     lineage: int = 0  # the first generation of those that replaced each other so; scopes know it by that
@@ -77,6 +84,11 @@ class Entry:
     def place(self) -> Entry | Parked:
         """Where its tensor is, once it is there."""
         return self.parked or self
+
+    @property
+    def counted(self) -> torch.Tensor | None:
+        """A tensor that shares its version counter with everything that was handed out."""
+        return self.base if self.loan is None else self.loan
 
     @property
     def has_arrived(self) -> bool:
@@ -111,8 +123,8 @@ class Entry:
     @property
     def is_changed(self) -> bool:
         """Whether somebody wrote into it, as far as torch counts."""
-        place = self.place
-        return place.base is not None and place.base._version != place.version
+        counted = self.place.counted
+        return counted is not None and counted._version != self.place.version
 
 
 @dataclasses.dataclass(slots=True)
@@ -160,6 +172,12 @@ class Landing:
     base: torch.Tensor
     lease: weakref.ref[torch.UntypedStorage] | None
     nbytes: int
+    loan: torch.Tensor | None = None  # a twin of the base, to be handed out
+
+    @property
+    def version(self) -> int:
+        """As of Entry."""
+        return self.base._version if self.loan is None else self.loan._version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

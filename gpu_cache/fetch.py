@@ -25,7 +25,6 @@ from gpu_cache.errors import (
     names_of,
 )
 from gpu_cache.index import ShardIndex
-from gpu_cache.lease import aliases_of
 from gpu_cache.metered_reader import MeteredReader
 from gpu_cache.parked_reader import ParkedReader
 from gpu_cache.ranges import WAIT, profiled
@@ -206,11 +205,11 @@ class Fetch:
             raise combined(failures, self._num_wanted)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
-        """An alias of every shard, by key; after `wait`."""
+        """A tensor of every shard, by key; after `wait`."""
         others = self._others()
         places = [(entry.key, entry.place if self._on_host else entry) for entry in self._entries()]
-        arrived = {key: place.base for key, place in places if place.base is not None and key not in others}
-        return {**self.claim.hits, **dict(zip(arrived, aliases_of(arrived.values()), strict=True))}
+        arrived = {key: place for key, place in places if place.base is not None and key not in others}
+        return {**self.claim.hits, **self._index.lend(arrived)} if arrived else dict(self.claim.hits)
 
     def host_completions(self) -> Iterable[Completion]:
         """Of the copies to the host tier that shards handed out there depend on, each once."""

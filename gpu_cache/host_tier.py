@@ -155,7 +155,7 @@ class HostTier:
         self.note_copies(OUT, taken.nbytes, started, ended)
         completion = Completion(self._device, ended)
         return {
-            landing.key: Parked(landing.base, landing.lease, completion, landing.base._version)
+            landing.key: Parked(landing.base, landing.lease, completion, landing.version, landing.loan)
             for landing, one in zip(landings, stretch, strict=True)
             if one.lease() is not None  # else others may have got its bytes before they were copied
         }

@@ -14,7 +14,7 @@ import torch
 from gpu_cache.claims import ClaimingIndex
 from gpu_cache.entry import Candidate, Entry, Landing, Parked, Promise, State
 from gpu_cache.errors import PromiseError, failure_reason
-from gpu_cache.lease import UNSHARED, Lease
+from gpu_cache.lease import UNSHARED, Lease, num_owners
 from gpu_cache.mutation import Doubts
 
 
@@ -26,6 +26,7 @@ class ShardIndex(ClaimingIndex):
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
         doubts: What is done about entries that somebody wrote into; None: nothing.
+        is_held_beside_loan: The same, where the index has an alias of it to lend; None: as `is_held`.
         broken: The error for a key whose shard is not as promised, of the promise and of what there is.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
@@ -37,10 +38,12 @@ class ShardIndex(ClaimingIndex):
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
         doubts: Doubts | None = None,
+        is_held_beside_loan: Callable[[torch.Tensor], bool] | None = None,
         broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
     ) -> None:
         super().__init__(alias, now, doubts or Doubts())
-        self._is_held, self.broken = is_held, broken
+        self._is_held, self._is_held_beside_loan = is_held, is_held_beside_loan or is_held
+        self.broken = broken
 
     def publish(
         self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, *, parked: bool = False
@@ -71,7 +74,8 @@ class ShardIndex(ClaimingIndex):
             for entry in landed:
                 if (resident := entry.resident) is not None and self._can_leave_locked(resident):
                     self._ledger.moved(resident, None)
-                    resident.base, resident.lease, resident.completion = entry.base, entry.lease, completion
+                    resident.base, resident.loan, resident.lease = entry.base, entry.loan, entry.lease
+                    resident.completion = completion
                     resident.num_awaiting, entry.is_shared = entry.num_awaiting, True
                     resident.version = entry.version
         _wake(landed)
@@ -174,6 +178,7 @@ class ShardIndex(ClaimingIndex):
         *,
         parked: bool = False,
         held: bool = False,
+        loans: list[torch.Tensor | None] | None = None,
     ) -> bool:
         """Drop all of these, or none if one is elsewhere or held by now. They die with the caller's `victims`.
 
@@ -183,14 +188,20 @@ class ShardIndex(ClaimingIndex):
                 somebody holds or has written into by now, of which the copy may be of other bytes.
             parked: See `candidates`.
             held: See `candidates`.
+            loans: Gets theirs, for the caller to let die.
         """
+        loans = [] if loans is None else loans
         with self._lock:
             if not all(self._can_evict_locked(one, parked, held) for one in victims):
                 return False
             self._ledger.evicted([one.entry for one in victims], parked=parked)
             for entry, *_ in victims:
                 refuge = refuges.get(entry.key)
-                if refuge is None or not entry.is_original or (held and self._is_in_use_locked(entry, entry)):
+                is_copy = refuge is not None and entry.is_original
+                is_copy = is_copy and not (held and self._is_in_use_locked(entry, entry))
+                loans.append(entry.place.loan)
+                entry.place.loan = None
+                if refuge is None or not is_copy:
                     self._drop_locked(entry)
                     continue
                 self._ledger.moved(entry, refuge)
@@ -206,7 +217,12 @@ class ShardIndex(ClaimingIndex):
 
     def _is_in_use_locked(self, entry: Entry, place: Entry | Parked) -> bool:
         """Whether somebody holds its block, or is about to."""
-        return entry.num_awaiting > 0 or (place.base is not None and self._is_held(place.base))
+        if entry.num_awaiting > 0 or place.base is None:
+            return entry.num_awaiting > 0
+        if (loan := place.loan) is None:
+            return self._is_held(place.base)
+        is_lent = getrefcount(loan) != UNSHARED or num_owners(loan) != 1
+        return is_lent or self._is_held_beside_loan(place.base)
 
     def _settle_move_locked(self, entry: Entry) -> Parked | None:
         """It is brought back, or will not be; returns what it was copied from, which must not die under the lock."""
@@ -240,11 +256,12 @@ class ShardIndex(ClaimingIndex):
         for entry, landing in landings:
             if entry.is_settled:
                 continue
-            version = landing.base._version
+            version = landing.version
             if parked:
-                entry.parked = Parked(landing.base, landing.lease, completion, version)
+                entry.parked = Parked(landing.base, landing.lease, completion, version, landing.loan)
             else:
-                entry.base, entry.lease, entry.completion = landing.base, landing.lease, completion
+                entry.base, entry.loan, entry.lease = landing.base, landing.loan, landing.lease
+                entry.completion = completion
             entry.node, entry.nbytes, entry.version = node, landing.nbytes, version
             if entry.promise is None:
                 owner = None if entry.is_fetch else node or None
@@ -256,14 +273,19 @@ class ShardIndex(ClaimingIndex):
         return landed, origins
 
 
-def bases_of(dropped: list[Entry]) -> list[torch.Tensor]:
-    """Take their tensors from dropped entries that only the list refers to; a call may yet hand out those of others."""
-    bases: list[torch.Tensor] = []
+def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
+    """Take the tensors from dropped entries that only the list refers to; a call may yet hand out those of others."""
+    found: list[torch.Tensor] = []
     for entry in dropped:
-        if getrefcount(entry) == UNSHARED:
-            bases += [place.base for place in (entry, entry.parked) if place is not None and place.base is not None]
-            entry.base = entry.parked = None
-    return bases
+        if getrefcount(entry) != UNSHARED:
+            continue
+        for place in (entry,) if entry.parked is None else (entry, entry.parked):
+            if place.base is not None:
+                found.append(place.base)
+            if place.loan is not None:
+                found.append(place.loan)
+        entry.base = entry.loan = entry.parked = None
+    return found
 
 
 def _wake(entries: Iterable[Entry]) -> None:

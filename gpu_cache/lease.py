@@ -31,15 +31,25 @@ from torch._ops import mode_stack_state_for_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _COLLECTIONS = 1000
-_LAYOUTS = 4096  # of shapes, remembered
+_LAYOUTS = 4096  # remembered
+_WHOLE = slice(None)
 # What `UntypedStorage.__getitem__` ends in, after looks at the device that cost twice as much: 0.25 instead of 0.8 us.
 _slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage] = torch._C.StorageBase.__getitem__  # type: ignore[misc]
 _alias_of: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass
-_num_owners: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]  # in C++
+num_owners: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]  # in C++: views, graphs
 
-# Makes a dense tensor of a shape over a whole storage, like an empty template in dtype and device; also returns what
-# else it made on the way, for the caller to drop.
-Builder = Callable[[torch.Tensor, torch.UntypedStorage, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor | None]]
+# Makes a dense tensor of a shape over a whole storage, like an empty template in dtype and device; also returns another
+# one on that storage, of any shape, if it made one on the way.
+Builder = Callable[[torch.Tensor, torch.UntypedStorage, "Layout"], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Layout(NamedTuple):
+    """Of a dense tensor; also as torch describes those that it rebuilds for CUDA graphs."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    nbytes: int
+    described: dict[str, Any]
 
 
 class Lease(weakref.ref[torch.UntypedStorage]):
@@ -74,20 +84,17 @@ class Husks:
 
     def __init__(self) -> None:
         self._kept: deque[torch.Tensor] = deque()
+        self.keep = self._kept.append  # takes one to be dropped later
         self._nothing: dict[torch.device, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def keep(self, husk: torch.Tensor) -> None:
-        """Drop this later."""
-        self._kept.append(husk)
-
     def strip(self, tensors: list[torch.Tensor]) -> None:
         """Empty the list. Tensors that only the list holds lose their bytes now, and are dropped later."""
         while tensors:
             one = tensors[-1]
-            if getrefcount(one) == UNSHARED and _num_owners(one) == 1 and not getweakrefcount(one):
+            if getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one):
                 one.data = self._nothing_on(one.device)
                 self._kept.append(one)
             tensors.pop()
@@ -105,16 +112,17 @@ class Husks:
         return found
 
 
-class Freed(deque[Lease]):
-    """Where the leases of one pool fire to.
+class Catch:
+    """Takes the leases of one run where they fire to, and the twins of its blocks.
 
     Attributes:
-        husks: Takes what is left of tensors that blocks were built with.
+        append: Of the deque that leases fire into.
+        twins: Tensors like those that `carve` returned, with version counters of their own; for the caller to take out.
     """
 
-    def __init__(self, husks: Husks) -> None:
-        super().__init__()
-        self.husks = husks
+    def __init__(self, freed: deque[Lease]) -> None:
+        self.append = freed.append
+        self.twins: list[torch.Tensor] = []
 
 
 def carve(
@@ -123,102 +131,79 @@ def carve(
     nbytes: int,
     template: torch.Tensor,
     shape: tuple[int, ...],
-    freed: deque[Lease],
+    freed: deque[Lease] | Catch,
 ) -> tuple[torch.Tensor, Lease]:
     """A tensor over `nbytes` (at least 1) of an arena, and the lease that goes to `freed` when it is unused.
 
     Call inside `plain_tensors()`. The tensor is like `template`, which is empty, in dtype and device; it has a storage
-    of its own, of exactly `nbytes`, that cannot be resized. With a `Freed` this never gives the GIL away.
+    of its own, of exactly `nbytes`, that cannot be resized. With a `Catch` this never gives the GIL away.
     """
     hidden = _slice_of(arena, slice(offset, offset + nbytes))
-    inner = _slice_of(hidden, slice(0, nbytes))
-    if _layout_of(shape, template.dtype).nbytes != nbytes:
+    inner = _slice_of(hidden, _WHOLE)
+    layout = _layout_of(shape, template.dtype)
+    if layout.nbytes != nbytes:
         raise ValueError(f"{nbytes:,} bytes are no {template.dtype} tensor of shape {shape}")
-    tensor, spare = _builder_for(template, inner)(template, inner, shape)
-    if spare is not None:
-        spare.data = template  # else the lease would wait for the thread that drops it
-        if (husks := getattr(freed, "husks", None)) is not None:
-            husks.keep(spare)
+    tensor, twin = (_builders.get(template.is_cpu) or _choose_builder(template, inner))(template, inner, layout)
+    if twin is not None and (twins := getattr(freed, "twins", None)) is not None:
+        twin.data = tensor
+        twins.append(twin)
     # Last: had building failed with the lease made, it would have fired for a range that is still the caller's.
     return tensor, Lease(hidden, freed.append)
 
 
-class _Layout(NamedTuple):
-    """Of a dense tensor."""
-
-    strides: tuple[int, ...]
-    nbytes: int
-    as_dict: dict[str, Any]  # as torch rebuilds the tensors of CUDA graphs
-
-
 @functools.lru_cache(_LAYOUTS)
-def _layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> _Layout:
+def _layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
     if any(length < 0 for length in shape):
         raise ValueError(f"shape {shape} has a negative length")
     strides = tuple(math.prod(max(1, length) for length in shape[number:]) for number in range(1, len(shape) + 1))
     described = {"size": shape, "stride": strides, "storage_offset": 0, "dtype": dtype}
-    return _Layout(strides, math.prod(shape) * dtype.itemsize, described)
+    return Layout(shape, strides, math.prod(shape) * dtype.itemsize, described)
 
 
-_builders: dict[str, Builder] = {}  # the quickest that is sound, by type of device; each is found once
+_builders: dict[bool, Builder] = {}  # the quickest that is sound, for the host (True) or a GPU; each is found once
 
 
-def _builder_for(template: torch.Tensor, storage: torch.UntypedStorage) -> Builder:
-    kind = "cpu" if template.is_cpu else template.device.type
-    if (found := _builders.get(kind)) is None:
-        found = _builders[kind] = next(one for one in _ways_to_build(kind) if _is_sound(one, template, storage))
-    return found
+def _choose_builder(template: torch.Tensor, storage: torch.UntypedStorage) -> Builder:
+    ways = _ways_to_build(is_cuda=template.is_cuda)
+    chosen = _builders[template.is_cpu] = next(one for one in ways if _is_sound(one, template, storage))
+    return chosen
 
 
-def _ways_to_build(kind: str) -> Iterator[Builder]:
+def _ways_to_build(*, is_cuda: bool) -> Iterator[Builder]:
     """The quickest first. The last one is always sound, and gives the GIL away."""
-    if kind == "cuda" and (rebuild := getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)):
-        yield functools.partial(_rebuilt, rebuild)
+    if is_cuda and (rebuild := getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)):
+        yield lambda template, storage, layout: (rebuild(layout.described, storage), None)
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     if reinterpret := getattr(guards, "_reinterpret_tensor", None):
-        yield functools.partial(_reinterpreted, reinterpret)
-    yield _set
+        yield _reinterpreting(reinterpret)
+    yield lambda template, storage, layout: (template.data.set_(storage, 0, layout.shape), None)  # type: ignore[call-overload]
 
 
-def _rebuilt(
-    rebuild: Callable[..., torch.Tensor], template: torch.Tensor, storage: torch.UntypedStorage, shape: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return rebuild(_layout_of(shape, template.dtype).as_dict, storage), None
+def _reinterpreting(reinterpret: Callable[..., torch.Tensor]) -> Builder:
+    def build(
+        template: torch.Tensor, storage: torch.UntypedStorage, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        flat: torch.Tensor = template.new(storage)
+        return reinterpret(flat, layout.shape, layout.strides, 0), flat
 
-
-def _reinterpreted(
-    reinterpret: Callable[..., torch.Tensor],
-    template: torch.Tensor,
-    storage: torch.UntypedStorage,
-    shape: tuple[int, ...],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    flat: torch.Tensor = template.new(storage)
-    if len(shape) == 1:
-        return flat, None
-    return reinterpret(flat, shape, _layout_of(shape, template.dtype).strides, 0), flat
-
-
-def _set(
-    template: torch.Tensor, storage: torch.UntypedStorage, shape: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return template.data.set_(storage, 0, shape), None  # type: ignore[call-overload]
+    return build
 
 
 def _is_sound(build: Builder, template: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     """Whether tensors so built are as `carve` promises. Neither reads nor writes bytes, nor allocates any."""
     length = storage.nbytes() // template.dtype.itemsize
-    return all(_is_as_wanted(build, template, storage, shape) for shape in ((length,), (1, length)))
+    layouts = [_layout_of(shape, template.dtype) for shape in ((length,), (1, length))]
+    return all(_is_as_wanted(build, template, storage, layout) for layout in layouts)
 
 
-def _is_as_wanted(
-    build: Builder, template: torch.Tensor, storage: torch.UntypedStorage, shape: tuple[int, ...]
-) -> bool:
+def _is_as_wanted(build: Builder, template: torch.Tensor, storage: torch.UntypedStorage, layout: Layout) -> bool:
     try:
-        one, other = build(template, storage, shape)[0], build(template, storage, shape)[0]
+        one, other = build(template, storage, layout)[0], build(template, storage, layout)[0]
         before = one._version
         other.unsqueeze_(0)
         return (
-            (one.shape, one.dtype, one.device, one.is_contiguous()) == (shape, template.dtype, template.device, True)
+            (one.shape, one.dtype, one.device, one.is_contiguous())
+            == (layout.shape, template.dtype, template.device, True)
             and (one.untyped_storage()._cdata, one.storage_offset()) == (storage._cdata, 0)
             and torch._C._dispatch_keys(one).raw_repr() == torch._C._dispatch_keys(template).raw_repr()
             and (one._version, one.requires_grad, one._is_view(), one.is_inference()) == (before, False, False, False)
@@ -285,7 +270,14 @@ class AliasCounter:
 
     def is_held(self, base: torch.Tensor) -> bool:
         """Whether anybody but the index holds `base`; False where this torch cannot tell."""
-        return self._count is not None and self._count(base.untyped_storage()._cdata) > self._baseline
+        return self._has_more_aliases(base, 0)
+
+    def is_held_beside_loan(self, base: torch.Tensor) -> bool:
+        """The same, where the index has one alias, its loan."""
+        return self._has_more_aliases(base, 1)
+
+    def _has_more_aliases(self, base: torch.Tensor, number: int) -> bool:
+        return self._count is not None and self._count(base.untyped_storage()._cdata) > self._baseline + number
 
 
 def lease_fault() -> str:

@@ -71,17 +71,16 @@ class Doubts:
     def accept(self, entry: Entry) -> None:
         """Nobody has the original of a changed entry: what is there is handed out, from now on without a word."""
         place = entry.place
-        assert place.base is not None
-        place.version, entry.checksum, entry.is_accepted = place.base._version, None, True
+        assert place.counted is not None
+        place.version, entry.checksum, entry.is_accepted = place.counted._version, None, True
         self.num_found += 1
 
     def revive(self, entry: Entry) -> bool:
         """Give an entry that could not be fetched what it was to replace; whether it may be indexed."""
         suspect, entry.suspect = entry.suspect, None
         assert suspect is not None
-        entry.base, entry.lease, entry.completion, entry.nbytes = (
-            suspect.base, suspect.lease, suspect.completion, suspect.nbytes
-        )  # fmt: skip
+        entry.base, entry.loan, entry.lease = suspect.base, suspect.loan, suspect.lease
+        entry.completion, entry.nbytes = suspect.completion, suspect.nbytes
         entry.parked, entry.promise = suspect.parked, suspect.promise
         self.accept(entry)
         lease = entry.place.lease

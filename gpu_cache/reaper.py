@@ -96,7 +96,7 @@ class Reaper:
     def _drop_husks(self) -> None:
         """Drop some of them, with breaks: each may have to wait for the GIL, or keep others waiting."""
         until = time.monotonic() + _DROPPING_S
-        while len(self._husks) and time.monotonic() < until:
+        while len(self._husks) and time.monotonic() < until and not self._is_ended.is_set():
             self._husks.drop(_AT_ONCE)
             time.sleep(_BREAK_S)
 

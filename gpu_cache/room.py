@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
+import torch
+
 from gpu_cache.entry import Candidate, Parked
 from gpu_cache.index import ShardIndex
 from gpu_cache.slab import SlabPool
@@ -76,12 +78,14 @@ class RoomMaker:
         A block that somebody wrote into, or may write into while it is copied, is no copy of its shard's bytes.
         """
         movable = [one for one in victims if one.entry.is_original and not one.is_held]
-        if not self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held):
+        loans: list[torch.Tensor | None] = []
+        if not self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held, loans=loans):
             return False
         movable.clear()
-        bases = [one.base for one in victims]
+        tensors = [one.base for one in victims] + [loan for loan in loans if loan is not None]
+        loans.clear()
         victims.clear()  # with them the entries die
-        self._pool.husks.strip(bases)
+        self._pool.husks.strip(tensors)
         return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from gpu_cache.device import Device
 from gpu_cache.entry import Landing
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Freed, Husks, Lease, lease_fault
+from gpu_cache.lease import Husks, Lease, lease_fault
 from gpu_cache.slab_set import LOOK_S, SlabSet
 from gpu_cache.source import ShardSpec
 from gpu_cache.victims import Layout, Span
@@ -59,7 +60,8 @@ class SlabPool(SlabSet):
             raise GpuCacheError(fault)
         super().__init__(device, config)
         self._fence, self._on_dead = fence, on_dead
-        self._freed = Freed(Husks() if husks is None else husks)  # leases fire into it, and nothing else appends
+        self._husks = Husks() if husks is None else husks
+        self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
         # Guarded by the lock.
         self._quarantine: dict[Quarantine, None] = {}  # the oldest first
         self._pending_bytes = self._held_bytes = self._quarantined_bytes = self._peak_bytes = 0
@@ -70,7 +72,7 @@ class SlabPool(SlabSet):
     @property
     def husks(self) -> Husks:
         """What is left of tensors of this pool."""
-        return self._freed.husks
+        return self._husks
 
     @property
     def is_busy(self) -> bool:
@@ -121,20 +123,15 @@ class SlabPool(SlabSet):
         Call inside `plain_tensors()`. If building one fails, what no lease covers is for the caller to abandon.
         """
         leases: dict[int, Lease] = {}
-        landings = []
-        nbytes = 0
         try:
-            for landing, lease in carve_shards(taken, specs, offsets, self._freed):
-                landings.append(landing)
-                leases[lease.offset] = lease
-                nbytes += lease.nbytes
+            return carve_shards(taken, specs, offsets, self._freed, leases)
         finally:
+            nbytes = sum(lease.nbytes for lease in leases.values())
             with self._lock:
                 taken.slab.leases.update(leases)
                 self._pending_bytes -= nbytes
                 self._held_bytes += nbytes
             taken.leased_bytes += nbytes
-        return landings
 
     def abandon(self, taken: Range) -> None:
         """Give back a range whose run failed; copies into it may still be under way."""

@@ -69,7 +69,8 @@ class SuspectIndex(IndexView):
             if is_changed:
                 self._doubts.found_without_source(self._entries, entry)
             self._entries.move_to_end(key)
-            found = self._alias([entry.base])[0], entry
+            assert entry.counted is not None
+            found = self._alias([entry.counted])[0], entry
         if is_changed:
             self._doubts.tell_unverified([entry])
         return found
