@@ -193,9 +193,9 @@ def counted_turns() -> Iterator[Callable[[], int]]:
 
     thread = threading.Thread(target=take_turns)
     gc.disable()
-    thread.start()
     try:
-        sys.setswitchinterval(1000.0)
+        sys.setswitchinterval(1000.0)  # first: a thread that waits already asks for the GIL after the interval before
+        thread.start()
         yield lambda: taken[0]
     finally:
         sys.setswitchinterval(interval_s)
