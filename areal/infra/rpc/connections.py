@@ -118,11 +118,13 @@ class Connections:
             self.close_overdue()
 
     async def settle(self, grace_s: float) -> None:
-        """Close every connection: idle ones now, those that are being served after it or when the time is up."""
-        until = self._now() + grace_s
+        """Close every connection: idle and slow ones now, those that are served after it or when the time is up."""
+        until, prompt_since = self._now() + grace_s, self._now() - _PROMPT_S
         for connection, stage in list(self._stage.items()):
             if stage in (Stage.HEADER, Stage.IDLE):
                 connection.force_close()
+            elif stage is Stage.RECEIVING and self._since[stage][connection] < prompt_since:
+                self._abort(connection, is_said=False)
             else:
                 connection.close()
         while self._stage and self._now() < until:

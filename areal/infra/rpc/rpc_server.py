@@ -35,7 +35,7 @@ except ImportError:  # not on this platform; asyncio's own loop serves too, at a
 ALLOW_VARIABLE = "AREAL_RPC_ALLOW_UNAUTHENTICATED"
 
 # Longest wait for answers under way when the server stops, and then for what serves them to end.
-_GRACE_S = 3.0
+_GRACE_S = 2.5
 _ENDING_S = 0.5
 _BACKLOG = 4096
 DEFAULT_MAX_CONNECTIONS = 8192
@@ -99,7 +99,7 @@ class ServerHandle:
         leave_to_parent(self)
 
     def stop(self) -> None:
-        """Stop serving, once the answers under way are sent, or 3 s have passed. Idempotent; any thread."""
+        """Stop serving, once the answers under way are sent, or 2.5 s have passed. Idempotent; any thread."""
         self._owner.remove_own_address(self.address)
         if not self._is_inherited:
             self._ask_to_stop()
