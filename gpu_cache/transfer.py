@@ -20,6 +20,7 @@ from gpu_cache.host_tier import BACK, HostTier
 from gpu_cache.inflight import InflightBudget, Turn
 from gpu_cache.lease import plain_tensors
 from gpu_cache.parked_reader import ParkedReader
+from gpu_cache.process import no_collections
 from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.runs import Piece, Run, copies_of, pack, windows
 from gpu_cache.slab import Shortage, SlabPool
@@ -156,19 +157,21 @@ class Transfer:
     ) -> None:
         """Receive a window, and land the runs that are complete with it. Tensors are built while bytes arrive."""
         complete = [piece.run for piece in window if piece.is_last]
-        landings = [self._pool.carve(run.range, run.specs, run.offsets) for run in complete]
+        with no_collections:
+            landings = [self._pool.carve(run.range, run.specs, run.offsets) for run in complete]
         completion = self._receive(reader, window, turn, deadline)
-        for is_overflow in (False, True):
-            landed = [
-                landing
-                for run, of_run in zip(complete, landings, strict=True)
-                if run.range.slab.is_overflow == is_overflow
-                for landing in of_run
-            ]
-            if landed:
-                sink.land(landed, completion, is_overflow=is_overflow)
-        for run in complete:
-            del placed[run]
+        with no_collections:
+            for is_overflow in (False, True):
+                landed = [
+                    landing
+                    for run, of_run in zip(complete, landings, strict=True)
+                    if run.range.slab.is_overflow == is_overflow
+                    for landing in of_run
+                ]
+                if landed:
+                    sink.land(landed, completion, is_overflow=is_overflow)
+            for run in complete:
+                del placed[run]
 
     def _bring_back(self, reader: ParkedReader, sink: Sink, placed: dict[Run, None], may_overflow: bool) -> None:
         """Enqueue copies from the host tier, one for each stretch of a run that lies in one piece there."""

@@ -26,6 +26,7 @@ from gpu_cache import (
     host_tier,
     index_view,
     inflight,
+    process,
     publish,
     reaper,
     slab_set,
@@ -235,6 +236,8 @@ def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
         monkeypatch.setattr(module, "threading", garbage.threading())
     pools = cuda_pools.PrivatePools
     monkeypatch.setattr(pools, "_lock", CollectingLock(pools._lock, garbage))
+    pause = process.no_collections
+    monkeypatch.setattr(pause, "_lock", CollectingLock(pause._lock, garbage))
     return garbage
 
 
