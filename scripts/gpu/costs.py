@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 
 import torch
@@ -12,7 +13,7 @@ from gpu.findings import Assumption
 from gpu.lifetimes import carved
 from gpu_cache.device import CudaDevice
 from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Freed, Husks
+from gpu_cache.lease import Lease
 from tests.support.gpu_scene import GPU, MIB, fetch_all, roomy_cache
 from tests.support.sources import DictSource
 
@@ -127,7 +128,7 @@ def look_at_blocks() -> tuple[bool, str]:
     """Time making a block, and handing out shards that are cached."""
     device = CudaDevice(0)
     arena = device.arena(MIB)
-    freed = Freed(Husks())
+    freed: deque[Lease] = deque()
 
     def insert() -> None:
         carved(arena, torch.uint8, (4096,), freed)

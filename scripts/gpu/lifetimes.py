@@ -11,17 +11,17 @@ import torch
 
 from gpu.findings import Assumption
 from gpu_cache.device import Arena, CudaDevice
-from gpu_cache.lease import Freed, Husks, Lease, carve, plain_tensors
+from gpu_cache.lease import Lease, carve, plain_tensors
 from tests.support.gpu_scene import GPU, MIB
 
 _NUM_FLOATS = 1024
 
 
-class Watched(Freed):
+class Watched(deque[Lease]):
     """Where a lease fires to; remembers on which threads."""
 
     def __init__(self) -> None:
-        super().__init__(Husks())
+        super().__init__()
         self.threads: list[int] = []
 
     def append(self, lease: Lease) -> None:
