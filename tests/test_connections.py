@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.streams import StreamReader
 
 from areal.infra.rpc import connections as connections_module
 from areal.infra.rpc import data_app, rpc_server
@@ -147,6 +150,18 @@ def test_a_body_that_stops_coming_is_answered_and_its_connection_ends(
         said = "7 bytes of the body came, and less than 64 KiB in the last 0.2 s"
         assert json.loads(body) == {"status": "error", "message": said}
         assert list(owner.store) == ["a"]
+
+
+def test_a_client_that_goes_before_the_server_waits_for_its_body_is_no_fault_of_the_server() -> None:
+    async def read() -> None:
+        content = StreamReader(BaseProtocol(asyncio.get_running_loop()), 1 << 16)  # of a connection that is closed
+        request: Any = SimpleNamespace(
+            content=content, content_length=4, body_exists=True, protocol=object(), transport=None
+        )
+        await data_app._Bodies(Connections(4, 30.0, 30.0), 30.0, 100).read(request)
+
+    with pytest.raises(ConnectionResetError, match="the client is gone after 0 bytes of the body"):
+        asyncio.run(read())
 
 
 def test_a_slow_body_that_goes_on_is_read(

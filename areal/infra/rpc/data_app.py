@@ -154,6 +154,10 @@ class _Bodies:
                 self._connections.enter(request.protocol, Stage.ANSWERING)
         except web.RequestPayloadError as error:
             raise web.HTTPBadRequest(text=f"the body broke off after {len(body):,} bytes") from error
+        except RuntimeError:  # aiohttp's, of a connection that closed before the wait for its next bytes
+            if request.transport is not None:
+                raise
+            raise ConnectionResetError(f"the client is gone after {len(body):,} bytes of the body") from None
         return body
 
     async def _receive(self, request: web.Request, body: bytearray, limit: int) -> None:
