@@ -25,14 +25,16 @@ class HostRule:
 
     Args:
         bound: The address that the server listens on.
-        allowed: Further names, without ports, beside those of the loopback.
+        allowed: Further names, without ports, beside those of the loopback; web pages of these may ask, too.
+        names: Under which it was bound.
     Attributes:
         is_local: Whether the server listens on the loopback only; otherwise any name in Host will do.
     """
 
-    def __init__(self, bound: str, allowed: Iterable[str] = ()) -> None:
+    def __init__(self, bound: str, allowed: Iterable[str] = (), names: Iterable[str] = ()) -> None:
         self.is_local = is_loopback(bound)
-        self._allowed = {name.lower() for name in allowed}
+        self._pages = {name.lower() for name in allowed}
+        self._known = self._pages | {name.lower() for name in names}
 
     def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> str | None:
         """Say what is wrong with a request that has these headers, each as often as it has them; None if nothing is."""
@@ -40,18 +42,18 @@ class HostRule:
             if self.is_local and not self._is_known(name_of(host)):
                 return f"this server answers requests to localhost, 127.0.0.1 and [::1], not to {short_repr(host)}"
         for origin in origins:
-            if not self._is_own(urlsplit(origin).netloc, hosts):
+            if not self._is_own(_authority(origin), hosts):
                 return f"this server answers no web page of another origin: {short_repr(origin)}"
         return None
 
     def _is_known(self, name: str) -> bool:
-        return is_loopback(name) or name in self._allowed
+        return is_loopback(name) or name in self._known
 
     def _is_own(self, authority: str, hosts: Sequence[str]) -> bool:
         """Whether a page is one that this server could have served: under a name that nobody can point elsewhere."""
         name = name_of(authority)
         is_same = authority.lower() in {host.lower() for host in hosts}
-        return name in self._allowed or (is_same and (is_loopback(name) or _address(name) is not None))
+        return name in self._pages or (is_same and (self._is_known(name) or _address(name) is not None))
 
 
 def name_of(authority: str) -> str:
@@ -59,6 +61,14 @@ def name_of(authority: str) -> str:
     host, _, port = authority.rpartition(":")
     has_port = bool(host) and port.isdecimal() and (":" not in host or host.endswith("]"))
     return (host if has_port else authority).strip("[]").lower()
+
+
+def _authority(origin: str) -> str:
+    """Host and port of a page's origin; "" where it has none, or is not to be understood."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -93,7 +93,15 @@ def test_with_the_token_the_routes_are_open(owner: FakeOwner) -> None:
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Host": "page.example:80"}, {"Origin": "http://page.example"}, {"Origin": "null"}], ids=repr
+    "headers",
+    [
+        {"Host": "page.example:80"},
+        {"Origin": "http://page.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9"},
+        {"Origin": "http://["},
+    ],
+    ids=repr,
 )
 def test_a_web_page_gets_nothing_and_changes_nothing(
     server: ServerHandle, owner: FakeOwner, headers: dict[str, str]

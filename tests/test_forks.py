@@ -105,6 +105,18 @@ def test_a_killed_owner_refuses_at_once_and_its_port_is_free_while_its_child_liv
             assert torch.equal(backend.fetch([TensorShardInfo("a", address)])[0], SHARDS["a"])
 
 
+def test_a_child_finds_connections_that_the_loop_has_not_told_of_yet() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        listener.accept()[0] as accepted,
+    ):
+        found = rpc_server._sockets_at(listener.getsockname()[1])
+        assert found == {listener.fileno(), accepted.fileno()}
+        client.sendall(b"x")
+        assert accepted.recv(1) == b"x", "it is still open"
+
+
 def test_a_consumer_learns_in_mid_answer_that_an_owner_was_killed_whose_child_lives(owner: Forking) -> None:
     host, _, port = owner.told()["address"].rpartition(":")
     with socket.create_connection((host, int(port)), LONG_S) as sock:

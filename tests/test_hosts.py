@@ -54,9 +54,12 @@ def test_a_server_of_other_machines_answers_to_any_name() -> None:
 
 
 @pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0"])
-@pytest.mark.parametrize("origin", [PAGE, "null", "http://localhost:3000", "http://127.0.0.1", "localhost:80", ""])
+@pytest.mark.parametrize(
+    "origin",
+    [PAGE, "null", "http://localhost:3000", "http://127.0.0.1", "localhost:80", "", "http://[", "http://bound"],
+)
 def test_a_page_of_another_origin_is_refused(bound: str, origin: str) -> None:
-    refusal = HostRule(bound).refusal(["localhost:80"], [origin])
+    refusal = HostRule(bound, names=["bound"]).refusal(["localhost:80"], [origin])
     assert refusal == f"this server answers no web page of another origin: {origin!r}"
 
 
@@ -66,6 +69,10 @@ def test_a_page_of_another_origin_is_refused(bound: str, origin: str) -> None:
 )
 def test_a_page_of_the_same_address_or_an_allowed_one_is_answered(host: str, origin: str) -> None:
     assert HostRule("0.0.0.0", ["allowed"]).refusal([host], [origin]) is None
+
+
+def test_a_local_server_answers_to_the_name_that_it_was_bound_under() -> None:
+    assert HostRule("127.0.0.1", names=["Node17"]).refusal(["node17:80"], ["http://node17:80"]) is None
 
 
 def test_a_page_that_pointed_its_own_name_here_is_refused() -> None:

@@ -23,7 +23,7 @@ from areal.infra.rpc.connections import Connection, Connections, find_dead_peers
 from areal.infra.rpc.data_app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner, make_app
 from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
 from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
-from gpu_cache.config import parse_size
+from gpu_cache.config import parse_size, seconds
 from gpu_cache.hosts import HostRule, is_loopback
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 
@@ -38,6 +38,8 @@ ALLOW_VARIABLE = "AREAL_RPC_ALLOW_UNAUTHENTICATED"
 _GRACE_S = 2.5
 _ENDING_S = 0.5
 _BACKLOG = 4096
+_SHORTEST_S = 1e-3  # of a time limit
+_DESCRIPTORS = "/proc/self/fd"
 DEFAULT_MAX_CONNECTIONS = 8192
 DEFAULT_HEADER_TIMEOUT_S = 30.0
 DEFAULT_BODY_TIMEOUT_S = 30.0
@@ -89,7 +91,7 @@ class ServerHandle:
         self.address = address
         self._owner, self._connections = owner, connections
         self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=_ENDING_S / 2)
-        self._listener = listener
+        self._listener, self._port = listener, int(listener.getsockname()[1])
         self._loop = new_event_loop()
         self._stopping = asyncio.Event()
         self._is_inherited = False
@@ -111,7 +113,8 @@ class ServerHandle:
         connections = self._runner.server.connections if self._runner.server is not None else ()
         transports = [one.transport for one in connections if one.transport is not None]
         sockets = [self._listener, *(transport.get_extra_info("socket") for transport in transports)]
-        forget_sockets([one.fileno() for one in sockets if one is not None])
+        unknown = set() if self._loop.is_closed() else _sockets_at(self._port)
+        forget_sockets(unknown.union(one.fileno() for one in sockets if one is not None))
         return self
 
     def _ask_to_stop(self) -> None:
@@ -201,13 +204,10 @@ def start(
         ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or the
             token is not one line of printable ASCII, a limit is not positive, or `shard_ttl_s` is not a time.
     """
-    _check_positive(
-        max_concurrent_responses=max_concurrent_responses,
-        header_timeout_s=header_timeout_s,
-        body_timeout_s=body_timeout_s,
-        idle_timeout_s=idle_timeout_s,
-        max_connections=max_connections,
-    )
+    _check_positive(max_concurrent_responses=max_concurrent_responses, max_connections=max_connections)
+    header_timeout_s = seconds(header_timeout_s, "header_timeout_s", least=_SHORTEST_S)
+    body_timeout_s = seconds(body_timeout_s, "body_timeout_s", least=_SHORTEST_S)
+    idle_timeout_s = seconds(idle_timeout_s, "idle_timeout_s", least=_SHORTEST_S)
     token = find_token(token)
     is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
     family, location = _resolve(host, port)
@@ -224,7 +224,7 @@ def start(
     app = make_app(
         served,
         token=token,
-        rule=HostRule(location[0], {host.strip("[]"), *allow_hosts}),
+        rule=HostRule(location[0], allow_hosts, [host.strip("[]")]),
         connections=connections,
         body_timeout_s=body_timeout_s,
         max_body_bytes=max_body_bytes,
@@ -236,10 +236,27 @@ def start(
     return ServerHandle(served, app, connections, listener, _address(listener))
 
 
-def _check_positive(**limits: float) -> None:
+def _sockets_at(port: int) -> set[int]:
+    """Descriptors of this process's TCP sockets at a local port: also those that the loop accepted and has not told of.
+
+    Empty where the system does not list descriptors.
+    """
+    found = set()
+    for name in os.listdir(_DESCRIPTORS) if os.path.isdir(_DESCRIPTORS) else ():
+        with contextlib.suppress(OSError):  # no socket, or no descriptor any more
+            one = socket.socket(fileno=int(name))
+            try:
+                if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                    found.update([one.fileno()] if one.getsockname()[1] == port else [])
+            finally:
+                one.detach()  # it is not ours to close
+    return found
+
+
+def _check_positive(**limits: int) -> None:
     for name, value in limits.items():
-        if not value >= (1 if isinstance(value, int) else 1e-3):
-            raise ValueError(f"{name}={value}: must be at least {1 if isinstance(value, int) else 0.001}")
+        if not value >= 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
