@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from weakref import WeakKeyDictionary
 
-from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError
+from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, listed
 
 LOOK_S = 0.25  # how often a reader that waits looks at the progress of those that it waits for
 _STALLED_S = 1.0
@@ -206,6 +206,11 @@ class InflightBudget:
         if not self._is_next_locked(turn, nbytes):
             raise FetchTimeoutError(
                 f"Failed to fetch shards from {turn.node}: {nbytes:,} bytes waited {waited_s:.1f} s for their turn, "
-                f"while {self._nbytes:,} of at most {self.limit_bytes:,} were being received; raise max_inflight_bytes "
-                "(GPU_CACHE_MAX_INFLIGHT_BYTES)"
+                f"while {self._nbytes:,} of at most {self.limit_bytes:,} were being received{self._stalled_locked()}; "
+                "raise max_inflight_bytes (GPU_CACHE_MAX_INFLIGHT_BYTES)"
             )
+
+    def _stalled_locked(self) -> str:
+        """Whose bytes do not come, for a message."""
+        nodes = listed(sorted({turn.node for turn in self._stalled}))
+        return f", and next to nothing came from {nodes}" if nodes else ""

@@ -114,6 +114,13 @@ def test_a_batch_goes_round(ray: FakeRay) -> None:
     assert len(ray.asked) == 1
 
 
+@pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")])
+def test_what_others_could_not_use_is_not_put(ray: FakeRay, tensor: torch.Tensor) -> None:
+    with pytest.raises(TypeError):
+        get_backend().store(tensor)
+    assert ray.objects == {}
+
+
 def test_fetching_past_the_cache(ray: FakeRay) -> None:
     backend = get_backend()
     refs = [ray.put(torch.tensor([number])) for number in range(3)]

@@ -25,9 +25,9 @@ EYE = torch.eye(3)
 NOTHING = {"num_tensors": 0, "total_bytes": 0}
 
 
-def freed() -> torch.Tensor:
-    tensor = torch.ones(3)
-    tensor.untyped_storage().resize_(0)
+def freed(kept_bytes: int = 0) -> torch.Tensor:
+    tensor = torch.ones(30)[3::2]
+    tensor.untyped_storage().resize_(kept_bytes)
     return tensor
 
 
@@ -82,6 +82,18 @@ UNFIT: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
         freed,
         "the tensor's memory was given back, as FSDP does with a parameter between uses; gather it first",
     ),
+    "cut": (
+        lambda: freed(4 * 29),
+        "the tensor's memory was given back, as FSDP does with a parameter between uses; gather it first",
+    ),
+    "functional": (
+        lambda: torch._to_functional_tensor(EYE),  # type: ignore[attr-defined]
+        "tensors inside torch.func (grad, vmap, jvp) do not travel; return it from the transformed function first",
+    ),
+    "uninitialized": (
+        torch.nn.UninitializedParameter,
+        "the parameter has no values yet; call its lazy module first",
+    ),
     "meta": (lambda: EYE.to("meta"), "a meta tensor has no values; store one that has"),
 }
 unfit = pytest.mark.parametrize("name", UNFIT)
@@ -99,6 +111,14 @@ def test_what_does_not_travel_is_refused_before_anything_is_stored(name: str) ->
         RTensor.remotize(make(), "me:1")
     assert str(caught.value) == f"cannot remotize obj: {said} (nothing was stored)"
     assert storage_stats() == NOTHING
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(30)[3::2], torch.ones(1).expand(9), torch.ones(4)[4:], torch.tensor(1)])
+def test_a_storage_that_just_has_all_elements_travels(tensor: torch.Tensor) -> None:
+    tensor = tensor.detach()
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    tensor.untyped_storage().resize_((tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0)
+    assert torch.equal(rtensor.fetch(RTensor.remotize(tensor, "me:1").shard.shard_id), tensor)
 
 
 def test_a_mask_that_does_not_travel_is_refused_before_padding_is_trimmed() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from areal.infra.rpc import runtime
 from areal.infra.rpc.rtensor import RTensor
-from gpu_cache import CacheConfig, TensorCache, TransferError, inflight
+from gpu_cache import CacheConfig, FetchTimeoutError, TensorCache, TransferError, inflight
 from gpu_cache.device import HostDevice
 from gpu_cache.inflight import InflightBudget, Stalls, Turn
 from gpu_cache.staging import StagingRing
@@ -166,6 +166,17 @@ def test_what_a_stalled_reader_holds_counts_for_readers_of_its_own_node_only() -
     for holder in (stalled, other, same):
         holder.let_go()
     assert budget.stats()["inflight_bytes"] == 0
+
+
+@pytest.mark.usefixtures("soon")
+def test_who_waits_too_long_is_told_whose_bytes_do_not_come() -> None:
+    budget = InflightBudget(10)
+    stalled = Holder(budget, "a:1", 10, is_stalled=True)
+    late = time.monotonic() + 0.5
+    told = "10 of at most 10 were being received, and next to nothing came from a:1; raise max_inflight_bytes"
+    with pytest.raises(FetchTimeoutError, match=told), budget.granted(1, Turn("a:1"), late):
+        pass
+    stalled.let_go()
 
 
 @pytest.mark.usefixtures("soon")

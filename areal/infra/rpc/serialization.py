@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from gpu_cache.hostmem import host_tensor
 from gpu_cache.lease import plain_tensors
@@ -334,10 +335,12 @@ def check_stored(tensor: torch.Tensor) -> None:
 def _fault_of(tensor: torch.Tensor) -> str:
     """What keeps a tensor from travelling, and what to do; "" if nothing does."""
     kind, dtype = type(tensor), tensor.dtype
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         return (
             "tensors inside torch.func (grad, vmap, jvp) do not travel; return it from the transformed function first"
         )
+    if is_lazy(tensor):
+        return "the parameter has no values yet; call its lazy module first"
     if tensor.is_nested:
         return "only dense tensors travel, not nested ones; call to_padded_tensor() first"
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -350,9 +353,17 @@ def _fault_of(tensor: torch.Tensor) -> str:
         return f"tensors of {dtype} do not travel; {remedy} first"
     if tensor.ndim > MAX_RANK:
         return f"tensors of rank {tensor.ndim} do not travel, the limit is {MAX_RANK}; reshape() it first"
-    if not tensor.is_meta and tensor.numel() and not tensor.untyped_storage().nbytes():
+    if not tensor.is_meta and tensor.untyped_storage().nbytes() < _least_nbytes(tensor):
         return "the tensor's memory was given back, as FSDP does with a parameter between uses; gather it first"
     return ""
+
+
+def _least_nbytes(tensor: torch.Tensor) -> int:
+    """Of a storage that has all its elements."""
+    if not tensor.numel():
+        return 0
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:

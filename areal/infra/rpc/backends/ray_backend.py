@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from areal.infra.rpc.backends.base import CallSource, on_host, promises_of
+from areal.infra.rpc.serialization import check_stored
 from areal.infra.rpc.shard import (
     ShardClearError,
     ShardFetchError,
@@ -52,7 +53,12 @@ class RayRTensorBackend:
         return tensors
 
     def store(self, tensor: torch.Tensor) -> Any:
-        """Put a tensor into the object store; returns its reference."""
+        """Put a tensor into the object store; returns its reference.
+
+        Raises:
+            TypeError: Others could not use it: it does not travel, or has no values.
+        """
+        check_stored(tensor)
         return self._ray.put(tensor)
 
     def take_back(self, shard_ids: Sequence[Any]) -> None:
