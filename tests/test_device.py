@@ -14,6 +14,7 @@ from gpu_cache.device import CudaDevice, Device, HostDevice
 from tests.support.cuda_devices import CUDA_1, checked_device, cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
 from tests.support.fake_cuda_objects import UntouchableCuda
+from tests.support.gpu_scene import SLACK_BYTES, is_about
 
 
 @pytest.fixture
@@ -234,13 +235,14 @@ def test_real_arena_gives_its_memory_back_and_leaves_torch_its_cache(real: CudaD
     arenas = [real.arena(256 * MIB), real.arena(256 * MIB)]
     for number, arena in enumerate(arenas, 1):
         arena.tensor.fill_(number)
-    assert real.memory_info()[0] <= free - 512 * MIB
+    assert real.memory_info()[0] <= free - 512 * MIB + SLACK_BYTES
 
     torch.cuda.synchronize(real.torch_device)
     for number, arena in enumerate(arenas, 1):
         real.release_arena(arena)
-        assert real.memory_info()[0] >= free - (2 - number) * 256 * MIB - 16 * MIB
-    assert torch.cuda.memory_reserved(real.torch_device) == kept
+        assert real.memory_info()[0] >= free - (2 - number) * 256 * MIB - SLACK_BYTES
+    # About: devices of other tests may die meanwhile, and take 2 MiB with them, torch's smallest segment.
+    assert is_about(torch.cuda.memory_reserved(real.torch_device), kept)
 
 
 @pytest.mark.gpu

@@ -79,7 +79,7 @@ def test_trim_gives_the_preallocated_slabs_back_too_and_spares_what_torch_keeps(
     assert is_about(steady_free_bytes(), before + SLAB_BYTES)
     assert cache.trim()
     assert is_about(steady_free_bytes(), before + 2 * SLAB_BYTES)
-    assert torch.cuda.memory_reserved(GPU) == reserved - 2 * SLAB_BYTES
+    assert is_about(torch.cuda.memory_reserved(GPU), reserved - 2 * SLAB_BYTES)
     assert not cache.trim()
 
 
@@ -181,8 +181,8 @@ def test_what_overflows_is_taken_from_torch_and_goes_back_to_it() -> None:
     cache.synchronize()
     steady_free_bytes()
     assert cache.buffer_stats()["device_reserved_bytes"] == SHARD_BYTES
-    assert torch.cuda.memory_allocated(GPU) == allocated
-    assert torch.cuda.memory_reserved(GPU) >= reserved
+    assert is_about(torch.cuda.memory_allocated(GPU), allocated)
+    assert torch.cuda.memory_reserved(GPU) >= reserved - SLACK_BYTES
 
 
 def test_a_release_during_a_capture_waits_for_its_end_and_leaves_it_intact() -> None:
@@ -196,7 +196,7 @@ def test_a_release_during_a_capture_waits_for_its_end_and_leaves_it_intact() -> 
         data.add_(1)
         reserved = torch.cuda.memory_reserved(GPU)
         in_thread(lambda: device.release_arena(arena))
-        assert torch.cuda.memory_reserved(GPU) == reserved, "given back during the capture"
+        assert is_about(torch.cuda.memory_reserved(GPU), reserved), "given back during the capture"
     graph.replay()
     assert data.tolist() == [1.0] * 4
     device.release_arena(later)

@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tests.support.gpu_scene import REAL, Rig
+
+Figures = Mapping[str, Any]
 
 _MOST_CHARACTERS = 300
 _MOST_PROCESSES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What a figure must be, in words and as a test of it."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_most(limit: float) -> Bound:
+    """No more; not a number is too much."""
+    return Bound(f"at most {limit:,g}", lambda found: found <= limit)
+
+
+def at_least(limit: float) -> Bound:
+    """No less; not a number is too little."""
+    return Bound(f"at least {limit:,g}", lambda found: found >= limit)
+
+
+def about(expected: float, slack: float) -> Bound:
+    """No further away than `slack`."""
+    return Bound(f"{expected:,g} within {slack:,g}", lambda found: abs(found - expected) <= slack)
+
+
+def exactly(expected: object) -> Bound:
+    """Equal."""
+    return Bound(str(expected), lambda found: bool(found == expected))
+
+
+def begins(*ways: str) -> Bound:
+    """A text that begins in one of these ways."""
+    return Bound(" or ".join(ways), lambda found: found.startswith(ways))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +56,35 @@ class Assumption:
 
     Attributes:
         name: For `--only` and the table.
-        expected: What the design says.
-        look: Finds out; returns whether the project can live with it, and what was found.
+        claim: What the design says.
+        look: Finds figures out, by name.
+        bounds: Of the figures that the project cannot live with otherwise; the others are told, and not judged.
         is_separate: It looks in a process of its own, and may do so beside others.
     """
 
     name: str
-    expected: str
-    look: Callable[[], tuple[bool, str]]
+    claim: str
+    look: Callable[[Rig], Figures]
+    bounds: Mapping[str, Bound]
     is_separate: bool = False
+
+    @property
+    def expected(self) -> str:
+        """The claim, and the bounds."""
+        return f"{self.claim} ({', '.join(f'{name}: {bound.text}' for name, bound in self.bounds.items())})"
+
+    def is_broken(self, name: str, figures: Figures) -> bool:
+        """Whether a figure is out of its bound, or missing."""
+        return name in self.bounds and not (name in figures and self.bounds[name].holds(figures[name]))
+
+    def judge(self, figures: Figures) -> Finding:
+        """What the figures say to the bounds."""
+        told = [
+            f"{name}: {_shown(figures.get(name))}{' (NO)' if self.is_broken(name, figures) else ''}"
+            for name in [*figures, *(name for name in self.bounds if name not in figures)]
+        ]
+        is_ok = not any(self.is_broken(name, figures) for name in self.bounds)
+        return Finding(self.name, self.expected, one_line(", ".join(told)), is_ok)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +97,28 @@ class Finding:
     is_ok: bool
 
 
-def examine(assumption: Assumption) -> Finding:
+def examine(assumption: Assumption, rig: Rig) -> Finding:
     """Look at one assumption. Never raises: what goes wrong is the finding."""
     try:
-        is_ok, found = assumption.look()
+        return assumption.judge(assumption.look(rig))
     except Exception as error:
-        is_ok, found = False, f"{type(error).__name__}: {error}"
-    return Finding(assumption.name, assumption.expected, one_line(found), is_ok)
+        return Finding(assumption.name, assumption.expected, one_line(f"{type(error).__name__}: {error}"), False)
 
 
-def examine_all(assumptions: Sequence[Assumption], tell: Callable[[str], None]) -> list[Finding]:
+def examine_all(assumptions: Sequence[Assumption], tell: Callable[[str], None], rig: Rig = REAL) -> list[Finding]:
     """Look at several, in order; at those with processes of their own first, and at once.
 
     Args:
         assumptions: What to look at.
         tell: Called with what was found, one by one: should the process die, that is left.
+        rig: Where to look.
     """
     separate = [assumption for assumption in assumptions if assumption.is_separate]
     others = [assumption for assumption in assumptions if not assumption.is_separate]
     found: dict[str, Finding] = {}
+    look = functools.partial(examine, rig=rig)
     with ThreadPoolExecutor(_MOST_PROCESSES) as workers:
-        for finding in itertools.chain(workers.map(examine, separate), map(examine, others)):
+        for finding in itertools.chain(workers.map(look, separate), map(look, others)):
             found[finding.name] = finding
             tell(f"{finding.name}: {finding.found}" + ("" if finding.is_ok else " (NOT OK)"))
     return [found[assumption.name] for assumption in assumptions]
@@ -68,3 +128,7 @@ def one_line(text: str) -> str:
     """The beginning of a text, without line breaks."""
     joined = " ".join(text.split())
     return joined if len(joined) <= _MOST_CHARACTERS else joined[: _MOST_CHARACTERS - 3] + "..."
+
+
+def _shown(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -9,12 +9,13 @@ from collections import deque
 
 import torch
 
-from gpu.findings import Assumption
-from gpu_cache.device import Arena, CudaDevice
+from gpu.findings import Assumption, Figures, exactly
+from gpu_cache.device import Arena
 from gpu_cache.lease import Lease, carve, plain_tensors
-from tests.support.gpu_scene import GPU, MIB
+from tests.support.gpu_scene import MIB, Rig
 
 _NUM_FLOATS = 1024
+_AUTOGRADS = "another thread"
 
 
 class Watched(deque[Lease]):
@@ -43,11 +44,10 @@ def _block(arena: Arena, fired: Watched) -> tuple[torch.Tensor, Lease]:
     return block, lease
 
 
-def look_at_the_hook() -> tuple[bool, str]:
+def look_at_the_hook(rig: Rig) -> Figures:
     """Keep a block by a view, by dead cyclic garbage, and by a graph; see when and where its lease fires."""
-    device = CudaDevice(0)
-    arena, when = device.arena(MIB), []
-    fired = Watched()
+    arena, fired = rig.device.arena(MIB), Watched()
+    when: list[int] = []
     block, lease = _block(arena, fired)
     cycle: list[object] = [block.untyped_storage(), block]
     cycle.append(cycle)
@@ -59,37 +59,37 @@ def look_at_the_hook() -> tuple[bool, str]:
     when.append(len(fired))
 
     block, saved_lease = _block(arena, fired)
-    weight = torch.ones(_NUM_FLOATS, device=GPU, requires_grad=True)
+    weight = torch.ones(_NUM_FLOATS, device=rig.where, requires_grad=True)
     loss = (weight * block).sum()
     del block
     when.append(len(fired))
     loss.backward()
     when.append(len(fired))
-    torch.cuda.synchronize(GPU)
-    device.release_arena(arena)
+    rig.synchronize()
+    rig.device.release_arena(arena)
     is_elsewhere = len(fired.threads) == 2 and fired.threads[1] != threading.get_ident()
-    is_ok = when == [0, 1, 1, 2] and is_elsewhere and list(fired) == [lease, saved_lease]
-    place = "another thread" if is_elsewhere else "this thread"
-    return is_ok, f"fired {when} times after each step, the last one on {place}"
+    return {
+        "fired after each step": when,
+        "the last one on": _AUTOGRADS if is_elsewhere else "this thread",
+        "fires in order": list(fired) == [lease, saved_lease],
+    }
 
 
-def look_at_the_block() -> tuple[bool, str]:
+def look_at_the_block(rig: Rig) -> Figures:
     """Where a block lies, and whether it can grow."""
-    device = CudaDevice(0)
-    arena, fired = device.arena(MIB), Watched()
+    arena, fired = rig.device.arena(MIB), Watched()
     block, lease = _block(arena, fired)
-    facts = {
+    found = {
         "arena at a multiple of 512": arena.tensor.data_ptr() % 512 == 0,
         "block at its offset": block.data_ptr() == arena.tensor.data_ptr() + 4096,
         "storage of its own": (block.untyped_storage().nbytes(), block.storage_offset()) == (4 * _NUM_FLOATS, 0),
         "resize refused": _refuses_to_grow(block),
     }
     del block
-    facts["lease fired"] = list(fired) == [lease]
-    torch.cuda.synchronize(GPU)
-    device.release_arena(arena)
-    wrong = [name for name, is_so in facts.items() if not is_so]
-    return not wrong, f"not so: {', '.join(wrong)}" if wrong else ", ".join(facts)
+    found["lease fired"] = list(fired) == [lease]
+    rig.synchronize()
+    rig.device.release_arena(arena)
+    return found
 
 
 def _refuses_to_grow(block: torch.Tensor) -> bool:
@@ -100,11 +100,31 @@ def _refuses_to_grow(block: torch.Tensor) -> bool:
     return False
 
 
+# Source: an H100 80GB HBM3, torch 2.11: leases fire with the last alias; backward frees on the autograd thread.
 ASSUMPTIONS = [
     Assumption(
         "lifetime hook",
-        "fires with the last alias, not before; when backward frees it, on the autograd thread ([0, 1, 1, 2])",
+        "fires with the last alias, not before",
         look_at_the_hook,
+        {
+            "fired after each step": exactly([0, 1, 1, 2]),
+            "the last one on": exactly(_AUTOGRADS),
+            "fires in order": exactly(True),
+        },
     ),
-    Assumption("block layout", "aligned to 512 bytes, its own storage, no resize", look_at_the_block),
+    Assumption(
+        "block layout",
+        "aligned to 512 bytes, its own storage, no resize",
+        look_at_the_block,
+        dict.fromkeys(
+            (
+                "arena at a multiple of 512",
+                "block at its offset",
+                "storage of its own",
+                "resize refused",
+                "lease fired",
+            ),
+            exactly(True),
+        ),
+    ),
 ]

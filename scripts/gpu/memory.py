@@ -4,110 +4,107 @@ from __future__ import annotations
 
 import time
 
-import torch
+from gpu.findings import Assumption, Figures, about, at_most, exactly
+from tests.support.gpu_scene import Rig
 
-from gpu.findings import Assumption
-from gpu_cache.device import CudaDevice
-from tests.support.gpu_scene import GPU, MIB, SLACK_BYTES, free_bytes, is_about
-
-_ARENA_BYTES = 256 * MIB
-_SMALL_BYTES = 4 * MIB
-_TORCHS_SEGMENT_BYTES = 20 * MIB  # torch's kLargeBuffer: what it takes for anything from 1 to 10 MiB
+# Of the rig's MiB. Torch keeps more than the slack: that it loses it shows.
+_ARENA, _KEPT_BY_TORCH, _SMALL, _SLACK = 256, 64, 4, 16
+_NUM_SMALL = 8
+_TORCHS_SEGMENT = 20  # kLargeBuffer: what torch takes for anything from 1 to 10 MiB
 _PORTABLE = 1
 
 
-def look_at_the_pool() -> tuple[bool, str]:
+def look_at_the_pool(rig: Rig) -> Figures:
     """Take an arena and give it back, beside memory that torch keeps for itself."""
-    device = CudaDevice(0)
-    device.release_arena(device.arena(_ARENA_BYTES))
-    cached = torch.empty(64 * MIB, dtype=torch.uint8, device=GPU)
+    device, mib = rig.device, rig.mib
+    device.release_arena(device.arena(_ARENA * mib))
+    cached = rig.empty(_KEPT_BY_TORCH * mib)
     del cached
-    before, kept = free_bytes(), torch.cuda.memory_reserved(GPU)
-    arena = device.arena(_ARENA_BYTES)
-    taken = before - free_bytes()
+    before = rig.free_bytes()
+    arena = device.arena(_ARENA * mib)
+    taken = before - rig.free_bytes()
     arena.tensor.fill_(1)
-    torch.cuda.synchronize(GPU)
+    rig.synchronize()
     device.release_arena(arena)
-    left = before - free_bytes()
-    is_ok = is_about(taken, _ARENA_BYTES) and is_about(left, 0) and torch.cuda.memory_reserved(GPU) == kept
-    torchs = "keeps its own" if torch.cuda.memory_reserved(GPU) == kept else "has lost some"
-    return is_ok, f"{taken / MIB:.0f} MiB taken, {left / MIB:.0f} MiB not given back; torch {torchs}"
+    return {"MiB taken": taken / mib, "MiB not given back": (before - rig.free_bytes()) / mib}
 
 
-def look_at_a_small_arena() -> tuple[bool, str]:
+def look_at_a_small_arena(rig: Rig) -> Figures:
     """What the driver is short of for an arena of 4 MiB."""
-    device = CudaDevice(0)
-    device.release_arena(device.arena(_SMALL_BYTES))
-    before = free_bytes()
-    arenas = [device.arena(_SMALL_BYTES) for _ in range(8)]
-    taken = (before - free_bytes()) / len(arenas)
+    device, nbytes = rig.device, _SMALL * rig.mib
+    device.release_arena(device.arena(nbytes))
+    before = rig.free_bytes()
+    arenas = [device.arena(nbytes) for _ in range(_NUM_SMALL)]
+    taken = before - rig.free_bytes()
     for arena in arenas:
         device.release_arena(arena)
-    is_ok = taken <= _TORCHS_SEGMENT_BYTES + SLACK_BYTES / len(arenas)
-    return is_ok, f"{taken / MIB:.1f} MiB each; {(before - free_bytes()) / MIB:.0f} MiB not given back"
+    left = before - rig.free_bytes()
+    return {"MiB each": taken / _NUM_SMALL / rig.mib, "MiB not given back": left / rig.mib}
 
 
-def look_at_rounding() -> tuple[bool, str]:
-    """Pin one byte more than a power of two, by torch and by ourselves."""
-    nbytes = 64 * MIB + 1
-    before = _torchs_pinned_bytes()
-    theirs = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    rounded = _torchs_pinned_bytes() - before
-    del theirs
-    device = CudaDevice(0)
-    ours = device.pinned(nbytes)
-    is_ok = ours.is_pinned and ours.tensor.is_pinned() and len(ours.view) == nbytes
-    device.release_pinned(ours)
-    return is_ok, f"torch takes {rounded / MIB:.0f} MiB for 64 MiB and a byte; ours is pinned: {is_ok}"
+def look_at_rounding(rig: Rig) -> Figures:
+    """Pin one byte more than a power of two."""
+    nbytes = _KEPT_BY_TORCH * rig.mib + 1
+    pinned = rig.device.pinned(nbytes)
+    found = {"bytes too many": len(pinned.view) - nbytes, "is pinned": rig.is_pinned(pinned.tensor)}
+    rig.device.release_pinned(pinned)
+    return found
 
 
-def look_at_pinning() -> tuple[bool, str]:
+def look_at_pinning(rig: Rig) -> Figures:
     """How long it takes to make a staging buffer, and to unmake it."""
-    device, nbytes = CudaDevice(0), _ARENA_BYTES
+    nbytes = _ARENA * rig.mib
     began = time.perf_counter()
-    pinned = device.pinned(nbytes)
+    pinned = rig.device.pinned(nbytes)
     made = time.perf_counter()
-    is_pinned, kept = pinned.tensor.is_pinned(), pinned.tensor
-    device.release_pinned(pinned)
+    is_pinned, kept = rig.is_pinned(pinned.tensor), pinned.tensor
+    rig.device.release_pinned(pinned)
     ended = time.perf_counter()
     scale = 2**30 / nbytes * 1e3
-    is_ok = is_pinned and not kept.is_pinned()
-    return is_ok, f"ms per GiB: {(made - began) * scale:.0f} to make, {(ended - made) * scale:.0f} to unmake"
+    return {
+        "is pinned": is_pinned, "is pinned afterwards": rig.is_pinned(kept),
+        "ms per GiB to make": (made - began) * scale, "ms per GiB to unmake": (ended - made) * scale,
+    }  # fmt: skip
 
 
-def look_at_sticky_errors() -> tuple[bool, str]:
+def look_at_sticky_errors(rig: Rig) -> Figures:
     """Register a buffer twice, by a raw call and by ours; see what the next kernel says."""
-    device = CudaDevice(0)
-    pinned = device.pinned(MIB)
+    device, nbytes = rig.device, rig.mib
+    pinned = device.pinned(nbytes)
     address = pinned.tensor.data_ptr()
     with device._here():
-        code = int(torch.cuda.cudart().cudaHostRegister(address, MIB, _PORTABLE))
-        raw = _next_kernel()
-        _next_kernel()
-        is_refused = not device._runtime.pin(address, MIB)
-        ours = _next_kernel()
+        code = int(rig.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+        raw = _next_kernel(rig)
+        _next_kernel(rig)
+        is_refused = not device._runtime.pin(address, nbytes)
+        ours = _next_kernel(rig)
     device.release_pinned(pinned)
-    return is_refused and ours == "works", f"raw: code {code}, the next kernel {raw}; ours: refused, it {ours}"
+    return {"ours is refused": is_refused, "the kernel after ours": ours, "raw code": code, "the kernel after it": raw}
 
 
-def _next_kernel() -> str:
+def _next_kernel(rig: Rig) -> str:
     try:
-        float(torch.ones(4, device=GPU).sum())
+        rig.launch()
     except RuntimeError as error:
         return f"fails ({str(error).splitlines()[0]})"
     return "works"
 
 
-def _torchs_pinned_bytes() -> int:
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+_GIVEN_BACK = about(0, _SLACK)
 
-
+# The slack is what a driver may take by the way, and what torch keeps is more than it; both were chosen, not measured.
+# That an arena of 4 MiB takes torch's segment is torch's constant. Times are told and not judged: on an H100's machine
+# a GiB took 47 ms to populate and 53 to register.
 ASSUMPTIONS = [
     Assumption("pool memory", "goes back to the driver when its pool dies, without emptying torch's cache",
-               look_at_the_pool),
+               look_at_the_pool, {"MiB taken": about(_ARENA, _SLACK), "MiB not given back": _GIVEN_BACK}),
     Assumption("small arena", "takes up to 20 MiB if it is over 1 MiB: torch's smallest such segment",
-               look_at_a_small_arena),
-    Assumption("pinned rounding", "torch's rounds up to a power of two (128 MiB), ours does not", look_at_rounding),
-    Assumption("pinning", "registering works, and is undone", look_at_pinning),
-    Assumption("sticky error", "fails the next kernel unless it is cleared, as ours is", look_at_sticky_errors),
+               look_at_a_small_arena,
+               {"MiB each": at_most(_TORCHS_SEGMENT + _SLACK / _NUM_SMALL), "MiB not given back": _GIVEN_BACK}),
+    Assumption("pinned rounding", "a byte over a power of two costs no second one, as with torch's", look_at_rounding,
+               {"bytes too many": exactly(0), "is pinned": exactly(True)}),
+    Assumption("pinning", "registering works, and is undone", look_at_pinning,
+               {"is pinned": exactly(True), "is pinned afterwards": exactly(False)}),
+    Assumption("sticky error", "fails the next kernel unless it is cleared, as ours is", look_at_sticky_errors,
+               {"ours is refused": exactly(True), "the kernel after ours": exactly("works")}),
 ]  # fmt: skip

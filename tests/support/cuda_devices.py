@@ -18,13 +18,13 @@ CUDA_1 = torch.device("cuda:1")
 RUNTIME = "/opt/lib/libcudart-d0da41ae.so.12"
 
 
-def cuda_device(cuda: FakeCuda, tmp_path: Path, *paths: str) -> CudaDevice:
+def cuda_device(cuda: FakeCuda, tmp_path: Path, *paths: str, index: int = 1) -> CudaDevice:
     """A device on the second GPU of the fake, while the current one is the first; `paths` are the mapped libraries."""
     maps = tmp_path / "maps"
     lines = [f"7f00-7f01 r-xp 00000000 08:01 42    {path}\n" for path in ("/lib/libc.so.6", *(paths or [RUNTIME]))]
     maps.write_text("".join(lines) + "7f02-7f03 rw-p 00000000 00:00 0\n")
     load = [lambda path: cuda.library] * 2
-    return CudaDevice(1, cuda, cuda.empty, CudaRuntime(cuda, str(maps), *load, cuda.current_raw_stream))
+    return CudaDevice(index, cuda, cuda.empty, CudaRuntime(cuda, str(maps), *load, cuda.current_raw_stream))
 
 
 def checked_device(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:

@@ -33,6 +33,7 @@ from tests.support.fake_cuda_objects import (
 from tests.support.fake_cudart import FakeLibrary
 
 MIB = 1 << 20
+ALIGNMENT = 512  # of what torch's allocator hands out
 
 
 class FakeCuda:
@@ -181,9 +182,10 @@ class FakeCuda:
         assert torch._C._len_torch_dispatch_stack() == 0
         assert not torch.utils.deterministic.fill_uninitialized_memory
         self._take(nbytes, device.index)
-        block = Block(nbytes)
+        block = Block(nbytes + ALIGNMENT)
         weakref.finalize(block, self._put_back, nbytes, device.index, self._note_in_pool(block, nbytes))
-        tensor = torch.frombuffer(block, dtype=torch.uint8).as_subclass(FakeTensor)
+        skipped = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % ALIGNMENT
+        tensor = torch.frombuffer(block, dtype=torch.uint8, count=nbytes, offset=skipped).as_subclass(FakeTensor)
         tensor.fake = self
         self._blocks[tensor.data_ptr()] = nbytes
         weakref.finalize(block, self._blocks.pop, tensor.data_ptr(), None)

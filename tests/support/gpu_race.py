@@ -6,18 +6,20 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gpu_cache import TensorCache
 from gpu_cache.config import ReadyMode
 from gpu_cache.device import CudaDevice
-from tests.support.gpu_scene import GPU, LONG_CYCLES, SHARD_BYTES, fetch, is_all, keep_busy, load_kernels
+from tests.support.gpu_scene import GPU, LONG_CYCLES, REAL, SHARD_BYTES, Rig, fetch, is_all
 
 OLD, NEW = 5, 9
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream, as torch's own do not
 
-Touch = Callable[[torch.Tensor, torch.cuda.Stream], object]
+consumers = REAL.consumers
+Touch = Callable[[torch.Tensor, Any], object]
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Outcome:
     has_waited: bool = True
 
 
-def nothing(block: torch.Tensor, stream: torch.cuda.Stream) -> None:
+def nothing(block: torch.Tensor, stream: Any) -> None:
     """What a consumer does that leaves it all to the cache."""
 
 
 def late_reader(
-    cache: TensorCache, stream: torch.cuda.Stream, touch: Touch = nothing, cycles: int = LONG_CYCLES
+    cache: TensorCache, stream: Any, touch: Touch = nothing, cycles: int = LONG_CYCLES, rig: Rig = REAL
 ) -> Outcome:
     """Drop a block that `stream` has yet to read, and fetch a shard that fits nowhere else.
 
@@ -49,59 +51,55 @@ def late_reader(
         stream: Reads the block, after a delay.
         touch: Called with block and stream before the block is dropped.
         cycles: The delay.
+        rig: Where the cache is.
     """
     block = fetch(cache, "old", OLD)
-    address, seen = block.data_ptr(), torch.zeros_like(block)
-    torch.cuda.synchronize(GPU)
-    keep_busy(stream, cycles)
-    with torch.cuda.stream(stream):
-        seen.copy_(block)
+    address, seen = block.data_ptr(), rig.blank(SHARD_BYTES)
+    rig.synchronize()
+    rig.keep_busy(stream, cycles)
+    rig.read(block, seen, stream)
     touch(block, stream)
     cache.clear()
     del block
     successor = fetch(cache, "new", NEW)
     is_reused = successor.data_ptr() == address
-    torch.cuda.synchronize(GPU)
+    rig.synchronize()
     cache.clear()
     return Outcome(is_reused, not is_all(seen, OLD))
 
 
-def race(cache: TensorCache, streams: Sequence[torch.cuda.Stream], touch: Touch = nothing) -> list[Outcome]:
+def race(cache: TensorCache, streams: Sequence[Any], touch: Touch = nothing, rig: Rig = REAL) -> list[Outcome]:
     """The same on several streams, one after the other: two may share a hardware queue, which orders them by chance."""
-    load_kernels(*streams)
-    late_reader(cache, streams[0], cycles=1)
-    return [late_reader(cache, stream, touch) for stream in streams]
+    rig.load_kernels(streams)
+    late_reader(cache, streams[0], cycles=1, rig=rig)
+    return [late_reader(cache, stream, touch, rig=rig) for stream in streams]
 
 
-def late_copy(cache: TensorCache, stream: torch.cuda.Stream, ready: ReadyMode) -> Outcome:
+def late_copy(cache: TensorCache, stream: Any, ready: ReadyMode, rig: Rig = REAL) -> Outcome:
     """Read a shard on `stream` whose copy starts late, in a place that has another one's bytes.
 
     Args:
         cache: Its pool holds one shard; closed in the end.
         stream: Current when the shard is fetched.
         ready: Who is to wait.
+        rig: Where the cache is.
     """
     address = fetch(cache, "old", OLD).data_ptr()
     cache.clear()
     cache.synchronize()
-    seen = torch.zeros(SHARD_BYTES, dtype=torch.uint8, device=GPU)
-    torch.cuda.synchronize(GPU)
+    seen = rig.blank(SHARD_BYTES)
+    rig.synchronize()
     copies = cache._open_engine().transfer.stream
-    keep_busy(copies)
-    with torch.cuda.stream(stream):
+    rig.keep_busy(copies)
+    with rig.current(stream):
         tensor = fetch(cache, "new", NEW, ready=ready)
-        has_waited = copies.query()
-        seen.copy_(tensor)
-    torch.cuda.synchronize(GPU)
+        has_waited = rig.is_idle(copies)
+        rig.read(tensor, seen, stream)
+    rig.synchronize()
     is_reused = tensor.data_ptr() == address
     del tensor
     cache.close()
     return Outcome(is_reused, not is_all(seen, NEW), has_waited)
-
-
-def consumers() -> list[torch.cuda.Stream]:
-    """Streams as consumers have them."""
-    return [torch.cuda.Stream(GPU, priority=priority) for priority in (0, 0, 0, -1)]
 
 
 @contextlib.contextmanager

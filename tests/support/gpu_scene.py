@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import torch
 
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import ReadyMode
+from gpu_cache.device import CudaDevice
 from gpu_cache.fence import StreamFence
 from tests.support.sources import DictSource
 
@@ -31,6 +33,11 @@ def small_cache(**settings: Any) -> TensorCache:
     A slab that goes back to the driver would hide a race, because that waits for the device.
     """
     torch.cuda.init()
+    return TensorCache(small_config(**settings))
+
+
+def small_config(**settings: Any) -> CacheConfig:
+    """Settings of such a cache."""
     defaults = {
         "device": str(GPU),
         "slab_bytes": SHARD_BYTES,
@@ -41,7 +48,7 @@ def small_cache(**settings: Any) -> TensorCache:
         "staging_slot_bytes": SHARD_BYTES,
         "fetch_timeout_s": 30.0,
     }
-    return TensorCache(CacheConfig(**{**defaults, **settings}))
+    return CacheConfig(**{**defaults, **settings})
 
 
 def roomy_cache(**settings: Any) -> TensorCache:
@@ -123,3 +130,112 @@ def is_about(found: int, expected: int, slack_bytes: int = SLACK_BYTES) -> bool:
 def fence_off() -> AbstractContextManager[Any]:
     """Reuse freed bytes at once, whatever still reads them."""
     return mock.patch.object(StreamFence, "record", return_value=[])
+
+
+class Rig:
+    """The first GPU as scenes and checks use it. Makes no CUDA call before one is asked for.
+
+    Tests of the scenes put a fake or a simulated device in its place.
+
+    Attributes:
+        where: Of tensors that torch makes there.
+        cuda: Torch's CUDA module.
+        mib: Bytes that large sizes are multiples of; smaller on a fake.
+        hurry: Divides how often something is repeated to be timed.
+    """
+
+    where: torch.device = GPU
+    cuda: Any = torch.cuda
+    mib = MIB
+    hurry = 1
+
+    @functools.cached_property
+    def device(self) -> Any:
+        """Ours."""
+        return CudaDevice(0)
+
+    def small_cache(self) -> TensorCache:
+        """See `small_cache`."""
+        return small_cache()
+
+    def default_cache(self) -> TensorCache:
+        """As a user gets it."""
+        return TensorCache(CacheConfig(device=str(GPU)))
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(GPU)
+
+    def times(self, number: int) -> int:
+        """How often to repeat what is timed so many times on a GPU."""
+        return max(1, number // self.hurry)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """`(nbytes,)` uint8 from torch's allocator."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=GPU)
+
+    def free_bytes(self) -> int:
+        """Free device memory, when nothing is under way."""
+        self.synchronize()
+        return int(self.device.memory_info()[0])
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Whether a host tensor is page-locked."""
+        return tensor.is_pinned()
+
+    def pinned_by_torch(self, nbytes: int) -> torch.Tensor:
+        """`(nbytes,)` uint8 in torch's own pinned memory."""
+        return torch.zeros(nbytes, dtype=torch.uint8).pin_memory()
+
+    def launch(self) -> None:
+        """Run a kernel and wait for it; raises what it reports."""
+        float(torch.ones(4, device=GPU).sum())
+
+    def apart(self, run: Callable[[], str], _here: Callable[[], str]) -> str:
+        """Do something in a process of its own; a fake does the same here."""
+        return run()
+
+    @contextmanager
+    def capturing(self) -> Iterator[Any]:
+        """Capture a graph; gives it, to be replayed later."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph
+
+    # What a consumer does.
+
+    def consumers(self) -> Sequence[Any]:
+        """Streams as consumers have them."""
+        return [torch.cuda.Stream(GPU, priority=priority) for priority in (0, 0, 0, -1)]
+
+    def load_kernels(self, streams: Sequence[Any]) -> None:
+        """See `load_kernels`."""
+        load_kernels(*streams)
+
+    def keep_busy(self, stream: Any, cycles: int = LONG_CYCLES) -> None:
+        """See `keep_busy`."""
+        keep_busy(stream, cycles)
+
+    def current(self, stream: Any) -> AbstractContextManager[Any]:
+        """Make a stream the calling thread's current one."""
+        return torch.cuda.stream(stream)
+
+    def is_idle(self, stream: Any) -> bool:
+        """Whether everything on it is done."""
+        return bool(stream.query())
+
+    def blank(self, nbytes: int) -> torch.Tensor:
+        """`(nbytes,)` uint8 on the device, for a consumer to write to."""
+        return torch.zeros(nbytes, dtype=torch.uint8, device=GPU)
+
+    def read(self, block: torch.Tensor, seen: torch.Tensor, stream: Any) -> None:
+        """Enqueue a kernel that copies a block."""
+        with torch.cuda.stream(stream):
+            seen.copy_(block)
+
+    def record_stream(self, block: torch.Tensor, stream: Any) -> None:
+        """Tell torch's allocator that a stream uses a block."""
+        block.record_stream(stream)
+
+
+REAL = Rig()
