@@ -187,7 +187,9 @@ class Fetch:
                     live.discard(task)
                     task.end(error)
             raise
-        self._index.abort(left.values(), FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them"))
+        if left:
+            unoffered = FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them")
+            self._index.abort(left.values(), unoffered)
 
     def wait(self) -> None:
         """Block until every shard is here.
@@ -241,7 +243,8 @@ class Fetch:
             How many shards were not cached when it began.
         """
         claim, self.claim, self.tasks = self.claim, Claim(), []
-        self._index.release((*claim.claimed.values(), *claim.joined.values()))
+        if claim.claimed or claim.joined:
+            self._index.release((*claim.claimed.values(), *claim.joined.values()))
         if claim.doubted and self._engine is not None:
             self._engine.comparisons.begin(claim.doubted, self._index.compared)
         return len(claim.claimed) + len(claim.joined)
@@ -322,7 +325,11 @@ class Fetch:
         return {**self.claim.refused, **{key: found for key, found in others.items() if found is not None}}
 
     def _failures(self) -> dict[Hashable, BaseException]:
-        late, expected = self._late(), self.claim.expected
-        missing = {entry.key: entry.error or late for entry in self._entries() if not entry.has_arrived}
-        others = self._others()
-        return {**{key: self._index.broken(key, expected[key], found) for key, found in others.items()}, **missing}
+        expected = self.claim.expected
+        failures: dict[Hashable, BaseException] = {
+            key: self._index.broken(key, expected[key], found) for key, found in self._others().items()
+        }
+        if lacking := [entry for entry in self._entries() if not entry.has_arrived]:
+            late = self._late()
+            failures.update((entry.key, entry.error or late) for entry in lacking)
+        return failures

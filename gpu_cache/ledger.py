@@ -37,6 +37,11 @@ class Ledger:
         self._has_fetched = False  # since the last clear
         self._dropped = self._dropped_bytes = 0  # whose storage died under them
 
+    def hit(self, num_hits: int, hit_bytes: int) -> None:
+        """A look-up found everything."""
+        self._counters.hits += num_hits
+        self._counters.hit_bytes += hit_bytes
+
     def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_parked: int = 0) -> None:
         """A look-up found so much; `num_parked` of the hits are handed out where they are in the host tier."""
         num_moving = sum(entry.resident is not None for entry in found.claimed.values())

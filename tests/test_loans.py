@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache, lease, reaper
+from gpu_cache import CacheConfig, FetchError, TensorCache, lease, reaper
 from gpu_cache.block import Range
 from gpu_cache.lease import plain_tensors
 from gpu_cache.source import ShardSpec
@@ -306,3 +306,53 @@ def test_this_torch_builds_in_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_shape_that_its_bytes_do_not_fill_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="shape"):
         built(shape)
+
+
+class CountingLock:
+    """A lock that counts how often it is taken."""
+
+    def __init__(self) -> None:
+        self.lock, self.num_taken = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.num_taken += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
+def test_a_batch_of_hits_takes_the_index_lock_once_and_builds_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", prealloc_bytes=0))
+    keys = [f"{number}" for number in range(50)]
+    source = DictSource({key: ORIGINAL.clone() for key in keys})
+    kept = cache.get_many(keys, source)
+    monkeypatch.setattr(cache._index, "_lock", counting := CountingLock())
+    built: list[object] = []
+    monkeypatch.setattr(FetchError, "__init__", lambda *args: built.append(args))
+    again = cache.get_many([*keys, keys[0]], source)
+    assert (counting.num_taken, built) == (1, [])
+    assert len(set(map(id, [*kept, *again]))) == 101
+    stats = cache.buffer_stats()
+    assert (stats["hits"], stats["misses"], stats["requested"]) == (51, 50, 101)
+
+
+@pytest.mark.parametrize("missing", [0, 25, 49])
+def test_a_batch_that_lacks_one_shard_counts_each_once(missing: int) -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", prealloc_bytes=0))
+    keys = [f"{number}" for number in range(50)]
+    source = DictSource({key: torch.full((3,), int(key)) for key in keys})
+    cache.get_many([key for key in keys if key != keys[missing]], source)
+    tensors = cache.get_many(keys, source)
+    assert [int(tensor[0]) for tensor in tensors] == list(range(50))
+    stats = cache.buffer_stats()
+    assert (stats["hits"], stats["misses"], stats["num_entries"]) == (49, 50, 50)
+    assert source.asked[1:] == [[keys[missing]]]
+
+
+def test_hits_are_the_latest_used() -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", prealloc_bytes=0))
+    source = DictSource({key: ORIGINAL.clone() for key in "abc"})
+    cache.get_many(list("abc"), source)
+    cache.get_many(["a"], source)
+    assert [one.entry.key for one in cache._index.candidates()] == ["b", "c", "a"]
