@@ -19,7 +19,7 @@ from bench.gpu_paths import InstantSource
 
 from gpu.findings import Assumption, Figures, at_least, at_most, exactly
 from gpu_cache import ShardSpec, TensorCache
-from gpu_cache.device import Event
+from gpu_cache.device import Arena, Event
 from gpu_cache.fence import StreamFence
 from gpu_cache.lease import Lease, carve, plain_tensors
 from tests.support.gpu_scene import MIB, Rig, fetch_all
@@ -175,13 +175,8 @@ def look_at_the_fence(rig: Rig) -> Figures:
 
 def look_at_blocks(rig: Rig) -> Figures:
     """Time making a block, and handing out shards that are cached."""
-    arena, freed = rig.device.arena(MIB), deque[Lease]()
-    with plain_tensors():
-        template = torch.empty(0, dtype=torch.uint8, device=rig.where)
-        carved = partial(carve, arena.tensor.untyped_storage(), 4096, 4096, template, (4096,), freed)
-        insert_us = microseconds(rig, lambda _: carved(), 500)
-    del carved  # it holds the arena's storage
-    freed.clear()
+    arena = rig.device.arena(MIB)
+    insert_us = _insert_us(rig, arena)
     rig.device.release_arena(arena)
     cache = rig.default_cache()
     sizes: dict[Hashable, int] = dict.fromkeys(range(1000), 9216)
@@ -191,6 +186,14 @@ def look_at_blocks(rig: Rig) -> Figures:
     empty_us = microseconds(rig, lambda _: torch.empty(4096, dtype=torch.uint8, device=rig.where), 500)
     cache.close()
     return {"insert": insert_us, "hit, a shard": hit_us, "torch.empty": empty_us}
+
+
+def _insert_us(rig: Rig, arena: Arena) -> float:
+    """Time carving a block and dropping it."""
+    with plain_tensors():
+        template, freed = torch.empty(0, dtype=torch.uint8, device=rig.where), deque[Lease]()
+        carved = partial(carve, arena.tensor.untyped_storage(), 4096, 4096, template, (4096,), freed)
+        return microseconds(rig, lambda _: carved(), 500)
 
 
 _HOST_TIME = "microseconds of host time"
