@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,6 +228,18 @@ def test_clients_that_say_nothing_cost_the_exporter_no_thread_and_no_scrape(node
         assert threading.active_count() == before
         with contextlib.suppress(ConnectionError):
             assert slow[0].recv(1) == b"", "the clients that came first were dropped for those that came after"
+
+
+def test_clients_that_come_at_once_get_no_more_places_of_the_exporter(node: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        exporter = exposition.Exporter(node.look, listener)
+        stack.callback(exporter.stop)
+        exporter._loop.call_soon_threadsafe(time.sleep, 0.2)
+        address = listener.getsockname()
+        clients = [stack.enter_context(socket.create_connection(address, exposition._CLIENT_S / 2)) for _ in range(90)]
+        for client in clients[: -exposition._MAX_CLIENTS]:
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(1) == b"", "it was dropped for those that came after"
 
 
 def test_a_slow_client_of_the_exporter_is_dropped(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,8 +87,8 @@ class Exporter:
     def __init__(self, look: Callable[[], Node], listener: socket.socket) -> None:
         self._registry, self._listener = _registry(look), listener
         self._rule = HostRule(listener.getsockname()[0])
-        # Only the loop's thread touches them; the client that came first is the first.
-        self._clients: dict[asyncio.StreamWriter, None] = {}
+        # Only the loop's thread touches them; that of the client that came first is the first.
+        self._serving: dict[asyncio.Task[None] | None, None] = {}
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="gpu-cache-smi-look")
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
@@ -111,16 +111,23 @@ class Exporter:
         server.close()
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= _MAX_CLIENTS:
-            next(iter(self._clients)).transport.abort()
-        self._clients[writer] = None
+        if len(self._serving) >= _MAX_CLIENTS:
+            self._drop_first()
+        self._serving[task := asyncio.current_task()] = None
         try:
             await self._answer(reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the client went away, is too slow, or says too much
         finally:
-            del self._clients[writer]
+            self._serving.pop(task, None)
             writer.transport.abort()  # what was to be sent is sent, or is not wanted
+
+    def _drop_first(self) -> None:
+        """Of several clients that come at once each drops another one; a look that has not begun is not taken."""
+        first = next(iter(self._serving))
+        del self._serving[first]
+        assert first is not None
+        first.cancel()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(_CLIENT_S):
