@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -19,8 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import gpu_check
 from gpu import captures, machine, report, suite
 from gpu.findings import Assumption, Finding, at_most, exactly, examine, examine_all
+from gpu.lifetimes import Watched
 from gpu.suite import Outcome, SuiteRun
 
+from gpu_cache.completion import Completion
+from gpu_cache.cuda_events import RawEvents
+from gpu_cache.cudart import CudaRuntime
+from gpu_cache.fence import StreamFence
 from tests.support.check_rigs import FakeRig, SimRig
 from tests.support.gpu_scene import REAL, Rig
 
@@ -259,6 +266,71 @@ def test_each_check_runs_on_a_fake(assumption: Assumption, tmp_path: Path) -> No
     assert all(figures[name] == "this thread" or figures[name] > 0 for name in timed)
     if isinstance(rig, FakeRig):
         assert rig.cuda.violations == FORBIDDEN.get(assumption.name, [])
+
+
+def without_pinning(rig: Any, patch: pytest.MonkeyPatch) -> None:
+    rig.cuda._pin_limit_bytes = 0
+
+
+def without_giving_back(rig: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rig.device, "release_arena", lambda arena, keep=[]: keep.append(arena))
+
+
+def without_care_for_captures(rig: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rig.device._runtime, "beside_captures", contextlib.nullcontext)
+
+
+def without_the_fence(rig: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StreamFence, "record", lambda fence: [])
+
+
+# What is wrong with the library or with torch, and the figure that tells.
+FAULTS: list[tuple[str, str, Callable[[Any, pytest.MonkeyPatch], object]]] = [
+    ("lifetime hook", "fired after each step", lambda rig, patch: patch.setattr(Watched, "append", lambda *_: None)),
+    ("block layout", "resize refused", lambda rig, patch: patch.setattr(torch.Tensor, "resize_", lambda *_: None)),
+    (
+        "streams enumerated",
+        "missed",
+        lambda rig, patch: patch.setattr(rig.device, "_streams", rig.device._streams[:-1]),
+    ),
+    ("reuse race", "corrupt with it", without_the_fence),
+    (
+        "Tensor.record_stream",
+        "corrupt all the same",
+        lambda rig, patch: patch.setattr(rig, "record_stream", lambda block, stream: rig.synchronize()),
+    ),
+    ("ready=stream", "stale", lambda rig, patch: patch.setattr(Completion, "wait_on", lambda *_: None)),
+    ("our query beside a capture", "outcome", without_care_for_captures),
+    ("our arena beside a capture", "outcome", without_care_for_captures),
+    ("our buffer beside a capture", "outcome", without_care_for_captures),
+    (
+        "capture begins under the fence",
+        "outcome",
+        lambda rig, patch: patch.setattr(RawEvents, "discard", lambda *_: None),
+    ),
+    ("pool memory", "MiB not given back", without_giving_back),
+    ("small arena", "MiB not given back", without_giving_back),
+    ("pinned rounding", "is pinned", without_pinning),
+    ("pinning", "is pinned", without_pinning),
+    (
+        "sticky error",
+        "the kernel after ours",
+        lambda rig, patch: patch.setattr(CudaRuntime, "_checked", lambda _, code: code),
+    ),
+    ("cache throughput", "is pinned", without_pinning),
+]
+
+
+@pytest.mark.parametrize(("name", "figure", "plant"), FAULTS, ids=[name for name, _, _ in FAULTS])
+def test_a_planted_fault_fails_the_check_that_looks_for_it(
+    name: str, figure: str, plant: Callable[[Any, pytest.MonkeyPatch], object], tmp_path: Path
+) -> None:
+    (assumption,) = [one for one in gpu_check.ASSUMPTIONS if one.name == name]
+    rig = SimRig() if name in SIMULATED else FakeRig(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        plant(rig, patch)
+        figures = assumption.look(rig)
+    assert assumption.is_broken(figure, figures), figures
 
 
 def test_the_driver_is_told_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -277,6 +277,8 @@ class FakeCuda:
 
     def MemPool(self) -> FakePool:  # noqa: N802
         assert self._backend == "native", "this allocator has no pools"
+        self.driver_call()
+        self.refuse_capture("make a memory pool")
         return FakePool(self)
 
     @contextlib.contextmanager
