@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource
-from tests.support.threads import run_threads
 from tests.test_slab import check, pool_of, shards_in, taken_from
 
 SLAB = 64 << 10
@@ -371,32 +371,24 @@ def test_what_is_held_is_not_what_idleness_gives_back() -> None:
     check(pool)
 
 
-def test_a_full_pool_releases_no_slab_that_another_thread_has_just_freed() -> None:
+def test_a_full_pool_releases_no_slab_that_another_thread_has_just_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread found no room, another freed a slab, the first released it and took it again: four threads, 31 ms."""
+    device = HostDevice()
+    traffic, pool = Traffic(device, monkeypatch), pool_of(device, prealloc_bytes=4 * MIB)
+    held = [shards_in(pool, taken_from(pool, MIB), MIB) for _ in range(4)]
 
-    class Counting(HostDevice):
-        num_taken = 0
+    class Gate(threading.Condition):
+        """The other thread's turn is when the first lets go of the lock."""
 
-        def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-            self.num_taken += 1
-            return super().arena(nbytes, private=private)
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            if held:
+                held.clear()
+                pool.drain()
 
-    device = Counting()
-    pool = pool_of(device, prealloc_bytes=4 * MIB)
-
-    def work() -> None:
-        for _ in range(250):
-            if (taken := pool.take(MIB // 2) or pool.take_freed(MIB // 2)) is not None:
-                shards_in(pool, taken, MIB // 2)
-            pool.drain()
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        run_threads([work] * 10)
-    finally:
-        sys.setswitchinterval(interval)
-    assert device.num_taken == 4
+    pool._lock = Gate(threading.Lock())
+    assert (pool.take(MIB) or pool.take(MIB)) is not None
+    assert traffic.both == (4, 0)
 
 
 def test_the_figures_say_what_is_kept(gpu: TensorCache, cuda: FakeCuda) -> None:
