@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import math
@@ -314,3 +315,17 @@ def test_a_process_with_upstream_installed_is_told_so(tmp_path: Path) -> None:
         "ImportError: AReaL 1.2.3 (distribution 'areal') and 'rtensor-data-plane' are both installed"
     )
     assert "pip uninstall" in last
+
+
+def test_nothing_is_left_of_a_refused_body_when_the_server_stops(
+    owner: FakeOwner, caplog: pytest.LogCaptureFixture
+) -> None:
+    with rpc_server.start(owner=owner, max_body_bytes=10) as server:
+        host, _, port = server.address.rpartition(":")
+        with socket.create_connection((host, int(port)), 10) as sock:
+            sock.sendall(b"PUT /data/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx")
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+            server.stop()
+    del server
+    gc.collect()
+    assert caplog.text == ""

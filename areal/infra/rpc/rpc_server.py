@@ -135,6 +135,7 @@ class ServerHandle:
         listening.close()
         await self._connections.settle(_GRACE_S)
         await self._runner.cleanup()
+        await _end_tasks()
 
     def _connection(self) -> Connection:
         assert self._runner.server is not None
@@ -234,6 +235,15 @@ def start(
     listener = socket.create_server(location, family=family, backlog=_BACKLOG)
     find_dead_peers(listener)
     return ServerHandle(served, app, connections, listener, _address(listener))
+
+
+async def _end_tasks() -> None:
+    """End what serves connections that are gone, as a wait for the rest of a body that was refused."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_ENDING_S)
 
 
 def _sockets_at(port: int) -> set[int]:
