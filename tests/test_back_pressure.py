@@ -287,7 +287,7 @@ def test_a_place_that_makes_no_progress_is_freed_soon_only_while_others_wait() -
     idle, busy = Taker(places), Taker(places)
     for _ in range(11):
         time_s[0] += 10
-        busy.num_taken += 1 << 20
+        busy.num_taken += 8 << 20
         assert places.stalled() == []
     assert not places.take("another")
     assert places.stalled() == [(idle.place, 110.0)]
@@ -297,13 +297,14 @@ def test_a_place_that_makes_no_progress_is_freed_soon_only_while_others_wait() -
     assert [place for place, _ in places.stalled()] == [idle.place]
 
 
-def test_a_client_that_takes_a_trickle_makes_no_progress() -> None:
+@pytest.mark.parametrize("bytes_per_second", [1000, 320_000])
+def test_a_client_that_takes_a_trickle_makes_no_progress(bytes_per_second: int) -> None:
     time_s = [0.0]
     places = Turns(1, lambda: time_s[0])
     trickle = Taker(places)
     for _ in range(7):
         time_s[0] += 1
-        trickle.num_taken += 1000
+        trickle.num_taken += bytes_per_second
         assert not places.take("another")
         assert places.stalled() == []
     time_s[0] += 2

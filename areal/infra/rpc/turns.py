@@ -13,8 +13,9 @@ _KEPT_S = 4 * RETRY_AFTER_S
 _LONG_S = 2.0
 # An answer of which so much is still in the kernel is as good as taken: delayed acknowledgements are less.
 _LEFT_BYTES = 256 << 10
-# A client that takes no more than this, in one of the times below, is as good as gone.
-_PROGRESS_BYTES = 256 << 10
+# A client that takes no more than this, in one of the times below, is as good as gone: 1 MiB/s while others wait. What
+# it has by then it does not ask for again.
+_PROGRESS_BYTES = 8 << 20
 _STALLED_S = 120.0
 # Looked at once a second, a place is freed within 10 s.
 _STALLED_BEFORE_OTHERS_S = 8.0
