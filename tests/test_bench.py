@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,14 +23,6 @@ from bench.rounds import Course, Plan, rows, run_rounds, skipped_row
 
 from gpu_cache.device import HostDevice
 from tests.support.bench_rows import KEYS, a_meter, a_path, cost
-
-
-@pytest.fixture(autouse=True)
-def little_garbage() -> Iterator[None]:
-    """Each measurement begins with a collection: let it not look at what other tests left."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def row_of(course: Course, *others: Course) -> dict[str, Any]:

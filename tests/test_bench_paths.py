@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -25,14 +24,6 @@ from bench.workloads import Workload, make_workload
 
 from areal.infra.rpc import RTensor, runtime, serialize_value
 from tests.support.bench_rows import DEVICE_PATHS, HIT_PATHS, a_meter
-
-
-@pytest.fixture(autouse=True)
-def little_garbage() -> Iterator[None]:
-    """Each measurement begins with a collection: let it not look at what other tests left."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

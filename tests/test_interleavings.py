@@ -19,6 +19,7 @@ from tests.support.interleave_actors import Board, Getter, few_objects, watched
 from tests.support.interleave_program import Interleaving
 
 BLOCK = 500  # interleavings a test
+BLOCKS = [0, 1, *(pytest.param(block, marks=pytest.mark.slow) for block in range(2, 5))]
 
 ROOMY = CacheConfig(
     slab_bytes=64 << 10, pool_bytes=256 << 10, prealloc_bytes=64 << 10, run_bytes=1024, staging_slot_bytes=1024,
@@ -72,7 +73,7 @@ def interleave(config: CacheConfig, stages: bool, seeds: Iterable[int]) -> colle
     return met
 
 
-@pytest.mark.parametrize("block", range(5))
+@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_what_was_cleared_on_its_way_does_not_come_back(config: str, block: int) -> None:
     met = interleave(*CONFIGS[config], range(block * BLOCK, (block + 1) * BLOCK))

@@ -172,12 +172,14 @@ class Consumer:
 @pytest.mark.parametrize(
     ("stages", "num_operations", "tier_bytes", "host_share"),
     [
-        (True, 10_000, 0, 0.0),
-        (True, 3_000, TIGHT.pool_bytes, 0.0),
-        (True, 10_000, TIGHT.pool_bytes, 0.4),
-        (False, 1_000, 0, 0.0),
+        pytest.param(True, 1_500, 0, 0.0, id="staged"),
+        pytest.param(True, 1_000, TIGHT.pool_bytes, 0.0, id="with a host tier"),
+        pytest.param(True, 1_500, TIGHT.pool_bytes, 0.4, id="often on the host"),
+        pytest.param(False, 1_000, 0, 0.0, id="direct"),
+        pytest.param(True, 10_000, 0, 0.0, id="staged, long", marks=pytest.mark.slow),
+        pytest.param(True, 3_000, TIGHT.pool_bytes, 0.0, id="with a host tier, long", marks=pytest.mark.slow),
+        pytest.param(True, 10_000, TIGHT.pool_bytes, 0.4, id="often on the host, long", marks=pytest.mark.slow),
     ],
-    ids=["staged", "with a host tier", "often on the host", "direct"],
 )
 def test_random_operations_under_a_pool_a_tenth_of_the_working_set(
     stages: bool, num_operations: int, tier_bytes: int, host_share: float

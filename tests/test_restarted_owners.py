@@ -21,7 +21,7 @@ from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, by, cut, frame, frames_of, json_of, whole
 from tests.support.interleave_actors import in_background
 from tests.support.reading import drained, reader_of
-from tests.support.server_process import server_process
+from tests.support.server_process import ServerProcess, server_process
 from tests.support.wire_tensors import patterned, same_bits
 
 PAIR = {"a": torch.arange(300), "b": torch.full((5,), 2.5)}
@@ -48,32 +48,40 @@ def idle_connections() -> int:
     return len(http_backend()._connections._idle)
 
 
-def test_between_two_fetches_an_owner_is_killed_and_comes_back_empty_and_is_refilled() -> None:
-    with server_process() as server:
-        server.put(PAIR)
-        first = server.health()["incarnation"]
-        assert same_bits(remote(server.address, "a", PAIR["a"]).to_local(), PAIR["a"])
-        assert idle_connections() == 1
-        server.kill()
-        server.start()
-        second = server.health()["incarnation"]
-        assert first != second
-        with pytest.raises(FetchError) as caught:
-            RTensor.localize([remote(server.address, name, tensor) for name, tensor in PAIR.items()])
-        (lost,) = caught.value.failures.values()  # "a" is cached
-        assert isinstance(lost, ShardLostError)
-        assert (lost.shard_id, lost.node_addr, lost.before, lost.now) == ("b", server.address, first, second)
-        assert all(text in str(lost) for text in ("shard b", server.address, first, second))
-        del caught
-        server.put({"b": PAIR["b"]})
-        assert same_bits(remote(server.address, "b", PAIR["b"]).to_local(), PAIR["b"])
-        assert delete(http_backend(), server.address, "b")["cleared_count"] == 1
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """It serves until a test kills it, and serves again when that test is done."""
+    with server_process() as process:
+        yield process
+
+
+def test_between_two_fetches_an_owner_is_killed_and_comes_back_empty_and_is_refilled(server: ServerProcess) -> None:
+    server.put(PAIR)
+    first = server.health()["incarnation"]
+    assert same_bits(remote(server.address, "a", PAIR["a"]).to_local(), PAIR["a"])
+    assert idle_connections() == 1
+    server.kill()
+    server.start()
+    second = server.health()["incarnation"]
+    assert first != second
+    with pytest.raises(FetchError) as caught:
+        RTensor.localize([remote(server.address, name, tensor) for name, tensor in PAIR.items()])
+    (lost,) = caught.value.failures.values()  # "a" is cached
+    assert isinstance(lost, ShardLostError)
+    assert (lost.shard_id, lost.node_addr, lost.before, lost.now) == ("b", server.address, first, second)
+    assert all(text in str(lost) for text in ("shard b", server.address, first, second))
+    del caught
+    server.put({"b": PAIR["b"]})
+    assert same_bits(remote(server.address, "b", PAIR["b"]).to_local(), PAIR["b"])
+    assert delete(http_backend(), server.address, "b")["cleared_count"] == 1
 
 
 LARGE = {name: patterned(torch.int64, 1 << 20, seed=number) for number, name in enumerate("abcd")}  # 8 MiB each
 
 
-def test_in_mid_body_an_owner_is_killed_and_comes_back_with_some_of_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_mid_body_an_owner_is_killed_and_comes_back_with_some_of_its_shards(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     has_begun, may_go_on, read_into = threading.Event(), threading.Event(), HttpReader.read_into
 
     def gated(reader: HttpReader, buffers: Sequence[memoryview]) -> None:
@@ -82,25 +90,24 @@ def test_in_mid_body_an_owner_is_killed_and_comes_back_with_some_of_its_shards(m
         assert may_go_on.wait(60)
 
     monkeypatch.setattr(HttpReader, "read_into", gated)
-    with server_process() as server:
-        server.put(LARGE)
-        handles = {name: remote(server.address, name, tensor) for name, tensor in LARGE.items()}
-        localized = in_background(lambda: RTensor.localize(handles, on_error="none"))
-        assert has_begun.wait(60)
-        server.kill()
-        server.start()
-        server.put({name: LARGE[name] for name in "bd"})
-        may_go_on.set()
-        got = localized.result(60)
-        assert [name for name in got if got[name] is None] == ["a", "c"]
-        assert all(same_bits(got[name], LARGE[name]) for name in "bd")
-        assert server.health()["sent_payload_bytes"] == 16 << 20, "they were sent once"
-        counted = runtime.current().cache.source_stats()[server.address]["fetch_errors_by_reason"]
-        assert counted == {"missing": 2}
-        with pytest.raises(FetchError) as caught:
-            RTensor.localize(handles["c"])
-        assert isinstance(caught.value.failures["c"], ShardLostError)
-        del caught, got
+    server.put(LARGE)
+    handles = {name: remote(server.address, name, tensor) for name, tensor in LARGE.items()}
+    localized = in_background(lambda: RTensor.localize(handles, on_error="none"))
+    assert has_begun.wait(60)
+    server.kill()
+    server.start()
+    server.put({name: LARGE[name] for name in "bd"})
+    may_go_on.set()
+    got = localized.result(60)
+    assert [name for name in got if got[name] is None] == ["a", "c"]
+    assert all(same_bits(got[name], LARGE[name]) for name in "bd")
+    assert server.health()["sent_payload_bytes"] == 16 << 20, "they were sent once"
+    counted = runtime.current().cache.source_stats()[server.address]["fetch_errors_by_reason"]
+    assert counted == {"missing": 2}
+    with pytest.raises(FetchError) as caught:
+        RTensor.localize(handles["c"])
+    assert isinstance(caught.value.failures["c"], ShardLostError)
+    del caught, got
 
 
 @pytest.mark.parametrize("num_sent", [0, 1, 300 * 8, 300 * 8 + 1])

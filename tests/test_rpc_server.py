@@ -98,15 +98,19 @@ def test_a_process_binds_only_loopback_by_default_and_ends_on_sigint() -> None:
     assert "Traceback" not in err
 
 
-def test_a_process_refuses_other_hosts_without_a_token_and_names_the_remedies() -> None:
-    command = [sys.executable, "-m", "areal.infra.rpc.rpc_server", "--host", "0.0.0.0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stdout == ""
+def test_the_command_refuses_other_hosts_without_a_token_and_names_the_remedies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rpc_server, "_readable_on", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        rpc_server.main(["--host", "0.0.0.0"])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
     for remedy in ("127.0.0.1", "--token-file", "AREAL_RPC_TOKEN", "--allow-unauthenticated"):
-        assert remedy in done.stderr
-    assert "AREAL_RPC_ALLOW_UNAUTHENTICATED=1" in done.stderr
-    assert "Traceback" not in done.stderr
+        assert remedy in err
+    assert "AREAL_RPC_ALLOW_UNAUTHENTICATED=1" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])

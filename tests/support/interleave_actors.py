@@ -224,14 +224,11 @@ def watched() -> Iterator[None]:
 @contextlib.contextmanager
 def few_objects() -> Iterator[None]:
     """Collect garbage only where a test asks for it, and look only at what it made."""
-    gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def in_background(call: Callable[[], Any]) -> Future[Any]:
