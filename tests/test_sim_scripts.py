@@ -60,7 +60,7 @@ def test_drawn_programs_are_long() -> None:
     assert sum(length >= 40 for length in lengths) >= 0.9 * len(lengths)
 
 
-@pytest.mark.parametrize("title", ["no quarantine", "a slot guarded by nothing"])
+@pytest.mark.parametrize("title", ["no quarantine", pytest.param("a slot guarded by nothing", marks=pytest.mark.slow)])
 def test_a_fault_in_a_drawn_program_shrinks_to_a_short_witness(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(title, monkeypatch)
     failed: list[Script] = []
