@@ -18,7 +18,7 @@ endif
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make test   run the tests"
-	@echo "make check  lint, format, types, import floors"
+	@echo "make check  lint, format, types, import ranks"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
 	@echo "make screenshots  take the README's pictures of gpu-cache-smi from runs of the demo (needs a Chromium)"
 	@echo "make plot   draw docs/benchmark.png and .svg from docs/benchmark.json (another file: FILE=...)"
@@ -47,7 +47,7 @@ check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q tests/test_import_floors.py
+	$(PY) -m pytest -q tests/test_imports.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

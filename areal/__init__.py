@@ -1,19 +1,5 @@
-"""The RTensor data plane under AReaL's own names: `areal.infra.rpc`."""
+"""AReaL's names for this data plane, in a checkout alone: a wheel brings `gpu_cache` only.
 
-from importlib.metadata import PackageNotFoundError, version
-
-
-def _refuse_upstream() -> None:
-    """Two distributions that provide one package overwrite each other's files; say so instead of half working."""
-    try:
-        upstream = version("areal")
-    except PackageNotFoundError:
-        return
-    raise ImportError(
-        f"AReaL {upstream} (distribution 'areal') and 'rtensor-data-plane' are both installed, and both provide the "
-        "package 'areal'. Keep one of them in this environment: `pip uninstall areal` to use this data plane, "
-        "`pip uninstall rtensor-data-plane` to use AReaL's own. The README says how to tell which one is imported."
-    )
-
-
-_refuse_upstream()
+Where AReaL is installed too, the first of both on `sys.path` is imported: `areal.__file__` tells which. To get the
+other, leave this checkout, or put it behind on the path.
+"""

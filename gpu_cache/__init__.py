@@ -9,10 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpu_cache.block import TrimReport
     from gpu_cache.cache import TensorCache
     from gpu_cache.config import CacheConfig
-    from gpu_cache.entry import EntryInfo, Promise
     from gpu_cache.errors import (
         CacheClosedError,
         CacheFullError,
@@ -23,11 +21,13 @@ if TYPE_CHECKING:
         PromiseError,
         TransferError,
     )
-    from gpu_cache.report import SourceStats
-    from gpu_cache.scope import Scope
+    from gpu_cache.index.entry import Promise
+    from gpu_cache.index.scope import Scope
+    from gpu_cache.pool.block import TrimReport
+    from gpu_cache.report.counters import BufferStats, stats_delta
+    from gpu_cache.report.schema import EntryInfo, SourceStats
     from gpu_cache.source import ShardReader, ShardSource, ShardSpec
-    from gpu_cache.stats import BufferStats, stats_delta
-    from gpu_cache.tensor_reader import TensorReader
+    from gpu_cache.transfer.tensor_reader import TensorReader
 
 __version__ = "0.1.0"
 
@@ -45,14 +45,14 @@ _HOME = {
     "ShardReader": "source",
     "ShardSource": "source",
     "ShardSpec": "source",
-    "TensorReader": "tensor_reader",
-    "BufferStats": "stats",
-    "stats_delta": "stats",
-    "SourceStats": "report",
-    "EntryInfo": "entry",
-    "Promise": "entry",
-    "Scope": "scope",
-    "TrimReport": "block",
+    "TensorReader": "transfer.tensor_reader",
+    "BufferStats": "report.counters",
+    "stats_delta": "report.counters",
+    "SourceStats": "report.schema",
+    "EntryInfo": "report.schema",
+    "Promise": "index.entry",
+    "Scope": "index.scope",
+    "TrimReport": "pool.block",
 }
 
 __all__ = [

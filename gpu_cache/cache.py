@@ -12,27 +12,32 @@ from typing import Literal, overload
 import torch
 
 from gpu_cache import process
-from gpu_cache.checksum import check_bytes
 from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode, seconds
-from gpu_cache.device import Device
-from gpu_cache.engine import Engine, LazyEngine
-from gpu_cache.entry import Entry, Promise
+from gpu_cache.device.modes import eager
+from gpu_cache.device.protocol import Device, Stream
 from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
-from gpu_cache.fetch import Fetch
-from gpu_cache.index import ShardIndex, tensors_of
-from gpu_cache.lease import AliasCounter, aliases_of, eager
-from gpu_cache.mutation import Doubts
-from gpu_cache.publish import Publisher
+from gpu_cache.index.entry import Entry, Promise
+from gpu_cache.index.index import ShardIndex, tensors_of
+from gpu_cache.index.mutation import Doubts
+from gpu_cache.index.scope import Scope, ScopeVariable
+from gpu_cache.pool.block import TrimReport
+from gpu_cache.pool.lease import AliasCounter, aliases_of
 from gpu_cache.ranges import HANDOUT, profiled
-from gpu_cache.reader_task import ReaderTask, put_one
-from gpu_cache.reclaiming import ReclaimingCache
-from gpu_cache.scope import Scope, ScopeVariable
+from gpu_cache.report.counters import BufferStats, buffer_stats_of
+from gpu_cache.report.publish import Publisher
+from gpu_cache.report.schema import EntryInfo, SourceStats
+from gpu_cache.report.summary import summary_of
 from gpu_cache.source import NO_SOURCE, ShardSource
+from gpu_cache.transfer.checksum import check_bytes
+from gpu_cache.transfer.engine import Engine, LazyEngine
+from gpu_cache.transfer.fetch import Fetch
+from gpu_cache.transfer.task import ReaderTask, put_one
 
+_HOST = torch.device("cpu")  # where the host tier's tensors are
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
 
 
-class TensorCache(ReclaimingCache):
+class TensorCache:
     """Tensors of one device by key.
 
     Nothing is allocated, and no device is chosen, before the first use. Equal keys must mean equal bytes.
@@ -57,6 +62,49 @@ class TensorCache(ReclaimingCache):
         self._start_empty()
         self._tasks: set[ReaderTask] = set()
         process.register(self)
+
+    def __repr__(self) -> str:
+        return f"TensorCache({self.device_name or 'no device yet'}, {self._index!r})"
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def keys(self) -> list[Hashable]:
+        """Keys of what is cached, oldest first."""
+        return self._index.keys()
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._lazy.current
+
+    @property
+    def device_name(self) -> str:
+        """Where it caches ("cuda:0", "cpu"); "" before the first use."""
+        return "" if self._engine is None else str(self._engine.device.torch_device)
+
+    def buffer_stats(self) -> BufferStats:
+        """Counters and gauges; each part (index, pool, staging) is consistent in itself."""
+        return buffer_stats_of(self._index.stats(), {} if self._engine is None else self._engine.stats())
+
+    def source_stats(self) -> dict[str, SourceStats]:
+        """What came from each source node and what of it is cached; "local" is this process, as for `put`."""
+        return self._index.report()["sources"]  # type: ignore[no-any-return]
+
+    def entries(self, oldest: int = 10) -> list[EntryInfo]:
+        """The oldest of what is cached, oldest first."""
+        return self._index.oldest(oldest)
+
+    def summary(self) -> str:
+        """The line that `gpu-cache-smi` shows of this process, in its box, for a log or a notebook."""
+        return summary_of(self._publisher.report()) if self._engine is not None else repr(self)
+
+    def reset_peak_stats(self) -> None:
+        """Make the peaks what is in use now. Counters are never reset."""
+        if (engine := self._engine) is not None:
+            engine.reset_peaks()
 
     @property
     def _is_closed(self) -> bool:
@@ -267,6 +315,66 @@ class TensorCache(ReclaimingCache):
         """
         return Scope(name, lambda: self._index, self._scope, self._drop)
 
+    def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """Say that `stream` reads `tensor`: its bytes are reused only after what is enqueued there when it dies.
+
+        `Tensor.record_stream` does nothing for tensors of this cache. With `reuse_fence="all"` only streams made
+        outside of torch need it.
+        """
+        if (engine := self._engine) is not None and tensor.device in (engine.device.torch_device, _HOST):
+            engine.fence.note(stream)
+
+    def synchronize(self) -> None:
+        """Block until everything that was freed before this call is reusable.
+
+        Raises:
+            TransferError: During CUDA graph capture.
+        """
+        self._refuse_capture("synchronize")
+        if (engine := self._engine) is not None:
+            engine.synchronize()
+
+    def trim(self, to_bytes: int = 0) -> TrimReport:
+        """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more until `resume`.
+
+        Returns:
+            How much was given back, true if anything was, and how much stays because its shards are cached or held.
+        Raises:
+            TransferError: During CUDA graph capture.
+        """
+        self._refuse_capture("trim")
+        return TrimReport() if (engine := self._engine) is None else engine.pool.trim(to_bytes)
+
+    @eager
+    def offload(self) -> TrimReport:
+        """Give the device's memory back, as for an engine that shares it: every slab is freed.
+
+        What is cached moves to the host tier; where that is off or full, it goes, as does what somebody holds, who may
+        be writing into it. What is handed out stays valid; its slabs stay too, until the last alias of a shard in them
+        is gone. What is on its way lands after all, so let fetches end first. Waits for the work that was enqueued
+        before.
+
+        Returns:
+            How much was given back, and how much is held.
+        Raises:
+            TransferError: During CUDA graph capture.
+        """
+        self._refuse_capture("offload")
+        if (engine := self._engine) is None:
+            return TrimReport()
+        report = engine.offload()
+        engine.reaper.wake()
+        self._publisher.soon()
+        return report
+
+    def resume(self) -> None:
+        """Take back what `offload` or `trim` said: the next use preallocates, and slabs are kept from step to step.
+
+        Without it the cache works too, and takes and releases its slabs at each step.
+        """
+        if (engine := self._engine) is not None:
+            engine.pool.resume()
+
     def close(self) -> None:
         """Drop everything, end every fetch, and refuse further calls; what was handed out stays valid. Idempotent.
 
@@ -364,6 +472,10 @@ class TensorCache(ReclaimingCache):
         engine.reaper.wake()
         self._publisher.touch()
         return engine
+
+    def _refuse_capture(self, action: str) -> None:
+        if (engine := self._engine) is not None and engine.device.is_capturing():
+            raise TransferError(f"cannot {action} the cache during CUDA graph capture")
 
     def _bring_back(self, key: Hashable) -> torch.Tensor | None:
         try:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from gpu_cache.lease import Husks
+from gpu_cache.pool.lease import Husks
 from gpu_cache.process import OwnThread
 
 logger = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.shard import ShardFetchError, TensorShardInfo
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame
 
 NUM_SLOW = 3000
 NUM_UNREAD = 400
@@ -152,7 +152,7 @@ ATTACKS: dict[str, Callable[[str], Iterator[None]]] = {
 @contextlib.contextmanager
 def served(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process that has the shards that the attacks ask for."""
-    command = [sys.executable, "-m", "areal.infra.rpc.rpc_server", "--log-level", "ERROR", *options]
+    command = [sys.executable, "-m", "gpu_cache.rpc.server", "--log-level", "ERROR", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]

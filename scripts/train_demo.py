@@ -26,7 +26,8 @@ from demo.report import LiveProgress, introduction, summary, table
 from demo.rollouts import WorkerError, Workers
 from demo.session import Outcome, Plan, Session
 
-from areal.infra.rpc import rpc_server, runtime
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.server import main as rpc_server
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -96,7 +96,7 @@ def _settled(condition: object) -> None:
 
 def _forget_runtime() -> None:
     """The next test makes its own."""
-    runtime = sys.modules.get("areal.infra.rpc.runtime")
+    runtime = sys.modules.get("gpu_cache.rpc.runtime")
     if runtime is not None and runtime._current is not None:
         runtime._current.close()
         runtime._current = None

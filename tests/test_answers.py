@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from areal.infra.rpc import answers, rpc_server, serialization
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.serialization import TensorText, tensor_from_json, tensor_from_text, tensor_to_json
-from areal.infra.rpc.wire import CONTENT_TYPE
+from gpu_cache.rpc.server import answers
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.wire import serialization
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE
+from gpu_cache.rpc.wire.serialization import TensorText, tensor_from_json, tensor_from_text, tensor_to_json
 from tests.support.data_routes import BINARY, ask, assert_refused, batch
 from tests.support.fake_owner import FakeOwner
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from areal.infra.rpc import rpc_server
+from gpu_cache.rpc.server import main as rpc_server
 from scripts import attacks
 from tests.support.fake_owner import FakeOwner
 

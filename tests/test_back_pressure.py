@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import data_app, rpc_server, runtime, turns
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import RTensor
-from areal.infra.rpc.shard import TensorShardInfo
-from areal.infra.rpc.turns import Turns
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor
+from gpu_cache.rpc.server import app as data_app
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server import turns
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.server.turns import Turns
+from gpu_cache.rpc.shard import TensorShardInfo
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.interleave_stage import eventually

@@ -21,7 +21,7 @@ from bench.meter import Cost
 from bench.paths import Path, selected, variants
 from bench.rounds import Course, Plan, rows, run_rounds, skipped_row
 
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.bench_rows import KEYS, a_meter, a_path, cost
 
 

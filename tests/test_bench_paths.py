@@ -22,7 +22,7 @@ from bench.paths import JsonPart, Path, Trainers, variants
 from bench.rounds import Plan, rows, run_rounds
 from bench.workloads import Workload, make_workload
 
-from areal.infra.rpc import RTensor, runtime, serialize_value
+from gpu_cache.rpc import RTensor, runtime, serialize_value
 from tests.support.bench_rows import DEVICE_PATHS, HIT_PATHS, a_meter
 
 
@@ -175,10 +175,10 @@ def installed_areal(tmp_path: FilePath) -> FilePath:
 def test_areals_own_code_runs_beside_ours_where_it_is_installed(
     workload: Workload, trainers: Trainers, installed_areal: FilePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = sys.modules["areal.infra.rpc.rtensor"]
+    ours = sys.modules["gpu_cache.rpc.rtensor"]
     monkeypatch.syspath_prepend(installed_areal)
     own = {path.name: path for path in hit_paths(workload, trainers.defaults)}["areal/own_hits"]
-    assert sys.modules["areal.infra.rpc.rtensor"] is ours
+    assert sys.modules["gpu_cache.rpc.rtensor"] is ours
     assert "areal.other" not in sys.modules
     own.check(own.name, own.run(own.prepare()))
 

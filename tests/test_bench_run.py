@@ -19,7 +19,7 @@ from bench import meter, profiling, publishing, scale, trainer
 from bench.owner import Owner
 from bench.trainer import Trainer
 
-from areal.infra.rpc import RTensor
+from gpu_cache.rpc import RTensor
 from tests.support.bench_rows import KEYS, paths_of
 
 # Five trajectories of W1, a few of the others, up to 10,000 entries.

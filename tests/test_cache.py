@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_cache import CacheClosedError, CacheConfig, CacheFullError, FetchError, TensorCache, TransferError
-from gpu_cache.device import HostDevice
-from gpu_cache.stats import BufferStats
+from gpu_cache.device.host import HostDevice
+from gpu_cache.report.counters import BufferStats
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sources import DictSource, gated, same_bytes, some_tensors

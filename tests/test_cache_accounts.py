@@ -10,7 +10,7 @@ import pytest
 
 from gpu_cache import FetchError, TensorCache
 from gpu_cache.config import aligned
-from gpu_cache.device import Arena
+from gpu_cache.device.protocol import Arena
 from tests.support.sim_accounts import Ledger, check_accounts, check_lookups, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_script import Step

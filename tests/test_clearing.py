@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
 from gpu_cache import FetchError
+from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
 
 SHARDS: dict[str, list[Any]] = {"node-a:1": ["a", "b"], "node-b:1": ["c"]}
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from areal.infra.rpc.backends import connection_pool
-from areal.infra.rpc.backends.connection_pool import ConnectionPool, Place
-from areal.infra.rpc.backends.http_connection import NodeConnection
+from gpu_cache.rpc.client import pool as connection_pool
+from gpu_cache.rpc.client.connection import NodeConnection
+from gpu_cache.rpc.client.pool import ConnectionPool, Place
 from tests.support.areal_fixtures import ask, asked_once, nothing_forgotten
 from tests.support.fault_server import FaultServer, reply, whole
 

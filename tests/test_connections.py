@@ -20,12 +20,13 @@ import torch
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.streams import StreamReader
 
-from areal.infra.rpc import connections as connections_module
-from areal.infra.rpc import data_app, rpc_server
-from areal.infra.rpc.connections import Connections, Stage
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.serialization import serialize_value
-from areal.infra.rpc.wire import decode_frame
+from gpu_cache.rpc.server import app as data_app
+from gpu_cache.rpc.server import connections as connections_module
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.connections import Connections, Stage
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.wire.frame import decode_frame
+from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.data_routes import BINARY, ask, batch, eventually
 from tests.support.fake_owner import FakeOwner
 
@@ -243,7 +244,7 @@ def test_room_is_made_by_silent_ones_then_idle_ones_and_never_by_answers() -> No
 
 
 def test_descriptors_that_run_out_close_connections_and_refuse_no_client(connect: Callable[..., socket.socket]) -> None:
-    command = f"ulimit -n 100; exec {sys.executable} -m areal.infra.rpc.rpc_server"
+    command = f"ulimit -n 100; exec {sys.executable} -m gpu_cache.rpc.server"
     with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().removeprefix("listening on ").strip()

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig, TensorCache, reaper
-from gpu_cache.device import Arena, CudaDevice, Pinned, Stream
-from gpu_cache.fence import StreamFence
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.protocol import Arena, Pinned, Stream
+from gpu_cache.pool.fence import StreamFence
 from tests.support.cuda_devices import checked_device, cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
 from tests.support.sources import DictSource

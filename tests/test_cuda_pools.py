@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
 from tests.support.cuda_devices import CUDA_1, checked_device, cuda_device
 from tests.support.fake_cuda import MIB, FakeCuda
 

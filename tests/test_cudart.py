@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache.cudart import CudaRuntime
-from gpu_cache.device import Arena, CudaDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.cudart import CudaRuntime
+from gpu_cache.device.protocol import Arena
 from tests.support.cuda_devices import CUDA_1, RUNTIME, checked_device, cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
 

@@ -8,10 +8,11 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from areal.infra.rpc import layout, rpc_server
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.serialization import deserialize_value, serialize_value, tensor_from_json
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.wire import layout
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame, decode_frame
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value, tensor_from_json
 from tests.support.data_routes import BINARY, ask, assert_refused, batch
 from tests.support.fake_owner import FakeOwner
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import data_app, rpc_server
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.serialization import TensorText, serialize_value
-from areal.infra.rpc.wire import Frame, decode_frame
+from gpu_cache.rpc.server import app as data_app
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.wire.frame import Frame, decode_frame
+from gpu_cache.rpc.wire.serialization import TensorText, serialize_value
 from tests.support.data_routes import BINARY, Reply, ask, assert_refused, batch, eventually
 from tests.support.fake_owner import FakeOwner
 from tests.support.wire_tensors import patterned, same_bits

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.server import main as rpc_server
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 

@@ -16,9 +16,9 @@ from tests.support.fault_server import Asked, FaultServer, frames_of, whole
 PROGRAM = """
 import json, os, resource, sys
 import torch
-from areal.infra.rpc import runtime
-from areal.infra.rpc.backends.connection_pool import Place
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo, get_backend
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.pool import Place
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, get_backend
 from gpu_cache import FetchError
 
 PORT = sys.argv[1]

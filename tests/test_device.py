@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpu_cache.cudart import has_context
-from gpu_cache.device import CudaDevice, Device, HostDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.cudart import has_context
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.protocol import Device
 from tests.support.cuda_devices import CUDA_1, checked_device, cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
 from tests.support.fake_cuda_objects import UntouchableCuda

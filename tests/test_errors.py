@@ -4,14 +4,7 @@ import pickle
 
 import pytest
 
-from gpu_cache.errors import (
-    CacheClosedError,
-    CacheFullError,
-    FetchError,
-    GpuCacheError,
-    MutatedError,
-    TransferError,
-)
+from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, MutatedError, TransferError
 
 
 def test_the_family() -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_cache import CacheClosedError, CacheConfig, TensorCache, process, publish
+from gpu_cache import CacheClosedError, CacheConfig, TensorCache, process
 from gpu_cache import cache as cache_module
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from gpu_cache.process import OwnThread
+from gpu_cache.report import publish
 from tests.support.exit_states import ENDS, STATES, is_as_python_would
 from tests.support.interleave_stage import eventually
 from tests.support.sources import DictSource, gated

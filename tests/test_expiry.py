@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.expiry import ShardExpiry, parse_seconds
-from areal.infra.rpc.rtensor import RTensor
-from areal.infra.rpc.serialization import serialize_value
-from areal.infra.rpc.store import ShardStore
-from areal.infra.rpc.wire import CONTENT_TYPE
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.expiry import ShardExpiry, parse_seconds
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE
+from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.fake_owner import FakeOwner
 
 MIB = 1 << 20
@@ -217,7 +218,7 @@ def test_an_eviction_that_fails_does_not_end_the_sweeping(caplog: pytest.LogCapt
 
 
 def test_a_process_drops_old_shards() -> None:
-    command = [sys.executable, "-m", "areal.infra.rpc.rpc_server", "--shard-ttl", "0.3s"]
+    command = [sys.executable, "-m", "gpu_cache.rpc.server", "--shard-ttl", "0.3s"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

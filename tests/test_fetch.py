@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpu_cache import CacheClosedError, CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.sources import DictSource, GatedReader, gated, same_bytes, some_tensors
 from tests.support.threads import run_threads
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.shard import ShardUnreachableError, TensorShardInfo
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.shard import ShardUnreachableError, TensorShardInfo
 from tests.support.areal_fixtures import fault_servers
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import frames_of, whole

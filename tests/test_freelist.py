@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from gpu_cache.freelist import FreeList, bin_of
+from gpu_cache.pool.freelist import FreeList, bin_of
 
 CAPACITY = 4096
 

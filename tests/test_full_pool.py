@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig, CacheFullError, TensorCache
-from gpu_cache.device import HostDevice
-from gpu_cache.slab import SlabPool
+from gpu_cache.device.host import HostDevice
+from gpu_cache.pool.slab import SlabPool
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource
 

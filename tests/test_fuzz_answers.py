@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from areal.infra.rpc.backends import http_connection
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.serialization import tensor_to_json
-from areal.infra.rpc.shard import ShardFetchError
+from gpu_cache.rpc.client import connection as http_connection
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.shard import ShardFetchError
+from gpu_cache.rpc.wire.serialization import tensor_to_json
 from tests.support.areal_fixtures import delete, with_settings
 from tests.support.fault_server import Exchange, FaultServer, Flood, Step, by, cut, frames_of, reply, whole
 from tests.support.fuzz_corpus import contents, corpus

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from areal.infra.rpc import rtensor  # enters its classes in the codec's table
-from areal.infra.rpc.serialization import deserialize_value, serialize_value, tensor_from_json, tensor_to_json
+from gpu_cache.rpc import rtensor  # enters its classes in the codec's table
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value, tensor_from_json, tensor_to_json
 from tests.support.fuzz_corpus import contents, corpus
 from tests.support.fuzz_damage import (
     NUM_EXAMPLES,

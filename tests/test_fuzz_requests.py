@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from areal.infra.rpc import rpc_server
-from areal.infra.rpc.serialization import tensor_to_json
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame, decode_frame
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame, decode_frame
+from gpu_cache.rpc.wire.serialization import tensor_to_json
 from tests.support.fake_owner import FakeOwner
 from tests.support.fuzz_corpus import contents, corpus
 from tests.support.fuzz_damage import as_text, counted_allocations, damaged, exchanged, fuzz, repeating

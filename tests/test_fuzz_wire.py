@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from areal.infra.rpc.serialization import DTYPES
-from areal.infra.rpc.shard import WireError
-from areal.infra.rpc.wire import MAX_HEADER_BYTES, Frame, decode_frame, header_nbytes, parse_header
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.wire.frame import MAX_HEADER_BYTES, Frame, decode_frame, header_nbytes, parse_header
+from gpu_cache.rpc.wire.serialization import DTYPES
 from tests.support.fuzz_corpus import contents, corpus
 from tests.support.fuzz_damage import (
     NUM_EXAMPLES,

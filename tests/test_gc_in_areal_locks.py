@@ -9,11 +9,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from areal.infra.rpc import clearing, expiry, rpc_server, runtime, store
-from areal.infra.rpc.backends import connection_pool, deadline_socket
-from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache import CacheConfig, FetchError, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import clearing, runtime, store
+from gpu_cache.rpc.client import deadline_socket
+from gpu_cache.rpc.client import pool as connection_pool
+from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
+from gpu_cache.rpc.server import expiry
+from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import delete, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.interleave_actors import few_objects, in_background

@@ -15,25 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import (
-    CacheClosedError,
-    CacheConfig,
-    CacheFullError,
-    FetchError,
-    TensorCache,
-    cuda_pools,
-    engine,
-    host_tier,
-    index_view,
-    inflight,
-    process,
-    publish,
-    reaper,
-    slab_set,
-    staging,
-)
-from gpu_cache.device import Arena, Device, HostDevice
-from gpu_cache.inflight import Turn
+from gpu_cache import CacheClosedError, CacheConfig, CacheFullError, FetchError, TensorCache, process, reaper
+from gpu_cache.device import private_pools as cuda_pools
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.protocol import Arena, Device
+from gpu_cache.index import index_view
+from gpu_cache.pool import high_water as slab_set
+from gpu_cache.report import publish
+from gpu_cache.transfer import engine, host_tier, inflight, staging
+from gpu_cache.transfer.inflight import Turn
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.interleave_actors import few_objects, in_background
@@ -55,7 +45,7 @@ LARGE: dict[Hashable, torch.Tensor] = {f"l{n}": torch.full((20_000,), n + 100, d
 SMALL: dict[Hashable, torch.Tensor] = {f"stock-{n}": torch.full((8,), n % 256, dtype=torch.uint8) for n in range(20)}
 ALL = SHARDS | LARGE | SMALL
 SPARE: dict[Hashable, torch.Tensor] = {f"spare-{n}": torch.full((8,), n % 256, dtype=torch.uint8) for n in range(800)}
-STAGING, CUDA_POOLS = "gpu_cache/staging.py", "gpu_cache/cuda_pools.py"
+STAGING, CUDA_POOLS = "gpu_cache/transfer/staging.py", "gpu_cache/device/private_pools.py"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -24,10 +24,10 @@ from gpu.findings import Assumption, Finding, at_most, exactly, examine, examine
 from gpu.lifetimes import Watched
 from gpu.suite import Outcome, SuiteRun
 
-from gpu_cache.completion import Completion
-from gpu_cache.cuda_events import RawEvents
-from gpu_cache.cudart import CudaRuntime
-from gpu_cache.fence import StreamFence
+from gpu_cache.device.cudart import CudaRuntime
+from gpu_cache.device.events import RawEvents
+from gpu_cache.pool.completion import Completion
+from gpu_cache.pool.fence import StreamFence
 from tests.support.check_rigs import FakeRig, SimRig
 from tests.support.gpu_scene import REAL, Rig
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from gpu_cache import TensorCache
-from gpu_cache.lease import Lease
+from gpu_cache.pool.lease import Lease
 from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_scene import GPU, SHARD_BYTES, filled, small_cache
 from tests.support.sources import DictSource

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gpu_cache import TensorCache
-from gpu_cache.device import CudaDevice
-from gpu_cache.hostmem import host_memory
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.hostmem import host_memory
 from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_scene import GPU, LONG_CYCLES, MIB, fetch, is_all, keep_busy, load_kernels, small_cache
 
@@ -123,7 +123,7 @@ def registered_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         buffers.append(tensor)
         return tensor, view
 
-    monkeypatch.setattr("gpu_cache.device.host_memory", taken)
+    monkeypatch.setattr("gpu_cache.device.cuda.host_memory", taken)
     yield
     torch.cuda.synchronize(GPU)
     for tensor in buffers:

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.pool.completion import Completion
 from tests.support.cuda_devices import in_thread
 from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_race import NEW, OLD, consumers, late_copy

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, same_bytes
 from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, parked, run_of

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from gpu_cache import hostmem
-from gpu_cache.hostmem import host_memory
+from gpu_cache.device import hostmem
+from gpu_cache.device.hostmem import host_memory
 
 
 def mapped_kib() -> int:

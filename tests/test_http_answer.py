@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from areal.infra.rpc.backends.http_connection import NodeConnection
+from gpu_cache.rpc.client.connection import NodeConnection
 from tests.support.areal_fixtures import ask, fault_servers, nothing_forgotten
 from tests.support.fault_server import FaultServer, Step, cut, dripping, reply, whole
 

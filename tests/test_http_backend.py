@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server
-from areal.infra.rpc.backends.base import RTensorBackend, StreamingBackend
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.shard import ShardFetchError, ShardMissingError, TensorShardInfo
-from areal.infra.rpc.store import ShardStore
+from gpu_cache.rpc.client.backend import RTensorBackend, StreamingBackend
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError, TensorShardInfo
+from gpu_cache.rpc.store import ShardStore
 from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, frames_of, hanging_up, json_of, refusal, reply, whole

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.serialization import tensor_to_json
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.wire.serialization import tensor_to_json
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.bad_frames import BAD_FRAMES, PAIR, A, B
 from tests.support.fault_server import FaultServer, frames_of, json_of, reply, whole

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from areal.infra.rpc.backends.http_connection import NodeConnection, split_address
+from gpu_cache.rpc.client.connection import NodeConnection, split_address
 from tests.support.areal_fixtures import ask, asked_once, fault_servers, full_listener, nothing_forgotten
 from tests.support.fault_server import FaultServer, Step, hanging_up, reply, silent, whole
 

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.shard import (
+from gpu_cache.errors import failure_reason
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.shard import (
     ShardAnswerError,
     ShardClearError,
     ShardFetchError,
     ShardRefusedError,
     ShardUnreachableError,
 )
-from gpu_cache.errors import failure_reason
 from tests.support.areal_fixtures import delete, fault_servers, full_listener, nothing_forgotten, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, hanging_up, refusal, reply, silent, whole

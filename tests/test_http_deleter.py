@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.clearing import ClearReport, StepClearer
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo, fetch_buffer_stats, set_backend
-from areal.infra.rpc.shard import ShardClearError
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.clearing import ClearReport, StepClearer
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, fetch_buffer_stats, set_backend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.shard import ShardClearError
 from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import Asked, FaultServer, hanging_up, refusal, reply, whole

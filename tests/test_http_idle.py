@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.backends import http_requester
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.rtensor import RTensor
-from areal.infra.rpc.shard import ShardTimeoutError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client import requester as http_requester
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.rtensor import RTensor
+from gpu_cache.rpc.shard import ShardTimeoutError
 from tests.support.areal_fixtures import (
     ask,
     asked_once,

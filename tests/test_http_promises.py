@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
-from areal.infra.rpc.serialization import tensor_to_json
-from areal.infra.rpc.shard import ShardAnswerError, ShardMissingError, ShardRefusedError
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc.shard import ShardAnswerError, ShardMissingError, ShardRefusedError
+from gpu_cache.rpc.wire.serialization import tensor_to_json
 from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.fault_server import (
     Answer,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from areal.infra.rpc.backends import http_requester
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.shard import ShardFetchError, ShardMissingError
+from gpu_cache.rpc.client import requester as http_requester
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
     FaultServer,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.backends.http_connection import NodeConnection
-from areal.infra.rpc.shard import ShardFetchError, ShardMissingError
+from gpu_cache.rpc.client.connection import NodeConnection
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
     FaultServer,

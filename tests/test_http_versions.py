@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.backends.http_connection import split_address
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
-from areal.infra.rpc.shard import ShardAnswerError, ShardFetchError
-from areal.infra.rpc.store import ShardStore
-from areal.infra.rpc.wire import Frame
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.connection import split_address
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.shard import ShardAnswerError, ShardFetchError
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.frame import Frame
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import (

@@ -5,9 +5,11 @@ from collections import deque
 import pytest
 import torch
 
-from gpu_cache.entry import Entry, Landing, Parked, State
-from gpu_cache.index import ShardIndex
-from gpu_cache.lease import Lease, aliases_of, carve, plain_tensors
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.index.entry import Entry, Parked, State
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool.block import Landing
+from gpu_cache.pool.lease import Lease, aliases_of, carve
 
 KEYS = "abcdef"
 

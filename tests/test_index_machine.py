@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gpu_cache.entry import Candidate, Claim, Entry, Landing, Promise, State
-from gpu_cache.index import ShardIndex
-from gpu_cache.lease import aliases_of
+from gpu_cache.index.entry import Candidate, Claim, Entry, Promise, State
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool.block import Landing
+from gpu_cache.pool.lease import aliases_of
 
 KEYS = "abcdef"
 NODES = ("n:1", "n:2")

@@ -12,20 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import (
-    CacheClosedError,
-    CacheConfig,
-    FetchError,
-    FetchTimeoutError,
-    ShardReader,
-    ShardSpec,
-    TensorCache,
-    inflight,
-)
-from gpu_cache.device import HostDevice
-from gpu_cache.inflight import InflightBudget, Turn
-from gpu_cache.reader_task import ReaderTask
-from gpu_cache.slab import SlabPool
+from gpu_cache import CacheClosedError, CacheConfig, FetchError, FetchTimeoutError, ShardReader, ShardSpec, TensorCache
+from gpu_cache.device.host import HostDevice
+from gpu_cache.pool.slab import SlabPool
+from gpu_cache.transfer import inflight
+from gpu_cache.transfer.inflight import InflightBudget, Turn
+from gpu_cache.transfer.task import ReaderTask
 from tests.support.interleave_actors import in_background
 from tests.support.interleave_stage import eventually
 from tests.support.sources import DictSource, gated

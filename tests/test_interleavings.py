@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.device import HostDevice
-from gpu_cache.entry import Entry, Landing
-from gpu_cache.index import ShardIndex
+from gpu_cache.device.host import HostDevice
+from gpu_cache.index.entry import Entry
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool.block import Landing
 from tests.support.interleave_actors import Board, Getter, few_objects, watched
 from tests.support.interleave_program import Interleaving
 

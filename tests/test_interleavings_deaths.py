@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache, transfer
-from gpu_cache.device import HostDevice
+from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
+from gpu_cache.device.host import HostDevice
+from gpu_cache.transfer import transfer
 from tests.support.interleave_actors import PATIENCE_S, Board, SteppedReader, few_objects, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, eventually
 from tests.support.sources import DictSource, same_bytes

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import CacheClosedError, FetchError, cache, transfer
-from gpu_cache.device import HostDevice
+from gpu_cache import CacheClosedError, FetchError, cache
+from gpu_cache.device.host import HostDevice
+from gpu_cache.transfer import transfer
 from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
 from tests.support.interleave_stage import CONFIG, GATES, SHARDS, Stage, eventually, late_call
 from tests.support.sources import DictSource, same_bytes
@@ -180,7 +181,7 @@ def test_a_cache_that_is_dropped_during_a_prefetch_gives_everything_back(device:
 FORK = """
 import gc, os, sys, threading, torch
 from gpu_cache import CacheClosedError
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.interleave_actors import in_background
 from tests.support.interleave_stage import GATES, SHARDS, Stage
 from tests.support.sources import DictSource, same_bytes

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 import torch
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, get_backend
-from areal.infra.rpc.serialization import tensor_to_json
-from gpu_cache import CacheConfig, FetchError, TensorCache, transfer
-from gpu_cache.device import HostDevice
+from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, get_backend
+from gpu_cache.rpc.wire.serialization import tensor_to_json
+from gpu_cache.transfer import transfer
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import entry
 from tests.support.fault_server import (

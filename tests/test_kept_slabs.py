@@ -12,9 +12,10 @@ import torch
 
 from gpu_cache import CacheConfig, TensorCache, reaper
 from gpu_cache.config import MIB
-from gpu_cache.device import Arena, Device, HostDevice
-from gpu_cache.slab import SlabPool
-from gpu_cache.slab_set import IDLE_S, NUM_STEPS, HighWater
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.protocol import Arena, Device
+from gpu_cache.pool.high_water import IDLE_S, NUM_STEPS, HighWater
+from gpu_cache.pool.slab import SlabPool
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from gpu_cache.lease import AliasCounter, Lease, aliases_of, carve, lease_fault, plain_tensors
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.pool.lease import AliasCounter, Lease, aliases_of, carve, lease_fault
 
 
 class Block:

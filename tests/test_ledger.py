@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_cache.entry import Claim, Entry, Landing
 from gpu_cache.errors import CacheClosedError, FetchError, failure_reason
-from gpu_cache.index import ShardIndex
-from gpu_cache.lease import aliases_of
-from gpu_cache.ledger import capped
-from gpu_cache.metered_reader import MeteredReader
-from gpu_cache.report import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
-from gpu_cache.tally import Sources, Tally
-from gpu_cache.tensor_reader import TensorReader
+from gpu_cache.index.entry import Claim, Entry
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.ledger import capped
+from gpu_cache.pool.block import Landing
+from gpu_cache.pool.lease import aliases_of
+from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
+from gpu_cache.report.tally import Sources, Tally
+from gpu_cache.transfer.metered_reader import MeteredReader
+from gpu_cache.transfer.tensor_reader import TensorReader
 
 
 class Clock:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, FetchError, TensorCache, lease, reaper
-from gpu_cache.block import Range
-from gpu_cache.lease import plain_tensors
+from gpu_cache import CacheConfig, FetchError, TensorCache, reaper
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.pool import lease
+from gpu_cache.pool.block import Range
 from gpu_cache.source import ShardSpec
 from tests.support.sources import DictSource, same_bytes
 

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from areal.infra.rpc import rpc_server, rtensor, runtime
-from areal.infra.rpc.rtensor import RTensor, get_backend
-from areal.infra.rpc.serialization import deserialize_value, serialize_value
-from areal.infra.rpc.wire import Frame, decode_frame
+from gpu_cache.rpc import rtensor, runtime
+from gpu_cache.rpc.rtensor import RTensor, get_backend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.wire.frame import Frame, decode_frame
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, json_of, whole
@@ -204,8 +205,8 @@ FIRST_USE = """
 
     tensor = torch.randn(5, 3)
     with torch.inference_mode(), FakeTensorMode(), torch.device("meta"):
-        from areal.infra.rpc.rtensor import RTensor
-        from areal.infra.rpc import runtime
+        from gpu_cache.rpc.rtensor import RTensor
+        from gpu_cache.rpc import runtime
 
         runtime.current().add_own_address("me:1")
         found = RTensor.localize(RTensor.remotize([tensor], "me:1"))[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, TensorCache, TransferError
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.interleave_stage import eventually
@@ -200,7 +200,7 @@ def test_a_comparison_that_the_device_refuses_is_told(
 
 
 def test_long_shards_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_cache.bitwise._PIECE_BYTES", 64)
+    monkeypatch.setattr("gpu_cache.device.bitwise._PIECE_BYTES", 64)
     for at in (0, 63, 64, 199, 200, 202):
         cache, source = on_host(), DictSource({"a": torch.zeros(203, dtype=torch.uint8)})
         cache.get_many(["a"], source)[0][at] = 1

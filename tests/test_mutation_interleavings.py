@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gpu_cache import CacheClosedError, FetchError
-from gpu_cache.device import HostDevice
-from gpu_cache.entry import Entry
+from gpu_cache.device.host import HostDevice
+from gpu_cache.index.entry import Entry
 from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, WaitingSource, eventually
 from tests.support.sources import DictSource, same_bytes

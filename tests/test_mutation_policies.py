@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig, FetchError, MutatedError, TensorCache
-from gpu_cache.device import HostDevice
-from gpu_cache.entry import Entry
-from gpu_cache.mutation import Doubts
+from gpu_cache.device.host import HostDevice
+from gpu_cache.index.entry import Entry
+from gpu_cache.index.mutation import Doubts
 from tests.support.mutation_scene import SETTINGS, UNSEEN, WRITES, figures, on_host
 from tests.support.sources import DictSource, same_bytes, some_tensors
 

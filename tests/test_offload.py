@@ -10,7 +10,7 @@ import torch
 
 from gpu_cache import CacheConfig, TensorCache, TransferError, TrimReport, reaper
 from gpu_cache.config import MIB
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice

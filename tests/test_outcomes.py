@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.backends import http_requester
-from areal.infra.rpc.backends.http_requester import NUM_TRIES, back_off_s
-from areal.infra.rpc.owned import OwnedShard
-from areal.infra.rpc.rtensor import (
+from gpu_cache import CacheClosedError, FetchError, FetchTimeoutError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client import requester as http_requester
+from gpu_cache.rpc.client.requester import NUM_TRIES, back_off_s
+from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
     RTensor,
     ShardAnswerError,
@@ -29,8 +29,9 @@ from areal.infra.rpc.rtensor import (
     get_backend,
     set_backend,
 )
-from areal.infra.rpc.store import ShardStore
-from gpu_cache import CacheClosedError, FetchError, FetchTimeoutError
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.owned import OwnedShard
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import BAD_FRAMES, PAIR
 from tests.support.fake_owner import FakeOwner

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache.cudart import has_context
-from gpu_cache.device import CudaDevice, HostDevice
-from gpu_cache.placement import Placement, choose_device, group_device
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.cudart import has_context
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.placement import Placement, choose_device, group_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_cuda_objects import UntouchableCuda
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpu_cache import TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from gpu_cache.errors import MutatedError, TransferError
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, same_bytes

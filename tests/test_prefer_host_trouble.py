@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from gpu_cache import CacheFullError, FetchError, TensorCache
-from gpu_cache.block import Range
-from gpu_cache.device import HostDevice
-from gpu_cache.slab import SlabPool
+from gpu_cache.device.host import HostDevice
+from gpu_cache.pool.block import Range
+from gpu_cache.pool.slab import SlabPool
 from tests.support.interleave_actors import in_background
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, gated, same_bytes

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal.infra.rpc import RTensor, TensorShardInfo, runtime
-from areal.infra.rpc.rtensor import buffer_stats
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.config import Prefer
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import RTensor, TensorShardInfo, runtime
+from gpu_cache.rpc.rtensor import buffer_stats
 from tests.support.sources import DictSource, same_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +25,8 @@ MIB = 1 << 20
 NUM_SHARDS, SHARD_BYTES = 64, MIB
 OWNER = f"""
 import sys, torch
-from areal.infra.rpc import rpc_server
-from areal.infra.rpc.rtensor import store
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.rtensor import store
 
 with rpc_server.start() as server:
     for number in range({NUM_SHARDS}):

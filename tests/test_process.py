@@ -14,14 +14,15 @@ import torch
 
 import gpu_cache
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.device import CudaDevice, HostDevice
-from gpu_cache.engine import LazyEngine
-from gpu_cache.entry import Landing
-from gpu_cache.fence import StreamFence
-from gpu_cache.index import ShardIndex
-from gpu_cache.lease import aliases_of
-from gpu_cache.placement import Placement
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.placement import Placement
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool.block import Landing
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.lease import aliases_of
 from gpu_cache.reaper import Reaper
+from gpu_cache.transfer.engine import LazyEngine
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sources import DictSource
@@ -125,7 +126,7 @@ def test_exit_waits_for_what_a_cache_that_is_gone_gives_back() -> None:
     code = """
 import time, torch
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.engine import Engine
+from gpu_cache.transfer.engine import Engine
 finish = Engine.finish
 def slow(engine):
     time.sleep(0.3)
@@ -207,7 +208,7 @@ def test_a_host_choice_made_before_cuda_is_made_again_while_empty(
     cuda = FakeCuda()
     gpu: CudaDevice = cuda_device(cuda, tmp_path)
     placements = [Placement(HostDevice(), "no CUDA yet", is_final=False)]
-    monkeypatch.setattr("gpu_cache.engine.choose_device", lambda setting: placements[0])
+    monkeypatch.setattr("gpu_cache.transfer.engine.choose_device", lambda setting: placements[0])
     cache = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="4MiB", prealloc_bytes=0))
     source = DictSource({"a": torch.ones(10)})
     (early,) = cache.get_many(["a"], source)

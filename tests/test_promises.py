@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig, FetchError, Promise, PromiseError, TensorCache, TransferError
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.mutation_scene import CONFIG, settle

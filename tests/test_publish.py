@@ -16,10 +16,11 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache, publish
-from gpu_cache.device import HostDevice
-from gpu_cache.publish import Publisher
-from gpu_cache.report import MAX_REPORT_BYTES, OF_A_HOST_TIER, Histograms, Rates, Report, SourceStats
+from gpu_cache import CacheConfig, TensorCache
+from gpu_cache.device.host import HostDevice
+from gpu_cache.report import publish
+from gpu_cache.report.publish import Publisher
+from gpu_cache.report.schema import MAX_REPORT_BYTES, OF_A_HOST_TIER, Histograms, Rates, Report, SourceStats
 from gpu_cache.smi import locks
 from gpu_cache.smi.main import main
 from gpu_cache.smi.node import Observer

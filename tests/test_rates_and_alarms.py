@@ -7,13 +7,13 @@ import torch
 from torch.profiler import profile
 
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.alarms import Alarms
 from gpu_cache.config import described
-from gpu_cache.cudart import nvml_uuid
-from gpu_cache.device import DeviceIdentity, HostDevice
-from gpu_cache.entry import EntryInfo
-from gpu_cache.rate_window import RateWindow
-from gpu_cache.report import SourceStats
+from gpu_cache.device.cudart import nvml_uuid
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.protocol import DeviceIdentity
+from gpu_cache.report.alarms import Alarms
+from gpu_cache.report.rate_window import RateWindow
+from gpu_cache.report.schema import EntryInfo, SourceStats
 from gpu_cache.throttle import Throttle
 from tests.support.sources import DictSource
 
@@ -162,4 +162,10 @@ def test_ranges_are_in_a_trace_and_absent_without_one() -> None:
     with profile(experimental_config=everywhere) as trace:
         cache.get_many(["b"], DictSource({"b": torch.ones(9)}))
     names = {event.key for event in trace.key_averages() if event.key.startswith("gpu_cache.")}
-    assert names == {"gpu_cache.wait", "gpu_cache.fetch", "gpu_cache.stage", "gpu_cache.copy", "gpu_cache.handout"}
+    assert names == {
+        "gpu_cache.wait",
+        "gpu_cache.fetch",
+        "gpu_cache.stage",
+        "gpu_cache.copy",
+        "gpu_cache.handout",
+    }

@@ -11,18 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.backends.base import RTensorBackend
-from areal.infra.rpc.backends.ray_backend import RayRTensorBackend
-from areal.infra.rpc.rtensor import (
-    HttpRTensorBackend,
-    RTensor,
-    TensorShardInfo,
-    buffer_stats,
-    get_backend,
-    set_backend,
-)
 from gpu_cache import FetchError, FetchTimeoutError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.backend import RTensorBackend
+from gpu_cache.rpc.client.ray import RayRTensorBackend
+from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, TensorShardInfo, buffer_stats, get_backend, set_backend
 from tests.support.wire_tensors import patterned, same_bits
 
 

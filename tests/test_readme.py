@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from tests.test_import_floors import FLOORS
 
 import gpu_cache
 from areal.infra import rpc
-from areal.infra.rpc import rtensor
 from gpu_cache.config import CacheConfig, variable
-from tests.test_import_floors import FLOORS
+from gpu_cache.rpc import rtensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -154,8 +154,8 @@ def test_every_name_in_the_api_table_exists_and_no_public_one_is_missing() -> No
         for name in names:
             assert attribute(name, importlib.import_module(module)), f"{module}.{name}"
     assert set(gpu_cache.__all__) <= named["gpu_cache"]
-    assert set(rpc.__all__) <= named["areal.infra.rpc"]
-    assert set(rtensor.__all__) - {"RTensor"} <= named["areal.infra.rpc.rtensor"]
+    assert set(rpc.__all__) <= named["gpu_cache.rpc"]
+    assert set(rtensor.__all__) - {"RTensor"} <= named["gpu_cache.rpc.rtensor"]
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from areal.infra.rpc import rtensor, runtime
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.rtensor import RTensor, RTensorBackend, set_backend, storage_stats, store
-from areal.infra.rpc.serialization import serialize_value
-from areal.infra.rpc.store import ShardStore
+from gpu_cache.rpc import rtensor, runtime
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor, RTensorBackend, set_backend, storage_stats, store
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.users_backend import UsersBackend
 from tests.test_ray_backend import FakeRay, RayRTensorBackend
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.report import report_name
-from gpu_cache.report_files import HostileDirectoryError, ReportFiles, report_files
+from gpu_cache.report.files import HostileDirectoryError, ReportFiles, report_files
+from gpu_cache.report.schema import report_name
 from gpu_cache.smi.locks import is_held
 
 ROOT = Path(__file__).parents[1]
@@ -271,7 +271,7 @@ def test_a_reader_never_meets_half_a_report(files: ReportFiles, folder: Path) ->
 FORK = """
 import os, sys, time
 from pathlib import Path
-from gpu_cache.report_files import ReportFiles
+from gpu_cache.report.files import ReportFiles
 files = ReportFiles("actor-0-7-0a1b2c", [Path(sys.argv[1])])
 files.write(b"{}", lambda: b"")
 os.register_at_fork(after_in_child=files.disown)

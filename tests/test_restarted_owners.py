@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.backends.http_reader import HttpReader
-from areal.infra.rpc.backends.node_state import NodeState
-from areal.infra.rpc.rtensor import RTensor, ShardLostError, ShardMissingError, get_backend
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.client.node_state import NodeState
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.client.reader import HttpReader
+from gpu_cache.rpc.rtensor import RTensor, ShardLostError, ShardMissingError, get_backend
+from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, by, cut, frame, frames_of, json_of, whole

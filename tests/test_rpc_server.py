@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.serialization import serialize_value
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.fake_owner import FakeOwner
 
 UPSTREAM_FLAGS = ["--experiment-name", "exp", "--trial-name", "t0", "--role", "rollout", "--worker-index", "3"]
@@ -48,7 +49,7 @@ class Served:
     """A server process; `address` is what it printed."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "areal.infra.rpc.rpc_server", *arguments]
+        command = [sys.executable, "-m", "gpu_cache.rpc.server", *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

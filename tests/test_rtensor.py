@@ -17,9 +17,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-import areal.infra.rpc
-from areal.infra.rpc import rtensor
-from areal.infra.rpc.rtensor import (
+import gpu_cache.rpc
+from gpu_cache import FetchError
+from gpu_cache.report.counters import BufferStats
+from gpu_cache.rpc import rtensor
+from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
     RTensor,
     RTensorBackend,
@@ -36,9 +38,7 @@ from areal.infra.rpc.rtensor import (
     storage_stats,
     store,
 )
-from areal.infra.rpc.serialization import deserialize_value, serialize_value
-from gpu_cache import FetchError
-from gpu_cache.stats import BufferStats
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value
 from tests.support.areal_fixtures import remote
 from tests.support.users_backend import UsersBackend, handle
 
@@ -61,10 +61,10 @@ def test_the_names_that_users_import() -> None:
     }  # fmt: skip
     assert all(hasattr(rtensor, name) for name in rtensor.__all__)
     assert all(hasattr(rtensor, f"_{name}") for name in ("fetch_buffer", "storage", "store_local"))
-    assert areal.infra.rpc.RTensor is RTensor
-    assert areal.infra.rpc.TensorShardInfo is TensorShardInfo
-    assert areal.infra.rpc.serialize_value is serialize_value
-    assert areal.infra.rpc.deserialize_value is deserialize_value
+    assert gpu_cache.rpc.RTensor is RTensor
+    assert gpu_cache.rpc.TensorShardInfo is TensorShardInfo
+    assert gpu_cache.rpc.serialize_value is serialize_value
+    assert gpu_cache.rpc.deserialize_value is deserialize_value
 
 
 def test_the_fields_are_upstreams() -> None:

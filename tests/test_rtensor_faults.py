@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rtensor import HttpRTensorBackend, RTensor, buffer_stats, get_backend, set_backend
-from areal.infra.rpc.wire import CONTENT_TYPE
 from gpu_cache import CacheConfig, FetchError, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, buffer_stats, get_backend, set_backend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import BAD_FRAMES, PAIR
 from tests.support.fake_owner import FakeOwner

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import RTensor, buffer_stats, clear_fetch_buffer
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, buffer_stats, clear_fetch_buffer
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.sources import same_bytes

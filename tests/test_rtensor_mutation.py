@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import RTensor, buffer_stats
 from gpu_cache import CacheConfig, MutatedError, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, buffer_stats
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.sources import same_bytes
@@ -67,7 +68,7 @@ def test_what_its_owner_cleared_is_told_and_handed_out(
         again = localized(server)
         assert not again["a"].any()
         assert same_bytes(again["b"], TENSORS["b"])
-    (record,) = [one for one in caplog.records if one.name == "gpu_cache.mutation"]
+    (record,) = [one for one in caplog.records if one.name == "gpu_cache.index.mutation"]
     assert "could not be fetched again" in record.getMessage()
     assert server.address in record.getMessage()
     assert (buffer_stats()["mutations"], buffer_stats()["fetch_errors"]) == (1, 1)

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal.infra.rpc import rpc_server, runtime, shard
-from areal.infra.rpc.rtensor import RTensor, ShardAnswerError, ShardConflictError, TensorShardInfo, set_backend, store
-from areal.infra.rpc.serialization import deserialize_value, serialize_value
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime, shard
+from gpu_cache.rpc.rtensor import RTensor, ShardAnswerError, ShardConflictError, TensorShardInfo, set_backend, store
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, json_of, whole

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import RTensor, buffer_stats, fetch_buffer_stats
-from areal.infra.rpc.shard import collect_leaves
 from gpu_cache import CacheConfig, FetchError, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, buffer_stats, fetch_buffer_stats
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.shard import collect_leaves
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import Exchange, FaultServer, frame, frames_of, hanging_up, json_of, reply, whole

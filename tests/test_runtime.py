@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import (
+from gpu_cache import CacheClosedError, CacheConfig, FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
     RTensor,
     buffer_stats,
@@ -26,7 +26,8 @@ from areal.infra.rpc.rtensor import (
     storage_stats,
     store,
 )
-from gpu_cache import CacheClosedError, CacheConfig, FetchError
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import asked_once, delete, nothing_forgotten, remote
 from tests.support.fault_server import FaultServer, frames_of, whole
 from tests.support.threads import run_threads
@@ -204,9 +205,10 @@ def test_closing_ends_the_cache_and_the_connections() -> None:
 FORKING = """
     import os, sys, threading, warnings
     import torch
-    from areal.infra.rpc import rpc_server, runtime
-    from areal.infra.rpc.rtensor import *
-    from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
+    from gpu_cache.rpc.server import main as rpc_server
+    from gpu_cache.rpc import runtime
+    from gpu_cache.rpc.rtensor import *
+    from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
     import gpu_cache
 
     warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which is what this is about

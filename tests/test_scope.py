@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rtensor import RTensor, clear_fetch_buffer, fetch_buffer_stats, scope
 from gpu_cache import FetchError, Scope, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, fetch_buffer_stats, scope
+from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import remote
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda

@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from gpu_cache import TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.scoped import CONFIG, device_bytes, fetch, names
 from tests.support.sources import DictSource, some_tensors
 from tests.support.threads import run_threads

@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import serialization
-from areal.infra.rpc.serialization import (
-    deserialize_value,
-    serialize_value,
-    tensor_from_json,
-    tensor_to_json,
-)
+from gpu_cache.rpc.wire import serialization
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value, tensor_from_json, tensor_to_json
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

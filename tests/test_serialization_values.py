@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from areal.infra.rpc import serialization
-from areal.infra.rpc.serialization import (
-    deserialize_value,
-    register_dataclass,
-    serialize_value,
-)
+from gpu_cache.rpc.wire import serialization
+from gpu_cache.rpc.wire.serialization import deserialize_value, register_dataclass, serialize_value
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -116,7 +112,7 @@ def test_only_the_two_admitted_paths_can_be_registered() -> None:
 
 
 @pytest.mark.usefixtures("handles")
-@pytest.mark.parametrize("class_path", ["os.system", "areal.infra.rpc.rtensor.fetch", 7, None, ["x"]])
+@pytest.mark.parametrize("class_path", ["os.system", "gpu_cache.rpc.rtensor.fetch", 7, None, ["x"]])
 def test_a_class_path_that_is_not_admitted_is_named_and_never_imported(
     class_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from areal.infra.rpc.shard import (
+from gpu_cache.errors import FetchError, GpuCacheError
+from gpu_cache.rpc.shard import (
     ShardFetchError,
     ShardMissingError,
     TensorShardInfo,
@@ -17,7 +18,6 @@ from areal.infra.rpc.shard import (
     collect_leaves,
     map_leaves,
 )
-from gpu_cache.errors import FetchError, GpuCacheError
 
 Point = namedtuple("Point", "x y")
 

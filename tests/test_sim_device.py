@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_cache.device import Arena, Device, Pinned
+from gpu_cache.device.protocol import Arena, Device, Pinned
 from tests.support.sim_clock import GRANULE, POISON, join
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import WatchedLock

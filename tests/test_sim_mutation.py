@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gpu_cache.comparison import Comparisons
 from gpu_cache.config import ReadyMode
+from gpu_cache.transfer.comparison import Comparisons
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
 from tests.support.sim_shards import Held, contents
 from tests.support.sim_streams import SimStream

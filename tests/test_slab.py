@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_cache import lease
-from gpu_cache.block import Range
 from gpu_cache.config import MIB, CacheConfig, aligned
-from gpu_cache.device import Arena, Device, HostDevice
-from gpu_cache.entry import Landing
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.errors import CacheFullError, GpuCacheError
-from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Lease
-from gpu_cache.slab import SlabPool
+from gpu_cache.pool import lease
+from gpu_cache.pool.block import Landing, Range
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.lease import Lease
+from gpu_cache.pool.slab import SlabPool
 from gpu_cache.source import ShardSpec
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
@@ -197,7 +197,7 @@ def test_building_that_fails_half_way_loses_nothing() -> None:
 
 
 def test_unsound_leases_stop_the_pool_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_cache.slab.lease_fault", lambda: "fires early")
+    monkeypatch.setattr("gpu_cache.pool.slab.lease_fault", lambda: "fires early")
     with pytest.raises(GpuCacheError, match="fires early"):
         pool_of()
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gpu_cache.config import MIB
-from gpu_cache.device import Arena, HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.device.protocol import Arena
 from gpu_cache.errors import CacheFullError
 from tests.support.sim_device import SimDevice
 from tests.test_slab import TinyDevice, check, pool_of, shards_in, taken_from

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gpu_cache.report import MAX_SOURCES
+from gpu_cache.report.schema import MAX_SOURCES
 from gpu_cache.smi import exposition, metrics
 from gpu_cache.smi.node import Node
 from tests.support.smi_machine import Machine, add_trainers, machine

@@ -24,11 +24,11 @@ from soaking.consumer import Consumer, World
 from soaking.tally import EXPECTED_OF_PREFETCH, Tally
 from soaking.verdict import LEAST_SAMPLES, MB, RSS_LIMIT_BYTES, Findings, judge
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.rtensor import RTensor
-from areal.infra.rpc.shard import ShardFetchError, ShardMissingError
-from areal.infra.rpc.store import ShardStore
 from gpu_cache import CacheFullError, FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor
+from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
+from gpu_cache.rpc.store import ShardStore
 
 DEADLINE_S = 120
 SEED = 3

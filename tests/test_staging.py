@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from gpu_cache.config import MIB, CacheConfig
-from gpu_cache.device import CudaDevice, HostDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.host import HostDevice
 from gpu_cache.errors import CacheClosedError, TransferError
-from gpu_cache.staging import Slot, StagingRing
+from gpu_cache.transfer.staging import Slot, StagingRing
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.threads import run_threads

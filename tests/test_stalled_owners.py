@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.rtensor import RTensor
-from gpu_cache import CacheConfig, FetchTimeoutError, TensorCache, TransferError, inflight
-from gpu_cache.device import HostDevice
-from gpu_cache.inflight import InflightBudget, Stalls, Turn
-from gpu_cache.staging import StagingRing
+from gpu_cache import CacheConfig, FetchTimeoutError, TensorCache, TransferError
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor
+from gpu_cache.transfer import inflight
+from gpu_cache.transfer.inflight import InflightBudget, Stalls, Turn
+from gpu_cache.transfer.staging import StagingRing
 from tests.support.areal_fixtures import fault_servers, remote
 from tests.support.fault_server import Exchange, frame, frames_of, reply, whole
 from tests.support.interleave_actors import in_background

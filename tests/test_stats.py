@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_cache.stats import BufferStats, BusyClock, buffer_stats_of, stats_delta
+from gpu_cache.report.counters import BufferStats, BusyClock, buffer_stats_of, stats_delta
 
 
 def test_a_cache_that_did_nothing_has_every_key_at_zero() -> None:

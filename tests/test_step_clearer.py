@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.clearing import ClearReport, SizedId, StepClearer
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.rtensor import RTensor, fetch_buffer_stats, set_backend
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor, fetch_buffer_stats, set_backend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, hanging_up, reply, silent, whole
@@ -317,7 +318,7 @@ def test_controllers_may_have_a_clearer_each(serve: Callable[..., FaultServer]) 
 def test_a_process_ends_although_a_consumer_hangs() -> None:
     program = """
 import asyncio, threading
-from areal.infra.rpc.clearing import SizedId, StepClearer
+from gpu_cache.rpc.clearing import SizedId, StepClearer
 
 async def clear_node(node_addr, shard_ids):
     return {}

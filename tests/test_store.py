@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from areal.infra.rpc.store import ShardStore
+from gpu_cache.rpc.store import ShardStore
 
 
 def test_put_keeps_the_tensor_itself() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.clearing import StepClearer
-from areal.infra.rpc.expiry import parse_seconds
-from areal.infra.rpc.rtensor import RTensor, set_backend
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import LONGEST_S, seconds
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.clearing import StepClearer
+from gpu_cache.rpc.rtensor import RTensor, set_backend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.expiry import parse_seconds
 from gpu_cache.smi.options import parse
 from tests.support.areal_fixtures import fault_servers, remote
 from tests.support.fake_owner import FakeOwner

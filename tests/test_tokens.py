@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal.infra.rpc import rpc_server
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.shard import ShardFetchError, TensorShardInfo
-from areal.infra.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.shard import ShardFetchError, TensorShardInfo
+from gpu_cache.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
 from tests.support.fake_owner import FakeOwner
 
 SECRET = "s3cret-of-a-cluster"

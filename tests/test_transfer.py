@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_cache import ShardSpec, TensorReader
-from gpu_cache.completion import Completion
 from gpu_cache.config import aligned
-from gpu_cache.runs import Run, pack, windows
+from gpu_cache.pool.completion import Completion
+from gpu_cache.transfer.runs import Run, pack, windows
 
 
 def specs_of(*lengths: int) -> list[ShardSpec]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc.trimming import trim_padding
+from gpu_cache.rpc.trimming import trim_padding
 
 MASK = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
 

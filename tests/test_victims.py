@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_cache.victims import Layout, Plan, Span, choose
+from gpu_cache.pool.eviction import Layout, Plan, Span, choose
 
 BLOCK = 512
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc import rtensor, runtime
-from areal.infra.rpc.rtensor import RTensor, clear_fetch_buffer, remove, set_backend, store
+from gpu_cache.rpc import rtensor, runtime
+from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, remove, set_backend, store
 from tests.support.threads import run_threads
 from tests.support.users_backend import UsersBackend, handle
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import _TYPES as SAFETENSORS_DTYPES
 from safetensors.torch import load, save
 
-from areal.infra.rpc import layout
-from areal.infra.rpc.shard import WireError
-from areal.infra.rpc.store import ShardStore
-from areal.infra.rpc.wire import Frame, decode_frame, header_nbytes, parse_header, serials_of
 from gpu_cache import ShardSpec
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire import layout
+from gpu_cache.rpc.wire.frame import Frame, decode_frame, header_nbytes, parse_header, serials_of
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

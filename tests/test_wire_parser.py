@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from areal.infra.rpc import wire
-from areal.infra.rpc.shard import WireError
-from areal.infra.rpc.wire import Frame, decode_frame, header_nbytes, parse_header
 from gpu_cache import ShardSpec
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.wire import frame as wire
+from gpu_cache.rpc.wire.frame import Frame, decode_frame, header_nbytes, parse_header
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -7,7 +7,7 @@ import time
 from rich.text import Text
 
 from gpu_cache import __version__, units
-from gpu_cache.report import WINDOW_S
+from gpu_cache.report.schema import WINDOW_S
 from gpu_cache.smi import columns
 from gpu_cache.smi.columns import NARROW, RED, WIDE, YELLOW
 from gpu_cache.smi.node import HOST_SEAT, Node, Row

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 
-from gpu_cache import report
+from gpu_cache.report import schema as report
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import DEAD

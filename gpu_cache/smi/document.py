@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpu_cache import __version__
-from gpu_cache.report import WINDOW_S
+from gpu_cache.report.schema import WINDOW_S
 from gpu_cache.smi import figures
 from gpu_cache.smi.node import Node, Row
 from gpu_cache.smi.problems import Problem, problems_of

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpu_cache import report
+from gpu_cache.report import schema as report
 
 _MAX_BYTES = 4 << 20  # of a file that somebody else wrote
 

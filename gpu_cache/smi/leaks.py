@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gpu_cache import report, units
+from gpu_cache import units
+from gpu_cache.report import schema as report
 from gpu_cache.smi import figures
 from gpu_cache.smi.columns import GLUE, WIDE, Column, cells
 from gpu_cache.smi.process import Process

@@ -6,12 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gpu_cache.report import (
-    ENTRY_SIZE_EDGES_BYTES,
-    FETCH_DURATION_EDGES_S,
-    MAX_SOURCES,
-    OTHER_SOURCES,
-)
+from gpu_cache.report.schema import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SOURCES, OTHER_SOURCES
 from gpu_cache.smi import figures
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, Process

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gpu_cache import report
+from gpu_cache.report import schema as report
 from gpu_cache.smi import figures, locks
 from gpu_cache.smi.folder import ReportFile, read_folders
 from gpu_cache.smi.nvml import Devices, Gpu, Nvml

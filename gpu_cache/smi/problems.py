@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 
 from gpu_cache import units
-from gpu_cache.report import SCHEMA_VERSION
+from gpu_cache.report.schema import SCHEMA_VERSION
 from gpu_cache.smi import figures
 from gpu_cache.smi.columns import GLUE
 from gpu_cache.smi.folder import ReportFile

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from gpu_cache import report
+from gpu_cache.report import schema as report
 from gpu_cache.smi import figures
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.nvml import Gpu

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_cache.report import LOCAL_SOURCE, OTHER_SOURCES, SOURCE_DURATION_EDGES_S
+from gpu_cache.report.schema import LOCAL_SOURCE, OTHER_SOURCES, SOURCE_DURATION_EDGES_S
 from gpu_cache.smi import figures
 from gpu_cache.smi.process import Process
 from gpu_cache.units import ratio

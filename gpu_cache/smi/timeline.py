@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_cache.report import MAX_SURVIVED
+from gpu_cache.report.schema import MAX_SURVIVED
 from gpu_cache.smi import figures
 from gpu_cache.units import ratio
 

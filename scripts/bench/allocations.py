@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from gpu_cache.device import CudaDevice, HostDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.host import HostDevice
 
 # Of torch's allocator: blocks handed out so far, and bytes handed out now and at the most.
 _NUM_BLOCKS = "allocation.all.allocated"

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc import RTensor
 from bench.exactness import check_tensors
 from bench.paths import GET_MANY_HITS, LOCALIZE_HITS, OWN_HITS, REFERENCE, Path
 from bench.trainer import Trainer
 from bench.workloads import Workload
+from gpu_cache.rpc import RTensor
 from gpu_cache.source import NO_SOURCE
 
 # A call is short: so many are timed together. Each has handles of its own, and drops nothing.
 _NUM_CALLS = 5
-_MODULE = "areal.infra.rpc.rtensor"
+_MODULE = "gpu_cache.rpc.rtensor"
 _REPOSITORY = FilePath(__file__).resolve().parents[2]
 
 

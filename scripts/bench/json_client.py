@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from areal.infra.rpc import deserialize_value
+from gpu_cache.rpc import deserialize_value
 
 _SHARDS_PER_REQUEST = 32
 _TIMEOUT_S = 60.0

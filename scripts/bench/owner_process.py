@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc import rpc_server, runtime, serialize_value
-from areal.infra.rpc.rtensor import RTensor
 from bench.raw_socket import RawSender
 from bench.workloads import Workload, make_workload
+from gpu_cache.rpc import runtime, serialize_value
+from gpu_cache.rpc.rtensor import RTensor
+from gpu_cache.rpc.server import main as rpc_server
 
 CPU, RESTORE, STOP = "cpu", "restore", "stop"
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc import RTensor
-from areal.infra.rpc.rtensor import ClearReport
 from bench.beside import PYTHON, TORCH, Beside, busy
 from bench.exactness import Original
 from bench.json_client import JsonClient
@@ -22,6 +20,8 @@ from bench.owner import Owner
 from bench.raw_socket import RawReceiver
 from bench.trainer import Trainer
 from bench.workloads import Workload
+from gpu_cache.rpc import RTensor
+from gpu_cache.rpc.rtensor import ClearReport
 
 # What a row's name begins with: the cache's settings are a user's defaults, or everything is preallocated.
 DEFAULTS, TUNED = "defaults", "tuned"

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from areal.infra.rpc import RTensor
 from bench.trainer import Trainer
+from gpu_cache.rpc import RTensor
 
 _NUM_RUNS = 10
 _NUM_FUNCTIONS = 15

@@ -17,10 +17,10 @@ import torch
 
 from bench.rounds import Plan
 from gpu_cache.config import ALIGNMENT
-from gpu_cache.entry import Landing
-from gpu_cache.freelist import FreeList
-from gpu_cache.index import ShardIndex
-from gpu_cache.lease import aliases_of
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool.block import Landing
+from gpu_cache.pool.freelist import FreeList
+from gpu_cache.pool.lease import aliases_of
 
 NAME = "W4"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)

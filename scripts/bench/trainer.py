@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc import RTensor, deserialize_value, runtime
-from areal.infra.rpc.rtensor import ClearReport, clear_fetch_buffer
 from bench.exactness import BenchError
 from bench.workloads import Workload
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import ALIGNMENT
+from gpu_cache.rpc import RTensor, deserialize_value, runtime
+from gpu_cache.rpc.rtensor import ClearReport, clear_fetch_buffer
 
 _SLAB_BYTES = 256 << 20
 _NUM_READS = 5  # of a batch in a step, as in the demo

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from typing import Any, cast
 
-from areal.infra.rpc import deserialize_value, serialize_value
-from areal.infra.rpc.rtensor import RTensor, clear_fetch_buffer, flatten_shard_ids
 from demo.trajectory import Trajectory
+from gpu_cache.rpc import deserialize_value, serialize_value
+from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, flatten_shard_ids
 
 
 def to_text(handles: Any) -> str:

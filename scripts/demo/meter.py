@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from areal.infra.rpc.rtensor import buffer_stats
 from demo.handles import RemoteBatch
 from gpu_cache import stats_delta
+from gpu_cache.rpc.rtensor import buffer_stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.rtensor import RTensor
 from demo.handles import RemoteBatch
 from demo.learner import Learner, LearnerConfig, Targets
 from demo.meter import Meter, Phase
@@ -18,6 +16,8 @@ from demo.trajectory import rewards
 from demo.weights import WeightPublisher, clear_everywhere
 from demo.worker import SampleOrder
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor
 
 NUM_EPOCHS = 2
 # Of each batch: for the reference's log-probs, the actor's, the rewards, and in each epoch.

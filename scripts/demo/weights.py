@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from areal.infra.rpc.rtensor import RTensor, flatten_shard_ids
 from demo.handles import to_text
 from demo.rollouts import Workers
+from gpu_cache.rpc.rtensor import RTensor, flatten_shard_ids
 
 
 class ClearError(RuntimeError):

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rtensor import RTensor, clear_batches
 from demo.handles import from_text, to_text
 from demo.policy import Policy, sample
 from demo.task import random_prompts
 from demo.trajectory import trajectories
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, clear_batches
+from gpu_cache.rpc.server import main as rpc_server
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from gpu.findings import Assumption, Bound, Figures, begins
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
 from tests.support.cuda_devices import in_thread
 from tests.support.gpu_scene import MIB, REAL, Rig, fetch, is_all
 

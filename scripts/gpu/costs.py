@@ -19,9 +19,10 @@ from bench.gpu_paths import InstantSource
 
 from gpu.findings import Assumption, Figures, at_least, at_most, exactly
 from gpu_cache import ShardSpec, TensorCache
-from gpu_cache.device import Arena, Event
-from gpu_cache.fence import StreamFence
-from gpu_cache.lease import Lease, carve, plain_tensors
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.device.protocol import Arena, Event
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.lease import Lease, carve
 from tests.support.gpu_scene import MIB, Rig, fetch_all
 from tests.support.sources import DictSource
 

@@ -10,8 +10,9 @@ from collections import deque
 import torch
 
 from gpu.findings import Assumption, Figures, exactly
-from gpu_cache.device import Arena
-from gpu_cache.lease import Lease, carve, plain_tensors
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.device.protocol import Arena
+from gpu_cache.pool.lease import Lease, carve
 from tests.support.gpu_scene import MIB, Rig
 
 _NUM_FLOATS = 1024

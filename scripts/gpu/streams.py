@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from unittest import mock
 
 from gpu.findings import Assumption, Figures, at_least, exactly
-from gpu_cache.completion import Completion
+from gpu_cache.pool.completion import Completion
 from tests.support.gpu_race import Outcome, Touch, late_copy, nothing, race
 from tests.support.gpu_scene import Rig, fence_off
 

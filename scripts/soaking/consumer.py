@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer
-from areal.infra.rpc.shard import collect_leaves
 from gpu_cache.config import Prefer
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer
+from gpu_cache.rpc.shard import collect_leaves
 from soaking.catalogue import Catalogue, Shard
 from soaking.tally import EXPECTED_OF_PREFETCH, Tally
 

@@ -8,7 +8,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.server import main as rpc_server
 from soaking.catalogue import Catalogue
 
 RESTORE = "restore"

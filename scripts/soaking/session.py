@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from areal.infra.rpc import runtime
-from areal.infra.rpc.rtensor import RTensor, clear_fetch_buffer, set_backend
 from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, set_backend
 from soaking import columns
 from soaking.catalogue import NUM_OWNERS, Catalogue
 from soaking.chaos import Chaos

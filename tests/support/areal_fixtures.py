@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.backends.http_backend import HttpRTensorBackend
-from areal.infra.rpc.backends.http_connection import HttpAnswer, NodeConnection
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc.client.connection import HttpAnswer, NodeConnection
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
 from tests.support.fault_server import FaultServer
 
 LONG_S = 60.0  # a time-out that no test lives to see

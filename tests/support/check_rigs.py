@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.cuda_pools import _raw_memory
+from gpu_cache.device.private_pools import _raw_memory
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import MIB, FakeCuda
 from tests.support.gpu_scene import LONG_CYCLES, SHARD_BYTES, Rig, small_config

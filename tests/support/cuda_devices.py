@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gpu_cache.cudart import CudaRuntime
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.cudart import CudaRuntime
 from tests.support.fake_cuda import FakeCuda
 
 CUDA_1 = torch.device("cuda:1")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from areal.infra.rpc.rpc_server import ServerHandle
-from areal.infra.rpc.wire import CONTENT_TYPE
+from gpu_cache.rpc.server.main import ServerHandle
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
 BINARY = {"Accept": CONTENT_TYPE}
 

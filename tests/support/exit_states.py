@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
-from gpu_cache import CacheConfig, TensorCache, publish
-from gpu_cache.device import HostDevice
+from gpu_cache import CacheConfig, TensorCache
+from gpu_cache.device.host import HostDevice
+from gpu_cache.report import publish
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import remote
 from tests.support.fault_server import Exchange, FaultServer, frame, reply, silent
 from tests.support.sources import DictSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from areal.infra.rpc.store import ShardStore
+from gpu_cache.rpc.store import ShardStore
 
 
 class FakeOwner:

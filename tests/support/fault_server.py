@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.owned import OwnedShard
-from areal.infra.rpc.serialization import tensor_to_json
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame
+from gpu_cache.rpc.wire.owned import OwnedShard
+from gpu_cache.rpc.wire.serialization import tensor_to_json
 
 
 @dataclass(frozen=True)

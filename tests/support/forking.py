@@ -13,8 +13,9 @@ import time
 
 import torch
 
-from areal.infra.rpc import rpc_server, runtime
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import remote
 
 NUM_ELEMENTS = 4 << 20  # 16 MiB: more than two sockets buffer

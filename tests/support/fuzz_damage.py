@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_cache import hostmem
+from gpu_cache.device import hostmem
 
 ExampleT = TypeVar("ExampleT")
 

@@ -12,7 +12,7 @@ import torch
 
 from gpu_cache import TensorCache
 from gpu_cache.config import ReadyMode
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
 from tests.support.gpu_scene import GPU, LONG_CYCLES, REAL, SHARD_BYTES, Rig, fetch, is_all
 
 OLD, NEW = 5, 9

@@ -16,9 +16,9 @@ import torch
 from torch.cuda import _sanitizer
 
 from gpu_cache import FetchError, TensorCache, reaper
-from gpu_cache.completion import Completion
-from gpu_cache.cudart import CudaRuntime
-from gpu_cache.device import CudaDevice
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.cudart import CudaRuntime
+from gpu_cache.pool.completion import Completion
 from tests.support.gpu_race import late_reader
 from tests.support.gpu_scene import GPU, allocate, fence_off, fetch, keep_busy, small_cache
 

@@ -13,8 +13,8 @@ import torch
 
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import ReadyMode
-from gpu_cache.device import CudaDevice
-from gpu_cache.fence import StreamFence
+from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.pool.fence import StreamFence
 from tests.support.sources import DictSource
 
 MIB = 1 << 20

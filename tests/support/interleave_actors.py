@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec, TensorCache
-from gpu_cache.fetch import Fetch
-from gpu_cache.metered_reader import MeteredReader
-from gpu_cache.reader_task import ReaderTask
+from gpu_cache.transfer.fetch import Fetch
+from gpu_cache.transfer.metered_reader import MeteredReader
+from gpu_cache.transfer.task import ReaderTask
 
 PATIENCE_S = 30.0
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig, ShardReader, TensorCache
-from gpu_cache.device import HostDevice
-from gpu_cache.fetch import Fetch
+from gpu_cache.device.host import HostDevice
+from gpu_cache.transfer.fetch import Fetch
 from tests.support.interleave_actors import PATIENCE_S, Board, SteppedReader, SteppedSource
 
 # Room for two shards, each of them a run and a window of its own.

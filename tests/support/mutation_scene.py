@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.fake_cuda import FakeCuda
 
 SETTINGS: dict[str, Any] = {

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from areal.infra.rpc.backends.connection_pool import ConnectionPool
-from areal.infra.rpc.backends.http_reader import HttpReader
-from areal.infra.rpc.backends.http_requester import FETCH, HttpSettings, Requester
-from areal.infra.rpc.backends.node_state import NodeState
-from areal.infra.rpc.shard import ShardFetchError
 from gpu_cache import FetchError, ShardReader, ShardSpec
+from gpu_cache.rpc.client.node_state import NodeState
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.client.reader import HttpReader
+from gpu_cache.rpc.client.requester import FETCH, HttpSettings, Requester
+from gpu_cache.rpc.shard import ShardFetchError
 from tests.support.areal_fixtures import LONG_S
 from tests.support.fault_server import FaultServer
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.wire import CONTENT_TYPE, Frame
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame
 
 
 class ServerProcess:
@@ -25,7 +25,7 @@ class ServerProcess:
 
     def start(self) -> None:
         """At the port that it had before."""
-        command = [sys.executable, "-m", "areal.infra.rpc.rpc_server", "--port", self.address.split(":")[1]]
+        command = [sys.executable, "-m", "gpu_cache.rpc.server", "--port", self.address.split(":")[1]]
         self._process = subprocess.Popen([*command, *self._options], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().removeprefix("listening on ").strip()

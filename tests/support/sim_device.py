@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from gpu_cache.device import Arena, DeviceIdentity, Pinned
-from gpu_cache.lease import plain_tensors
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.device.protocol import Arena, DeviceIdentity, Pinned
 from tests.support.sim_clock import HOST, POISON, Region, Touch, join
 from tests.support.sim_host import SimHost
 from tests.support.sim_streams import Adversary, SimEvent, SimStream, Work

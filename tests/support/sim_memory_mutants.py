@@ -9,12 +9,12 @@ from unittest.mock import MagicMock
 
 import torch
 
-from gpu_cache import block
-from gpu_cache.block import Quarantine, Range
-from gpu_cache.entry import Entry, Landing
-from gpu_cache.index import ShardIndex
-from gpu_cache.lease import Lease
-from gpu_cache.slab import SlabPool
+from gpu_cache.index.entry import Entry
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool import block
+from gpu_cache.pool.block import Landing, Quarantine, Range
+from gpu_cache.pool.lease import Lease
+from gpu_cache.pool.slab import SlabPool
 from tests.support.sim_mutant import Mutants
 
 MEMORY_MUTANTS = Mutants()

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpu_cache import FetchError, TensorCache
-from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
-from gpu_cache.engine import Engine
-from gpu_cache.fetch import Fetch
-from gpu_cache.slab import SlabPool
+from gpu_cache.pool.completion import Completion
+from gpu_cache.pool.slab import SlabPool
+from gpu_cache.transfer.engine import Engine
+from gpu_cache.transfer.fetch import Fetch
 from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_clock import POISON
 from tests.support.sim_device import SimDevice

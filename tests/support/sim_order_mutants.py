@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gpu_cache.block import Quarantine
-from gpu_cache.completion import Completion
 from gpu_cache.config import ReadyMode
-from gpu_cache.device import Event, Stream
-from gpu_cache.engine import Engine
-from gpu_cache.fence import StreamFence
-from gpu_cache.inflight import Turn
-from gpu_cache.runs import Piece
-from gpu_cache.slab import SlabPool
+from gpu_cache.device.protocol import Event, Stream
+from gpu_cache.pool.block import Quarantine
+from gpu_cache.pool.completion import Completion
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.slab import SlabPool
 from gpu_cache.source import ShardReader
-from gpu_cache.staging import Slot, StagingRing
-from gpu_cache.transfer import Transfer
+from gpu_cache.transfer.engine import Engine
+from gpu_cache.transfer.inflight import Turn
+from gpu_cache.transfer.runs import Piece
+from gpu_cache.transfer.staging import Slot, StagingRing
+from gpu_cache.transfer.transfer import Transfer
 from tests.support.sim_mutant import Mutants
 
 ORDER_MUTANTS = Mutants()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec
-from gpu_cache.entry import Entry
+from gpu_cache.index.entry import Entry
 from tests.support.sim_streams import SimStream
 from tests.support.sources import GatedReader
 

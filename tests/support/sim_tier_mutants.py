@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gpu_cache.block import Range
-from gpu_cache.completion import Completion
-from gpu_cache.entry import Candidate
-from gpu_cache.fence import StreamFence
-from gpu_cache.fetch import Fetch
-from gpu_cache.host_tier import HostTier
-from gpu_cache.parked_reader import ParkedReader
+from gpu_cache.index.entry import Candidate
+from gpu_cache.pool.block import Range
+from gpu_cache.pool.completion import Completion
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.transfer.fetch import Fetch
+from gpu_cache.transfer.host_tier import HostTier
+from gpu_cache.transfer.parked_reader import ParkedReader
 from tests.support.sim_mutant import Mutants
 
 TIER_MUTANTS = Mutants()

@@ -14,7 +14,7 @@ import torch
 
 from gpu_cache import CacheConfig, FetchError, ShardReader, TensorCache
 from gpu_cache.config import Prefer, ReadyMode
-from gpu_cache.parked_reader import ParkedReader
+from gpu_cache.transfer.parked_reader import ParkedReader
 from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe

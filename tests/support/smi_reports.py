@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gpu_cache.report import SOURCE_DURATION_EDGES_S
-from gpu_cache.stats import buffer_stats_of
+from gpu_cache.report.counters import buffer_stats_of
+from gpu_cache.report.schema import SOURCE_DURATION_EDGES_S
 
 MIB = 1 << 20
 TIB = 1 << 40

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gpu_cache import CacheConfig, TensorCache
-from gpu_cache.device import HostDevice
+from gpu_cache.device.host import HostDevice
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
 from tests.support.areal_fixtures import remote
 
 

@@ -1,25 +1,9 @@
-"""Handles of remote tensors, and the codec that carries them. Names load on first use (PEP 562)."""
+"""The names of `gpu_cache.rpc`, under AReaL's; the modules are the same objects, so that state and patches are one."""
 
-from __future__ import annotations
+from typing import Any
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from areal.infra.rpc.rtensor import RTensor, TensorShardInfo
-    from areal.infra.rpc.serialization import deserialize_value, serialize_value
-
-__all__ = ["RTensor", "TensorShardInfo", "deserialize_value", "serialize_value"]
+from gpu_cache import rpc
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Even for the codec: importing rtensor is what enters the handles in the codec's table.
-    rtensor = import_module("areal.infra.rpc.rtensor")
-    home = import_module("areal.infra.rpc.serialization") if name.endswith("_value") else rtensor
-    return getattr(home, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return getattr(rpc, name)

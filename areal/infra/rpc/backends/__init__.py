@@ -1,1 +1,0 @@
-"""Transports: where the bytes of remote shards come from."""

@@ -1,0 +1,1 @@
+"""One device: its memory, streams and events."""

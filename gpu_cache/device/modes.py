@@ -1,0 +1,46 @@
+"""Torch's modes and transforms, kept away from what is built here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._ops import mode_stack_state_for_pre_dispatch
+from torch.utils._python_dispatch import _disable_current_modes
+
+_Method = TypeVar("_Method", bound=Callable[..., object])
+_NO_CHANGE = contextlib.nullcontext()
+_PRE_DISPATCH: Any = mode_stack_state_for_pre_dispatch()  # type: ignore[no-untyped-call]  # of modes that `torch.export` traces with
+
+
+def eager(method: _Method) -> _Method:
+    """Keep `torch.compile` out of a method, as it would trace threads and locks, and every mode of the caller's."""
+
+    @functools.wraps(method)
+    def plain(*args: Any, **options: Any) -> object:
+        with plain_tensors():
+            return method(*args, **options)
+
+    return cast(_Method, torch.compiler.disable(plain))  # type: ignore[no-untyped-call]
+
+
+def plain_tensors() -> contextlib.AbstractContextManager[object]:
+    """Build tensors as if no inference mode, dispatch mode or transform (`torch.func`) were active in this thread.
+
+    A tensor born in inference mode could not be saved for backward by a later training step, a fake-tensor mode would
+    refuse to carve, and what is born inside a transform is dead after it. Outside of all of them it costs under 1 us.
+    """
+    is_plain = not (torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack())
+    if is_plain and torch._C._functorch.peek_interpreter_stack() is None and not _PRE_DISPATCH.count():
+        return _NO_CHANGE
+    return _without_modes()
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield

@@ -1,0 +1,142 @@
+"""The device seam: memory, streams and events of one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gpu_cache.device.modes import plain_tensors
+
+Stream = Any
+Event = Any
+
+with plain_tensors():  # it may be imported within a mode
+    NO_BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIdentity:
+    """Which device this is, in words that outlive CUDA_VISIBLE_DEVICES; empty strings where unknown."""
+
+    name: str
+    uuid: str = ""
+    pci_bus_id: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Arena:
+    """One device allocation that slabs are cut from; `owner` stands for what goes back with it (a memory pool)."""
+
+    tensor: torch.Tensor  # (nbytes,) uint8 on the device
+    owner: object = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel()
+
+
+@dataclass(slots=True, eq=False)
+class Pinned:
+    """One host buffer that copies to the device pass through."""
+
+    tensor: torch.Tensor  # (nbytes,) uint8 on the host
+    view: memoryview  # the same bytes, writable
+    is_pinned: bool  # False: pageable, copies are slower and block the caller
+
+
+class Device(Protocol):
+    """What the cache asks of a device. Any thread; no call depends on or changes the thread's current device."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where arenas live."""
+
+    @property
+    def stages(self) -> bool:
+        """Whether bytes reach an arena through pinned staging buffers; False: sources write into it directly."""
+
+    def arena(self, nbytes: int, *, private: bool = True) -> Arena:
+        """Allocate device memory that nothing pending touches.
+
+        Args:
+            nbytes: Bytes to allocate.
+            private: From a memory pool of its own, which gives the memory back to the driver when released;
+                False: from torch's ordinary allocator.
+        Raises:
+            torch.OutOfMemoryError: The device has not that much. For a private arena torch does not empty its cache.
+            RuntimeError: The calling thread is capturing a CUDA graph.
+        """
+
+    def release_arena(self, arena: Arena) -> None:
+        """Give the memory back, which no work and no alias uses any more. Raises while this thread is capturing."""
+
+    def pinned(self, nbytes: int) -> Pinned:
+        """Allocate a staging buffer; pageable, with one warning, where pinning fails."""
+
+    def release_pinned(self, pinned: Pinned) -> None:
+        """Unpin and free a staging buffer. The caller has made sure that no copy reads it."""
+
+    def new_stream(self) -> Stream:
+        """A stream of the cache's own."""
+
+    def current_stream(self) -> Stream:
+        """The calling thread's current stream on this device."""
+
+    def fence_streams(self) -> Sequence[Stream]:
+        """Every stream on which somebody may have enqueued a read: the default one, then the pooled ones."""
+
+    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""
+
+    def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
+        """Enqueue copies of contiguous uint8 ranges (to, from) at once, in any order; the ranges do not overlap.
+
+        Raises:
+            RuntimeError: One was refused; others may be under way.
+        """
+
+    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
+        """Enqueue a comparison of equal uint8 ranges of arenas on `stream`.
+
+        Returns:
+            Whether they differ; to be called when an event recorded behind it is done.
+        """
+
+    def record(self, stream: Stream, *, timing: bool = False) -> Event:
+        """A new event behind everything enqueued on `stream` so far."""
+
+    def record_all(self, streams: Sequence[Stream]) -> list[Event]:
+        """New events behind everything enqueued on `streams` so far; each may stand for several streams."""
+
+    def discard(self, events: Sequence[Event]) -> None:
+        """Never look at events again that a capture may have taken in."""
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Make later work on `stream` wait for `event`; the host goes on."""
+
+    def query(self, event: Event) -> bool:
+        """Whether the host can see that `event` is done."""
+
+    def synchronize(self, event: Event) -> None:
+        """Block the calling thread until `event` is done."""
+
+    def elapsed_s(self, start: Event, end: Event) -> float:
+        """Seconds between two events recorded with `timing` and both done."""
+
+    def is_capturing(self, stream: Stream | None = None) -> bool:
+        """Whether a CUDA graph is being captured on `stream` (None: the calling thread's current stream)."""
+
+    def is_any_capturing(self, streams: Sequence[Stream]) -> bool:
+        """Whether a CUDA graph is being captured on one of `streams`."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total bytes of the device."""
+
+    def num_shortages(self) -> int:
+        """How often torch's allocator found too little memory on the device so far. Calls nothing of the device."""
+
+    def identity(self) -> DeviceIdentity:
+        """Which device this is."""

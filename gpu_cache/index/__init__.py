@@ -1,0 +1,1 @@
+"""Which shard is where, and in what state."""

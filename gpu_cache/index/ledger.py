@@ -1,0 +1,223 @@
+"""What is cached and what was asked for, in numbers."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any
+
+from gpu_cache.errors import LOCAL
+from gpu_cache.index.entry import Claim, Entry, Parked, State
+from gpu_cache.report.counters import BusyClock, LookupCounters, Survivors
+from gpu_cache.report.schema import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SURVIVED, EntryInfo, Histograms
+from gpu_cache.report.tally import Sources, Tally
+
+OUTLIVED = 2  # clears survived, from which on an entry is a leak: the next step's tensors may arrive before one
+
+
+class Ledger:
+    """The accounts of an index. No lock; the index calls it under its own.
+
+    Attributes:
+        births: When each READY entry was published, oldest first.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.births: OrderedDict[Hashable, float] = OrderedDict()
+        self.ready_bytes = 0
+        self._now = now
+        self._counters = LookupCounters()
+        self._survivors = Survivors()
+        self._fetching = BusyClock(now)
+        self._sources = Sources(now)
+        self._durations, self._entry_sizes = Tally(FETCH_DURATION_EDGES_S), Tally(ENTRY_SIZE_EDGES_BYTES)
+        self._host_entries = 0  # of `births`, in the host tier
+        self._host_evictions = self._host_evicted_bytes = self._host_cleared = self._host_cleared_bytes = 0
+        self._has_fetched = False  # since the last clear
+        self._dropped = self._dropped_bytes = 0  # whose storage died under them
+
+    def hit(self, num_hits: int, hit_bytes: int) -> None:
+        """A look-up found everything."""
+        self._counters.hits += num_hits
+        self._counters.hit_bytes += hit_bytes
+
+    def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_parked: int = 0) -> None:
+        """A look-up found so much; `num_parked` of the hits are handed out where they are in the host tier."""
+        num_moving = sum(entry.resident is not None for entry in found.claimed.values())
+        self._counters.hits += num_hits - num_parked
+        self._counters.host_hits += num_parked + num_moving
+        self._counters.hit_bytes += hit_bytes
+        self._counters.joined += len(found.joined)
+        self._counters.misses += len(found.claimed) - num_moving
+        self._has_fetched = self._has_fetched or len(found.claimed) > num_moving
+
+    def fetching(self, node: str, *, begins: bool) -> None:
+        """A reader of that node begins to deliver, or has ended."""
+        self._counters.fetches += begins
+        for clock in (self._fetching, self._sources[node].fetching):
+            if begins:
+                clock.start()
+            else:
+                clock.stop()
+
+    def answered(self, node: str, seconds: float) -> None:
+        """A node's answer took so long."""
+        self._durations.observe(seconds)
+        self._sources[node].durations.observe(seconds)
+
+    def landed(self, entries: Sequence[Entry], node: str) -> None:
+        """Entries got their tensors."""
+        fetched_bytes = sum(entry.nbytes for entry in entries if entry.is_fetch)
+        self._counters.miss_bytes += fetched_bytes
+        self._counters.hit_bytes += sum(entry.nbytes for entry in entries if entry.resident is not None)
+        self._counters.fetch_bytes += fetched_bytes
+        self._counters.joined_bytes += sum(entry.nbytes * entry.num_joined for entry in entries if entry.num_joined)
+        if fetched_bytes:
+            self._sources[node].fetch_bytes += fetched_bytes
+
+    def revived(self, entry: Entry) -> None:
+        """A miss that was not fetched, as who asked for it gets what was there before."""
+        self._counters.miss_bytes += entry.nbytes
+        self._counters.joined_bytes += entry.nbytes * entry.num_joined
+
+    def indexed(self, entries: Sequence[Entry], node: str) -> None:
+        """Entries of a node are READY from now on."""
+        if not entries:
+            return
+        born, epoch = self._now(), self._counters.clears
+        for entry in entries:
+            entry.state, entry.born, entry.epoch = State.READY, born, epoch
+            self.births[entry.key] = born
+        self._host_entries += sum(entry.parked is not None for entry in entries)
+        sizes = [entry.nbytes for entry in entries]
+        nbytes = sum(sizes)
+        self.ready_bytes += nbytes
+        self._entry_sizes.observe_all(sizes, nbytes)
+        self._sources[node].add(born, len(entries), nbytes)
+        kept = [entry.nbytes for entry in entries if entry.is_kept]
+        self._survivors.add(epoch, len(entries) - len(kept), nbytes - sum(kept))
+
+    def dropped(self, entry: Entry) -> None:
+        """A READY entry is indexed no more."""
+        del self.births[entry.key]
+        if entry.parked is not None:
+            self._host_entries -= 1
+        self.ready_bytes -= entry.nbytes
+        self._sources[entry.node].remove(entry.born, entry.nbytes)
+        if not entry.is_kept:
+            self._survivors.add(entry.epoch, -1, -entry.nbytes)
+
+    def moved(self, entry: Entry, parked: Parked | None) -> None:
+        """A READY entry goes to the host tier, or (None) leaves it; what it left is still referred to elsewhere."""
+        self._host_entries += 1 if parked is not None else -1
+        entry.parked = parked
+
+    def kept(self, entry: Entry) -> None:
+        """An entry is meant to stay: it is no survivor any more."""
+        if entry.state is State.READY and not entry.is_kept:
+            self._survivors.add(entry.epoch, -1, -entry.nbytes)
+        entry.is_kept = True
+
+    def overflowed(self, entries: Collection[Entry]) -> None:
+        """Entries were handed out without being cached."""
+        self._counters.overflows += len(entries)
+        self._counters.overflow_bytes += sum(entry.nbytes for entry in entries)
+
+    def failed(self, entries: Sequence[Entry], reason: str) -> None:
+        """Entries did not arrive."""
+        for entry in entries:
+            if entry.is_fetch:
+                self._counters.fetch_errors += 1
+                errors = self._sources["" if reason == LOCAL else entry.node].errors
+                errors[reason] = errors.get(reason, 0) + 1
+
+    def evicted(self, entries: Collection[Entry], *, parked: bool) -> None:
+        """Entries went to make room, from the device or from the host tier."""
+        if parked:
+            self._host_evictions += len(entries)
+            self._host_evicted_bytes += sum(entry.nbytes for entry in entries)
+            return
+        self._counters.evictions += len(entries)
+        self._counters.evicted_bytes += sum(entry.nbytes for entry in entries)
+
+    def died(self, entries: Collection[Entry]) -> None:
+        """Entries went because their storage did."""
+        self._dropped += len(entries)
+        self._dropped_bytes += sum(entry.nbytes for entry in entries)
+
+    def cleared(self, entries: Collection[Entry], *, ends_step: bool = True) -> None:
+        """Entries went on request. All clears between two fetches are one: a step clears its owners one by one."""
+        if self._has_fetched and ends_step:
+            self._has_fetched = False
+            self._counters.clears += 1
+        self._host_cleared += sum(entry.parked is not None for entry in entries)
+        self._host_cleared_bytes += sum(entry.nbytes for entry in entries if entry.parked is not None)
+        self._counters.cleared += len(entries)
+        self._counters.cleared_bytes += sum(entry.nbytes for entry in entries)
+
+    def is_outlived(self, entry: Entry) -> bool:
+        """Whether it survived so many clears that it is a leak, unless it is kept; true of all that are older."""
+        return self._counters.clears - entry.epoch >= OUTLIVED
+
+    def about(self, entry: Entry) -> EntryInfo:
+        """A READY entry, for people."""
+        base = (entry.parked or entry).base
+        assert base is not None
+        return EntryInfo(
+            key=entry.key,
+            nbytes=entry.nbytes,
+            age_s=self._now() - entry.born,
+            source=self._sources.name(entry.node),
+            clears_survived=self._counters.clears - entry.epoch,
+            dtype=base.dtype,
+            shape=tuple(base.shape),
+        )
+
+    def stats(self) -> dict[str, float]:
+        """The index's part of `BufferStats`."""
+        outlived_entries, outlived_bytes = self._survivors.since(self._counters.clears - OUTLIVED)
+        born = next(iter(self.births.values()), None)
+        return {
+            **self._counters.as_dict(),
+            "requested": self._counters.requested,
+            "requested_bytes": self._counters.requested_bytes,
+            "num_entries": len(self.births),
+            "num_tensors": len(self.births),
+            "total_bytes": self.ready_bytes,
+            "fetch_busy_seconds": self._fetching.seconds,
+            "oldest_entry_age_seconds": 0.0 if born is None else self._now() - born,
+            "outlived_entries": outlived_entries,
+            "outlived_bytes": outlived_bytes,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """What a report has beyond that, under the report's names."""
+        table = self._survivors.table(self._counters.clears)
+        return {
+            "sources": self._sources.stats(),
+            "histograms": Histograms(
+                fetch_duration_seconds=self._durations.histogram(), entry_size_bytes=self._entry_sizes.histogram()
+            ),
+            "survivors": capped(table, MAX_SURVIVED),
+            "outlived_max_clears": max((survived for survived, _, _ in table), default=0),
+            "device_entries": len(self.births) - self._host_entries,
+            "host_entries": self._host_entries,
+            "host_evictions": self._host_evictions,
+            "host_evicted_bytes": self._host_evicted_bytes,
+            "host_cleared": self._host_cleared,
+            "host_cleared_bytes": self._host_cleared_bytes,
+            "dropped": self._dropped,
+            "dropped_bytes": self._dropped_bytes,
+        }
+
+
+def capped(table: Sequence[list[int]], most: int) -> list[list[int]]:
+    """Rows of [clears, entries, bytes] from 1 clear on, ascending, those of more than `most` summed up with it."""
+    rows: dict[int, list[int]] = {}
+    for survived, num_entries, nbytes in sorted(table):
+        if survived > 0:
+            row = rows.setdefault(min(survived, most), [min(survived, most), 0, 0])
+            row[1] += num_entries
+            row[2] += nbytes
+    return list(rows.values())

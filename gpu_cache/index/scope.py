@@ -1,0 +1,82 @@
+"""Scopes: what is fetched inside a `with` is dropped at its end, whoever lost the keys."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+from gpu_cache.index.entry import Entry, Holding
+from gpu_cache.index.index import ShardIndex
+
+# A cache's innermost scope in a context. One for each cache: a scope is of one cache only.
+ScopeVariable = ContextVar[Holding | None]
+
+
+class Scope:
+    """A part of a program whose shards go when it ends. Made by `TensorCache.scope`; a context manager, to enter once.
+
+    Attributes:
+        name: What it is called in messages.
+    Thread-safety: any thread; entered and left once.
+    """
+
+    def __init__(
+        self, name: str, index: Callable[[], ShardIndex], variable: ScopeVariable, drop: Callable[[list[Entry]], int]
+    ) -> None:
+        self.name = name
+        # Asked for anew each time: in a forked child the parent's may be locked for ever.
+        self._index, self._variable, self._drop = index, variable, drop
+        self._holding: Holding | None = None
+        self._token: Token[Holding | None] | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that were fetched inside and are cached still; those on their way do not count. After the end: 0."""
+        return self._held()[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these."""
+        return self._held()[1]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self._holding is not None and self._holding.is_over
+
+    def keys(self) -> list[Hashable]:
+        """Keys of what was fetched inside and is cached still."""
+        return [] if self._holding is None else [entry.key for entry in self._index().held_by(self._holding)]
+
+    def __enter__(self) -> Scope:
+        if self._holding is not None:
+            raise RuntimeError(f"{self!r} was entered before; make another one")
+        outer = self._variable.get()
+        while outer is not None and outer.is_over:  # of who started this task
+            outer = outer.outer
+        self._holding = Holding(outer)
+        self._token = self._variable.set(self._holding)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._holding is not None
+        assert self._token is not None
+        # Left in another context, as a generator may be: there is nothing to set back there, and where it was entered
+        # a scope that is over counts for nothing.
+        with contextlib.suppress(ValueError):
+            self._variable.reset(self._token)
+        self._drop(self._index().end_scope(self._holding))
+
+    def __repr__(self) -> str:
+        if self._holding is None or self.is_over:
+            return f"Scope({self.name!r}, {'over' if self.is_over else 'not entered'})"
+        num_shards, nbytes = self._held()
+        return f"Scope({self.name!r}, {num_shards:,} shards, {nbytes:,} bytes)"
+
+    def _held(self) -> tuple[int, int]:
+        held = [] if self._holding is None else self._index().held_by(self._holding)
+        return len(held), sum(entry.nbytes for entry in held)

@@ -1,0 +1,1 @@
+"""Ranges of device memory, and when each may be used again."""

@@ -1,0 +1,125 @@
+"""Slabs, ranges and freed ranges: the records that the pool keeps, and how a range becomes shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+
+from gpu_cache.config import aligned
+from gpu_cache.device.protocol import Arena, Event
+from gpu_cache.pool.freelist import FreeList
+from gpu_cache.pool.lease import Catch, Lease, carve
+from gpu_cache.source import ShardSpec
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Slab:
+    """One arena cut into blocks. Fields are guarded by the slab lock."""
+
+    arena: Arena
+    free: FreeList
+    is_overflow: bool = False  # beyond the pool's cap: holds one run and is released with it
+    leases: dict[int, Lease] = dataclasses.field(default_factory=dict)  # by offset, kept until they fire
+    templates: dict[torch.dtype, torch.Tensor] = dataclasses.field(default_factory=dict)  # empty; not under the lock
+    used_at: int = 0  # the number of its last take
+
+    @property
+    def nbytes(self) -> int:
+        return self.free.capacity
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Range:
+    """Consecutive bytes of a slab. While PENDING they belong to the thread that receives into them."""
+
+    slab: Slab
+    offset: int
+    nbytes: int
+    leased_bytes: int = 0  # at its beginning: given back by leases, no longer by who took the range
+
+    @property
+    def rest(self) -> Range:
+        """What no lease covers."""
+        return Range(self.slab, self.offset + self.leased_bytes, self.nbytes - self.leased_bytes)
+
+
+@dataclasses.dataclass(slots=True)
+class Landing:
+    """One shard that arrived, as the transfer tells it to the index."""
+
+    key: Hashable
+    base: torch.Tensor
+    lease: Lease | None
+    nbytes: int
+    loan: torch.Tensor | None = None  # a twin of the base, to be handed out
+
+    @property
+    def version(self) -> int:
+        """As of Entry."""
+        return self.base._version if self.loan is None else self.loan._version
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Quarantine:
+    """Ranges freed together; reusable when every event is done."""
+
+    ranges: Sequence[Range | Lease]
+    events: list[Event] | None = None  # None: not yet recorded
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TrimReport:
+    """What was given back. True if anything was.
+
+    Attributes:
+        freed_bytes: Of slabs that went back to the device's allocator.
+        held_bytes: Of slabs that stay because a shard in them is cached, on its way, or held by an alias.
+        num_held: How many slabs those are.
+    """
+
+    freed_bytes: int = 0
+    held_bytes: int = 0
+    num_held: int = 0
+
+    def __bool__(self) -> bool:
+        return self.freed_bytes > 0
+
+
+def stretches(leases: Iterable[Lease]) -> list[tuple[Slab, int, int]]:
+    """Slab, offset and length of blocks, those that follow upon each other taken together; in the same order."""
+    found: list[tuple[Slab, int, int]] = []
+    for lease in leases:
+        slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
+        if slab is lease.slab and offset + nbytes == lease.offset:
+            found.append((slab, offset, nbytes + lease.nbytes))
+        else:
+            found += [(slab, offset, nbytes), (lease.slab, lease.offset, lease.nbytes)]
+    return found
+
+
+def carve_shards(
+    taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease], leases: dict[int, Lease]
+) -> list[Landing]:
+    """The tensors of the shards of a run, `offsets` bytes into its range. `leases` gets, by offset, what frees them."""
+    slab, first, landings = taken.slab, taken.offset, list[Landing]()
+    storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
+    templates = slab.templates
+    for dtype in {spec.dtype for spec in specs} - templates.keys():
+        templates[dtype] = torch.empty(0, dtype=dtype, device=device)
+    catch = Catch(freed)
+    twins = catch.twins
+    for spec, relative in zip(specs, offsets, strict=True):
+        offset, nbytes = first + relative, spec.nbytes
+        base, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, catch)
+        lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, offset, aligned(nbytes)
+        leases[offset] = lease
+        landings.append(Landing(spec.key, base, lease, nbytes, twins.pop() if twins else None))
+    return landings
+
+
+def empty_landings(specs: Sequence[ShardSpec], device: torch.device) -> list[Landing]:
+    """Tensors of shards without bytes; they take no room. Call inside `plain_tensors()`."""
+    return [Landing(s.key, torch.empty(s.shape, dtype=s.dtype, device=device), None, 0) for s in specs]

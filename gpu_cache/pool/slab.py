@@ -1,0 +1,540 @@
+"""The pool: slabs, the blocks carved from them, and the quarantine that freed ranges pass before they are reused.
+
+Empty slabs are kept as far as they were preallocated, and as far as the latest steps had them in use.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from gpu_cache.config import ALIGNMENT, CacheConfig, variable
+from gpu_cache.device.protocol import Arena, Device
+from gpu_cache.errors import CacheFullError, GpuCacheError
+from gpu_cache.pool.block import Landing, Quarantine, Range, Slab, TrimReport, carve_shards
+from gpu_cache.pool.eviction import Layout, Span
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.freelist import FreeList
+from gpu_cache.pool.high_water import LOOK_S, HighWater
+from gpu_cache.pool.lease import Husks, Lease, lease_fault
+from gpu_cache.source import ShardSpec
+
+logger = logging.getLogger(__name__)
+
+
+class Shortage(NamedTuple):
+    """Why a pool has no room.
+
+    Attributes:
+        kind: In a word; each is warned about in turn.
+        words: What the pool is, has or does, and what helps.
+    """
+
+    kind: str
+    words: str
+
+
+class SlabPool:
+    """Device memory of one cache.
+
+    Args:
+        device: Where arenas live.
+        config: Resolved settings.
+        fence: Records the events that freed ranges wait for.
+        on_dead: Told the leases that fired.
+        husks: Takes what is left of tensors that blocks were built with; None: its own.
+    Raises:
+        GpuCacheError: Leases are unsound on this torch.
+    Thread-safety: any thread. Allocates and releases outside the lock.
+    Source: deferred free behind events, as PyTorch's CachingHostAllocator does.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        config: CacheConfig,
+        fence: StreamFence,
+        on_dead: Callable[[list[Lease]], None],
+        husks: Husks | None = None,
+    ) -> None:
+        if fault := lease_fault():
+            raise GpuCacheError(fault)
+        self._fence, self._on_dead = fence, on_dead
+        self._husks = Husks() if husks is None else husks
+        self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
+        assert config.pool_bytes is not None
+        assert config.prealloc_bytes is not None
+        self.capacity = config.pool_bytes
+        self._device, self._slab_bytes = device, config.slab_bytes
+        # Guards every field below, and those of each slab; _look_at is read without it.
+        self._lock = threading.Condition(threading.Lock())
+        self._slabs: list[Slab] = []  # the smallest first: what is short leaves the long ones to what needs them
+        self._floor_bytes = config.prealloc_bytes  # empty slabs down to this are kept in any case
+        self._limit_bytes: int | None = None  # and no more than this: what was trimmed to, until `resume`
+        self._water = HighWater()
+        self._uses = itertools.count(1)  # numbers takes, so that the slab longest unused goes first
+        self._is_started = False
+        self._growing_bytes = 0  # of slabs being allocated
+        self._reserved_bytes = self._overflow_bytes = 0
+        self._in_use_bytes = 0  # of slabs that are not empty, overflow left out
+        self._alloc_failures = 0
+        self._num_shortages: int | None = None  # as the device counted at the last look
+        self._look_at = 0.0  # when to look next; read without the lock, as being late by one look harms nothing
+        self._quarantine: dict[Quarantine, None] = {}  # the oldest first
+        self._pending_bytes = self._held_bytes = self._quarantined_bytes = self._peak_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"SlabPool({self.accounts()}, at most {self.capacity:,} bytes)"
+
+    @property
+    def husks(self) -> Husks:
+        """What is left of tensors of this pool."""
+        return self._husks
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether bytes may become free without a call: any are taken, in quarantine, or kept for a next step."""
+        with self._lock:
+            return bool(self._pending_bytes or self._held_bytes or self._quarantine) or self._has_spare
+
+    def take(self, nbytes: int) -> Range | None:
+        """Take one range for a run, growing the pool where it may; None if there is no room now."""
+        self._preallocate()
+        while True:
+            with self._lock:
+                while not (taken := self._take_locked(nbytes)) and self._growing_bytes:
+                    self._lock.wait()  # for another thread's slab, which may have room for both
+                growth = 0 if taken else self._plan_growth_locked(nbytes)
+                # A run longer than a slab may need the room of empty ones.
+                way = [] if taken or growth else self._make_way_locked(nbytes)
+            if not (self._grow(growth) if growth else way):
+                return taken
+            self._release(way)
+
+    def take_free(self, nbytes: int) -> Range | None:
+        """Take a range of what is free now; the pool does not grow for it."""
+        with self._lock:
+            return self._take_locked(nbytes)
+
+    def take_overflow(self, nbytes: int) -> Range:
+        """Take a range outside the pool, from torch's own allocator.
+
+        Raises:
+            CacheFullError: The device has no room either.
+        """
+        try:
+            slab = self._overflow(nbytes)
+        except torch.OutOfMemoryError as error:
+            with self._lock:
+                reserved = self._reserved_bytes + self._overflow_bytes
+            raise CacheFullError(nbytes, self._device.memory_info()[0], self.capacity, reserved) from error
+        with self._lock:
+            self._add_locked(slab)
+            taken = self._take_from_locked(slab, nbytes)
+        assert taken is not None
+        return taken
+
+    def carve(self, taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int]) -> list[Landing]:
+        """Turn a run's range into its shards' tensors; from here on their leases alone give the bytes back.
+
+        Call inside `plain_tensors()`. If building one fails, what no lease covers is for the caller to abandon.
+        """
+        leases: dict[int, Lease] = {}
+        try:
+            return carve_shards(taken, specs, offsets, self._freed, leases)
+        finally:
+            nbytes = sum(lease.nbytes for lease in leases.values())
+            with self._lock:
+                taken.slab.leases.update(leases)
+                self._pending_bytes -= nbytes
+                self._held_bytes += nbytes
+            taken.leased_bytes += nbytes
+
+    def abandon(self, taken: Range) -> None:
+        """Give back a range whose run failed; copies into it may still be under way."""
+        if not (rest := taken.rest).nbytes:
+            return
+        with self._lock:
+            self._pending_bytes -= rest.nbytes
+            self._quarantine_locked([rest], rest.nbytes)
+
+    def drain(self) -> None:
+        """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""
+        is_due = time.monotonic() >= self._look_at
+        if not (self._freed or self._quarantine or is_due) or self._device.is_capturing():
+            return
+        if is_due:
+            self._look()
+        self._collect()
+        self._settle([one for one in self._fenced() if all(map(self._device.query, one.events or ()))])
+
+    def end_step(self) -> None:
+        """Something was cleared: what is in use from here on is the next step's. See `HighWater`."""
+        with self._lock:
+            has_ended = self._water.clear(self._held_bytes + self._pending_bytes)
+        if has_ended:
+            self._look_for_shortage()
+
+    def synchronize(self) -> None:
+        """Drain, and wait until what was freed before this call is reusable."""
+        self._collect()
+        held = self._fenced()
+        for one in held:
+            self._wait_for(one)
+        self._settle(held)
+
+    def take_freed(self, nbytes: int) -> Range | None:
+        """Take a range from what was freed: waits for the oldest of it, then the next, until there is room."""
+        self._collect()
+        for one in self._fenced():
+            self._wait_for(one)
+            self._settle([one])
+            if (taken := self.take(nbytes)) is not None:
+                return taken
+        return self.take(nbytes)  # the reaper may have been first, and left nothing to wait for
+
+    def layout(self) -> Layout:
+        """Where room is, or could be made, for a choice of victims."""
+        with self._lock:
+            slabs = [slab for slab in self._slabs if not slab.is_overflow]
+            freed = [one for held in self._quarantine for one in held.ranges if not one.slab.is_overflow]
+            free = [Span(slab, start, nbytes) for slab in slabs for start, nbytes in slab.free.ranges()]
+            return Layout(
+                {slab: slab.nbytes for slab in slabs},
+                [*free, *(Span(one.slab, one.offset, one.nbytes) for one in freed)],
+                max(0, self.capacity - self._reserved_bytes - self._growing_bytes),
+            )
+
+    @property
+    def can_reuse(self) -> bool:
+        """Whether what is freed now can become free: not while a CUDA graph is being captured on any stream."""
+        return not self._fence.is_captured
+
+    def trim(self, to_bytes: int = 0) -> TrimReport:
+        """Release empty slabs down to `to_bytes`, and keep no more until `resume`."""
+        with self._lock:
+            self._limit_bytes = to_bytes if self._limit_bytes is None else min(self._limit_bytes, to_bytes)
+            before = self._reserved_bytes + self._overflow_bytes
+        self.synchronize()
+        self._release_empty()
+        with self._lock:
+            held = [slab.nbytes for slab in self._slabs if not slab.free.is_empty]
+            return TrimReport(max(0, before - self._reserved_bytes - self._overflow_bytes), sum(held), len(held))
+
+    def resume(self) -> None:
+        """Take back what `trim` said: the next use preallocates again, and keeps what it did."""
+        with self._lock:
+            self._limit_bytes, self._is_started = None, False
+
+    def keep(self, nbytes: int) -> None:
+        """Preallocate nothing, but keep what is taken, up to so many bytes, from now on."""
+        with self._lock:
+            self._floor_bytes, self._is_started = nbytes, True
+
+    def stats(self) -> dict[str, int]:
+        """The pool's part of `BufferStats`, consistent in itself."""
+        with self._lock:
+            return {
+                "device_bytes": self._held_bytes,
+                "device_reserved_bytes": self._reserved_bytes + self._overflow_bytes,
+                "device_capacity_bytes": self.capacity,
+                "device_peak_bytes": self._peak_bytes,
+                "device_largest_free_bytes": max(
+                    (slab.free.largest_free_bytes for slab in self._slabs if not slab.is_overflow), default=0
+                ),
+                "device_quarantined_bytes": self._quarantined_bytes,
+                "alloc_failures": self._alloc_failures,
+            }
+
+    def accounts(self) -> dict[str, int]:
+        """Where every reserved byte is: free + pending + held + quarantined = reserved. For tests and reports."""
+        with self._lock:
+            return {
+                "free": sum(slab.free.free_bytes for slab in self._slabs),
+                "pending": self._pending_bytes,
+                "held": self._held_bytes,
+                "quarantined": self._quarantined_bytes,
+                "reserved": self._reserved_bytes + self._overflow_bytes,
+            }
+
+    def shortage(self, nbytes: int, setting: str) -> Shortage:
+        """Say why a run of `nbytes` finds no room, and what helps, with the numbers of one moment.
+
+        Args:
+            nbytes: Of the run, after alignment.
+            setting: The field of the settings that bounds this pool.
+        """
+        can_reuse = self.can_reuse
+        with self._lock:
+            slabs = [slab for slab in self._slabs if not slab.is_overflow]
+            free = sum(slab.free.free_bytes for slab in slabs)
+            largest = max((slab.free.largest_free_bytes for slab in slabs), default=0)
+            room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
+            held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
+        raising = f"raise {setting} ({variable(setting)})"
+        if nbytes > self.capacity:
+            return Shortage("length", f"is shorter than this run of {nbytes:,} bytes; {raising}")
+        if room >= nbytes:
+            return Shortage("device", f"may grow by {room:,}, and the device has no memory for that; free some there")
+        if not can_reuse and freed:
+            return Shortage("capture", f"cannot reuse {freed:,} freed bytes during CUDA graph capture; fetch before")
+        if free + room >= nbytes:
+            return Shortage("pieces", f"has {free + room:,} bytes free in pieces, {largest:,} the largest; {raising}")
+        if pending >= max(held, freed, 1):
+            return Shortage("pending", f"has {pending:,} bytes taken for shards on their way; {raising}")
+        return Shortage(
+            "use",
+            f"is full of shards that are in use ({held:,} held, {freed:,} waiting to be reused, the largest free range "
+            f"{largest:,}); {raising}, or clear what is done with",
+        )
+
+    @property
+    def free_bytes(self) -> int:
+        """What the pool may still hand out, in however many pieces."""
+        with self._lock:
+            taken = self._held_bytes + self._pending_bytes + self._quarantined_bytes
+            return max(0, self.capacity + self._overflow_bytes - taken)
+
+    def reset_peak(self) -> None:
+        """Make the peak what is in use now."""
+        with self._lock:
+            self._peak_bytes = self._held_bytes + self._pending_bytes
+
+    def _collect(self) -> None:
+        """Quarantine the blocks whose leases fired. Until then they count as held."""
+        dead: list[Lease] = []
+        with self._lock:
+            while self._freed:
+                dead.append(self._freed.popleft())
+                del dead[-1].slab.leases[dead[-1].offset]
+            self._held_bytes -= (nbytes := sum(lease.nbytes for lease in dead))
+            if dead:
+                self._quarantine_locked(dead, nbytes)
+        self._on_dead(dead)
+
+    def _fenced(self) -> list[Quarantine]:
+        """What is in quarantine and has its events; those recorded here come after every drop."""
+        with self._lock:
+            held = list(self._quarantine)
+        if unfenced := [one for one in held if one.events is None]:
+            events = self._fence.record()
+            for one in unfenced:
+                one.events = events
+        return [one for one in held if one.events is not None]
+
+    def _wait_for(self, one: Quarantine) -> None:
+        for event in one.events or ():
+            self._device.synchronize(event)
+
+    def _settle(self, done: Sequence[Quarantine]) -> None:
+        """Make ranges reusable, and release slabs that this leaves empty above what is kept."""
+        with self._lock:
+            for one in done:
+                if one not in self._quarantine:  # another thread settled it
+                    continue
+                del self._quarantine[one]
+                for freed in one.ranges:
+                    freed.slab.free.give(freed.offset, freed.nbytes)
+                    self._quarantined_bytes -= freed.nbytes
+                    if freed.slab.free.is_empty and not freed.slab.is_overflow:
+                        self._in_use_bytes -= freed.slab.nbytes
+        if done:
+            self._release_empty()
+
+    def _look(self) -> None:
+        """Once in a while: keep less if the device is short of memory, or if nothing is taken any more."""
+        with self._lock:
+            if not self._has_spare:
+                self._look_at = time.monotonic() + LOOK_S
+                return
+            self._water.pass_time(self._held_bytes + self._pending_bytes)
+        self._look_for_shortage()
+        self._release_empty()
+
+    def _give_way(self) -> bool:
+        """Release what the device needs more than the pool, also what only waits to be reused; whether any."""
+        before = self.stats()["device_reserved_bytes"]
+        self.synchronize()
+        self._release_empty(is_scarce=True)
+        return self.stats()["device_reserved_bytes"] < before
+
+    def _take_locked(self, nbytes: int) -> Range | None:
+        for slab in self._slabs:
+            if not slab.is_overflow and (taken := self._take_from_locked(slab, nbytes)):
+                return taken
+        return None
+
+    def _take_from_locked(self, slab: Slab, nbytes: int) -> Range | None:
+        was_empty = slab.free.is_empty
+        offset = slab.free.take(nbytes)
+        if offset is None:
+            return None
+        self._pending_bytes += nbytes
+        in_use = self._held_bytes + self._pending_bytes
+        self._peak_bytes = max(self._peak_bytes, in_use)
+        slab.used_at = next(self._uses)
+        if not slab.is_overflow:
+            self._in_use_bytes += slab.nbytes if was_empty else 0
+            self._water.note(self._in_use_bytes, in_use, nbytes)
+        return Range(slab, offset, nbytes)
+
+    def _quarantine_locked(self, ranges: Sequence[Range | Lease], nbytes: int) -> None:
+        self._quarantine[Quarantine(ranges)] = None
+        self._quarantined_bytes += nbytes
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Empty slabs down to this are kept."""
+        kept = max(self._floor_bytes, self._water.nbytes)
+        return kept if self._limit_bytes is None else min(kept, self._limit_bytes)
+
+    @property
+    def _has_spare(self) -> bool:
+        """Whether more is reserved than will be for good: time, or a lack of memory, may take it."""
+        for_good = self._floor_bytes if self._limit_bytes is None else min(self._floor_bytes, self._limit_bytes)
+        return self._reserved_bytes > for_good
+
+    def _look_for_shortage(self) -> None:
+        """Keep nothing for a while if torch's allocator ran short of memory since the last look.
+
+        It empties its own cache before it gives up, but of empty slabs it knows nothing.
+        """
+        found = self._device.num_shortages()
+        with self._lock:
+            before, self._num_shortages = self._num_shortages, found
+            self._look_at = time.monotonic() + LOOK_S
+            if before is not None and found > before:
+                self._water.rest()
+
+    def _preallocate(self) -> None:
+        """Take the slabs that are kept while empty; once, at first use."""
+        if self._is_started:
+            return
+        if self._num_shortages is None:
+            self._look_for_shortage()
+        with self._lock:
+            wanted = self._floor_bytes if self._limit_bytes is None else min(self._floor_bytes, self._limit_bytes)
+            missing = 0 if self._is_started else wanted - self._reserved_bytes
+            self._is_started = True
+        while missing > 0:
+            with self._lock:
+                growth = self._plan_growth_locked(min(missing, self._slab_bytes))
+            if not growth or not self._grow(growth):
+                return
+            missing -= growth
+
+    def _plan_growth_locked(self, nbytes: int) -> int:
+        """Reserve the bytes of a new slab that can hold `nbytes`; 0 if the pool may not grow so far."""
+        room = self.capacity - self._reserved_bytes - self._growing_bytes
+        if nbytes > room:
+            return 0
+        growth = min(max(nbytes, self._slab_bytes), room // ALIGNMENT * ALIGNMENT)
+        self._growing_bytes += growth
+        return growth
+
+    def _grow(self, nbytes: int) -> bool:
+        """Add the slab that `_plan_growth_locked` reserved; False if the device has no room.
+
+        Then torch's ordinary allocator is not asked for it: of what the trainer's blocks left there, the cache takes no
+        more than a run at a time, as overflow.
+        """
+        arena = None
+        try:
+            arena = self._allocate(nbytes, private=True)
+        except torch.OutOfMemoryError:
+            logger.warning("no room on %s for a slab of %s bytes", self._device.torch_device, f"{nbytes:,}")
+        finally:
+            with self._lock:
+                self._growing_bytes -= nbytes
+                self._lock.notify_all()
+                if arena is None:
+                    self._alloc_failures += 1
+                else:
+                    self._add_locked(Slab(arena, FreeList(nbytes)))
+        return arena is not None
+
+    def _overflow(self, nbytes: int) -> Slab:
+        """A slab from torch's own allocator, for the caller to add and to take from at once: empty ones go."""
+        return Slab(self._allocate(nbytes, private=False), FreeList(nbytes), is_overflow=True)
+
+    def _allocate(self, nbytes: int, *, private: bool) -> Arena:
+        """Take memory from the device; if it has none, once more without the slabs that nobody uses."""
+        try:
+            return self._device.arena(nbytes, private=private)
+        except torch.OutOfMemoryError:
+            if not self._give_way():
+                raise
+        return self._device.arena(nbytes, private=private)
+
+    def _release_empty(self, *, is_scarce: bool = False) -> bool:
+        """Release empty slabs down to what is kept, and empty overflow; whether any.
+
+        Where memory is scarce none is kept, now and in the next steps.
+        """
+        with self._lock:
+            if is_scarce:
+                self._water.rest()
+            kept = 0 if is_scarce else self._kept_bytes
+            released = []
+            for slab in self._empty_locked():
+                if slab.is_overflow or self._reserved_bytes - slab.nbytes >= kept:
+                    released.append(slab)
+                    self._count_locked(slab, -slab.nbytes)
+            self._slabs = [slab for slab in self._slabs if slab not in released]
+        self._release(released)
+        return bool(released)
+
+    def _make_way_locked(self, nbytes: int) -> list[Slab]:
+        """Take out empty slabs, for the caller to release, so that one of `nbytes` may come; none if it may not.
+
+        Under the lock under which no range was found: released later, they might be what has become free since.
+        """
+        lacking = nbytes - (self.capacity - self._reserved_bytes - self._growing_bytes)
+        way: list[Slab] = []
+        for slab in [one for one in self._empty_locked() if not one.is_overflow]:
+            if lacking <= 0:
+                break
+            way.append(slab)
+            lacking -= slab.nbytes
+        if lacking > 0:
+            return []
+        for slab in way:
+            self._slabs.remove(slab)
+            self._count_locked(slab, -slab.nbytes)
+        return way
+
+    def _empty_locked(self) -> list[Slab]:
+        """Those that nothing is taken of, the longest unused first."""
+        return sorted((slab for slab in self._slabs if slab.free.is_empty), key=lambda slab: slab.used_at)
+
+    def _release(self, slabs: Sequence[Slab]) -> None:
+        """Give arenas back to the device. One that it fails to take comes back, and keeps no other from going."""
+        failed: Exception | None = None
+        for slab in slabs:
+            try:
+                self._device.release_arena(slab.arena)
+            except Exception as error:
+                failed = failed or error
+                if slab.arena.nbytes:  # else the device has it, and will free it with a later one
+                    with self._lock:
+                        self._add_locked(slab)
+        if failed is not None:
+            raise failed
+
+    def _add_locked(self, slab: Slab) -> None:
+        bisect.insort(self._slabs, slab, key=lambda one: one.nbytes)
+        self._count_locked(slab, slab.nbytes)
+
+    def _count_locked(self, slab: Slab, nbytes: int) -> None:
+        if slab.is_overflow:
+            self._overflow_bytes += nbytes
+        else:
+            self._reserved_bytes += nbytes

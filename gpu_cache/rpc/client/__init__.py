@@ -1,0 +1,1 @@
+"""How a consumer reads and deletes shards of an owner."""

@@ -1,0 +1,165 @@
+"""What a backend must offer, and how any backend becomes a source of readers for the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
+from gpu_cache.process import OwnThread
+from gpu_cache.rpc.client.bounded_call import BoundedCall
+from gpu_cache.rpc.shard import TensorShardInfo, answer_error, promise_of
+
+_NAMED_NODES = 3  # how many a message names
+_TAKE_BACK_S = 10.0  # a deletion after a failure is waited for so long
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class RTensorBackend(Protocol):
+    """Upstream's backend interface; a user's own class with these three methods works with the cache."""
+
+    def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
+        """The tensors of shards, in order."""
+
+    def store(self, tensor: torch.Tensor) -> Any:
+        """Keep a tensor and return the id of its shard."""
+
+    async def delete(self, node_addr: str, shard_ids: list[Any]) -> Any:
+        """Forget shards at their owner."""
+
+
+@runtime_checkable
+class StreamingBackend(Protocol):
+    """A backend that can deliver bytes into buffers of the cache's choosing."""
+
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> ShardSource:
+        """A source for these shards; `expected` are meta tensors as they should be, where known."""
+
+
+@runtime_checkable
+class TakingBack(Protocol):
+    """A backend that can forget at once what it has just stored."""
+
+    def take_back(self, shard_ids: Sequence[Any]) -> None:
+        """Forget it. Called by the owner, and not for what others may know of."""
+
+
+# Takes keys and how long that may take, in seconds; returns a tensor or an exception for each, in order.
+Load = Callable[[Sequence[Hashable], float], Sequence[torch.Tensor | Exception]]
+
+
+class CallSource:
+    """A source over one blocking call that returns tensors.
+
+    Args:
+        node: Where the tensors come from, for messages and `clear_node`.
+        load: The call.
+        promises: What the shards should be; another one is refused before its bytes are copied.
+        may_hang: Whether the call may last longer than it may take. Then a thread of its own makes it.
+    """
+
+    def __init__(self, node: str, load: Load, promises: Mapping[Hashable, Promise], *, may_hang: bool = True) -> None:
+        self._node, self._load, self._promises, self._may_hang = node, load, promises, may_hang
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader; its call is given up after `timeout_s`."""
+        load = partial(self._loaded, keys, timeout_s)
+        if not self._may_hang:
+            return [TensorReader(self._node, keys, load)]
+        call = BoundedCall(load, self._node, timeout_s)
+        return [TensorReader(self._node, keys, call.result, call.cancel)]
+
+    def _loaded(self, keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor | Exception]:
+        loaded = self._load(keys, timeout_s)
+        if len(loaded) != len(keys):
+            return list(loaded)  # the reader says so
+        return [self._as_promised(key, one) for key, one in zip(keys, loaded, strict=True)]
+
+    def _as_promised(self, key: Hashable, one: torch.Tensor | Exception) -> torch.Tensor | Exception:
+        promise = self._promises.get(key)
+        if promise is None or isinstance(one, Exception) or (one.dtype, one.shape) == promise[:2]:
+            return one
+        return answer_error(key, promise, (one.dtype, one.shape, promise[2]))
+
+
+class NodesSource:
+    """Routes each key to the source of its node."""
+
+    def __init__(self, source_of: Mapping[Hashable, ShardSource]) -> None:
+        self._source_of = source_of
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """The readers of every source that has some of the keys."""
+        keys_of: dict[int, list[Hashable]] = {}
+        for key in keys:
+            keys_of.setdefault(id(self._source_of[key]), []).append(key)
+        return [reader for wanted in keys_of.values() for reader in self._source_of[wanted[0]].open(wanted, timeout_s)]
+
+
+def source_of(
+    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+) -> ShardSource:
+    """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
+    # Asked of the class: a mock in the place of a backend has every attribute.
+    if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
+        return backend.source(shards, expected)
+
+    def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
+        return [on_host(tensor) for tensor in backend.fetch([shards[key] for key in keys])]
+
+    nodes = sorted({info.node_addr for info in shards.values()})
+    named = ", ".join(nodes[:_NAMED_NODES]) + (", ..." if len(nodes) > _NAMED_NODES else "")
+    return CallSource(named, load, promises_of(shards, expected))
+
+
+def promises_of(
+    shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+) -> dict[Hashable, Promise]:
+    """What handles say of their shards, where they say it."""
+    return {key: promise_of(meta, shards[key].node_addr) for key, meta in expected.items()}
+
+
+def take_back(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:
+    """Remove what was stored for a call that failed. Never raises: that call's error is the one to see."""
+    try:
+        if not shard_ids:
+            return
+        if isinstance(backend, TakingBack) and hasattr(type(backend), "take_back"):
+            backend.take_back(shard_ids)
+        else:
+            _delete_now(backend, node_addr, shard_ids)
+    except Exception as error:
+        text = "%d shards stay stored, as the call that had stored them failed and they could not be deleted: %r"
+        logger.warning(text, len(shard_ids), error)
+
+
+def _delete_now(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:
+    """Delete in a loop and a thread of its own: the caller may be inside another loop."""
+    outcome: Future[Any] = Future()
+
+    async def delete() -> None:
+        outcome.set_result(await backend.delete(node_addr, shard_ids))
+
+    def run() -> None:
+        try:
+            asyncio.run(delete())
+        except BaseException as error:  # top of a thread
+            outcome.set_exception(error)
+
+    OwnThread(run, "areal-clear").start()
+    outcome.result(_TAKE_BACK_S)
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, where the cache takes it from."""
+    return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()

@@ -1,0 +1,187 @@
+"""The HTTP backend: shards of rollout workers over kept-alive connections, one thread for each node."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+import uuid
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gpu_cache import FetchError, ShardReader, ShardSpec
+from gpu_cache.device.hostmem import host_tensor
+from gpu_cache.rpc.client.deleter import HttpDeleter
+from gpu_cache.rpc.client.node_state import NodeState
+from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.client.reader import HttpReader
+from gpu_cache.rpc.client.requester import CLEAR, DEFAULT_MAX_UNKNOWN_BYTES, FETCH, HttpSettings, Requester, Route
+from gpu_cache.rpc.own_thread import in_own_thread
+from gpu_cache.rpc.shard import TensorShardInfo
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.tokens import find_token
+from gpu_cache.rpc.wire.serialization import check_stored
+
+
+class HttpRTensorBackend:
+    """Fetches shards from the `/data` routes of their owners.
+
+    Args:
+        max_shards_per_request: Bounds a request in the JSON form; a binary one is bounded by 256 MiB and 4,096 ids.
+        token: Sent as `Authorization: Bearer`; None reads AREAL_RPC_TOKEN. White space around it is dropped.
+        shards: Where `store` keeps tensors; None until the backend is made this process's own.
+        max_unknown_bytes: The longest shard that `fetch` takes, in bytes. `source` takes what the handles promise,
+            however long it is, and nothing longer.
+    Raises:
+        ValueError: `max_shards_per_request` or `max_unknown_bytes` is not positive, or the token is not one line of
+            printable ASCII.
+    Thread-safety: any thread.
+    """
+
+    def __init__(
+        self,
+        max_shards_per_request: int = 32,
+        *,
+        token: str | None = None,
+        shards: ShardStore | None = None,
+        max_unknown_bytes: int = DEFAULT_MAX_UNKNOWN_BYTES,
+    ) -> None:
+        if max_shards_per_request <= 0:
+            raise ValueError("max_shards_per_request must be positive")
+        if max_unknown_bytes <= 0:
+            raise ValueError("max_unknown_bytes must be positive")
+        self.max_shards_per_request = max_shards_per_request
+        self.shards = shards
+        secret = find_token(token)
+        self._settings = HttpSettings(
+            {"Authorization": f"Bearer {secret}"} if secret else {},
+            max_json_shards=max_shards_per_request,
+            max_unknown_bytes=max_unknown_bytes,
+        )
+        self._connections = ConnectionPool()
+        self._nodes: dict[str, NodeState] = {}
+
+    def __repr__(self) -> str:
+        return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
+
+    def source(
+        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    ) -> HttpSource:
+        """A source for these shards by id; `expected` are meta tensors as they should be, where known."""
+        return HttpSource(self, shards, expected)
+
+    def reader(
+        self, address: str, keys: Sequence[Hashable], expected: Mapping[Hashable, torch.Tensor], timeout_s: float
+    ) -> HttpReader:
+        """A reader of shards of one node; connects at its first read."""
+        return HttpReader(keys, expected, self._requester(address, FETCH, timeout_s), self._settings)
+
+    def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
+        """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
+
+        Nothing says how long these shards are: one longer than `max_unknown_bytes` is not taken.
+
+        Raises:
+            ShardFetchError: One did not arrive.
+        """
+        wanted = {info.shard_id: info for info in shards}
+        readers = self.source(wanted, {}).open(list(wanted), self._settings.fetch_timeout_s)
+        tensors: dict[Hashable, torch.Tensor] = {}
+        with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+            for arrived in pool.map(_drained, readers):
+                tensors.update(arrived)
+        return [tensors[info.shard_id] for info in shards]
+
+    def store(self, tensor: torch.Tensor) -> str:
+        """Keep a tensor for others to fetch; returns a fresh uuid4.
+
+        Raises:
+            TypeError: They could not: it does not travel, or has no values.
+            RuntimeError: The backend has no store: it is not this process's own.
+        """
+        if self.shards is None:
+            raise RuntimeError(
+                "this HttpRTensorBackend has no store; pass one, or make it the process's with set_backend"
+            )
+        check_stored(tensor)
+        shard_id = str(uuid.uuid4())
+        self.shards.put(shard_id, tensor)
+        return shard_id
+
+    def take_back(self, shard_ids: Sequence[Any]) -> None:
+        """Forget what `store` has kept, without a request."""
+        if self.shards is not None:
+            self.shards.remove(shard_ids)
+
+    async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
+        """Delete shards at their owner: three tries within 10 s. Unknown ids are no error.
+
+        What the owner refuses is asked for in halves: one id that it chokes on keeps none of the others.
+
+        Returns:
+            The owner's statistics.
+        Raises:
+            ShardFetchError: The owner could not be told, or refused. A `ShardClearError` says what it may still have.
+        """
+        return await in_own_thread(self._delete, node_addr, list(shard_ids))
+
+    def close(self) -> None:
+        """Close the idle connections. Idempotent."""
+        self._connections.close()
+
+    def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
+        node = self._nodes.setdefault(address, NodeState())
+        return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s, node)
+
+    def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
+        requester = self._requester(node_addr, CLEAR, self._settings.delete_timeout_s)
+        try:
+            return HttpDeleter(requester).delete(shard_ids)
+        finally:
+            requester.release()
+
+
+class HttpSource:
+    """A `ShardSource` over one backend: one reader for each node."""
+
+    def __init__(
+        self,
+        backend: HttpRTensorBackend,
+        shards: Mapping[Hashable, TensorShardInfo],
+        expected: Mapping[Hashable, torch.Tensor],
+    ) -> None:
+        self._backend, self._shards, self._expected = backend, shards, expected
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader for each node."""
+        by_node: dict[str, list[Hashable]] = {}
+        for key in keys:
+            by_node.setdefault(self._shards[key].node_addr, []).append(key)
+        return [self._backend.reader(node, wanted, self._expected, timeout_s) for node, wanted in by_node.items()]
+
+
+def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
+    """Everything that a reader delivers, each shard in memory of its own."""
+    tensors: dict[Hashable, torch.Tensor] = {}
+    try:
+        while (specs := reader.next_specs()) is not None:
+            _read_part(reader, specs, tensors)
+        for error in reader.failures.values():
+            raise error
+    finally:
+        reader.close()
+    return tensors
+
+
+def _read_part(reader: ShardReader, specs: Sequence[ShardSpec], tensors: dict[Hashable, torch.Tensor]) -> None:
+    """Read the shards of a part, those without bytes first; the reader announces again what it could not complete."""
+    try:
+        for spec in sorted(specs, key=lambda spec: spec.nbytes > 0):
+            flat = host_tensor(spec.nbytes)
+            if spec.nbytes:
+                reader.read_into([flat.numpy().data])
+            tensors[spec.key] = flat.view(spec.dtype).view(spec.shape)
+    except FetchError as error:
+        if not error.may_go_on:
+            raise

@@ -1,0 +1,466 @@
+"""RTensor: a small handle of a tensor that lives elsewhere, and the functions that AReaL users call."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, cast
+
+import torch
+
+import gpu_cache
+from gpu_cache import Promise
+from gpu_cache.config import OnError, Prefer
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
+from gpu_cache.rpc.client.backend import RTensorBackend, take_back
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.client.ray import RayRTensorBackend
+from gpu_cache.rpc.shard import (
+    ShardAnswerError,
+    ShardConflictError,
+    ShardFetchError,
+    ShardLocalError,
+    ShardLostError,
+    ShardMissingError,
+    ShardRefusedError,
+    ShardTimeoutError,
+    ShardUnreachableError,
+    TensorShardInfo,
+    collect_leaves,
+    leaf_paths,
+    map_leaves,
+    promise_of,
+)
+from gpu_cache.rpc.trimming import trim_padding
+from gpu_cache.rpc.views import FetchBufferView, StorageView
+from gpu_cache.rpc.wire.serialization import check_stored, register_dataclass
+
+__all__ = [
+    "ClearReport",
+    "HttpRTensorBackend",
+    "RTensor",
+    "RTensorBackend",
+    "RayRTensorBackend",
+    "ShardAnswerError",
+    "ShardConflictError",
+    "ShardFetchError",
+    "ShardLocalError",
+    "ShardLostError",
+    "ShardMissingError",
+    "ShardRefusedError",
+    "ShardTimeoutError",
+    "ShardUnreachableError",
+    "StepClearer",
+    "TensorShardInfo",
+    "buffer_stats",
+    "clear_batches",
+    "clear_fetch_buffer",
+    "fetch",
+    "fetch_buffer_stats",
+    "flatten_shard_ids",
+    "get_backend",
+    "remove",
+    "scope",
+    "set_backend",
+    "storage_stats",
+    "store",
+]
+
+# Upstream's private names. Its tests hold the locks around calls on the views; our own code never takes them.
+_fetch_buffer = FetchBufferView()
+_storage = StorageView()
+_fetch_buffer_lock = threading.Lock()
+_storage_lock = threading.Lock()
+
+
+@dataclasses.dataclass
+class RTensor:
+    """A tensor that another process owns, until somebody asks for its values.
+
+    Attributes:
+        shard: Where it lives.
+        data: Its shape and dtype on `meta` while remote; the tensor itself once localized. On the wire it is always
+            the former: a handle stays small.
+    """
+
+    shard: TensorShardInfo
+    data: torch.Tensor
+
+    # What the handle says of its shard, and the meta tensor that said it: taken once, as asking each tensor would make
+    # localizing thousands of cached shards a third slower.
+    # No annotations, which would make them fields.
+    _promise = cast(Promise, (torch.uint8, (), ""))
+    _said = cast("torch.Tensor | None", None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, torch.Tensor) and self.data.is_meta and isinstance(self.shard, TensorShardInfo):
+            self._note()
+
+    def _note(self) -> Promise:
+        data = self.data
+        promise = promise_of(data, self.shard.node_addr)
+        self.shard.node_addr = promise[2] or ""  # the same text, as one object with that of other handles
+        self._promise, self._said = promise, data
+        return promise
+
+    @property
+    def promise(self) -> Promise:
+        """Dtype, shape and owner of its shard, as it says while it is remote."""
+        is_known = self._said is self.data and self._promise[2] is self.shard.node_addr
+        return self._promise if is_known else self._note()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return self.data.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """`meta` while remote."""
+        return self.data.device
+
+    @property
+    def ndim(self) -> int:
+        """Its number of dimensions."""
+        return self.data.ndim
+
+    def to_local(self, *, timeout_s: float | None = None) -> torch.Tensor:
+        """The tensor itself: from `data` if it is there, else from the cache or the owner; kept in `data`.
+
+        Args:
+            timeout_s: Longest wait, in seconds; None: `fetch_timeout_s` of the cache's settings.
+        Raises:
+            gpu_cache.FetchError: It did not arrive.
+        """
+        _fill([self], timeout_s)
+        return self.data
+
+    @staticmethod
+    def localize(
+        obj: Any, *, timeout_s: float | None = None, on_error: OnError = "raise", prefer: Prefer = "device"
+    ) -> Any:
+        """Replace the handles in nested containers by their tensors; misses are fetched in one go.
+
+        Args:
+            obj: A handle, or dicts, lists and tuples of them; anything else passes through.
+            timeout_s: Longest wait, in seconds; None: `fetch_timeout_s` of the cache's settings.
+            on_error: "none": what does not arrive is None in the result, its handle stays remote; the log tells why.
+            prefer: "host": for batches that should never sit on the GPU; see `TensorCache.get_many`. A handle that was
+                localized before keeps the tensor that it has.
+        Returns:
+            New containers of the same types. The handles are filled too.
+        Raises:
+            gpu_cache.FetchError: Some did not arrive; its `failures` has a `ShardFetchError` for each. The others are
+                cached, so that another call asks for the rest only.
+        """
+        _fill(collect_leaves(obj, RTensor), timeout_s, on_error, prefer)
+        return map_leaves(obj, RTensor, _DATA_OF if on_error == "raise" else _data_or_none)
+
+    @staticmethod
+    def prefetch(obj: Any, *, timeout_s: float | None = None, prefer: Prefer = "device") -> Future[int]:
+        """Begin to fetch what `localize` of the same handles would have to fetch, and return at once.
+
+        Args:
+            obj: As for `localize`.
+            timeout_s: How long that may take, in seconds; None: `fetch_timeout_s` of the cache's settings.
+            prefer: As for `localize`.
+        Returns:
+            A future of the number of shards on their way. It need not be waited for.
+        """
+        remote = [handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta]
+        _check_owners(remote)
+        return runtime.current().prefetch({one.shard.shard_id: one for one in remote}, timeout_s, prefer)
+
+    @staticmethod
+    def remotize(obj: Any, node_addr: str) -> Any:
+        """Store the tensors in nested containers in this process, and return the containers with handles.
+
+        Each tensor is detached and copied to host memory. In a dict with an `attention_mask` trailing padding is
+        trimmed first. All are stored, or none: every tensor is looked at before the first is stored, and if storing
+        fails half-way, what was stored is removed.
+
+        Args:
+            obj: A tensor, or dicts, lists and tuples of them; anything else passes through.
+            node_addr: Address under which this process serves them.
+        Raises:
+            TypeError: A tensor that does not travel; says where in `obj` it is, and what to do.
+        """
+        with plain_tensors():
+            _check_all_travel(obj)
+            return _stored(obj, node_addr, get_backend())
+
+    @staticmethod
+    def collect_shards(obj: Any) -> dict[str, list[Any]]:
+        """The distinct shard ids in nested containers, by address of their owner."""
+        return {node_addr: [one.shard_id for one in owned] for node_addr, owned in _sized_shards(obj).items()}
+
+    @staticmethod
+    async def clear_node(node_addr: str, shard_ids: Sequence[Any]) -> Any:
+        """Evict shards here, then delete them at their owner; unknown ids are no error.
+
+        Returns:
+            The owner's statistics.
+        Raises:
+            gpu_cache.FetchError: The owner could not be told. They are evicted here all the same.
+        """
+        clear_fetch_buffer(list(shard_ids))
+        return await get_backend().delete(node_addr, list(shard_ids))
+
+    @staticmethod
+    async def clear_everywhere(
+        obj: Any, consumers: Iterable[Callable[[list[Any]], Any]] = (), *, clearer: StepClearer | None = None
+    ) -> ClearReport:
+        """End a step: clear the shards in `obj` here, at their owners, and at every consumer, all at once.
+
+        Args:
+            obj: Containers of handles.
+            consumers: Called with the flat list of ids, each on a thread of its own; may return an awaitable. One that
+                hangs is given up.
+            clearer: Remembers what could not be cleared, for the next step to try once more. None: this process's.
+        Returns:
+            What was cleared, and what could not be: one who fails keeps nobody else from being cleared.
+        """
+        ending = runtime.current().clearer if clearer is None else clearer
+        return await ending.clear(_sized_shards(obj), RTensor.clear_node, consumers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__wire_fields__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.shard, self.data = state["shard"], state["data"]
+        self.__post_init__()
+
+    def __copy__(self) -> RTensor:
+        return RTensor(self.shard, self.data)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RTensor:
+        return RTensor(copy.deepcopy(self.shard, memo), copy.deepcopy(self.data, memo))
+
+    def __wire_fields__(self) -> dict[str, Any]:
+        """What travels: shape and dtype, never the values."""
+        data = self.data
+        if not data.is_meta:
+            with plain_tensors():
+                data = torch.empty(data.shape, dtype=data.dtype, device="meta")
+        return {"shard": self.shard, "data": data}
+
+
+_DICT_OR_TENSOR: Any = (dict, torch.Tensor)
+_DATA_OF = operator.attrgetter("data")
+
+register_dataclass("areal.infra.rpc.rtensor.RTensor", RTensor)
+register_dataclass("areal.infra.rpc.rtensor.TensorShardInfo", TensorShardInfo)
+
+
+def get_backend() -> RTensorBackend:
+    """The backend of this process; picked at first use: Ray's if Ray is initialised, else HTTP."""
+    return runtime.current().backend
+
+
+def set_backend(backend: RTensorBackend | None) -> None:
+    """Use `backend` from now on; None picks again at the next use."""
+    runtime.current().set_backend(backend)
+
+
+def clear_fetch_buffer(shard_ids: Iterable[Any] | None = None) -> int:
+    """Evict shards from this process's cache, all of them for None; unknown ids are ignored.
+
+    Returns:
+        How many were cached.
+    """
+    current = runtime.current()
+    return current.cache.clear() if shard_ids is None else current.evict(shard_ids)
+
+
+def scope(name: str = "") -> gpu_cache.Scope:
+    """A `with` at whose end this process drops from its cache whatever was fetched inside; see `TensorCache.scope`.
+
+    Their owners keep theirs: those are for `clear_everywhere`. After `runtime.configure` a scope from before is of the
+    cache from before.
+    """
+    return runtime.current().cache.scope(name)
+
+
+def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
+    """What an engine does at the end of a step: evict the step's shards; no ids mean nothing to do, never a flush.
+
+    Returns:
+        How many were cached.
+    """
+    return clear_fetch_buffer(shard_ids) if shard_ids else 0
+
+
+def flatten_shard_ids(obj: Any) -> list[Any]:
+    """The shard ids in nested containers, in order and with repeats."""
+    return [handle.shard.shard_id for handle in collect_leaves(obj, RTensor)]
+
+
+def fetch_buffer_stats() -> dict[str, int]:
+    """Upstream's statistics of the cache: exactly `{"num_entries": n}`."""
+    return {"num_entries": len(runtime.current().cache)}
+
+
+def buffer_stats() -> dict[str, Any]:
+    """All figures of this process's cache; see `gpu_cache.BufferStats`."""
+    return dict(runtime.current().cache.buffer_stats())
+
+
+def store(shard_id: Hashable, tensor: torch.Tensor) -> None:
+    """Keep a tensor under an id of the caller's choosing, for others to fetch.
+
+    Raises:
+        TypeError: They could not: it does not travel, or has no values.
+    """
+    check_stored(tensor)
+    runtime.current().store.put(shard_id, tensor)
+
+
+def fetch(shard_id: Hashable) -> torch.Tensor:
+    """A tensor that this process owns.
+
+    Raises:
+        KeyError: It does not own such a shard.
+    """
+    return runtime.current().store[shard_id]
+
+
+def remove(shard_id: Hashable) -> int:
+    """Forget a shard that this process owns, and evict it from its cache; returns how many it owned, 0 or 1."""
+    current = runtime.current()
+    removed = current.store.remove([shard_id])
+    current.evict([shard_id])
+    return removed
+
+
+def storage_stats() -> dict[str, int]:
+    """`num_tensors` and `total_bytes` of what this process owns."""
+    return runtime.current().store.stats()
+
+
+# Upstream's private name.
+_store_local = store
+
+
+def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
+    """The distinct shards in nested containers, by address of their owner.
+
+    An id that cannot be a key counts as one of its own: it must not keep the others from being cleared.
+    """
+    shards: dict[str, dict[Any, SizedId]] = {}
+    for handle in collect_leaves(obj, RTensor):
+        owned, sized = shards.setdefault(handle.shard.node_addr, {}), SizedId(handle.shard.shard_id, handle.data.nbytes)
+        try:
+            owned[sized.shard_id] = sized
+        except TypeError:  # unhashable
+            owned["unhashable", id(sized.shard_id)] = sized
+    return {node_addr: list(owned.values()) for node_addr, owned in shards.items()}
+
+
+def _data_or_none(handle: RTensor) -> torch.Tensor | None:
+    return None if handle.data.is_meta else handle.data
+
+
+def _fill(
+    handles: Sequence[RTensor], timeout_s: float | None, on_error: OnError = "raise", prefer: Prefer = "device"
+) -> None:
+    """Put the tensors of the handles that are still remote in their `data`."""
+    remote = [
+        handle
+        for handle in handles
+        if (handle._said is handle.data and handle._promise[2] is handle.shard.node_addr) or _is_remote(handle)
+    ]
+    if not remote:
+        return
+    promises = {handle.shard.shard_id: handle._promise for handle in remote}
+    if len(promises) < len(remote):
+        _fill_repeated(remote, timeout_s, on_error, prefer)
+        return
+    tensors = runtime.current().get_many(remote, promises, timeout_s, on_error, prefer)
+    for handle, tensor in zip(remote, tensors, strict=True):
+        if tensor is not None:
+            handle.data = tensor
+
+
+def _is_remote(handle: RTensor) -> bool:
+    """Whether it has no values; then what it says is looked at once more, as it was given another tensor or owner."""
+    if not handle.data.is_meta:
+        return False
+    handle._note()
+    return True
+
+
+def _fill_repeated(remote: Sequence[RTensor], timeout_s: float | None, on_error: OnError, prefer: Prefer) -> None:
+    """Fill handles of which some have one shard. If those promise different things, each promise is asked for alone."""
+    _check_owners(remote)
+    promised: dict[Hashable, dict[Hashable, list[RTensor]]] = {}
+    for handle in remote:
+        groups = promised.setdefault(handle.shard.shard_id, {})
+        groups.setdefault(handle.promise, []).append(handle)
+    for number in range(max(map(len, promised.values()))):
+        asked = {key: list(groups.values())[number] for key, groups in promised.items() if number < len(groups)}
+        first = {key: group[0] for key, group in asked.items()}
+        promises = {key: handle.promise for key, handle in first.items()}
+        tensors = runtime.current().get_many(list(first.values()), promises, timeout_s, on_error, prefer)
+        for group, tensor in zip(asked.values(), tensors, strict=True):
+            if tensor is not None:
+                for handle in group:
+                    handle.data = tensor
+
+
+def _check_owners(handles: Iterable[RTensor]) -> None:
+    """Refuse handles that give one shard id two owners.
+
+    Raises:
+        ShardConflictError: There are some; nothing was fetched.
+    """
+    owners: dict[Hashable, str] = {}
+    for handle in handles:
+        shard_id, owner = handle.shard.shard_id, handle.shard.node_addr
+        if (known := owners.setdefault(shard_id, owner)) != owner:
+            raise ShardConflictError(
+                f"Failed to fetch shard {shard_id}: handles of one call say that {known} owns it, and that {owner} "
+                "does; an id means one shard of one owner"
+            )
+
+
+def _check_all_travel(obj: Any) -> None:
+    for tensor in collect_leaves(obj, torch.Tensor):
+        try:
+            check_stored(tensor)
+        except TypeError as error:
+            path = next(path for path, leaf in leaf_paths(obj, torch.Tensor, "obj") if leaf is tensor)
+            raise TypeError(f"cannot remotize {path}: {error} (nothing was stored)") from None
+
+
+def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
+    """The containers with handles in the place of tensors, which the backend has."""
+    stored: list[Any] = []
+
+    def to_handle(leaf: Any) -> Any:
+        if isinstance(leaf, dict):
+            return {key: map_leaves(value, _DICT_OR_TENSOR, to_handle) for key, value in trim_padding(leaf).items()}
+        stored.append(backend.store(_owned_copy(leaf)))
+        meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+        return RTensor(TensorShardInfo(stored[-1], node_addr), meta)
+
+    try:
+        return map_leaves(obj, _DICT_OR_TENSOR, to_handle)
+    except BaseException:
+        take_back(backend, node_addr, stored)
+        raise
+
+
+def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A dense copy in host memory: what the owner serves must not change when the caller's tensor does."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()

@@ -1,0 +1,240 @@
+"""This process's cache, backend and store. The module-level state of `areal`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+import gpu_cache
+from gpu_cache import Promise, ShardReader
+from gpu_cache.config import OnError, Prefer
+from gpu_cache.rpc.clearing import StepClearer
+from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, on_host, promises_of, source_of
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.client.ray import RayRTensorBackend
+from gpu_cache.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
+from gpu_cache.rpc.store import ShardStore
+
+
+class Handle(Protocol):
+    """What an `RTensor` says of its shard."""
+
+    shard: TensorShardInfo
+    data: torch.Tensor  # on meta
+
+
+class Runtime:
+    """What the handles of one process share.
+
+    Args:
+        config: Settings of the cache; None reads the GPU_CACHE_* variables.
+        store: The tensors that this process owns.
+    Attributes:
+        clearer: Clears the steps that this process ends, unless it has been given one for each controller.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, config: gpu_cache.CacheConfig | None = None, store: ShardStore | None = None) -> None:
+        self.pid = os.getpid()
+        self.store = ShardStore() if store is None else store
+        self.cache = gpu_cache.TensorCache(config, broken=answer_error)
+        self.clearer = StepClearer()
+        self.own_addresses: set[str] = set()  # of servers in this process
+        # Guards _backend, _is_chosen_here.
+        self._lock = threading.Lock()
+        self._backend: RTensorBackend | None = None
+        self._is_chosen_here = False  # the backend; nobody else will close it
+
+    def __repr__(self) -> str:
+        return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
+
+    @property
+    def backend(self) -> RTensorBackend:
+        """The backend; Ray's if Ray is in use when this is first asked, else HTTP."""
+        with self._lock:
+            if self._backend is None:
+                self._backend = RayRTensorBackend() if is_ray_in_use() else HttpRTensorBackend(shards=self.store)
+                self._is_chosen_here = True
+            return self._backend
+
+    def set_backend(self, backend: RTensorBackend | None) -> None:
+        """Use `backend` from now on; None decides again when next asked."""
+        if isinstance(backend, HttpRTensorBackend) and backend.shards is None:
+            backend.shards = self.store
+        with self._lock:
+            unused = self._backend if self._is_chosen_here and self._backend is not backend else None
+            self._is_chosen_here = self._is_chosen_here and self._backend is backend
+            self._backend = backend
+        if isinstance(unused, HttpRTensorBackend):
+            unused.close()
+
+    def get_many(
+        self,
+        handles: Sequence[Handle],
+        promises: Mapping[Hashable, Promise],
+        timeout_s: float | None = None,
+        on_error: OnError = "raise",
+        prefer: Prefer = "device",
+    ) -> Sequence[torch.Tensor | None]:
+        """The tensors of remote handles, given by shard id: from the cache, this process's store, or their owners.
+
+        Raises:
+            gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
+        """
+        source = _HandleSource(self, handles)
+        return self.cache.get_many(
+            list(promises), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer, expected=promises
+        )
+
+    def prefetch(
+        self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, prefer: Prefer = "device"
+    ) -> Future[int]:
+        """Begin to fetch what is not cached."""
+        source, expected = _HandleSource(self, list(handles.values())), _promises(handles)
+        return self.cache.prefetch(list(handles), source, timeout_s=timeout_s, prefer=prefer, expected=expected)
+
+    def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
+        """Where the tensors of remote handles come from: this process's store, or the backend."""
+        shards = {key: handle.shard for key, handle in handles.items()}
+        expected = {key: handle.data for key, handle in handles.items()}
+        remote = source_of(self.backend, shards, expected)
+        if not self.own_addresses:
+            return remote
+        own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
+        local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
+        return NodesSource({key: local if key in own else remote for key in shards})
+
+    def evict(self, shard_ids: Iterable[Any]) -> int:
+        """Drop shards from the cache; ids that cannot be ids are passed over."""
+        return self.cache.clear([shard_id for shard_id in shard_ids if _can_be_id(shard_id)])
+
+    def trim(self) -> bool:
+        """Give the cache's unused memory back; whether any was."""
+        return bool(self.cache.trim())
+
+    def add_own_address(self, address: str) -> None:
+        """Serve handles with this address from the store, without a request."""
+        self.own_addresses.add(address)
+
+    def remove_own_address(self, address: str) -> None:
+        """The server at this address has stopped."""
+        self.own_addresses.discard(address)
+
+    def replace_cache(self, config: gpu_cache.CacheConfig) -> None:
+        """Go on with an empty cache; what waits for shards of the old one fails."""
+        previous, self.cache = self.cache, gpu_cache.TensorCache(config, broken=answer_error)
+        previous.close()
+
+    def close(self) -> None:
+        """Close the cache and the backend's connections. Idempotent."""
+        self.cache.close()
+        if isinstance(self._backend, HttpRTensorBackend):
+            self._backend.close()
+
+    def _load_own(
+        self, shards: Mapping[Hashable, TensorShardInfo], keys: Iterable[Hashable], timeout_s: float
+    ) -> list[torch.Tensor | Exception]:
+        found = dict(self.store.get_many(keys)[0])
+        missing = "Failed to fetch shard {} from {}: this process owned it, and does not have it any more"
+        return [
+            on_host(found[key].tensor)
+            if key in found
+            else ShardMissingError(missing.format(key, shards[key].node_addr))
+            for key in keys
+        ]
+
+
+class _HandleSource:
+    """The source of handles, made only for those that are asked for: of a batch that is cached, none."""
+
+    def __init__(self, runtime: Runtime, handles: Sequence[Handle]) -> None:
+        self._runtime, self._handles = runtime, handles
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        """One reader for each node and connection."""
+        handle_of = {handle.shard.shard_id: handle for handle in self._handles}
+        return self._runtime.source({key: handle_of[key] for key in keys}).open(keys, timeout_s)
+
+
+def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:
+    """What they say of their shards."""
+    return {key: promise_of(one.data, one.shard.node_addr) for key, one in handles.items()}
+
+
+def _can_be_id(value: Any) -> bool:
+    """Whether it can be hashed; a tuple says so of itself whatever it contains."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def is_ray_in_use() -> bool:
+    """Whether Ray is initialised. Does not import it: who uses Ray has."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+# Guards _current.
+_lock = threading.Lock()
+_current: Runtime | None = None
+
+
+def current() -> Runtime:
+    """This process's runtime, made at first use; in a forked child a fresh one, which caches in host memory."""
+    found = _current
+    if found is not None and found.pid == os.getpid():
+        return found
+    config = None if found is None else gpu_cache.CacheConfig.from_env(device="cpu")
+    return _install(Runtime(config), instead_of=found)
+
+
+def configure(config: gpu_cache.CacheConfig | None = None, **settings: Any) -> Runtime:
+    """Start over with a new cache; the store, its servers and the backend stay.
+
+    Args:
+        config: Settings of the cache; None reads the GPU_CACHE_* variables.
+        settings: Fields of `CacheConfig` that win over the variables, as in `configure(device="cpu")`.
+    Raises:
+        ValueError: A setting is out of range, or both `config` and `settings` are given.
+    """
+    if config is not None and settings:
+        raise ValueError(f"give a config or settings, not both: {sorted(settings)}")
+    runtime = current()
+    runtime.replace_cache(config or gpu_cache.CacheConfig.from_env(**settings))
+    return runtime
+
+
+def _install(runtime: Runtime, instead_of: Runtime | None) -> Runtime:
+    """Make `runtime` the current one, unless another thread was first."""
+    global _current
+    with _lock:
+        if _current is instead_of:
+            _current = runtime
+        assert _current is not None
+        return _current
+
+
+def _forget_lock() -> None:
+    """In a forked child the lock may be held by a thread that does not exist there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+def _close_at_exit() -> None:
+    """Close the connections that are kept alive; in a forked child they are the parent's."""
+    if _current is not None and _current.pid == os.getpid():
+        _current.close()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
+atexit.register(_close_at_exit)

@@ -1,0 +1,1 @@
+"""How an owner serves its shards."""

@@ -1,0 +1,463 @@
+"""The `/data` routes: shards over HTTP, in upstream's JSON form and in the binary one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hmac
+import json
+import logging
+import socket
+import struct
+import termios
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from reprlib import repr as short_repr
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from aiohttp import web
+
+from gpu_cache.hosts import HostRule
+from gpu_cache.rpc.server.answers import Answer, TooLongError, array_answer, frame_answer, json_answer, refusal
+from gpu_cache.rpc.server.connections import UNREAD_BYTES, Connections, Stage
+from gpu_cache.rpc.server.expiry import ShardExpiry
+from gpu_cache.rpc.server.turns import RETRY_AFTER_S, Place, Turns
+from gpu_cache.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, WireError
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, decode_frame
+from gpu_cache.rpc.wire.layout import PREFIX_BYTES
+from gpu_cache.rpc.wire.serialization import tensor_from_text
+
+if TYPE_CHECKING:  # the names differ between releases of aiohttp
+    from aiohttp.typedefs import Handler, Middleware
+
+DEFAULT_MAX_BODY_BYTES = 1 << 30
+# Answers with tensors under way at once. Each may keep some MB in the transport; with more of them none is faster.
+DEFAULT_MAX_RESPONSES = 32
+# What a client that comes beyond that is told. Seconds are whole in the standard's header; ours says it exactly.
+_COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: str(round(1000 * RETRY_AFTER_S))}
+# How often the places are looked at: each whose client takes nothing is freed within ten of these, if others wait.
+_WATCH_S = 1.0
+# So much of a body has to come in each `body_timeout_s`.
+_BODY_PROGRESS_BYTES = 64 << 10
+# Of a list of shard ids. Parsing one keeps all other threads waiting: 30 ms for the longest.
+MAX_IDS = 65_536
+_MAX_IDS_BYTES = 4 << 20
+_MAX_IDS_COMMAS = 4 * MAX_IDS  # in ids too
+_PARSED_AT_ONCE_BYTES = 64 << 10  # a longer list is parsed by a thread, one at a time
+# Of a frame with one tensor.
+_MAX_PUT_HEADER_BYTES = 64 << 10
+# Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
+_WRITE_BYTES = 1 << 20
+# What may wait in the transport (large parts by reference): it is sent without a turn of the loop for each write.
+_AHEAD_BYTES = 8 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class DataOwner(Protocol):
+    """The process whose shards are served."""
+
+    @property
+    def store(self) -> ShardStore:
+        """What the routes serve."""
+
+    def evict(self, shard_ids: Sequence[str]) -> int:
+        """Drop shards from this process's own cache; returns how many were there."""
+
+    def trim(self) -> bool:
+        """Give unused memory back; returns whether any was."""
+
+
+def make_app(
+    owner: DataOwner,
+    *,
+    token: str | None,
+    rule: HostRule,
+    connections: Connections,
+    body_timeout_s: float,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    max_responses: int = DEFAULT_MAX_RESPONSES,
+    expiry: ShardExpiry | None = None,
+) -> web.Application:
+    """Build the application. It names its incarnation, a random id, in `/health` and in a header of every answer.
+
+    Args:
+        owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
+        token: What every route but `/health` asks for as `Authorization: Bearer`; None asks for nothing.
+        rule: Under which names it may be asked, and from which web pages.
+        connections: Learns what each connection is doing.
+        body_timeout_s: The longest time in which 64 KiB of a request's body may come, or the rest of it.
+        max_body_bytes: The longest request body; a longer one is answered 413.
+        max_responses: Answers with tensors under way at once; clients beyond get 503 with Retry-After.
+        expiry: Drops old shards while the application runs; None: they stay until they are cleared.
+    """
+    middlewares: list[Middleware] = [_noting(connections), _errors_as_json, _asked_under(rule)]
+    if token is not None:
+        middlewares.append(_bearer_auth(token))
+    app = web.Application(middlewares=middlewares)
+    if expiry is not None:
+        app.cleanup_ctx.append(expiry.sweeping)
+    incarnation = uuid.uuid4().hex
+    app.on_response_prepare.append(_naming(incarnation))
+    bodies = _Bodies(connections, body_timeout_s, max_body_bytes)
+    routes = _DataRoutes(owner, bodies, Turns(max_responses), incarnation, expiry)
+    app.cleanup_ctx.append(routes.watching)
+    app.add_routes(
+        [
+            web.get("/health", routes.health),
+            web.post("/data/batch", routes.get_batch),
+            web.delete("/data/clear", routes.clear),
+            web.post("/data/reclaim", routes.reclaim),
+            web.put("/data/{shard_id:.+}", routes.put),
+            web.get("/data/{shard_id:.+}", routes.get, allow_head=False),
+        ]
+    )
+    return app
+
+
+class _Bodies:
+    """Reads the bodies of requests, none of which may be too long or too slow.
+
+    Args:
+        connections: Learns which connection a body comes from.
+        timeout_s: The longest time for each 64 KiB, or the rest.
+        max_nbytes: Of any body.
+    """
+
+    def __init__(self, connections: Connections, timeout_s: float, max_nbytes: int) -> None:
+        self._connections, self._timeout_s, self._max_nbytes = connections, timeout_s, max_nbytes
+        self._parsing = asyncio.Lock()
+
+    async def shard_ids(self, request: web.Request) -> list[Any] | None:
+        """The list `shard_ids` of a JSON object, or None where there is no such thing."""
+        body = await self.read(request, _MAX_IDS_BYTES)
+        if len(body) <= _PARSED_AT_ONCE_BYTES:
+            return _listed_ids(body)
+        async with self._parsing:
+            return await asyncio.to_thread(_listed_ids, body)
+
+    async def read(self, request: web.Request, max_nbytes: int | None = None) -> bytearray:
+        """The whole body; refused by its announced length before any of it is read, else as soon as it is too long."""
+        limit = self._max_nbytes if max_nbytes is None else min(max_nbytes, self._max_nbytes)
+        _check_length(request.content_length or 0, limit)
+        body = bytearray()
+        try:
+            if request.content.is_eof():  # it came with the header, if there is one
+                body += request.content.read_nowait(-1)
+                _check_length(len(body), limit)
+            else:
+                self._connections.enter(request.protocol, Stage.RECEIVING)
+                await self._receive(request, body, limit)
+                self._connections.enter(request.protocol, Stage.ANSWERING)
+        except web.RequestPayloadError as error:
+            raise web.HTTPBadRequest(text=f"the body broke off after {len(body):,} bytes") from error
+        except RuntimeError:  # aiohttp's, of a connection that closed before the wait for its next bytes
+            if request.transport is not None:
+                raise
+            raise ConnectionResetError(f"the client is gone after {len(body):,} bytes of the body") from None
+        return body
+
+    async def _receive(self, request: web.Request, body: bytearray, limit: int) -> None:
+        num_seen = 0
+        try:
+            async with asyncio.timeout(self._timeout_s) as patience:
+                while chunk := await request.content.readany():
+                    body += chunk
+                    _check_length(len(body), limit)
+                    if len(body) - num_seen >= _BODY_PROGRESS_BYTES:
+                        num_seen = len(body)
+                        patience.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                        self._connections.enter(request.protocol, Stage.RECEIVING)
+        except TimeoutError:
+            message = f"{len(body):,} bytes of the body came, and less than 64 KiB in the last {self._timeout_s:g} s"
+            raise web.HTTPRequestTimeout(text=message) from None
+
+
+class _DataRoutes:
+    """The handlers. What may take long (encoding, decoding, the owner's methods) runs on a thread of the executor."""
+
+    def __init__(
+        self,
+        owner: DataOwner,
+        bodies: _Bodies,
+        turns: Turns,
+        incarnation: str,
+        expiry: ShardExpiry | None,
+    ) -> None:
+        self._owner, self._incarnation, self._expiry = owner, incarnation, expiry
+        self._bodies = bodies
+        # Only the event loop's thread touches what follows.
+        self._turns = turns
+        # Of complete answers.
+        self._sent_payload_bytes = 0
+        self._sent_body_bytes = 0
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "status": "ok",
+                "incarnation": self._incarnation,
+                "num_responses": self._turns.num_taken,
+                "num_busy_refusals": self._turns.num_refusals,
+                **self._owner.store.stats(),
+                "sent_payload_bytes": self._sent_payload_bytes,
+                "sent_body_bytes": self._sent_body_bytes,
+                "expired_shards": self._expiry.num_shards if self._expiry else 0,
+                "expired_bytes": self._expiry.nbytes if self._expiry else 0,
+            }
+        )
+
+    async def put(self, request: web.Request) -> web.Response:
+        shard_id = request.match_info["shard_id"]
+        body = await self._bodies.read(request)
+        decode = _tensor_of_frame if request.content_type == CONTENT_TYPE else _tensor_of_json
+        try:
+            tensor = await asyncio.to_thread(decode, body, shard_id)
+        except (ValueError, TypeError, RecursionError) as error:
+            return _error(400, str(error))
+        self._owner.store[shard_id] = tensor
+        return web.json_response({"status": "ok", "shard_id": shard_id})
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        shard_id = request.match_info["shard_id"]
+        with self._turn(request) as place:
+            tensor = self._owner.store.get(shard_id)
+            if tensor is None:
+                return _error(404, f"Shard {shard_id} not found")
+            return await self._send(request, json_answer(tensor), place)
+
+    async def get_batch(self, request: web.Request) -> web.StreamResponse:
+        shard_ids = await self._bodies.shard_ids(request)
+        if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
+            return _error(400, "Expected JSON body with string list field 'shard_ids'")
+        is_binary = CONTENT_TYPE in request.headers.get("Accept", "")
+        with self._turn(request) as place:
+            answer = await asyncio.to_thread(self._batch_answer, shard_ids, is_binary)
+            return await self._send(request, answer, place)
+
+    def _turn(self, request: web.Request) -> Place:
+        """A turn to answer: for a client whose request is here, until it has taken the answer."""
+        place = self._turns.take(id(request.transport))  # a client that is told to come back keeps its connection
+        if place is None:
+            busy = f"busy: {self._turns.num_taken} answers are under way, others were here before"
+            raise web.HTTPServiceUnavailable(text=busy, headers=_COME_BACK)
+        return place
+
+    def _batch_answer(self, shard_ids: list[str], is_binary: bool) -> Answer:
+        """The tensors, all of one moment; or why not."""
+        found, missing = self._owner.store.get_many(dict.fromkeys(shard_ids) if is_binary else shard_ids)
+        if missing:
+            return refusal(400, "One or more requested shards were not found", missing_shard_ids=missing)
+        try:
+            return frame_answer(found) if is_binary else array_answer(found)
+        except WireError as error:  # more than fits a frame
+            return refusal(400, str(error))
+        except TooLongError as error:
+            return refusal(413, str(error))
+
+    async def clear(self, request: web.Request) -> web.Response:
+        shard_ids = await self._bodies.shard_ids(request)
+        if shard_ids is None:
+            return _error(400, "'shard_ids' must be a list")
+        cleared = await asyncio.to_thread(self._clear, [item for item in shard_ids if isinstance(item, str)])
+        return web.json_response({"status": "ok", "cleared_count": cleared, **self._owner.store.stats()})
+
+    def _clear(self, shard_ids: list[str]) -> int:
+        # The store first: evicted earlier, a shard could be fetched again from the store and stay in the cache.
+        cleared = self._owner.store.remove(shard_ids)
+        self._owner.evict(shard_ids)
+        return cleared
+
+    async def reclaim(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "trimmed": await asyncio.to_thread(self._owner.trim)})
+
+    async def watching(self, app: object = None) -> AsyncIterator[None]:
+        """Free places whose clients take nothing, for as long as an application runs."""
+        task = asyncio.create_task(self._watch())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for place, seconds in self._turns.stalled():
+                logger.warning("gave up an answer whose client took next to nothing for %.1f s", seconds)
+                place.abort()
+
+    async def _send(self, request: web.Request, answer: Answer, place: Place) -> web.StreamResponse:
+        """Send an answer; returns when the kernel has taken all of it. The place is kept until the client has."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client is gone")
+        response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+        response.content_length = answer.nbytes
+        _use_reno_within_host(transport)
+        transport.set_write_buffer_limits(high=_AHEAD_BYTES)
+        await response.prepare(request)
+        writer = request.writer
+        place.send(lambda: writer.output_size, lambda: _left_bytes(transport), transport.abort)
+        try:
+            await _write(response, answer)
+            await _drain(request, transport)
+        except BaseException:
+            # A half-sent body must end in a broken connection: a second answer would be taken for the rest of it.
+            transport.abort()
+            raise
+        self._sent_payload_bytes += answer.payload_nbytes
+        self._sent_body_bytes += answer.nbytes if answer.status == 200 else 0
+        return response
+
+
+async def _write(response: web.StreamResponse, answer: Answer) -> None:
+    parts, num_left = iter(answer.parts), answer.nbytes
+    while num_left:  # known, so that nothing is done after the last byte: the client may go on by then
+        part = await asyncio.to_thread(next, parts) if answer.is_made_in_parts else next(parts)
+        num_left -= len(part)
+        view = memoryview(part)
+        for start in range(0, len(view), _WRITE_BYTES):
+            await response.write(view[start : start + _WRITE_BYTES])
+    await response.write_eof()
+
+
+async def _drain(request: web.Request, transport: asyncio.WriteTransport) -> None:
+    """Wait until next to nothing is left in the transport; raises `ConnectionError` if the client stops taking it."""
+    if not transport.is_closing():
+        transport.set_write_buffer_limits(high=UNREAD_BYTES)
+        await request.writer.drain()
+    if transport.is_closing():
+        raise ConnectionResetError("the client did not take the answer")
+
+
+def _left_bytes(transport: asyncio.WriteTransport) -> int:
+    """Bytes that the client's host has not confirmed: in the transport, and where the system tells, in the kernel."""
+    if transport.is_closing():
+        return 0
+    in_kernel = bytes(4)
+    with contextlib.suppress(OSError, ValueError):  # closed, or not told here
+        in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
+    return transport.get_write_buffer_size() + int(struct.unpack("i", in_kernel)[0])
+
+
+def _check_length(nbytes: int, limit: int) -> None:
+    if nbytes > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, nbytes, text=f"a body of {nbytes:,} bytes, the limit is {limit:,}")
+
+
+def _listed_ids(body: bytearray) -> list[Any] | None:
+    num_commas = body.count(b",")
+    if num_commas > _MAX_IDS_COMMAS:
+        raise _too_many_ids(num_commas)
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    shard_ids = document.get("shard_ids") if isinstance(document, dict) else None
+    if not isinstance(shard_ids, list):
+        return None
+    if len(shard_ids) > MAX_IDS:
+        raise _too_many_ids(len(shard_ids))
+    return shard_ids
+
+
+def _too_many_ids(num_ids: int) -> web.HTTPException:
+    message = f"about {num_ids:,} shard ids in one request, the limit is {MAX_IDS:,}"
+    return web.HTTPRequestEntityTooLarge(MAX_IDS, num_ids, text=message)
+
+
+def _tensor_of_json(body: bytearray, shard_id: str) -> torch.Tensor:
+    tensor = tensor_from_text(body)
+    if tensor.is_meta:
+        raise ValueError(f"shard {shard_id} has no data to store")
+    return tensor
+
+
+def _tensor_of_frame(body: bytearray, shard_id: str) -> torch.Tensor:
+    header_nbytes = int.from_bytes(body[:PREFIX_BYTES], "little")
+    if _MAX_PUT_HEADER_BYTES < header_nbytes <= len(body):
+        raise ValueError(f"a header of {header_nbytes:,} bytes for one tensor, the limit is {_MAX_PUT_HEADER_BYTES:,}")
+    tensors = decode_frame(body)
+    if tensors.keys() != {shard_id}:
+        raise ValueError(f"expected one tensor with the id {shard_id}, got {short_repr(list(tensors))}")
+    return tensors[shard_id]
+
+
+def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:
+    """Between two processes of one host there is no network to model, and bbr's pacing only costs.
+
+    Source: our measurement over loopback, 5.5 GB/s with reno and 2.3 with bbr, the default on some machines.
+    """
+    peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    if peer and own and peer[0] == own[0]:
+        with contextlib.suppress(OSError):  # not offered by this kernel, or not to this user
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+
+
+def _error(status: int, message: str, **more: object) -> web.Response:
+    return web.json_response({"status": "error", "message": message, **more}, status=status)
+
+
+def _naming(incarnation: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def name(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers[INCARNATION_HEADER] = incarnation
+
+    return name
+
+
+def _noting(connections: Connections) -> Middleware:
+    @web.middleware
+    async def note(request: web.Request, handler: Handler) -> web.StreamResponse:
+        connections.enter(request.protocol, Stage.ANSWERING)
+        try:
+            return await handler(request)
+        finally:
+            connections.enter(request.protocol, Stage.IDLE)
+
+    return note
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every refusal and every fault is answered in the one form that clients parse."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        error.text, error.content_type = json.dumps({"status": "error", "message": error.text}), "application/json"
+        raise
+    except ConnectionError as error:
+        # The client went away. Nobody reads this answer; raised further, aiohttp would log a fault of ours. It keeps
+        # the error in a cycle with the request: without the traceback, our frames and their tensors are not in it.
+        error.__traceback__ = None
+        return _error(499, "client closed the connection")
+    except Exception as error:
+        logger.exception("%s %s failed", request.method, request.path)
+        return _error(500, str(error))
+
+
+def _asked_under(rule: HostRule) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        refusal = rule.refusal(request.headers.getall("Host", []), request.headers.getall("Origin", []))
+        if refusal is not None:
+            raise web.HTTPForbidden(text=f"{refusal}; allow_hosts= or --allow-host lets more names in")
+        return await handler(request)
+
+    return check
+
+
+def _bearer_auth(token: str) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        # surrogateescape: aiohttp decodes headers so, and a comparison of bytes takes the same time for any of them.
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if request.path != "/health" and not hmac.compare_digest(given, expected):
+            raise web.HTTPUnauthorized(text="a bearer token is required", headers={"WWW-Authenticate": "Bearer"})
+        return await handler(request)
+
+    return check

@@ -1,0 +1,117 @@
+"""A backstop at the owner: shards that nobody cleared for very long are dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from typing import Any
+
+from gpu_cache.config import seconds
+from gpu_cache.rpc.store import ShardStore
+
+logger = logging.getLogger(__name__)
+
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*")
+# How often it looks: so many times in a shard's life, but not all the time, and not so seldom that memory comes late.
+_LOOKS_PER_LIFE = 10
+_MIN_PERIOD_S, _MAX_PERIOD_S = 0.05, 10.0
+_LOG_PERIOD_S = 60.0
+
+
+def parse_seconds(text: float | str) -> float:
+    """Seconds of a number, or of text such as "90", "10m", "2h", "1.5 d" or "inf".
+
+    Raises:
+        ValueError: Not a time, or none that could be meant.
+    """
+    match = _DURATION.fullmatch(str(text))
+    try:
+        found = float(match[1]) * _UNITS_S[match[2]] if match else float(str(text))
+    except ValueError:
+        found = 0.0
+    if not found > 0.0:
+        raise ValueError(f"{text!r} is not a time above 0; write seconds, or a number with s, m, h or d")
+    return seconds(found)
+
+
+class ShardExpiry:
+    """Drops shards of a store that are older than `ttl_s`, and counts them.
+
+    A shard's age is the time since it was stored, whether or not anybody reads it. One that is being sent is sent to
+    its end.
+
+    Args:
+        store: Whose shards.
+        ttl_s: How old they may get, in seconds.
+        evict: Drops shards from the owner's own cache too.
+        now: Seconds, monotonic, of the clock by which the store dates its shards.
+    Attributes:
+        num_shards: Dropped so far.
+        nbytes: Of these.
+    Thread-safety: any thread.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        ttl_s: float,
+        evict: Callable[[Sequence[Any]], object],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ttl_s = ttl_s
+        self._store, self._evict, self._now = store, evict, now
+        # Guards every field below.
+        self._lock = threading.Lock()
+        self.num_shards = self.nbytes = 0
+        self._unsaid: list[tuple[Hashable, int]] = []  # dropped since the last line of the log
+        self._says_at = float("-inf")
+
+    def __repr__(self) -> str:
+        return f"ShardExpiry(ttl_s={self.ttl_s:g}, {self.num_shards:,} shards of {self.nbytes:,} bytes dropped)"
+
+    def sweep(self) -> int:
+        """Drop what is too old by now; returns how many shards. Costs a look at the oldest one if there is nothing."""
+        moment = self._now()
+        dropped = self._store.remove_stored_before(moment - self.ttl_s)
+        with self._lock:
+            self.num_shards += len(dropped)
+            self.nbytes += sum(nbytes for _, nbytes in dropped)
+            self._unsaid += dropped
+            said = self._unsaid if moment >= self._says_at else []
+            if said:
+                self._unsaid, self._says_at = [], moment + _LOG_PERIOD_S
+        if said:
+            self._say(said)
+        if dropped:  # last: it is somebody else's code
+            self._evict([shard_id for shard_id, _ in dropped])
+        return len(dropped)
+
+    def _say(self, dropped: Sequence[tuple[Hashable, int]]) -> None:
+        num_bytes = sum(nbytes for _, nbytes in dropped)
+        logger.warning(
+            "dropped %d shards of %s bytes that nobody cleared for %g s (--shard-ttl), %r the first; %d so far",
+            len(dropped), f"{num_bytes:,}", self.ttl_s, dropped[0][0], self.num_shards,
+        )  # fmt: skip
+
+    async def sweeping(self, app: object = None) -> AsyncIterator[None]:
+        """Sweep for as long as an application runs, on threads of its loop's executor."""
+        task = asyncio.create_task(self._sweep_for_ever())
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def _sweep_for_ever(self) -> None:
+        period_s = min(max(self.ttl_s / _LOOKS_PER_LIFE, _MIN_PERIOD_S), _MAX_PERIOD_S)
+        while True:
+            await asyncio.sleep(period_s)
+            try:
+                await asyncio.to_thread(self.sweep)
+            except Exception:  # top of a task: the next one may go better
+                logger.exception("dropping old shards failed")

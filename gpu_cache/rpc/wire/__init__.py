@@ -1,0 +1,1 @@
+"""What travels: binary frames and JSON."""

@@ -1,0 +1,242 @@
+"""The binary frame: a safetensors document that carries shards under opaque ids.
+
+    8 bytes, little-endian: length of the header | the header, JSON, padded with spaces to a multiple of 8 | the bytes
+
+The header's keys are "0", "1", … in the order in which the ids were asked for. Entries of `__metadata__` say the rest,
+each a text, as safetensors wants strings there:
+
+- "ids": JSON, the list of shard ids, by index;
+- "raw", only where needed: JSON, {"index": ["dtype", [shape]]} of the tensors whose dtype has no name in safetensors
+  (complex32, complex128, float8_e8m0fnu). Their entries in the header are U8, as long as the tensor has bytes;
+- "serials", from an owner: the serial of each shard, by index, with a space between two. Equal serials from one
+  incarnation of a server mean equal bytes. A reader goes on amid a shard only where both are equal.
+
+The bytes are packed without holes, widest dtype first, then by dtype, then by index: each tensor is aligned to its own
+width (up to 8), and a reader builds the tensors of one dtype from one range. Bits arrive as they were sent, except
+that a bool's byte other than 0 and 1 (which no operation of torch writes) may arrive as 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
+from reprlib import repr as short_repr
+from typing import Any
+
+import torch
+
+from gpu_cache import ShardSpec
+from gpu_cache.device.hostmem import host_tensor
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.wire.layout import MAX_HEADER_BYTES, MAX_TENSORS, NAME_OF_DTYPE, PREFIX_BYTES, Layout
+from gpu_cache.rpc.wire.owned import OwnedShard
+from gpu_cache.rpc.wire.serialization import DTYPES, check_travels, checked_shape, host_bytes
+
+CONTENT_TYPE = "application/vnd.safetensors"
+_PART_BYTES = 1 << 20
+# Up to this length tensors are sent from a joined copy of many: that costs less than a system call for each.
+_JOINED_BYTES = 128 << 10
+
+_NAMED = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
+_RAW = {name: dtype for name, dtype in DTYPES.items() if dtype not in NAME_OF_DTYPE}
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+class Frame:
+    """Tensors laid out for sending; iterating yields the header, then the bytes in parts.
+
+    A part is the memory of one large tensor, uncopied, or a joined copy of small ones (at most 1 MiB), made when its
+    turn comes. The frame keeps its tensors alive, whatever happens to the store meanwhile.
+
+    Args:
+        items: Distinct ids with their tensors, in the order asked for; an owner has what it takes ready.
+
+    Raises:
+        TypeError: A dtype or layout that does not travel, or a meta tensor.
+        WireError: Ids that repeat, or more than the limits allow.
+    """
+
+    def __init__(self, items: Iterable[tuple[str, torch.Tensor | OwnedShard]]) -> None:
+        listed = [(shard_id, s if isinstance(s, OwnedShard) else _owned(s)) for shard_id, s in items]
+        for shard_id, shard in listed:
+            shard.check(shard_id)
+        ids, shards = [shard_id for shard_id, _ in listed], [shard for _, shard in listed]
+        if (num_ids := len(set(ids))) != len(ids):
+            raise WireError(f"{len(ids):,} ids, {num_ids:,} distinct")
+        serials = [shard.serial for shard in shards]
+        layout = Layout(ids, shards, [shard.text for shard in shards], serials if all(serials) else ())
+        self._shards = [shards[index] for index in layout.indices]
+        self.header, self.payload_nbytes = layout.header, layout.payload_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + self.payload_nbytes
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        yield self.header
+        pending: list[memoryview] = []
+        room = _PART_BYTES
+        for shard in self._shards:
+            memory = host_bytes(shard.tensor) if shard.memory is None else shard.memory
+            is_joined = shard.nbytes <= _JOINED_BYTES
+            if pending and not (is_joined and shard.nbytes <= room):
+                yield b"".join(pending)
+                pending, room = [], _PART_BYTES
+            if is_joined:
+                pending.append(memory)
+                room -= shard.nbytes
+            else:
+                yield memory
+        if pending:
+            yield b"".join(pending)
+
+
+def _owned(tensor: torch.Tensor) -> OwnedShard:
+    check_travels(tensor)
+    return OwnedShard(tensor)
+
+
+def header_nbytes(prefix: bytes, content_length: int) -> int:
+    """Length of the header, from a frame's first 8 bytes and the length of the whole.
+
+    Raises:
+        WireError: No frame could begin so.
+    """
+    nbytes = int.from_bytes(prefix, "little")
+    if len(prefix) != PREFIX_BYTES or nbytes > min(MAX_HEADER_BYTES, content_length - PREFIX_BYTES):
+        raise WireError(
+            f"{len(prefix)} bytes announce a header of {nbytes:,} bytes in a frame of {content_length:,}; "
+            f"the limit is {MAX_HEADER_BYTES:,}"
+        )
+    return nbytes
+
+
+def parse_header(header: bytes, data_nbytes: int) -> list[ShardSpec]:
+    """Describe the shards of a frame in the order of their bytes.
+
+    Everything is checked, so that a reader may allocate what the entries say: together they cover the data exactly.
+    The order of the keys, the spacing and the order of the bytes are the sender's choice.
+
+    Args:
+        header: The JSON, without the 8 bytes before it.
+        data_nbytes: The number of bytes that follow it.
+
+    Raises:
+        WireError: The header breaks the format.
+    """
+    document = _json_object(header, "the header")
+    metadata = document.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise WireError(f"__metadata__ maps names to strings, it is not {short_repr(metadata)}")
+    ids = _shard_ids(metadata, len(document))
+    raw = _json_object(metadata.get("raw", "{}"), "raw in __metadata__")
+    if not raw.keys() <= document.keys():
+        raise WireError(f"raw names {short_repr(sorted(raw.keys() - document.keys()))}, which the header does not")
+    placed = []
+    for index, shard_id in enumerate(ids):
+        begin, end, dtype, shape = _placed_tensor(document.get(str(index)), raw.get(str(index)))
+        placed.append((begin, end, ShardSpec(shard_id, dtype, shape)))
+    placed.sort(key=itemgetter(0, 1))
+    _check_cover(placed, data_nbytes)
+    return [spec for _, _, spec in placed]
+
+
+def serials_of(header: bytes | bytearray) -> dict[str, str]:
+    """The serials in a header that `parse_header` takes, by shard id; none where the sender tells none."""
+    metadata = _json_object(header, "the header")["__metadata__"]
+    ids, serials = _json(metadata["ids"], "ids in __metadata__"), metadata.get("serials", "").split(" ")
+    return dict(zip(ids, serials, strict=True)) if len(ids) == len(serials) and all(serials) else {}
+
+
+def decode_frame(frame: bytes | bytearray | memoryview) -> dict[str, torch.Tensor]:
+    """Build the tensors of a whole frame, by id, each in memory of its own.
+
+    Raises:
+        WireError: The frame breaks the format; nothing was allocated.
+    """
+    view = memoryview(frame).cast("B")
+    at = PREFIX_BYTES + header_nbytes(bytes(view[:PREFIX_BYTES]), len(view))
+    tensors = {}
+    with plain_tensors():
+        for spec in parse_header(bytes(view[PREFIX_BYTES:at]), len(view) - at):
+            flat = host_tensor(spec.nbytes)
+            flat.numpy().data[:] = view[at : at + spec.nbytes]
+            tensors[str(spec.key)] = flat.view(spec.dtype).view(spec.shape)
+            at += spec.nbytes
+    return tensors
+
+
+def _json(text: str | bytes | bytearray, where: str) -> Any:
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{where} is not JSON: {error}") from error
+
+
+def _json_object(text: str | bytes | bytearray, where: str) -> dict[str, Any]:
+    document = _json(text, where)
+    if not isinstance(document, dict):
+        raise WireError(f"{where} is not an object but {short_repr(document)}")
+    return document
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a repeated key two readers might believe different values, so none is believed."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError(f"{len(pairs):,} keys, {len(document):,} distinct")
+    return document
+
+
+def _shard_ids(metadata: Mapping[str, str], num_tensors: int) -> list[str]:
+    ids = _json(metadata.get("ids", "null"), "ids in __metadata__")
+    if not isinstance(ids, list) or not all(isinstance(shard_id, str) for shard_id in ids):
+        raise WireError(f"ids in __metadata__ is a list of strings, not {short_repr(ids)}")
+    if not len(set(ids)) == len(ids) == num_tensors <= MAX_TENSORS:
+        raise WireError(
+            f"{len(ids):,} ids, {len(set(ids)):,} distinct, for {num_tensors:,} tensors; the limit is {MAX_TENSORS:,}"
+        )
+    return ids
+
+
+def _placed_tensor(described: object, raw: object) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+    """Begin, end, dtype and shape of one tensor, in agreement with each other."""
+    if not isinstance(described, dict) or described.keys() != _ENTRY_KEYS:
+        raise WireError(f"a tensor is described by {sorted(_ENTRY_KEYS)}, not by {short_repr(described)}")
+    begin, end = _pair(described["data_offsets"])
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+        raise WireError(f"{short_repr([begin, end])} are no offsets")
+    dtype, shape, nbytes = _typed(_NAMED, described["dtype"], described["shape"])
+    if nbytes == end - begin and raw is not None:
+        dtype, shape, nbytes = _typed(_RAW, *_pair(raw))
+    if nbytes != end - begin:
+        raise WireError(f"{dtype} of shape {short_repr(shape)} has {nbytes:,} bytes, the offsets {end - begin:,}")
+    return begin, end, dtype, shape
+
+
+def _pair(value: object) -> tuple[Any, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise WireError(f"not a list of two: {short_repr(value)}")
+    return value[0], value[1]
+
+
+def _typed(dtypes: Mapping[str, torch.dtype], name: object, shape: object) -> tuple[torch.dtype, tuple[int, ...], int]:
+    dtype = dtypes.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise WireError(f"unknown dtype {short_repr(name)}")
+    try:
+        return dtype, *checked_shape(shape, dtype.itemsize)
+    except ValueError as error:
+        raise WireError(str(error)) from error
+
+
+def _check_cover(placed: Iterable[tuple[int, int, ShardSpec]], data_nbytes: int) -> None:
+    covered = 0
+    for begin, end, spec in placed:
+        if begin != covered:
+            raise WireError(f"shard {spec.key} begins at {begin:,}, the one before it ends at {covered:,}")
+        covered = end
+    if covered != data_nbytes:
+        raise WireError(f"the header describes {covered:,} bytes of data, {data_nbytes:,} are announced")

@@ -1,0 +1,374 @@
+"""Upstream's JSON form of values: tensors in base64, and a closed table of admitted dataclasses."""
+
+from __future__ import annotations
+
+import binascii
+import enum
+import json
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import fields
+from reprlib import repr as short_repr
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parameter import is_lazy
+
+from gpu_cache.device.hostmem import host_tensor
+from gpu_cache.device.modes import plain_tensors
+
+# Dtypes that travel, by the name that follows "torch." on the wire.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32,
+        torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu, torch.complex32,
+        torch.complex64, torch.complex128,
+    )
+}  # fmt: skip
+_ADMITTED_DTYPES = frozenset(DTYPES.values())
+MAX_RANK = 64
+_MAX_EXTENT = 2**63 - 1  # torch counts bytes and strides in int64
+
+# Characters decoded at a time; whole groups of four. The one copy of the payload stays in the CPU's cache.
+_BASE64_CHUNK = 1 << 20
+# Bytes of a tensor encoded at a time; whole groups of three. Other threads wait for the interpreter meanwhile: 3 ms.
+_ENCODED_CHUNK = 3 << 20
+# JSON that a tensor's text may have beside the base64. Longer texts are not parsed: `json.loads` lets no other thread
+# run, and some MiB of "[[],[]..." take it seconds.
+_MAX_BESIDE_BYTES = 64 << 10
+_DATA_OPENS = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*"')
+
+ADMITTED_CLASS_PATHS = frozenset({"areal.infra.rpc.rtensor.RTensor", "areal.infra.rpc.rtensor.TensorShardInfo"})
+# Entered by rtensor.py when it is imported, constant from then on.
+_class_of_path: dict[str, type] = {}
+_path_of_class: dict[type, str] = {}
+
+_ONLY = "only tensors, handles and plain JSON values do"
+# Upstream's other tagged values, and the fields by which such a value is told from a user's dict with a "type" key.
+_REFUSED_TAGS = {
+    "ndarray": {"data", "shape", "dtype"},
+    "pil_image": {"data"},
+    "ray_object_ref": {"data"},
+    "tokenizer": {"data", "name_or_path"},
+    "processor": {"data", "name_or_path"},
+    "torch_dtype": {"value"},
+    "enum": {"class_path", "value"},
+}
+
+
+def register_dataclass(class_path: str, cls: type) -> None:
+    """Say which class an admitted path stands for.
+
+    A class may define `__wire_fields__(self) -> dict[str, Any]`, sent in the place of its fields.
+
+    Raises:
+        ValueError: Not one of `ADMITTED_CLASS_PATHS`.
+    """
+    if class_path not in ADMITTED_CLASS_PATHS:
+        raise ValueError(f"{class_path!r} is not admitted on the wire, only {sorted(ADMITTED_CLASS_PATHS)}")
+    _class_of_path[class_path] = cls
+    _path_of_class[cls] = class_path
+
+
+def serialize_value(value: Any) -> Any:
+    """Turn a value into what `json.dumps` takes: tensors and admitted dataclasses tagged, tuples as lists.
+
+    Raises:
+        TypeError: Something in the value does not travel: another class, another dtype, a key that is no string.
+    """
+    if value is None or (isinstance(value, str | int | float) and not isinstance(value, enum.Enum)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return tensor_to_json(value)
+    if isinstance(value, dict):
+        return _serialize_fields(value)
+    if isinstance(value, list | tuple):
+        return [serialize_value(item) for item in value]
+    class_path = _path_of_class.get(type(value))
+    if class_path is None:
+        raise TypeError(f"{type(value).__qualname__} does not travel, {_ONLY}")
+    return {"type": "dataclass", "class_path": class_path, "data": _serialize_fields(_wire_fields(value))}
+
+
+def _serialize_fields(named: dict[Any, Any]) -> dict[str, Any]:
+    for name in named:
+        if not isinstance(name, str):
+            raise TypeError(f"keys of a dict that travels are strings, not {type(name).__qualname__}: {name!r}")
+    return {name: serialize_value(value) for name, value in named.items()}
+
+
+def _wire_fields(instance: Any) -> dict[str, Any]:
+    if hasattr(instance, "__wire_fields__"):
+        return dict(instance.__wire_fields__())
+    return {field.name: getattr(instance, field.name) for field in fields(instance)}
+
+
+def deserialize_value(value: Any) -> Any:
+    """Build what `serialize_value` described. Nothing that the value names is ever imported.
+
+    A dict is a tagged value if its "type" is one of upstream's tags *and* the fields of that tag are there; any other
+    dict is plain data, as it is for upstream (chat messages have a "type", some with "data" beside it). Only a
+    "class_path" gives away a tag that we have not heard of.
+
+    Raises:
+        TypeError: A tagged value that does not travel, or a class path that is not admitted; names it.
+        ValueError: A tagged value that is broken, or a value that is nested too deeply.
+    """
+    try:
+        with plain_tensors():  # once, as entering costs more than a handle where a mode is active
+            return _deserialize(value)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply") from None
+
+
+def _deserialize(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_deserialize(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = value.get("type")
+    if tag == "tensor" and value.keys() >= {"shape", "dtype"}:
+        return _tensor_from_json(value)
+    if tag == "dataclass" and value.keys() >= {"class_path", "data"}:
+        return _dataclass_from_json(value["class_path"], value["data"])
+    if isinstance(tag, str) and value.keys() >= _REFUSED_TAGS.get(tag, {"class_path"}):
+        raise TypeError(f"values tagged {short_repr(tag)} do not travel, {_ONLY}")
+    return {name: _deserialize(item) for name, item in value.items()}
+
+
+def _dataclass_from_json(class_path: object, described: object) -> Any:
+    cls = _class_of_path.get(class_path) if isinstance(class_path, str) else None
+    if cls is None:
+        raise TypeError(
+            f"dataclass {class_path!r} is not admitted: only {sorted(ADMITTED_CLASS_PATHS)} are, "
+            "once gpu_cache.rpc.rtensor is imported"
+        )
+    names = {field.name for field in fields(cls)}
+    if not isinstance(described, dict) or described.keys() != names:
+        raise ValueError(f"a {cls.__name__} has the fields {sorted(names)}, not {short_repr(described)}")
+    return cls(**{name: _deserialize(item) for name, item in described.items()})
+
+
+def tensor_to_json(tensor: torch.Tensor) -> dict[str, Any]:
+    """Describe a tensor, its bytes in base64; those of a meta tensor are None.
+
+    bfloat16 travels as float32, its own bits in the upper half.
+
+    Raises:
+        TypeError: A dtype or layout that does not travel.
+    """
+    check_travels(tensor)
+    text = None
+    if not tensor.is_meta:
+        text = b"".join(_base64(tensor)).decode("ascii")
+    return {"type": "tensor", "data": text, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+
+
+class TensorText:
+    """The text `json.dumps(tensor_to_json(tensor))`; iterating makes it in parts of at most 4 MiB.
+
+    Args:
+        tensor: Kept alive; its values of the moment when a part is made are in that part.
+    Attributes:
+        nbytes: Its length, known before any part is made.
+    Raises:
+        TypeError: A dtype or layout that does not travel.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        check_travels(tensor)
+        self._tensor = tensor
+        quote = "" if tensor.is_meta else '"'
+        self._head = f'{{"type": "tensor", "data": {quote or "null"}'.encode()
+        self._tail = f'{quote}, "shape": {list(tensor.shape)}, "dtype": "{tensor.dtype}"}}'.encode()
+        num_bytes = 0 if tensor.is_meta else tensor.nbytes * (1 + (tensor.dtype is torch.bfloat16))
+        self.nbytes = len(self._head) + -(-num_bytes // 3) * 4 + len(self._tail)
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._head
+        if not self._tensor.is_meta:
+            yield from _base64(self._tensor)
+        yield self._tail
+
+
+def _base64(tensor: torch.Tensor) -> Iterator[bytes]:
+    """The tensor's bytes in base64, in parts that can be joined."""
+    with plain_tensors():
+        memory, is_narrow = host_bytes(tensor), tensor.dtype is torch.bfloat16
+    step = _ENCODED_CHUNK // 2 if is_narrow else _ENCODED_CHUNK
+    for start in range(0, len(memory), step):
+        chunk = memory[start : start + step]
+        yield binascii.b2a_base64(_widened(chunk) if is_narrow else chunk, newline=False)
+
+
+def _widened(memory: memoryview) -> bytes:
+    """bfloat16 as float32, whose upper half it is; by bits, as a conversion would quieten signalling NaNs."""
+    halves = np.zeros((len(memory) // 2, 2), np.uint16)
+    halves[:, 1] = np.frombuffer(memory, np.uint16)
+    return halves.tobytes()
+
+
+def tensor_from_text(text: bytes | bytearray) -> torch.Tensor:
+    """Build the tensor of a JSON text, as `tensor_from_json` does. The base64 in a long text is found, not parsed.
+
+    Raises:
+        ValueError: Not JSON, not a tensor, or more than 64 KiB of JSON beside the base64.
+        RecursionError: It is nested too deeply.
+    """
+    if len(text) <= _MAX_BESIDE_BYTES:
+        return tensor_from_json(json.loads(text))
+    opening = _DATA_OPENS.search(text, 0, _MAX_BESIDE_BYTES)
+    start = opening.end() if opening else 0
+    end = text.find(b'"', start) if opening else 0
+    if end < 0 or len(text) - (end - start) > _MAX_BESIDE_BYTES:
+        raise ValueError(
+            f"not a tensor: {len(text):,} bytes of JSON, and at most {_MAX_BESIDE_BYTES:,} may stand beside its data"
+        )
+    mark = secrets.token_hex(16)  # nobody else can write it: where it arrives is where the base64 was
+    described = json.loads(text[:start] + mark.encode() + text[end:])
+    if not isinstance(described, dict) or described.get("data") != mark:
+        raise ValueError(f"not a tensor: the long text in {len(text):,} bytes of JSON is not its data")
+    with memoryview(text)[start:end] as data:
+        return tensor_from_json(described, data)
+
+
+def tensor_from_json(described: object, data: memoryview | None = None) -> torch.Tensor:
+    """Build the tensor that `tensor_to_json` described: on the host, writable, owning its memory; or on meta.
+
+    Every number is checked before anything is allocated.
+
+    Args:
+        described: What JSON says.
+        data: The base64, if it is not in `described`.
+    Raises:
+        ValueError: Not a tensor, or its shape, dtype and bytes do not fit together.
+    """
+    with plain_tensors():
+        return _tensor_from_json(described, data)
+
+
+def _tensor_from_json(described: object, data: memoryview | None = None) -> torch.Tensor:
+    if not isinstance(described, dict) or described.get("type") != "tensor":
+        raise ValueError(f"not a tensor: {short_repr(described)}")
+    dtype = _named_dtype(described.get("dtype"))
+    is_narrow = dtype is torch.bfloat16
+    shape, nbytes = checked_shape(described.get("shape"), 4 if is_narrow else dtype.itemsize)
+    text = described.get("data") if data is None else data
+    if text is None:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    flat = _decoded(text, nbytes)
+    if is_narrow:
+        # Little-endian: the upper half of each float32 is the odd one.
+        flat = flat.view(torch.int16)[1::2].clone(memory_format=torch.contiguous_format)
+    return flat.view(dtype).view(shape)
+
+
+def _named_dtype(name: object) -> torch.dtype:
+    dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if dtype is None:
+        raise ValueError(f"{short_repr(name)} is not a dtype that travels")
+    return dtype
+
+
+def _decoded(text: object, nbytes: int) -> torch.Tensor:
+    """The bytes of a base64 text as a new uint8 tensor; the length is checked first."""
+    num_chars = -(-nbytes // 3) * 4
+    if not isinstance(text, str | memoryview) or len(text) != num_chars:
+        found = f"{len(text):,} characters" if isinstance(text, str | memoryview) else type(text).__qualname__
+        raise ValueError(f"{nbytes:,} bytes need {num_chars:,} characters of base64, got {found}")
+    flat = host_tensor(nbytes)
+    target = flat.numpy().data
+    for start in range(0, num_chars, _BASE64_CHUNK):
+        place = target[start // 4 * 3 : (start + _BASE64_CHUNK) // 4 * 3]
+        try:
+            # Padding in the wrong place makes a piece shorter than its place, which the assignment refuses.
+            place[:] = binascii.a2b_base64(text[start : start + _BASE64_CHUNK], strict_mode=True)
+        except ValueError as error:
+            raise ValueError(f"bad base64 near character {start:,} of {num_chars:,}: {error}") from error
+    return flat
+
+
+def checked_shape(shape: object, itemsize: int) -> tuple[tuple[int, ...], int]:
+    """The shape that a JSON list stands for, and the bytes of a tensor of that shape.
+
+    Raises:
+        ValueError: Not a shape that torch could hold: rank, signs, types (True is no length), overflow.
+    """
+    if not isinstance(shape, list) or len(shape) > MAX_RANK:
+        raise ValueError(f"a shape is a list of at most {MAX_RANK} lengths, not {short_repr(shape)}")
+    nbytes = extent = itemsize
+    for length in shape:
+        if type(length) is not int or length < 0:
+            raise ValueError(f"{short_repr(length)} is not a length, in the shape {short_repr(shape)}")
+        nbytes *= length
+        extent *= length or 1  # torch computes the strides of empty tensors this way
+        if extent > _MAX_EXTENT:
+            raise ValueError(f"the shape {short_repr(shape)} exceeds {_MAX_EXTENT:,} bytes")
+    return tuple(shape), nbytes
+
+
+def check_travels(tensor: torch.Tensor) -> None:
+    """Refuse what has no bytes that another process could read as the same tensor.
+
+    Raises:
+        TypeError: A dtype that does not travel, or not a plain dense tensor.
+    """
+    if fault := _fault_of(tensor):
+        raise TypeError(fault)
+
+
+def check_stored(tensor: torch.Tensor) -> None:
+    """Refuse what others could not fetch, if it was stored: what does not travel, and what has no values.
+
+    Raises:
+        TypeError: What it is, and what to do.
+    """
+    check_travels(tensor)
+    if tensor.is_meta:
+        raise TypeError("a meta tensor has no values; store one that has")
+
+
+def _fault_of(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from travelling, and what to do; "" if nothing does."""
+    kind, dtype = type(tensor), tensor.dtype
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return (
+            "tensors inside torch.func (grad, vmap, jvp) do not travel; return it from the transformed function first"
+        )
+    if is_lazy(tensor):
+        return "the parameter has no values yet; call its lazy module first"
+    if tensor.is_nested:
+        return "only dense tensors travel, not nested ones; call to_padded_tensor() first"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        remedy = "call full_tensor()" if kind.__name__ == "DTensor" else "make a plain tensor of it"
+        return f"only plain tensors travel, not {kind.__name__}; {remedy} first"
+    if tensor.layout is not torch.strided:
+        return f"only dense tensors travel, not {tensor.layout}; call to_dense() first"
+    if dtype not in _ADMITTED_DTYPES:
+        remedy = "call dequantize()" if tensor.is_quantized else "call view(torch.uint8)"
+        return f"tensors of {dtype} do not travel; {remedy} first"
+    if tensor.ndim > MAX_RANK:
+        return f"tensors of rank {tensor.ndim} do not travel, the limit is {MAX_RANK}; reshape() it first"
+    if not tensor.is_meta and tensor.untyped_storage().nbytes() < _least_nbytes(tensor):
+        return "the tensor's memory was given back, as FSDP does with a parameter between uses; gather it first"
+    return ""
+
+
+def _least_nbytes(tensor: torch.Tensor) -> int:
+    """Of a storage that has all its elements."""
+    if not tensor.numel():
+        return 0
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in C order; its own memory if that is dense, on the host and free of lazy conjugation."""
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    # Not `view(-1)`: a single element counts as contiguous whatever its stride, and keeps it.
+    flat = dense.as_strided((dense.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data

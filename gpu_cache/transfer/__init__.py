@@ -1,0 +1,1 @@
+"""From a source through staging buffers into the pool."""

@@ -1,0 +1,240 @@
+"""The parts of a cache that belong to one device, built together when the device is known."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from gpu_cache import process
+from gpu_cache.config import CacheConfig, Prefer, ReadyMode, described
+from gpu_cache.device.placement import Placement, choose_device
+from gpu_cache.device.protocol import Device
+from gpu_cache.errors import TransferError
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.room import RoomMaker
+from gpu_cache.pool.block import TrimReport
+from gpu_cache.pool.completion import Completion
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.lease import Husks
+from gpu_cache.pool.slab import SlabPool
+from gpu_cache.reaper import Reaper
+from gpu_cache.transfer.comparison import Comparisons
+from gpu_cache.transfer.host_tier import HostTier
+from gpu_cache.transfer.staging import StagingRing
+from gpu_cache.transfer.transfer import Transfer
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Pool, staging, transfer, fence and reaper of one device. Allocates nothing before the first fetch.
+
+    Args:
+        device: Where shards are cached.
+        config: Settings; what is None is decided here.
+        index: Of what is cached; told of blocks that died, and asked who may be evicted.
+    """
+
+    def __init__(self, device: Device, config: CacheConfig, index: ShardIndex) -> None:
+        is_cuda = device.torch_device.type == "cuda"
+        self.device = device
+        self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
+        self.fence = StreamFence(device, self.config.reuse_fence)
+        self.husks = Husks()
+        self.pool = SlabPool(device, self.config, self.fence, index.forget_dead, self.husks)
+        has_tier = self.config.host_tier_bytes > 0
+        self.tier = HostTier(device, self.config, self.fence, index, self.husks) if has_tier else None
+        self.room = RoomMaker(index, self.pool) if self.tier is None else RoomMaker(index, self.pool, self.tier.take_in)
+        self.staging = StagingRing(device, self.config) if device.stages else None
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
+        self.fence.note(self.transfer.stream)
+        self._to_host = None if self.tier is None else self._transfer_to(self.tier)
+        self.comparisons = Comparisons(device, self.fence, self.pool)
+        self.reaper = Reaper(self, self.husks)
+
+    def transfer_to(self, prefer: Prefer) -> Transfer:
+        """What moves shards to the device, or to the host tier; where the device is the host it need not be on.
+
+        Raises:
+            ValueError: The host is preferred, and the tier is off.
+        """
+        if prefer == "device" or (self._to_host is None and not self.device.stages):
+            return self.transfer
+        if self._to_host is None:
+            raise ValueError("prefer='host': the host tier is off; set host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)")
+        return self._to_host
+
+    def _transfer_to(self, tier: HostTier) -> Transfer:
+        return Transfer(
+            tier.arenas, tier.pool, None, self.config, tier.room.make, inflight=self.transfer.inflight, parks=True
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any byte of the pool is in use."""
+        return any(pool.is_busy for pool in self._pools)
+
+    @property
+    def _pools(self) -> list[SlabPool]:
+        return [self.pool] if self.tier is None else [self.pool, self.tier.pool]
+
+    def drain(self) -> None:
+        """Free what can be freed now."""
+        self.comparisons.look()
+        for pool in self._pools:
+            pool.drain()
+
+    def end_step(self) -> None:
+        """Something was cleared: free what can be freed now, and keep what the step needed for the next one."""
+        self.pool.end_step()
+        self.drain()
+
+    def offload(self) -> TrimReport:
+        """Evict everything, and give back every slab of the device's that nobody holds."""
+        self.room.empty()
+        return self.pool.trim()
+
+    def synchronize(self) -> None:
+        """Wait until what was freed is reusable, and what is held only to be compared is freed."""
+        self.comparisons.finish()
+        for pool in self._pools:
+            pool.synchronize()
+
+    def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
+        """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
+
+        Raises:
+            TransferError: During CUDA graph capture, where nothing can be waited for.
+        """
+        self.reaper.wake()
+        stream = self.device.current_stream()
+        self.fence.note(stream)
+        unseen = [completion for completion in completions if not completion.is_seen]
+        if unseen and self.device.is_capturing():
+            raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
+        for completion in unseen:
+            if ready == "host":
+                completion.wait_host()
+            else:
+                completion.wait_on(stream)
+
+    def close(self) -> None:
+        """Give back what nobody uses now, and what is still held when its last alias dies. Idempotent."""
+        try:
+            self.finish()
+        finally:
+            self.reaper.retire()  # which tries again what the device failed
+
+    def finish(self) -> None:
+        """Give back what nobody uses; waits for copies under way."""
+        self.comparisons.look()
+        self.transfer.finish()
+
+    def stats(self) -> dict[str, float]:
+        """The device's part of `BufferStats`."""
+        found: dict[str, float] = {**self.pool.stats(), **self.transfer.inflight.stats()}
+        for part in (self.staging, self.tier):
+            for name, number in part.stats().items() if part is not None else ():
+                found[name] = found.get(name, 0) + number
+        return found
+
+    def details(self) -> dict[str, int]:
+        """What a report has beyond that, under the report's names."""
+        return {name: number for part in (self.staging, self.tier) if part for name, number in part.details().items()}
+
+    def gather(self) -> None:
+        """Count copies that are done by now. Not from a thread that captures a CUDA graph; waits for nothing."""
+        for part in (self.staging, self.tier):
+            if part is not None:
+                part.gather()
+
+    def reset_peaks(self) -> None:
+        """Make the peaks what is in use now."""
+        for pool in self._pools:
+            pool.reset_peak()
+        if self.staging is not None:
+            self.staging.reset_peak()
+
+
+class LazyEngine:
+    """Builds the engine at first use, and again if the device was not certain and nothing is cached yet.
+
+    Args:
+        config: Settings, as given.
+        device: Where to cache; None: as `config.device` and the process's state say.
+        index: See `Engine`.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, config: CacheConfig, device: Device | None, index: ShardIndex) -> None:
+        self.current: Engine | None = None
+        self._config, self._index = config, index
+        self._given = None if device is None else Placement(device, "as given", is_final=True)
+        # Guards `current` and _is_final.
+        self._lock = threading.Lock()
+        self._is_final = self._has_warned = False
+
+    def get(self, is_empty: Callable[[], bool]) -> Engine:
+        """The engine; `is_empty` says that nothing is cached in the one there is, nor on its way.
+
+        Raises:
+            ValueError: The device named by the settings is not there.
+            RuntimeError: It is not clear which one is meant.
+        """
+        engine = self.current
+        if engine is not None and (self._is_final or self._stays(engine, is_empty)):
+            return engine
+        placement = self._given or choose_device(self._config.device)
+        built = Engine(placement.device, self._config, self._index)
+        with self._lock:
+            is_mine = self.current is engine and (engine is None or is_empty())
+            if is_mine:
+                self.current, self._is_final = built, placement.is_final
+            chosen = self.current
+        if is_mine:
+            settings = described(self._config, built.config)
+            logger.info("caching on %s (%s): %s", placement.device.torch_device, placement.reason, settings)
+            process.warn_if_shared(placement.device.torch_device)
+            if engine is not None:
+                engine.close()
+        assert chosen is not None
+        return chosen
+
+    def is_current(self, engine: Engine) -> bool:
+        """Whether what was claimed before this call may be fetched into `engine`."""
+        with self._lock:
+            return self.current is engine
+
+    def retire(self, drop_all: Callable[[], object]) -> None:
+        """The cache is gone: let its reaper drop what is indexed, and give everything back. Only sets flags."""
+        if self.current is not None:
+            self.current.reaper.retire(drop_all)
+
+    def close(self) -> None:
+        """Close the engine, if there is one; it lives on while its blocks are held."""
+        if self.current is not None:
+            self.current.close()
+
+    def _stays(self, engine: Engine, is_empty: Callable[[], bool]) -> bool:
+        """Whether a choice made before CUDA was initialised still holds; warns once if it only has to."""
+        try:
+            device = choose_device(self._config.device).device.torch_device
+        except (ValueError, RuntimeError) as error:
+            if is_empty():
+                raise
+            return self._warn_of_late_cuda(engine, str(error))
+        if device == engine.device.torch_device:
+            return True
+        return not is_empty() and self._warn_of_late_cuda(engine, f"{device} is there by now")
+
+    def _warn_of_late_cuda(self, engine: Engine, why: str) -> bool:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "shards stay on %s, where they were cached before CUDA was initialised (%s); initialise it first, or "
+                "set device (GPU_CACHE_DEVICE)",
+                engine.device.torch_device,
+                why,
+            )
+        return True

@@ -1,0 +1,299 @@
+"""Reader -> staging -> slab, run by run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
+from gpu_cache.device.modes import plain_tensors
+from gpu_cache.device.protocol import Device, Stream
+from gpu_cache.errors import CacheFullError
+from gpu_cache.index.entry import Parked
+from gpu_cache.pool.block import Landing, empty_landings, stretches
+from gpu_cache.pool.completion import Completion
+from gpu_cache.pool.slab import Shortage, SlabPool
+from gpu_cache.process import no_collections
+from gpu_cache.ranges import COPY, STAGE, profiled
+from gpu_cache.source import ShardReader, ShardSpec
+from gpu_cache.throttle import Throttle
+from gpu_cache.transfer.host_tier import BACK, HostTier
+from gpu_cache.transfer.inflight import InflightBudget, Turn
+from gpu_cache.transfer.parked_reader import ParkedReader
+from gpu_cache.transfer.runs import Piece, Run, copies_of, pack, windows
+from gpu_cache.transfer.staging import StagingRing
+
+logger = logging.getLogger(__name__)
+
+# Received by one call where nothing is staged, in slots. Larger calls are faster (of the raw socket's speed: 0.73 in
+# calls of 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback); what a fault costs grows with them.
+_DIRECT_SLOTS = 2
+_ATTEMPTS = 3  # to make room for a run, of which others take what they find
+
+
+class Sink(Protocol):
+    """Takes what a transfer moves. Called by the draining thread."""
+
+    def expect(self, specs: Sequence[ShardSpec]) -> None:
+        """Look at what the reader announces, before room is taken for it; raise to end the transfer."""
+
+    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
+        """Take the shards of a run, whose copy is enqueued and done when `completion` is; None: it is done."""
+
+
+class Transfer:
+    """Moves what readers deliver into the pool.
+
+    Args:
+        device: Where to.
+        pool: Gives the ranges.
+        staging: Buffers to receive into; None: the arena is host memory, received into directly.
+        config: Resolved settings.
+        make_room: Evicts for a run of so many bytes, or nothing; the longest run that room was, or could be, made for.
+        tier: Where shards are brought back from.
+        inflight: Shared with another transfer; None: its own.
+        parks: Whether the pool is the host tier's.
+    Thread-safety: any thread; each drains a reader of its own.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        pool: SlabPool,
+        staging: StagingRing | None,
+        config: CacheConfig,
+        make_room: Callable[[int], int],
+        tier: HostTier | None = None,
+        *,
+        inflight: InflightBudget | None = None,
+        parks: bool = False,
+    ) -> None:
+        self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
+        slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
+        self._tier = tier
+        self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
+        self._run_bytes = config.run_bytes
+        self._overflow_warnings: dict[str, Throttle] = {}  # by kind of shortage
+        self.parks = parks
+        self._setting = "host_tier_bytes" if parks else "pool_bytes"
+        self.inflight = inflight or InflightBudget(config.max_inflight_bytes)
+        self.stream: Stream = None if parks else device.new_stream()
+
+    def drain(
+        self,
+        reader: ShardReader,
+        sink: Sink,
+        deadline: float,
+        *,
+        may_overflow: bool = True,
+        turn: Turn | None = None,
+    ) -> None:
+        """Receive everything a reader delivers; the sink gets each run as soon as its copy is enqueued.
+
+        Args:
+            reader: Read to its end; closing it is the caller's.
+            sink: Where the shards go.
+            deadline: `time.monotonic()` after which neither a turn nor a staging buffer is waited for.
+            may_overflow: Whether shards that find no room may be placed outside the pool.
+            turn: What the reader waits with for its turn to receive, for whoever wants to end that.
+        Raises:
+            CacheFullError: No room, and no overflow wanted or possible.
+            FetchTimeoutError: It was not its turn in time.
+            TransferError: No staging buffer came free in time.
+            Exception: Whatever the reader raised. Runs that landed before stay; the others' ranges are given back.
+        """
+        placed: dict[Run, None] = {}
+        turn = turn or Turn(reader.node)
+        try:
+            with plain_tensors():  # once, as entering costs as much as three shards
+                if isinstance(reader, ParkedReader):
+                    self._bring_back(reader, sink, placed, may_overflow)
+                    return
+                while (specs := reader.next_specs()) is not None:
+                    sink.expect(specs)
+                    full = self._land_empty(specs, sink)
+                    runs = self._place_all(full, placed, may_overflow)
+                    with contextlib.closing(self._in_turn(full, runs, turn, deadline)) as granted:
+                        for window in granted:
+                            self._move(reader, window, sink, turn, deadline, placed)
+        finally:
+            for run in placed:
+                self._pool.abandon(run.range)
+
+    def finish(self) -> None:
+        """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
+        self.inflight.close()
+        self._pool.trim()
+        if self._tier is not None:
+            self._tier.pool.trim()
+        if self._staging is not None:
+            self._staging.close()
+
+    def _in_turn(
+        self, specs: Sequence[ShardSpec], runs: Iterator[Run], turn: Turn, deadline: float
+    ) -> Generator[list[Piece], None, None]:
+        """Windows, each when its bytes may be on their way: before room is taken for them, until the next is wanted."""
+        ready = windows(runs, self._window_bytes)
+        left = sum(aligned(spec.nbytes) for spec in specs)
+        while left:
+            with self.inflight.granted(min(left, self._window_bytes), turn, deadline):
+                window = next(ready)
+                yield window
+            left -= sum(piece.nbytes for piece in window)
+
+    def _move(
+        self,
+        reader: ShardReader,
+        window: list[Piece],
+        sink: Sink,
+        turn: Turn,
+        deadline: float,
+        placed: dict[Run, None],
+    ) -> None:
+        """Receive a window, and land the runs that are complete with it. Tensors are built while bytes arrive."""
+        complete = [piece.run for piece in window if piece.is_last]
+        with no_collections:
+            landings = [self._pool.carve(run.range, run.specs, run.offsets) for run in complete]
+        completion = self._receive(reader, window, turn, deadline)
+        with no_collections:
+            for is_overflow in (False, True):
+                landed = [
+                    landing
+                    for run, of_run in zip(complete, landings, strict=True)
+                    if run.range.slab.is_overflow == is_overflow
+                    for landing in of_run
+                ]
+                if landed:
+                    sink.land(landed, completion, is_overflow=is_overflow)
+            for run in complete:
+                del placed[run]
+
+    def _bring_back(self, reader: ParkedReader, sink: Sink, placed: dict[Run, None], may_overflow: bool) -> None:
+        """Enqueue copies from the host tier, one for each stretch of a run that lies in one piece there."""
+        assert self._tier is not None
+        specs = reader.next_specs() or []
+        sink.expect(specs)
+        for run in self._place_all(self._land_empty(specs, sink), placed, may_overflow):
+            landings = self._pool.carve(run.range, run.specs, run.offsets)
+            origins = [reader.origins[spec.key] for spec in run.specs]
+            for completion in dict.fromkeys(one.completion for one in origins):
+                if completion is not None:
+                    completion.wait_on(self.stream)
+            started = self._device.record(self.stream, timing=True)
+            copies = []
+            arena, begin = run.range.slab.arena.tensor, run.range.offset
+            for slab, offset, nbytes in stretches([one.lease for one in origins]):
+                copies.append((arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes]))
+                begin += nbytes
+            self._device.copy_all(copies, self.stream)
+            self._copy_again(run, origins)
+            ended = self._device.record(self.stream, timing=True)
+            self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
+            sink.land(landings, Completion(self._device, ended), is_overflow=run.range.slab.is_overflow)
+            del placed[run], origins
+
+    def _copy_again(self, run: Run, origins: Sequence[Parked]) -> None:
+        """Copy those whose block died, as by `share_memory_()`: others may have got its bytes before they were read.
+
+        Of the others the fence, which is recorded when they die, is behind the copies.
+        """
+        begins = zip(run.specs, run.offsets, origins, strict=True)
+        for spec, offset, origin in [one for one in begins if one[2].lease() is None]:
+            place = run.range.slab.arena.tensor[run.range.offset + offset :][: spec.nbytes]
+            self._device.copy_async(place, origin.base.reshape(-1).view(torch.uint8), self.stream)
+
+    def _land_empty(self, specs: Sequence[ShardSpec], sink: Sink) -> list[ShardSpec]:
+        """Land those without bytes, which take no room; the others."""
+        if empty := [spec for spec in specs if not spec.nbytes]:
+            sink.land(empty_landings(empty, self._device.torch_device), None, is_overflow=False)
+        return [spec for spec in specs if spec.nbytes]
+
+    def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
+        """Runs with their ranges, placed one by one as they are needed."""
+        for run in pack(specs, self._run_bytes):
+            for part in self._place(run, may_overflow, self._pool.capacity):
+                placed[part] = None
+                yield part
+
+    def _place(self, run: Run, may_overflow: bool, most_bytes: int) -> Iterator[Run]:
+        """Find room for a run, else for its halves; what fits nowhere goes outside the pool.
+
+        Args:
+            run: Gets its range, or is cut.
+            may_overflow: Whether it may go outside.
+            most_bytes: The longest run that room could be made for when this was last looked at.
+        """
+        run.place = self._pool.take(run.nbytes)
+        if run.place is None and run.nbytes <= most_bytes:
+            most_bytes = self._reclaim(run)
+        if run.place is None and len(run.specs) > 1 and most_bytes >= aligned(run.smallest_bytes):
+            middle = len(run.specs) // 2
+            for specs in (run.specs[:middle], run.specs[middle:]):
+                for half in pack(specs, run.nbytes):
+                    yield from self._place(half, may_overflow, most_bytes)
+            return
+        if run.place is None:
+            shortage = self._pool.shortage(run.nbytes, self._setting)
+            if not may_overflow:
+                free, capacity = self._pool.free_bytes, self._pool.capacity
+                why = f"the {'host tier' if self.parks else 'pool'} {shortage.words}"
+                raise CacheFullError(run.nbytes, free, capacity, setting=self._setting, why=why)
+            self._warn_of_overflow(run.nbytes, shortage)
+            run.place = self._pool.take_overflow(run.nbytes)
+        yield run
+
+    def _reclaim(self, run: Run) -> int:
+        """Find room among what was freed, else by evicting; the longest run that room could be made for.
+
+        In this order, as evicted bytes pass the same quarantine behind what is there: once they are reusable so is all
+        that was freed before, and what is cached would have gone for nothing. Evicting comes before halving: cutting
+        runs to fill holes leaves smaller holes, and each part is a copy of its own.
+        """
+        most_bytes = self._pool.capacity
+        run.place = self._pool.take_freed(run.nbytes)
+        for _ in range(_ATTEMPTS):
+            if run.place is not None or (most_bytes := self._make_room(run.nbytes)) < run.nbytes:
+                break
+            run.place = self._pool.take_freed(run.nbytes)
+        return most_bytes
+
+    def _warn_of_overflow(self, nbytes: int, shortage: Shortage) -> None:
+        if self._overflow_warnings.setdefault(shortage.kind, Throttle()).opens():
+            logger.warning(
+                "the %s of %s bytes %s: %s bytes are handed out uncached, and will be fetched again",
+                "host tier" if self.parks else "pool", f"{self._pool.capacity:,}", shortage.words, f"{nbytes:,}",
+            )  # fmt: skip
+
+    def _receive(self, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float) -> Completion | None:
+        """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""
+        if self._staging is None:
+            reader.read_into([view for piece in window for view in piece.buffers(piece.arena_view())])
+            return None
+        with profiled(STAGE):
+            slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        num_copies = 0
+        try:
+            staged = slot.pinned.view
+            reader.read_into(
+                [view for piece in window for view in piece.buffers(staged[piece.at : piece.at + piece.nbytes])]
+            )
+            slot.started = self._device.record(self.stream, timing=True)
+            copies = copies_of(window, slot.pinned.tensor)
+            with profiled(COPY):
+                self._device.copy_all(copies, self.stream)
+            num_copies = len(copies)
+        finally:
+            try:
+                if copies:  # also behind those of a window that failed half-way
+                    slot.guard = self._device.record(self.stream, timing=True)
+                guard = slot.guard
+            finally:
+                nbytes = sum(dst.numel() for dst, _ in copies[:num_copies])
+                self._staging.release(slot, num_copies=num_copies, nbytes=nbytes)
+        return Completion(self._device, guard)
