@@ -1,5 +1,20 @@
-"""AReaL's names for this data plane, in a checkout alone: a wheel brings `gpu_cache` only.
+"""AReaL's names for this data plane, in a checkout alone: what pip installs is `gpu_cache`."""
 
-Where AReaL is installed too, the first of both on `sys.path` is imported: `areal.__file__` tells which. To get the
-other, leave this checkout, or put it behind on the path.
-"""
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _tell_of_another() -> None:
+    try:
+        found = version("areal")
+    except PackageNotFoundError:
+        return
+    logging.getLogger(__name__).warning(
+        "AReaL %s is installed, but %s is imported instead, from a checkout of rtensor-data-plane: start Python "
+        "outside of the checkout, or take it off PYTHONPATH, to import AReaL's own",
+        found,
+        __file__,
+    )
+
+
+_tell_of_another()

@@ -6,7 +6,6 @@ import gc
 import http.client
 import json
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -306,20 +305,6 @@ def test_without_an_owner_it_serves_this_processes_runtime() -> None:
         assert server.address not in runtime.current().own_addresses
     finally:
         store.remove(["from the runtime"])
-
-
-def test_a_process_with_upstream_installed_is_told_so(tmp_path: Path) -> None:
-    metadata = tmp_path / "areal-1.2.3.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: areal\nVersion: 1.2.3\n")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", "import areal"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        "ImportError: AReaL 1.2.3 (distribution 'areal') and 'rtensor-data-plane' are both installed"
-    )
-    assert "pip uninstall" in last
 
 
 def test_nothing_is_left_of_a_refused_body_when_the_server_stops(
