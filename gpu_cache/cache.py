@@ -469,7 +469,8 @@ class TensorCache:
         if self._is_closed:
             raise CacheClosedError
         engine = self._lazy.get(lambda: self._index.is_empty)
-        engine.reaper.wake()
+        if not engine.reaper.awake.is_set():
+            engine.reaper.wake()
         self._publisher.touch()
         return engine
 

@@ -35,13 +35,15 @@ class Reaper:
 
     Its thread keeps the pool alive: the blocks of a cache that is closed, or gone, still find their way back.
 
+    Attributes:
+        awake: Set while anything may be handed out or freed; then `wake` has nothing to do.
     Thread-safety: any thread.
     """
 
     def __init__(self, pool: Drainable, husks: Husks | None = None, period_s: float | None = None) -> None:
         self._pool, self._period_s = pool, PERIOD_S if period_s is None else period_s
         self._husks = Husks() if husks is None else husks
-        self._may_be_busy, self._is_retired = threading.Event(), threading.Event()
+        self.awake, self._is_retired = threading.Event(), threading.Event()
         self._is_ended = threading.Event()
         # Guards _thread.
         self._lock = threading.Lock()
@@ -50,14 +52,14 @@ class Reaper:
 
     def wake(self) -> None:
         """Something may be handed out or given back: look after it."""
-        if self._may_be_busy.is_set() or self._is_retired.is_set():
+        if self.awake.is_set() or self._is_retired.is_set():
             return
         with self._lock:
             if self._thread is None:
                 thread = OwnThread(self._run, "gpu-cache-reaper", self.end)
                 thread.start()
                 self._thread = thread
-        self._may_be_busy.set()
+        self.awake.set()
 
     def retire(self, first: Callable[[], object] | None = None) -> None:
         """Go on until nothing is held, give back what is left, and end. Idempotent; only sets flags.
@@ -67,22 +69,22 @@ class Reaper:
         """
         self._first = first
         self._is_retired.set()
-        self._may_be_busy.set()
+        self.awake.set()
 
     def end(self) -> None:
         """Retire it, and look once more: what is held then is given back by the process's end. Only sets flags."""
         self._is_ended.set()
         self._is_retired.set()
-        self._may_be_busy.set()
+        self.awake.set()
 
     def _run(self) -> None:
         pause = self._is_retired.wait  # retirement cuts it short, once
         while True:
-            self._may_be_busy.wait()
+            self.awake.wait()
             pause(self._period_s)
             if self._is_retired.is_set():
                 pause = self._is_ended.wait
-            self._may_be_busy.clear()  # before looking: what is handed out from here on sets it again
+            self.awake.clear()  # before looking: what is handed out from here on sets it again
             is_last = self._is_ended.is_set()
             is_idle = self._reap()
             if is_last:  # what is left of tensors goes with the process
@@ -91,7 +93,7 @@ class Reaper:
             if is_idle and self._is_retired.is_set():
                 return
             if not is_idle or len(self._husks):
-                self._may_be_busy.set()
+                self.awake.set()
 
     def _drop_husks(self) -> None:
         """Drop some of them, with breaks: each may have to wait for the GIL, or keep others waiting."""

@@ -185,15 +185,15 @@ def _keep_a_slot(cache: TensorCache) -> None:
 
 
 def _count_a_hit(cache: TensorCache) -> None:
-    cache._index._ledger._counters.hits += 1
+    cache._index._ledger.counters.hits += 1
 
 
 def _count_its_bytes(cache: TensorCache) -> None:
-    cache._index._ledger._counters.hit_bytes += 1
+    cache._index._ledger.counters.hit_bytes += 1
 
 
 def _miss_its_bytes(cache: TensorCache) -> None:
-    cache._index._ledger._counters.miss_bytes -= 1
+    cache._index._ledger.counters.miss_bytes -= 1
 
 
 def _forget_what_is_cached(cache: TensorCache) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
-from gpu_cache.rpc.wire import layout
+from gpu_cache.rpc.wire import frame
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame, decode_frame
 from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value, tensor_from_json
 from tests.support.data_routes import BINARY, ask, assert_refused, batch
@@ -185,7 +185,7 @@ def test_a_batch_with_a_bad_body_is_refused(server: ServerHandle, body: object) 
 def test_more_shards_than_fit_a_frame_are_refused(
     server: ServerHandle, owner: FakeOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "MAX_TENSORS", 2)
+    monkeypatch.setattr(frame, "MAX_TENSORS", 2)
     owner.store.update({name: torch.ones(1) for name in "abc"})
     assert_refused(batch(server, *"abc", headers=BINARY), 400, "3 ids; a frame has at most 2")
     assert batch(server, *"abc").status == 200

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gpu_cache.rpc.client.deadline_socket import DeadlineSocket
+from gpu_cache.rpc.client.connection import DeadlineSocket
 from tests.support.areal_fixtures import LONG_S, full_listener
 from tests.support.threads import run_threads
 

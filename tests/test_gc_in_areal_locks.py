@@ -12,7 +12,7 @@ import torch
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.rpc import clearing, runtime, store
-from gpu_cache.rpc.client import deadline_socket
+from gpu_cache.rpc.client import connection
 from gpu_cache.rpc.client import pool as connection_pool
 from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache.rpc.server import expiry
@@ -38,7 +38,7 @@ def quick_collections() -> Iterator[None]:
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, deadline_socket, connection_pool):
+    for module in (runtime, store, clearing, expiry, connection, connection_pool):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())

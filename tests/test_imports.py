@@ -23,7 +23,7 @@ RANKS = [
     {"smi"},
 ]
 RANKS_OF_RPC = [
-    {"shard", "tokens", "own_thread", "trimming"},
+    {"shard", "tokens", "trimming"},
     {"wire"},
     {"store", "clearing"},
     {"client"},

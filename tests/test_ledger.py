@@ -8,12 +8,11 @@ import torch
 from gpu_cache.errors import CacheClosedError, FetchError, failure_reason
 from gpu_cache.index.entry import Claim, Entry
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.index.ledger import capped
+from gpu_cache.index.ledger import Sources, Tally, capped
 from gpu_cache.pool.block import Landing
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
-from gpu_cache.report.tally import Sources, Tally
-from gpu_cache.transfer.metered_reader import MeteredReader
+from gpu_cache.transfer.task import MeteredReader
 from gpu_cache.transfer.tensor_reader import TensorReader
 
 

@@ -31,7 +31,7 @@ from gpu_cache.rpc.rtensor import (
 )
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire.owned import OwnedShard
+from gpu_cache.rpc.wire.frame import OwnedShard
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import BAD_FRAMES, PAIR
 from tests.support.fake_owner import FakeOwner

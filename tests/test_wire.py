@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from gpu_cache import ShardSpec
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire import layout
+from gpu_cache.rpc.wire import frame as frames
 from gpu_cache.rpc.wire.frame import Frame, decode_frame, header_nbytes, parse_header, serials_of
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
 
@@ -190,7 +190,7 @@ def test_serials_for_other_shards_are_none(text: str) -> None:
 def test_a_header_is_known_again_whatever_the_serials_are() -> None:
     tensors = {"a": torch.ones(3), "b": torch.ones(2), "raw": torch.ones(1).cdouble()}
     specs = [ShardSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    foreseen = layout.Layout(list(tensors), specs, [layout.described(s.dtype, s.shape, s.nbytes) for s in specs])
+    foreseen = frames.Layout(list(tensors), specs, [frames.described(s.dtype, s.shape, s.nbytes) for s in specs])
     store = stored(**tensors)
     for frame in (encoded(*tensors.items()), sent_by(store, *tensors)):
         header, length = frame[8 : 8 + header_nbytes(frame[:8], len(frame))], foreseen.payload_nbytes
@@ -257,9 +257,9 @@ def test_repeated_ids_and_too_many_are_refused_by_the_sender(monkeypatch: pytest
     one = torch.ones(1)
     with pytest.raises(WireError, match="2 ids, 1 distinct"):
         Frame([("x", one), ("x", one)])
-    monkeypatch.setattr(layout, "MAX_HEADER_BYTES", 100)
+    monkeypatch.setattr(frames, "MAX_HEADER_BYTES", 100)
     with pytest.raises(WireError, match="the limit is 100"):
         Frame([("x" * 50, one)])
-    monkeypatch.setattr(layout, "MAX_TENSORS", 1)
+    monkeypatch.setattr(frames, "MAX_TENSORS", 1)
     with pytest.raises(WireError, match="a frame has at most 1"):
         Frame([("x", one), ("y", one)])

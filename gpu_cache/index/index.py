@@ -146,7 +146,8 @@ class ShardIndex:
                 nbytes += entry.nbytes
                 if (completion := entry.completion) is not latest and completion is not None:
                     completions[completion], latest = None, completion
-            self._ledger.hit(len(lent), nbytes)
+            self._ledger.counters.hits += len(lent)
+            self._ledger.counters.hit_bytes += nbytes
         return lent, completions
 
     def claim(

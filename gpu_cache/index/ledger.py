@@ -3,15 +3,124 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 from gpu_cache.errors import LOCAL
 from gpu_cache.index.entry import Claim, Entry, Parked, State
 from gpu_cache.report.counters import BusyClock, LookupCounters, Survivors
-from gpu_cache.report.schema import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SURVIVED, EntryInfo, Histograms
-from gpu_cache.report.tally import Sources, Tally
+from gpu_cache.report.schema import (
+    ENTRY_SIZE_EDGES_BYTES,
+    FETCH_DURATION_EDGES_S,
+    LOCAL_SOURCE,
+    MAX_SURVIVED,
+    OTHER_SOURCES,
+    SOURCE_DURATION_EDGES_S,
+    EntryInfo,
+    Histogram,
+    Histograms,
+    SourceStats,
+)
+
+# Told apart; what comes from others is one. Addresses of a job are few, but nothing bounds those of a year.
+_MAX_SOURCES = 256
+
+
+class Tally:
+    """A histogram under way, with these upper edges."""
+
+    def __init__(self, edges: Sequence[float]) -> None:
+        self._edges = edges
+        self.counts = [0] * (len(edges) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(self._edges, value)] += 1
+        self.sum += value
+
+    def observe_all(self, values: Iterable[float], total: float) -> None:
+        """Count many, whose sum is known."""
+        ordered, counted = sorted(values), 0
+        for bucket, edge in enumerate(self._edges):
+            end = bisect_right(ordered, edge)
+            self.counts[bucket] += end - counted
+            counted = end
+        self.counts[-1] += len(ordered) - counted
+        self.sum += total
+
+    def histogram(self) -> Histogram:
+        """A copy for a report."""
+        return Histogram(counts=list(self.counts), sum=round(self.sum, 6))
+
+
+class SourceTally:
+    """What came from one node, and what of it is cached."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.fetching = BusyClock(now)
+        self.fetch_bytes = 0
+        self.errors: dict[str, int] = {}  # by reason
+        self.durations = Tally(SOURCE_DURATION_EDGES_S)
+        self._num_entries = self._resident_bytes = 0
+        self._births: dict[float, int] = {}  # time -> cached entries that were published then, in order
+
+    def add(self, born: float, num_entries: int, nbytes: int) -> None:
+        """Entries are cached."""
+        self._num_entries += num_entries
+        self._resident_bytes += nbytes
+        self._births[born] = self._births.get(born, 0) + num_entries
+
+    def remove(self, born: float, nbytes: int) -> None:
+        """An entry is cached no more."""
+        self._num_entries -= 1
+        self._resident_bytes -= nbytes
+        if (left := self._births[born] - 1) > 0:
+            self._births[born] = left
+        else:
+            del self._births[born]
+
+    def stats(self, now: float) -> SourceStats:
+        """Its figures."""
+        born = next(iter(self._births), now)
+        return SourceStats(
+            entries=self._num_entries,
+            resident_bytes=self._resident_bytes,
+            oldest_entry_age_seconds=round(now - born, 3),
+            fetch_bytes=self.fetch_bytes,
+            fetch_busy_seconds=round(self.fetching.seconds, 6),
+            fetch_errors=sum(self.errors.values()),
+            fetch_errors_by_reason=dict(self.errors),
+            fetch_durations=list(self.durations.counts),
+        )
+
+
+class Sources:
+    """Figures by node."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._tallies: dict[str, SourceTally] = {}
+
+    def __getitem__(self, node: str) -> SourceTally:
+        """The figures of a node."""
+        name = self.name(node)
+        if (found := self._tallies.get(name)) is None:
+            found = self._tallies[name] = SourceTally(self._now)
+        return found
+
+    def name(self, node: str) -> str:
+        """Under which name a node is counted; "" is the cache's own."""
+        name = node or LOCAL_SOURCE
+        return name if name in self._tallies or len(self._tallies) < _MAX_SOURCES else OTHER_SOURCES
+
+    def stats(self) -> dict[str, SourceStats]:
+        """All of them."""
+        now = self._now()
+        return {node: tally.stats(now) for node, tally in self._tallies.items()}
+
 
 OUTLIVED = 2  # clears survived, from which on an entry is a leak: the next step's tensors may arrive before one
 
@@ -21,13 +130,14 @@ class Ledger:
 
     Attributes:
         births: When each READY entry was published, oldest first.
+        counters: Of look-ups, fetches and drops.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.births: OrderedDict[Hashable, float] = OrderedDict()
         self.ready_bytes = 0
         self._now = now
-        self._counters = LookupCounters()
+        self.counters = LookupCounters()
         self._survivors = Survivors()
         self._fetching = BusyClock(now)
         self._sources = Sources(now)
@@ -37,24 +147,19 @@ class Ledger:
         self._has_fetched = False  # since the last clear
         self._dropped = self._dropped_bytes = 0  # whose storage died under them
 
-    def hit(self, num_hits: int, hit_bytes: int) -> None:
-        """A look-up found everything."""
-        self._counters.hits += num_hits
-        self._counters.hit_bytes += hit_bytes
-
     def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_parked: int = 0) -> None:
         """A look-up found so much; `num_parked` of the hits are handed out where they are in the host tier."""
         num_moving = sum(entry.resident is not None for entry in found.claimed.values())
-        self._counters.hits += num_hits - num_parked
-        self._counters.host_hits += num_parked + num_moving
-        self._counters.hit_bytes += hit_bytes
-        self._counters.joined += len(found.joined)
-        self._counters.misses += len(found.claimed) - num_moving
+        self.counters.hits += num_hits - num_parked
+        self.counters.host_hits += num_parked + num_moving
+        self.counters.hit_bytes += hit_bytes
+        self.counters.joined += len(found.joined)
+        self.counters.misses += len(found.claimed) - num_moving
         self._has_fetched = self._has_fetched or len(found.claimed) > num_moving
 
     def fetching(self, node: str, *, begins: bool) -> None:
         """A reader of that node begins to deliver, or has ended."""
-        self._counters.fetches += begins
+        self.counters.fetches += begins
         for clock in (self._fetching, self._sources[node].fetching):
             if begins:
                 clock.start()
@@ -69,23 +174,23 @@ class Ledger:
     def landed(self, entries: Sequence[Entry], node: str) -> None:
         """Entries got their tensors."""
         fetched_bytes = sum(entry.nbytes for entry in entries if entry.is_fetch)
-        self._counters.miss_bytes += fetched_bytes
-        self._counters.hit_bytes += sum(entry.nbytes for entry in entries if entry.resident is not None)
-        self._counters.fetch_bytes += fetched_bytes
-        self._counters.joined_bytes += sum(entry.nbytes * entry.num_joined for entry in entries if entry.num_joined)
+        self.counters.miss_bytes += fetched_bytes
+        self.counters.hit_bytes += sum(entry.nbytes for entry in entries if entry.resident is not None)
+        self.counters.fetch_bytes += fetched_bytes
+        self.counters.joined_bytes += sum(entry.nbytes * entry.num_joined for entry in entries if entry.num_joined)
         if fetched_bytes:
             self._sources[node].fetch_bytes += fetched_bytes
 
     def revived(self, entry: Entry) -> None:
         """A miss that was not fetched, as who asked for it gets what was there before."""
-        self._counters.miss_bytes += entry.nbytes
-        self._counters.joined_bytes += entry.nbytes * entry.num_joined
+        self.counters.miss_bytes += entry.nbytes
+        self.counters.joined_bytes += entry.nbytes * entry.num_joined
 
     def indexed(self, entries: Sequence[Entry], node: str) -> None:
         """Entries of a node are READY from now on."""
         if not entries:
             return
-        born, epoch = self._now(), self._counters.clears
+        born, epoch = self._now(), self.counters.clears
         for entry in entries:
             entry.state, entry.born, entry.epoch = State.READY, born, epoch
             self.births[entry.key] = born
@@ -121,14 +226,14 @@ class Ledger:
 
     def overflowed(self, entries: Collection[Entry]) -> None:
         """Entries were handed out without being cached."""
-        self._counters.overflows += len(entries)
-        self._counters.overflow_bytes += sum(entry.nbytes for entry in entries)
+        self.counters.overflows += len(entries)
+        self.counters.overflow_bytes += sum(entry.nbytes for entry in entries)
 
     def failed(self, entries: Sequence[Entry], reason: str) -> None:
         """Entries did not arrive."""
         for entry in entries:
             if entry.is_fetch:
-                self._counters.fetch_errors += 1
+                self.counters.fetch_errors += 1
                 errors = self._sources["" if reason == LOCAL else entry.node].errors
                 errors[reason] = errors.get(reason, 0) + 1
 
@@ -138,8 +243,8 @@ class Ledger:
             self._host_evictions += len(entries)
             self._host_evicted_bytes += sum(entry.nbytes for entry in entries)
             return
-        self._counters.evictions += len(entries)
-        self._counters.evicted_bytes += sum(entry.nbytes for entry in entries)
+        self.counters.evictions += len(entries)
+        self.counters.evicted_bytes += sum(entry.nbytes for entry in entries)
 
     def died(self, entries: Collection[Entry]) -> None:
         """Entries went because their storage did."""
@@ -150,15 +255,15 @@ class Ledger:
         """Entries went on request. All clears between two fetches are one: a step clears its owners one by one."""
         if self._has_fetched and ends_step:
             self._has_fetched = False
-            self._counters.clears += 1
+            self.counters.clears += 1
         self._host_cleared += sum(entry.parked is not None for entry in entries)
         self._host_cleared_bytes += sum(entry.nbytes for entry in entries if entry.parked is not None)
-        self._counters.cleared += len(entries)
-        self._counters.cleared_bytes += sum(entry.nbytes for entry in entries)
+        self.counters.cleared += len(entries)
+        self.counters.cleared_bytes += sum(entry.nbytes for entry in entries)
 
     def is_outlived(self, entry: Entry) -> bool:
         """Whether it survived so many clears that it is a leak, unless it is kept; true of all that are older."""
-        return self._counters.clears - entry.epoch >= OUTLIVED
+        return self.counters.clears - entry.epoch >= OUTLIVED
 
     def about(self, entry: Entry) -> EntryInfo:
         """A READY entry, for people."""
@@ -169,19 +274,19 @@ class Ledger:
             nbytes=entry.nbytes,
             age_s=self._now() - entry.born,
             source=self._sources.name(entry.node),
-            clears_survived=self._counters.clears - entry.epoch,
+            clears_survived=self.counters.clears - entry.epoch,
             dtype=base.dtype,
             shape=tuple(base.shape),
         )
 
     def stats(self) -> dict[str, float]:
         """The index's part of `BufferStats`."""
-        outlived_entries, outlived_bytes = self._survivors.since(self._counters.clears - OUTLIVED)
+        outlived_entries, outlived_bytes = self._survivors.since(self.counters.clears - OUTLIVED)
         born = next(iter(self.births.values()), None)
         return {
-            **self._counters.as_dict(),
-            "requested": self._counters.requested,
-            "requested_bytes": self._counters.requested_bytes,
+            **self.counters.as_dict(),
+            "requested": self.counters.requested,
+            "requested_bytes": self.counters.requested_bytes,
             "num_entries": len(self.births),
             "num_tensors": len(self.births),
             "total_bytes": self.ready_bytes,
@@ -193,7 +298,7 @@ class Ledger:
 
     def details(self) -> dict[str, Any]:
         """What a report has beyond that, under the report's names."""
-        table = self._survivors.table(self._counters.clears)
+        table = self._survivors.table(self.counters.clears)
         return {
             "sources": self._sources.stats(),
             "histograms": Histograms(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gpu_cache.config import seconds
-from gpu_cache.rpc.own_thread import in_own_thread
+from gpu_cache.process import OwnThread
 from gpu_cache.rpc.shard import ShardClearError
 
 logger = logging.getLogger(__name__)
@@ -272,3 +273,38 @@ def _nbytes(owed: Iterable[SizedId]) -> int:
 def _named(owed: Sequence[SizedId]) -> str:
     listed = ", ".join(repr(one.shard_id) for one in islice(owed, _NAMED_SHARDS))
     return listed + (", ..." if len(owed) > _NAMED_SHARDS else "")
+
+
+ResultT = TypeVar("ResultT")
+
+
+async def in_own_thread(work: Callable[..., ResultT], *args: Any) -> ResultT:
+    """Await a blocking call on a thread of its own.
+
+    The few threads of `asyncio.to_thread` could all be waiting for an owner that is dead. And the interpreter waits
+    for those of an executor without end; for this one it waits a moment.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[ResultT] = loop.create_future()
+
+    def settle(how: Callable[[Any], None], what: Any) -> None:
+        if not future.done():  # else nobody waits any more
+            how(what)
+
+    def run() -> None:
+        try:
+            result = work(*args)
+        except BaseException as error:
+            # A future does not take the one, and the others would end the caller's loop.
+            is_odd = isinstance(error, StopIteration) or not isinstance(error, Exception)
+            _tell(loop, settle, future.set_exception, RuntimeError(f"{error!r} was raised") if is_odd else error)
+        else:
+            _tell(loop, settle, future.set_result, result)
+
+    OwnThread(run, "areal-clear").start()
+    return await future
+
+
+def _tell(loop: asyncio.AbstractEventLoop, settle: Callable[..., None], *what: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(settle, *what)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from gpu_cache.rpc.wire.owned import OwnedShard
+from gpu_cache.rpc.wire.frame import OwnedShard
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 

@@ -107,7 +107,8 @@ class Engine:
         Raises:
             TransferError: During CUDA graph capture, where nothing can be waited for.
         """
-        self.reaper.wake()
+        if not self.reaper.awake.is_set():
+            self.reaper.wake()
         stream = self.device.current_stream()
         self.fence.note(stream)
         unseen = [completion for completion in completions if not completion.is_seen]

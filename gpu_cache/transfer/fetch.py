@@ -19,9 +19,8 @@ from gpu_cache.pool.completion import Completion
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.source import ShardSource
 from gpu_cache.transfer.engine import Engine
-from gpu_cache.transfer.metered_reader import MeteredReader
 from gpu_cache.transfer.parked_reader import ParkedReader
-from gpu_cache.transfer.task import ReaderTask
+from gpu_cache.transfer.task import MeteredReader, ReaderTask
 from gpu_cache.transfer.transfer import Transfer
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame
-from gpu_cache.rpc.wire.owned import OwnedShard
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame, OwnedShard
 from gpu_cache.rpc.wire.serialization import tensor_to_json
 
 

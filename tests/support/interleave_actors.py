@@ -16,8 +16,7 @@ import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec, TensorCache
 from gpu_cache.transfer.fetch import Fetch
-from gpu_cache.transfer.metered_reader import MeteredReader
-from gpu_cache.transfer.task import ReaderTask
+from gpu_cache.transfer.task import MeteredReader, ReaderTask
 
 PATIENCE_S = 30.0
 

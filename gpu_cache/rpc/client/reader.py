@@ -34,8 +34,15 @@ from gpu_cache.rpc.shard import (
     WireError,
     answer_error,
 )
-from gpu_cache.rpc.wire.frame import CONTENT_TYPE, header_nbytes, parse_header, serials_of
-from gpu_cache.rpc.wire.layout import PREFIX_BYTES, Layout, described
+from gpu_cache.rpc.wire.frame import (
+    CONTENT_TYPE,
+    PREFIX_BYTES,
+    Layout,
+    described,
+    header_nbytes,
+    parse_header,
+    serials_of,
+)
 from gpu_cache.rpc.wire.serialization import MAX_RANK, tensor_from_json
 
 _SKIPPED_BYTES = 1 << 20  # at a time

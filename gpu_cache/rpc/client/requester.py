@@ -13,8 +13,7 @@ from itertools import islice
 from typing import TypeVar
 
 from gpu_cache.rpc.client.connection import BrokenOffError, HttpAnswer, NodeConnection, is_out_of_descriptors
-from gpu_cache.rpc.client.node_state import NodeState
-from gpu_cache.rpc.client.pool import ConnectionPool, Place
+from gpu_cache.rpc.client.pool import ConnectionPool, NodeState, Place
 from gpu_cache.rpc.shard import (
     ShardAnswerError,
     ShardFetchError,

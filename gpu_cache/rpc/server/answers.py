@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame
-from gpu_cache.rpc.wire.owned import OwnedShard
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame, OwnedShard
 from gpu_cache.rpc.wire.serialization import TensorText
 
 _JSON_CONTENT_TYPE = "application/octet-stream"

@@ -26,8 +26,7 @@ from gpu_cache.rpc.server.expiry import ShardExpiry
 from gpu_cache.rpc.server.turns import RETRY_AFTER_S, Place, Turns
 from gpu_cache.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, WireError
 from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire.frame import CONTENT_TYPE, decode_frame
-from gpu_cache.rpc.wire.layout import PREFIX_BYTES
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, PREFIX_BYTES, decode_frame
 from gpu_cache.rpc.wire.serialization import tensor_from_text
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
