@@ -31,7 +31,7 @@ from gpu_cache.source import NO_SOURCE, ShardSource
 from gpu_cache.transfer.checksum import check_bytes
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.fetch import Fetch
-from gpu_cache.transfer.task import ReaderTask, put_one
+from gpu_cache.transfer.task import put_one
 
 _HOST = torch.device("cpu")  # where the host tier's tensors are
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
@@ -60,7 +60,6 @@ class TensorCache:
         self.config = CacheConfig.from_env() if config is None else config
         self._given_device, self._broken = device, broken
         self._start_empty()
-        self._tasks: set[ReaderTask] = set()
         process.register(self)
 
     def __repr__(self) -> str:
@@ -199,9 +198,7 @@ class TensorCache:
         try:
             self._check_bytes(keys)
             may_lack = on_error == "none"
-            engine = fetch.complete(
-                self._open_engine, self._lazy.is_current, keys, source, self._tasks, may_lack=may_lack
-            )
+            engine = fetch.complete(keys, source, may_lack=may_lack)
             with profiled(HANDOUT):
                 engine.settle(fetch.host_completions(), "host")  # no stream waits where the host reads
                 engine.settle(fetch.completions(), ready or self.config.ready)
@@ -225,7 +222,7 @@ class TensorCache:
             TransferError: During CUDA graph capture: its copy was not yet seen complete.
             MutatedError: As for `get_many`.
         """
-        engine = self._open_engine()
+        engine = self._lazy.open()
         self._check_bytes([key])
         found = self._index.find(key)
         if found is None:
@@ -254,7 +251,7 @@ class TensorCache:
         """
         fetch = self._fetch(self._limit_s(timeout_s), is_prefetch=True, keep=keep, prefer=prefer, expected=expected)
         try:
-            fetch.begin(self._open_engine, self._lazy.is_current, keys, source, self._tasks)
+            fetch.begin(keys, source)
         except BaseException:
             fetch.finish()
             raise
@@ -276,7 +273,7 @@ class TensorCache:
             FetchTimeoutError: It was not its turn in time; see `CacheConfig.max_inflight_bytes`.
             ValueError: Not a dense tensor in host memory.
         """
-        engine = self._open_engine()
+        engine = self._lazy.open()
         if engine.device.is_capturing():
             raise TransferError(f"cannot put {key!r} during CUDA graph capture")
         deadline = time.monotonic() + self._limit_s(timeout_s)
@@ -285,7 +282,7 @@ class TensorCache:
             return False
         if (holding := self._scope.get()) is not None:
             self._index.adopt(holding, [entry])
-        return put_one(entry, tensor, node, self._index, engine.transfer, deadline, self._tasks)
+        return put_one(entry, tensor, node, self._index, engine.transfer, deadline, self._lazy.tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
@@ -390,7 +387,7 @@ class TensorCache:
         self._refuse_capture("close")
         process.unregister(self)
         dropped = self._index.close()
-        tasks = list(self._tasks)
+        tasks = list(self._lazy.tasks)
         for task in tasks:
             task.cancel(CacheClosedError())
         for task in tasks:
@@ -421,6 +418,7 @@ class TensorCache:
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
         self._publisher = Publisher(index, self._lazy)
+        self._lazy.on_open = self._publisher.touch
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
         weakref.finalize(self, self._publisher.retire).atexit = False
 
@@ -431,7 +429,7 @@ class TensorCache:
         self, keys: Sequence[Hashable], expected: Mapping[Hashable, Promise], ready: ReadyMode
     ) -> list[torch.Tensor] | None:
         """The tensors, if all can be handed out as they are; else None."""
-        engine = self._open_engine()
+        engine = self._lazy.open()
         found = self._index.hits(keys, expected)
         if found is None or not self._lazy.is_current(engine):
             return None
@@ -452,6 +450,7 @@ class TensorCache:
             raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
         return Fetch(
             self._index,
+            self._lazy,
             limit_s,
             may_overflow=not is_prefetch,
             keep=keep,
@@ -464,15 +463,6 @@ class TensorCache:
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:
         if self.config.debug_checksum and (engine := self._engine) is not None:
             check_bytes(self._index, engine, dict.fromkeys(keys), only_new=only_new)
-
-    def _open_engine(self) -> Engine:
-        if self._is_closed:
-            raise CacheClosedError
-        engine = self._lazy.get(lambda: self._index.is_empty)
-        if not engine.reaper.awake.is_set():
-            engine.reaper.wake()
-        self._publisher.touch()
-        return engine
 
     def _refuse_capture(self, action: str) -> None:
         if (engine := self._engine) is not None and engine.device.is_capturing():

@@ -376,7 +376,7 @@ def test_runs_in_the_holes_of_a_pool_are_one_call(cache: TensorCache, cuda: Fake
     cuda.advance()
     cache.synchronize()
     cache.trim()  # no further slab
-    cache._open_engine().pool.capacity = MIB
+    cache._lazy.open().pool.capacity = MIB
     cuda.library.calls.clear()
     more = {f"more-{n}": torch.full((4096,), n, dtype=torch.uint8) for n in range(16)}
     got = cache.get_many(list(more), DictSource(more))

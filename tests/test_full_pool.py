@@ -173,7 +173,7 @@ def test_free_bytes_in_pieces_are_told_as_such(cache: TensorCache, caplog: pytes
 def test_a_device_without_memory_for_a_slab_is_blamed_and_not_the_pool(caplog: pytest.LogCaptureFixture) -> None:
     device = SimDevice()
     cache = TensorCache(dataclasses.replace(CONFIG, prealloc_bytes=0), device=device)
-    pool = cache._open_engine().pool
+    pool = cache._lazy.open().pool
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(pool, "_grow", lambda growth: _refuse(pool, growth))
         fill(cache, "a")

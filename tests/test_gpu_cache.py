@@ -66,6 +66,6 @@ def test_a_shard_that_is_put_is_the_one_that_is_got(cache: TensorCache) -> None:
 
 
 def test_the_device_is_told_by_the_names_that_nvml_uses(cache: TensorCache) -> None:
-    identity = cache._open_engine().device.identity()
+    identity = cache._lazy.open().device.identity()
     assert identity.name == torch.cuda.get_device_name(GPU)
     assert identity.uuid.startswith("GPU-")

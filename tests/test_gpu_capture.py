@@ -109,7 +109,7 @@ def test_a_capture_refuses_what_would_copy_or_wait_and_goes_on(
 
 def test_a_capture_refuses_a_copy_that_the_host_has_not_seen_done(cache: TensorCache, total: torch.Tensor) -> None:
     allocate(cache)
-    keep_busy(cache._open_engine().transfer.stream)
+    keep_busy(cache._lazy.open().transfer.stream)
     shard = fetch(cache, "a", 5, ready="stream")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -125,7 +125,7 @@ def test_a_capture_refuses_a_copy_that_the_host_has_not_seen_done(cache: TensorC
 
 def test_a_drop_during_a_capture_frees_the_bytes_after_it(cache: TensorCache, total: torch.Tensor) -> None:
     kept, dropped = fetch(cache, "kept", 5), fetch(cache, "dropped", 6)
-    pool = cache._open_engine().pool
+    pool = cache._lazy.open().pool
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         total.add_(kept)

@@ -43,7 +43,7 @@ def cache() -> TensorCache:
 
 @pytest.fixture
 def witness(cache: TensorCache) -> Witness:
-    cache._open_engine().pool._freed = seen = Witness()
+    cache._lazy.open().pool._freed = seen = Witness()
     return seen
 
 
@@ -92,9 +92,9 @@ def test_an_alias_of_any_kind_keeps_the_bytes(cache: TensorCache, keep: Callable
 
 
 def test_a_block_is_its_shard_and_nothing_else(cache: TensorCache) -> None:
-    arena = cache._open_engine().device.arena(1 << 20)
+    arena = cache._lazy.open().device.arena(1 << 20)
     assert arena.tensor.data_ptr() % 512 == 0
-    cache._open_engine().device.release_arena(arena)
+    cache._lazy.open().device.release_arena(arena)
     shard = floats(cache)
     assert shard.data_ptr() % 512 == 0
     assert (shard.untyped_storage().nbytes(), shard.storage_offset()) == (4000, 0)

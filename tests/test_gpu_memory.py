@@ -37,7 +37,7 @@ def rehearsed(cache: TensorCache) -> TensorCache:
     """
     fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
     cache.clear()
-    cache.trim(cache._open_engine().config.prealloc_bytes or 0)
+    cache.trim(cache._lazy.open().config.prealloc_bytes or 0)
     cache.resume()
     return cache
 
@@ -143,7 +143,7 @@ def test_close_gives_everything_back_but_what_is_held_and_that_when_it_dies() ->
     cache = roomy_cache(prealloc_bytes=SLAB_BYTES)
     *others, kept = fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
     del others
-    staged = [slot.pinned.tensor for slot in cache._open_engine().staging._slots]
+    staged = [slot.pinned.tensor for slot in cache._lazy.open().staging._slots]
     assert all(tensor.is_pinned() for tensor in staged)
     cache.close()
     assert is_about(before - steady_free_bytes(), SLAB_BYTES)
@@ -186,7 +186,7 @@ def test_what_overflows_is_taken_from_torch_and_goes_back_to_it() -> None:
 
 
 def test_a_release_during_a_capture_waits_for_its_end_and_leaves_it_intact() -> None:
-    device = small_cache()._open_engine().device
+    device = small_cache()._lazy.open().device
     arena, later = device.arena(SLAB_BYTES), device.arena(SLAB_BYTES)
     data, graph = torch.zeros(4, device=GPU), torch.cuda.CUDAGraph()
     data.add_(0)

@@ -35,7 +35,7 @@ def last_errors(device: CudaDevice) -> list[int]:
 
 def staged_tensors(cache: TensorCache) -> list[torch.Tensor]:
     """The staging buffers that there are."""
-    staging = cache._open_engine().staging
+    staging = cache._lazy.open().staging
     assert staging is not None
     return [slot.pinned.tensor for slot in staging._slots]
 
@@ -151,7 +151,7 @@ def test_a_cache_that_may_not_pin_works_all_the_same_and_says_so_once(
     cache = small_cache(pool_bytes="64MiB", staging_slot_bytes="4MiB")
     with caplog.at_level(logging.WARNING, "gpu_cache"):
         shards = [fetch(cache, number, number, 5 * MIB) for number in range(4)]
-        slots = [cache._open_engine().device.pinned(MIB) for _ in range(2)]
+        slots = [cache._lazy.open().device.pinned(MIB) for _ in range(2)]
     assert all(is_all(shard, number) for number, shard in enumerate(shards))
     assert cache.buffer_stats()["is_pinned"] == 0
     assert not any(slot.is_pinned for slot in slots)

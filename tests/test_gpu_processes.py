@@ -81,7 +81,7 @@ from tests.support.gpu_scene import *
 
 cache = small_cache(pool_bytes="64MiB")
 held = fetch(cache, "held", 5)
-engine = cache._open_engine()
+engine = cache._lazy.open()
 load_kernels(engine.transfer.stream)
 keep_busy(engine.transfer.stream)
 late = fetch(cache, "late", 6, ready="stream")

@@ -60,7 +60,7 @@ def test_the_noted_fence_knows_the_stream_that_asked() -> None:
 @pytest.mark.parametrize("is_named", [False, True])
 def test_a_stream_made_outside_of_torch_has_to_be_named(is_named: bool) -> None:
     cache = small_cache()
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     with outside_stream(engine.device) as stream:
         outcomes = race(cache, [stream] * 2, cache.record_stream if is_named else nothing)
         cache.close()

@@ -77,7 +77,7 @@ def test_each_consumers_stream_waits_for_itself() -> None:
     cache, streams = small_cache(), consumers()
     load_kernels(*streams)
     allocate(cache)
-    keep_busy(cache._open_engine().transfer.stream)
+    keep_busy(cache._lazy.open().transfer.stream)
     seen = [torch.zeros(SHARD_BYTES, dtype=torch.uint8, device=GPU) for _ in streams]
     for stream, into in zip(streams, seen, strict=True):
         stream.wait_stream(torch.cuda.current_stream(GPU))

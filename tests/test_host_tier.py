@@ -117,7 +117,7 @@ def test_nothing_is_waited_for_where_there_is_room_in_the_tier(source: DictSourc
     device.adversary.begin()
     cache = TensorCache(CONFIG, device=device)
     fill(cache, source, "abcd")
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     assert engine.tier is not None
     victims = engine.room._index.candidates()
     refuges = engine.tier.take_in(victims)
@@ -178,12 +178,12 @@ def test_a_host_without_memory_for_the_tier_evicts_without_it(source: DictSource
     device.refuse("slot", 100)
     fill(cache, source, "ef")
     assert parked(cache) == set()
-    assert cache._open_engine().details()["host_alloc_failures"] > 0
+    assert cache._lazy.open().details()["host_alloc_failures"] > 0
 
 
 def test_the_tier_outlives_a_close_until_nothing_is_held(cache: TensorCache, source: DictSource) -> None:
     fill(cache, source, "abcdef")
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     assert engine.tier is not None
     cache.close()
     assert engine.tier.pool.accounts()["reserved"] == 0

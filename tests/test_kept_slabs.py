@@ -247,7 +247,7 @@ def test_a_scope_is_a_step_too(cache: TensorCache, cuda: FakeCuda) -> None:
         cuda.advance()
         cache.synchronize()
     assert reserved(cache) == 4 * SLAB
-    assert list(cache._open_engine().pool._water._peaks) == [4 * SLAB] * 2
+    assert list(cache._lazy.open().pool._water._peaks) == [4 * SLAB] * 2
 
 
 def test_slabs_of_their_own_for_long_shards_are_kept_and_the_longest_unused_goes(
@@ -260,7 +260,7 @@ def test_slabs_of_their_own_for_long_shards_are_kept_and_the_longest_unused_goes
     for _ in range(2 * NUM_STEPS):
         step(cache, cuda, batch(1, 3 * SLAB))
     assert traffic.taken == 0
-    assert [slab.nbytes for slab in cache._open_engine().pool._slabs] == [3 * SLAB]
+    assert [slab.nbytes for slab in cache._lazy.open().pool._slabs] == [3 * SLAB]
 
 
 # What overrides it.

@@ -207,7 +207,7 @@ def counted_turns() -> Iterator[Callable[[], int]]:
 
 def carved(cache: TensorCache, keys: list[str], specs: list[ShardSpec]) -> Range:
     """Claim, carve and publish shards, as a fetch does, on this thread."""
-    engine, index = cache._open_engine(), cache._index
+    engine, index = cache._lazy.open(), cache._index
     found = index.claim(keys)
     room = engine.pool.take(512 * len(keys))
     assert room is not None

@@ -236,7 +236,7 @@ def test_an_owner_that_hangs_ends_in_what_is_there(cache: TensorCache, source: D
     (got,) = cache.get_many(["a"], source, timeout_s=0.05)
     assert got.data_ptr() == written.data_ptr()
     readers[0].gate.set()
-    eventually(lambda: not cache._tasks)
+    eventually(lambda: not cache._lazy.tasks)
     assert cache.get_many(["a"], source)[0].data_ptr() == written.data_ptr(), "what came late changes nothing"
     assert figures(cache, "mutations", "num_entries") == (1, 1)
 

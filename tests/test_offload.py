@@ -44,7 +44,7 @@ def cache(cuda: FakeCuda, tmp_path: Path) -> Iterator[TensorCache]:
 
 def reserved(cuda: FakeCuda, cache: TensorCache) -> int:
     """As the driver counts."""
-    device = cache._open_engine().device
+    device = cache._lazy.open().device
     assert isinstance(device, CudaDevice)
     return cuda.reserved(device.torch_device.index)
 
@@ -107,7 +107,7 @@ def test_nothing_is_given_back_during_a_capture_or_before_the_first_use(cuda: Fa
     assert cache.offload() == cache.trim() == TrimReport()
     cache.resume()
     cache.get_many([0], SOURCE)
-    device = cache._open_engine().device
+    device = cache._lazy.open().device
     with cuda.capture(device.fence_streams()[5]):
         for call in (cache.offload, cache.trim):
             with pytest.raises(TransferError, match="during CUDA graph capture"):

@@ -50,10 +50,10 @@ def test_what_was_evicted_is_handed_out_where_it_went(cache: TensorCache, source
     fill(cache, source, "abcdef")
     before, asked = cache.buffer_stats(), len(source.asked)
     got = on_host(cache, source, "a")
-    if isinstance(cache._open_engine().device, SimDevice):
+    if isinstance(cache._lazy.open().device, SimDevice):
         for tensor, key in zip(got, run_of("a"), strict=True):  # the copies that filled them are seen to be done
             expected = SHARDS[key].numpy().view("uint8")
-            cache._open_engine().device.host_read(tensor, expected, str(key))  # type: ignore[attr-defined]
+            cache._lazy.open().device.host_read(tensor, expected, str(key))  # type: ignore[attr-defined]
     after = cache.buffer_stats()
     assert is_in("host", cache, got)
     assert len(source.asked) == asked
@@ -230,7 +230,7 @@ def test_offload_leaves_it_and_close_leaves_what_is_held(cache: TensorCache, sou
     fill(cache, source, "c")
     cache.offload()
     assert parked(cache) == {key for name in "abc" for key in run_of(name)}
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     assert engine.tier is not None
     cache.close()
     assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), held, strict=False))
@@ -240,5 +240,5 @@ def test_offload_leaves_it_and_close_leaves_what_is_held(cache: TensorCache, sou
 
 
 def test_bytes_on_their_way_to_either_place_are_bounded_together(cache: TensorCache) -> None:
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     assert engine.transfer_to("host").inflight is engine.transfer_to("device").inflight

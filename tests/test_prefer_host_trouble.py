@@ -52,7 +52,7 @@ class Gate:
 
     def __init__(self, cache: TensorCache) -> None:
         self._arrived, self._gate = threading.Event(), threading.Event()
-        pool = cache._open_engine().pool
+        pool = cache._lazy.open().pool
         self._take, pool.take = pool.take, self._wait_and_take  # type: ignore[method-assign]
 
     def _wait_and_take(self, nbytes: int) -> Range | None:
@@ -74,7 +74,7 @@ def test_who_writes_while_it_is_copied_harms_only_who_waited(source: DictSource)
     (held,) = cache.get_many(["a1"], source, prefer="host")
     device.adversary.begin()
     assert cache.prefetch(["a1"], source).result(10) == 1
-    assert cache._open_engine().transfer.stream.queue, "the copy has yet to run"
+    assert cache._lazy.open().transfer.stream.queue, "the copy has yet to run"
     held.zero_()
     device.finish()
     del held
@@ -176,7 +176,7 @@ def test_a_block_that_died_and_is_known_still_is_not_cached_as_what_took_its_pla
     staged: TensorCache, source: DictSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (held,) = staged.get_many(["b1"], source, prefer="host")
-    engine = staged._open_engine()
+    engine = staged._lazy.open()
     assert engine.tier is not None
     tier, inside, gate = engine.tier.pool, threading.Event(), threading.Event()
     tell = tier._on_dead
@@ -202,7 +202,7 @@ def test_a_block_that_died_and_is_known_still_is_not_cached_as_what_took_its_pla
 def test_what_died_while_it_was_evicted_goes_to_no_tier(source: DictSource) -> None:
     cache = TensorCache(CONFIG, device=HostDevice())
     fill(cache, source, "a")
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     assert engine.tier is not None
     victims = cache._index.candidates()
     cache.get("a1").share_memory_()  # type: ignore[union-attr]

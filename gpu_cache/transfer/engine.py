@@ -10,7 +10,7 @@ from gpu_cache import process
 from gpu_cache.config import CacheConfig, Prefer, ReadyMode, described
 from gpu_cache.device.placement import Placement, choose_device
 from gpu_cache.device.protocol import Device
-from gpu_cache.errors import TransferError
+from gpu_cache.errors import CacheClosedError, TransferError
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.room import RoomMaker
 from gpu_cache.pool.block import TrimReport
@@ -22,6 +22,7 @@ from gpu_cache.reaper import Reaper
 from gpu_cache.transfer.comparison import Comparisons
 from gpu_cache.transfer.host_tier import HostTier
 from gpu_cache.transfer.staging import StagingRing
+from gpu_cache.transfer.task import ReaderTask
 from gpu_cache.transfer.transfer import Transfer
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,10 @@ class LazyEngine:
         config: Settings, as given.
         device: Where to cache; None: as `config.device` and the process's state say.
         index: See `Engine`.
+    Attributes:
+        current: The engine, once there is one.
+        tasks: Readers that are being drained.
+        on_open: Called whenever a call of the cache opens the engine.
     Thread-safety: any thread.
     """
 
@@ -175,21 +180,33 @@ class LazyEngine:
         # Guards `current` and _is_final.
         self._lock = threading.Lock()
         self._is_final = self._has_warned = False
+        self.tasks: set[ReaderTask] = set()
+        self.on_open: Callable[[], object] = lambda: None
 
-    def get(self, is_empty: Callable[[], bool]) -> Engine:
-        """The engine; `is_empty` says that nothing is cached in the one there is, nor on its way.
+    def open(self) -> Engine:
+        """The engine, for a call that uses it now.
 
         Raises:
+            CacheClosedError: The cache is closed.
             ValueError: The device named by the settings is not there.
             RuntimeError: It is not clear which one is meant.
         """
+        if self._index.is_closed:
+            raise CacheClosedError
         engine = self.current
-        if engine is not None and (self._is_final or self._stays(engine, is_empty)):
-            return engine
+        if engine is None or not (self._is_final or self._stays(engine)):
+            engine = self._build(engine)
+        if not engine.reaper.awake.is_set():
+            engine.reaper.wake()
+        self.on_open()
+        return engine
+
+    def _build(self, engine: Engine | None) -> Engine:
+        """Build an engine, to take the place of the one that there is, if nothing is cached in that or on its way."""
         placement = self._given or choose_device(self._config.device)
         built = Engine(placement.device, self._config, self._index)
         with self._lock:
-            is_mine = self.current is engine and (engine is None or is_empty())
+            is_mine = self.current is engine and (engine is None or self._index.is_empty)
             if is_mine:
                 self.current, self._is_final = built, placement.is_final
             chosen = self.current
@@ -217,17 +234,17 @@ class LazyEngine:
         if self.current is not None:
             self.current.close()
 
-    def _stays(self, engine: Engine, is_empty: Callable[[], bool]) -> bool:
+    def _stays(self, engine: Engine) -> bool:
         """Whether a choice made before CUDA was initialised still holds; warns once if it only has to."""
         try:
             device = choose_device(self._config.device).device.torch_device
         except (ValueError, RuntimeError) as error:
-            if is_empty():
+            if self._index.is_empty:
                 raise
             return self._warn_of_late_cuda(engine, str(error))
         if device == engine.device.torch_device:
             return True
-        return not is_empty() and self._warn_of_late_cuda(engine, f"{device} is there by now")
+        return not self._index.is_empty and self._warn_of_late_cuda(engine, f"{device} is there by now")
 
     def _warn_of_late_cuda(self, engine: Engine, why: str) -> bool:
         if not self._has_warned:

@@ -18,7 +18,7 @@ from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.completion import Completion
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.source import ShardSource
-from gpu_cache.transfer.engine import Engine
+from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.parked_reader import ParkedReader
 from gpu_cache.transfer.task import MeteredReader, ReaderTask
 from gpu_cache.transfer.transfer import Transfer
@@ -31,6 +31,7 @@ class Fetch:
 
     Args:
         index: Where shards are looked up and land.
+        engines: What moves them.
         timeout_s: Longest wait, in seconds.
         may_overflow: Whether shards that find no room may be placed outside the pool.
         keep: Whether they are meant to outlive clears.
@@ -44,6 +45,7 @@ class Fetch:
     def __init__(
         self,
         index: ShardIndex,
+        engines: LazyEngine,
         timeout_s: float,
         *,
         may_overflow: bool = True,
@@ -56,10 +58,10 @@ class Fetch:
         self.claim = Claim(expected=expected or {})
         self.deadline = time.monotonic() + timeout_s
         self.tasks: list[ReaderTask] = []
-        self._index, self._timeout_s, self._may_overflow, self._keep = index, timeout_s, may_overflow, keep
+        self._index, self._engines, self._timeout_s = index, engines, timeout_s
+        self._may_overflow, self._keep = may_overflow, keep
         self._hands_out, self._holding, self._prefer = hands_out, holding, prefer
         self._on_host = False  # so it is, and there is a host tier
-        self._engine: Engine | None = None
 
     @property
     def _left_s(self) -> float:
@@ -80,21 +82,14 @@ class Fetch:
         """Whether shards wanted on the device came to the host tier, for another call: asking anew copies them."""
         return bool(self._strays())
 
-    def begin(
-        self,
-        open_engine: Callable[[], Engine],
-        is_current: Callable[[Engine], bool],
-        keys: Sequence[Hashable],
-        source: ShardSource,
-        live: set[ReaderTask],
-    ) -> Engine:
+    def begin(self, keys: Sequence[Hashable], source: ShardSource) -> Engine:
         """Look keys up and start to fetch what is missing; whatever interrupts this, no key stays claimed.
 
         Raises:
             TransferError: During CUDA graph capture, where nothing can be fetched.
         """
         while True:
-            engine = self._engine = open_engine()
+            engine = self._engines.open()
             transfer = engine.transfer_to(self._prefer)
             self._on_host = transfer.parks
             if engine.device.is_capturing():
@@ -110,8 +105,8 @@ class Fetch:
                 if self._holding is not None and self.claim.claimed:
                     claimed = self.claim.claimed.values()
                     self._index.adopt(self._holding, [entry for entry in claimed if entry.is_new])
-                if is_current(engine):
-                    self.start(source, transfer, live)
+                if self._engines.is_current(engine):
+                    self._start(source, transfer)
                     if self.claim.claimed and self._index.is_closed:
                         self.cancel(CacheClosedError())
                     return engine
@@ -121,24 +116,15 @@ class Fetch:
                 raise
             self.finish()
 
-    def complete(
-        self,
-        open_engine: Callable[[], Engine],
-        is_current: Callable[[Engine], bool],
-        keys: Sequence[Hashable],
-        source: ShardSource,
-        live: set[ReaderTask],
-        *,
-        may_lack: bool = False,
-    ) -> Engine:
-        """Begin, and wait for every shard; what another call was to bring, and did not, or not here, is asked for anew.
+    def complete(self, keys: Sequence[Hashable], source: ShardSource, *, may_lack: bool = False) -> Engine:
+        """Begin, and wait for every shard; retry shards whose other fetch failed, or landed in the other tier.
 
         With `may_lack` some may fail: the log tells which, and `hand_out` lacks them.
         """
         engine: Engine | None = None
         while True:
             try:
-                engine = self.begin(open_engine, is_current, keys, source, live)
+                engine = self.begin(keys, source)
                 self.wait()
                 if not self.has_strays:
                     return engine
@@ -154,8 +140,9 @@ class Fetch:
                     return engine
             self.keep_arrived()
 
-    def start(self, source: ShardSource, transfer: Transfer, live: set[ReaderTask]) -> None:
-        """Open readers for the claimed shards and drain each in a thread of its own; `live` has those under way."""
+    def _start(self, source: ShardSource, transfer: Transfer) -> None:
+        """Open readers for the claimed shards, and drain each in a thread of its own."""
+        live = self._engines.tasks
         left = dict(self.claim.claimed)
         try:
             if parked := {
@@ -236,8 +223,8 @@ class Fetch:
         claim, self.claim, self.tasks = self.claim, Claim(), []
         if claim.claimed or claim.joined:
             self._index.release((*claim.claimed.values(), *claim.joined.values()))
-        if claim.doubted and self._engine is not None:
-            self._engine.comparisons.begin(claim.doubted, self._index.compared)
+        if claim.doubted and (engine := self._engines.current) is not None:
+            engine.comparisons.begin(claim.doubted, self._index.compared)
         return len(claim.claimed) + len(claim.joined)
 
     def promise(self) -> Future[int]:

@@ -122,7 +122,7 @@ def publisher() -> None:
         begun.set()
         torch_work(0.01)
 
-    cache._open_engine().gather = gather  # type: ignore[method-assign]
+    cache._lazy.open().gather = gather  # type: ignore[method-assign]
     cache.get_many(["a"], DictSource({"a": torch.ones(10)}))
     assert begun.wait(30)
 

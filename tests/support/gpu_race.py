@@ -89,7 +89,7 @@ def late_copy(cache: TensorCache, stream: Any, ready: ReadyMode, rig: Rig = REAL
     cache.synchronize()
     seen = rig.blank(SHARD_BYTES)
     rig.synchronize()
-    copies = cache._open_engine().transfer.stream
+    copies = cache._lazy.open().transfer.stream
     rig.keep_busy(copies)
     with rig.current(stream):
         tensor = fetch(cache, "new", NEW, ready=ready)

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _read_on_the_stream(cache: TensorCache) -> None:
     allocate(cache)
-    keep_busy(cache._open_engine().transfer.stream)
+    keep_busy(cache._lazy.open().transfer.stream)
     fetch(cache, "a", 3, ready="stream").sum()
 
 

@@ -48,7 +48,7 @@ def observe(cache: TensorCache, device: SimDevice, ledger: Ledger) -> None:
         device: That it is on.
         ledger: What the program asked for.
     """
-    engine = cache._open_engine()
+    engine = cache._lazy.open()
     pool, staging = engine.pool, engine.staging
     assert staging is not None
     acquire = staging.acquire

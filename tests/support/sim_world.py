@@ -254,7 +254,7 @@ class World:
 
     def await_moves(self) -> None:
         """What comes back from the host tier has no gate: let it come."""
-        for task in list(self.cache._tasks):
+        for task in list(self.cache._lazy.tasks):
             if isinstance(task.reader, ParkedReader):
                 task.done.result(20)
 
