@@ -18,7 +18,7 @@ from gpu_cache.device.protocol import Device, Stream
 from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
 from gpu_cache.index.entry import Entry, Promise
 from gpu_cache.index.index import ShardIndex, tensors_of
-from gpu_cache.index.mutation import Doubts
+from gpu_cache.index.mutation import Mutations
 from gpu_cache.index.scope import Scope, ScopeVariable
 from gpu_cache.pool.block import TrimReport
 from gpu_cache.pool.lease import AliasCounter, aliases_of
@@ -155,8 +155,8 @@ class TensorCache:
         Each tensor aliases the cache's memory: zero copy, `storage_offset()` 0, a storage of exactly the shard's
         bytes. It stays valid for as long as any alias of it lives, cleared or not. Do not write into it: others that
         hold it read what was written. A later call sees the write by torch's version counter and does as
-        `config.on_mutation` says: by default it fetches the shard again, and its caller gets the original bytes in a
-        fresh block. What cannot be fetched is handed out as it is, with a warning. The counter misses writes through
+        `config.on_mutation` says: by default the shard is dropped, and is an ordinary miss, so that the caller gets the
+        original bytes in a fresh block. The counter misses writes through
         `.data`, numpy, DLPack, fused optimisers, collectives and kernels of one's own, which `config.debug_checksum`
         sees, and counts those that change nothing, such as `add_(0)`, which cost a fetch.
 
@@ -182,7 +182,7 @@ class TensorCache:
             CacheClosedError: The cache is closed.
             TransferError: During CUDA graph capture: a shard is not cached or was written to, or its copy was not yet
                 seen complete.
-            MutatedError: Somebody wrote into a shard, and `config.on_mutation` is "error".
+            MutatedError: A reader wrote into a shard, and `config.on_mutation` is "error".
             ValueError: The host is preferred, and the host tier is off (`config.host_tier_bytes`).
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
@@ -215,7 +215,7 @@ class TensorCache:
     def get(self, key: Hashable) -> torch.Tensor | None:
         """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up but for a host hit.
 
-        What somebody wrote into is handed out as it is, with a warning: there is no source to fetch it from.
+        What a reader wrote into is dropped, with a warning, and is a miss.
 
         Raises:
             CacheClosedError: The cache is closed.
@@ -405,12 +405,11 @@ class TensorCache:
         return inherited
 
     def _start_empty(self) -> None:
-        doubts = Doubts(self.config.on_mutation)
         counter = AliasCounter()
         index = self._index = ShardIndex(
             aliases_of,
             counter.is_held,
-            doubts=doubts,
+            mutations=Mutations(self.config.on_mutation),
             is_held_beside_loan=counter.is_held_beside_loan,
             broken=self._broken,
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from gpu_cache.device.bitwise import differing
 from gpu_cache.device.cudart import CudaRuntime, nvml_uuid, pci_address, pooled_streams
 from gpu_cache.device.events import Events, RawEvents, TorchEvents
 from gpu_cache.device.hostmem import host_memory
@@ -104,16 +103,6 @@ class CudaDevice:
             with self._cuda.stream(stream):
                 for dst, src in pairs:
                     dst.copy_(src, non_blocking=True)
-
-    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
-        with self._here(), self._cuda.stream(stream):
-            differs = differing(left, right)
-
-        def seen() -> bool:
-            with self._here(), self._cuda.stream(stream):  # where it is copied to the host, behind nothing else
-                return bool(differs)
-
-        return seen
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         with self._here():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from gpu_cache.device.bitwise import differing
 from gpu_cache.device.hostmem import host_memory, host_tensor
 from gpu_cache.device.protocol import NO_BYTES, Arena, DeviceIdentity, Event, Pinned, Stream
 
@@ -48,10 +47,6 @@ class HostDevice:
     def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
         for dst, src in pairs:
             dst.copy_(src)
-
-    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
-        differs = bool(differing(left, right))
-        return lambda: differs
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         return time.perf_counter() if timing else None

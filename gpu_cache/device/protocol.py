@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,13 +96,6 @@ class Device(Protocol):
 
         Raises:
             RuntimeError: One was refused; others may be under way.
-        """
-
-    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: Stream) -> Callable[[], bool]:
-        """Enqueue a comparison of equal uint8 ranges of arenas on `stream`.
-
-        Returns:
-            Whether they differ; to be called when an event recorded behind it is done.
         """
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:

@@ -66,9 +66,6 @@ class Entry:
     num_joined: int = 0
     deadline: float = 0.0  # of the claiming call
     version: int = 0  # of `counted` when its block was last known to hold what the source has
-    is_accepted: bool = False  # handed out as it is, though somebody wrote into it: there was nothing to fetch
-    suspect: Entry | None = None  # what this generation is to replace: somebody wrote into it
-    lineage: int = 0  # the first generation of those that replaced each other so; scopes know it by that
     checksum: int | None = None  # of its bytes, with `debug_checksum`, before anybody had it
     parked: Parked | None = None  # where it is in the host tier
     moving: Entry | None = None  # which brings it back
@@ -101,14 +98,9 @@ class Entry:
         return self.base is not None or self.parked is not None or self.error is not None
 
     @property
-    def is_original(self) -> bool:
-        """Whether its block has what came from its source, and no write to it may be under way, as torch counts."""
-        return not (self.is_changed or self.is_accepted)
-
-    @property
     def is_new(self) -> bool:
         """Whether nothing of its key was cached when it was claimed, neither on the device nor in the host tier."""
-        return self.suspect is None and self.resident is None
+        return self.resident is None
 
     def is_owned_as(self, promise: Promise | None) -> bool:
         """Whether it is of the owner that a caller means, as far as both say."""
@@ -139,17 +131,17 @@ class Claim:
     num_removals: int | None = None  # before the call's first look-up
     is_current: bool = True  # nothing was dropped on request since then
     deadline: float = 0.0
-    doubted: list[tuple[Entry, Entry]] = dataclasses.field(default_factory=list)  # claimed anew, and what was there
+    mutated: dict[Hashable, None] = dataclasses.field(default_factory=dict)  # dropped: a reader wrote into them
     expected: Mapping[Hashable, Promise] = dataclasses.field(default_factory=dict)  # by the caller
     refused: dict[Hashable, Promise] = dataclasses.field(default_factory=dict)  # cached, and other than expected
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Holding:
-    """What was fetched inside a scope, as generations by key. Guarded by the index lock."""
+    """What was fetched inside a scope, as keys by generation. Guarded by the index lock."""
 
     outer: Holding | None = None
-    generations: dict[Hashable, int] = dataclasses.field(default_factory=dict)
+    keys: dict[int, Hashable] = dataclasses.field(default_factory=dict)
     prune_at: int = 4096  # of what it once held, much may be gone, in a scope around many steps
     is_over: bool = False
 

@@ -18,7 +18,7 @@ import torch
 from gpu_cache.errors import PromiseError, failure_reason
 from gpu_cache.index.entry import Candidate, Claim, Entry, Holding, Parked, Promise, State
 from gpu_cache.index.ledger import Ledger
-from gpu_cache.index.mutation import DOUBTED, Doubts
+from gpu_cache.index.mutation import DOUBTED, Mutations
 from gpu_cache.pool.block import Landing
 from gpu_cache.pool.lease import UNSHARED, Lease, num_owners
 from gpu_cache.report.schema import EntryInfo
@@ -31,7 +31,7 @@ class ShardIndex:
         alias: Makes tensors to hand out from entries' bases; must be quick, it runs under the lock.
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
-        doubts: What is done about entries that somebody wrote into; None: nothing.
+        mutations: What is done about entries that a reader wrote into; None: nothing.
         is_held_beside_loan: The same, where the index has an alias of it to lend; None: as `is_held`.
         broken: The error for a key whose shard is not as promised, of the promise and of what there is.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
@@ -43,7 +43,7 @@ class ShardIndex:
         alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]],
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
-        doubts: Doubts | None = None,
+        mutations: Mutations | None = None,
         is_held_beside_loan: Callable[[torch.Tensor], bool] | None = None,
         broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
     ) -> None:
@@ -54,7 +54,7 @@ class ShardIndex:
         self._generations = itertools.count(1)
         self._num_removals = 0  # calls that dropped entries on request, whether or not there were any
         self._is_closed = False
-        self._alias, self._doubts = alias, doubts or Doubts()
+        self._alias, self._mutations = alias, mutations or Mutations()
         self._is_held, self._is_held_beside_loan = is_held, is_held_beside_loan or is_held
         self.broken = broken
 
@@ -115,7 +115,7 @@ class ShardIndex:
         lent: list[torch.Tensor] = []
         left: list[torch.Tensor | None] = []  # loans that readers keep, to die outside the lock
         completions: dict[Any, None] = {}
-        is_checked, nbytes, latest = self._doubts.is_on, 0, None
+        is_checked, nbytes, latest = self._mutations.is_on, 0, None
         with self._lock:
             find, touch = self._entries.get, self._entries.move_to_end
             for key, promise in zip(keys, map(expected.get, keys), strict=True):
@@ -169,20 +169,18 @@ class ShardIndex:
         A cached shard of another dtype or shape than `found.expected` says is `refused`, and stays. One of another
         owner is a miss; what is fetched takes its place when it lands.
 
-        Where tensors are to be handed out, an entry that somebody wrote into is claimed as a miss of a new generation.
-        With `on_host` what is in the host tier is a hit there; else a claim, of a copy to the device.
+        Where tensors are to be handed out, an entry that a reader wrote into is dropped, and is a miss. With `on_host`
+        what is in the host tier is a hit there; else a claim, of a copy to the device.
 
         Raises:
-            MutatedError: There is one, and that is how the policy wants it. Nothing was claimed or counted.
+            MutatedError: There is one, and that is how the policy wants it. Nothing was claimed.
         """
         found = Claim() if found is None else found
         ready: dict[Hashable, Entry | Parked] = {}
-        unverified: list[Entry] = []
-        checks = hands_out and self._doubts.is_on
+        changed: list[Entry] = []
         with self._lock:
-            if checks and self._doubts.is_error:
-                keys = list(keys)
-                self._doubts.refuse_changed(self._entries, self._meant_locked(keys, found))
+            if hands_out and self._mutations.is_on:
+                changed = self._drop_changed_locked(keys, found)
             entries, hit_bytes, num_parked = self._entries, 0, 0
             self._begin_locked(found, deadline)
             for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
@@ -197,15 +195,9 @@ class ShardIndex:
                 ):
                     continue
                 place = entry.parked or entry
-                if (base := place.base) is None or (entry.moving is not None and not on_host):
+                if place.base is None or (entry.moving is not None and not on_host):
                     self._join_locked(entry.moving or entry, found)
                     continue
-                if checks and (base if place.loan is None else place.loan)._version != place.version:
-                    if entry.is_fetch:
-                        self._claim_anew_locked(entry, found)
-                        continue
-                    self._doubts.accept(entry)
-                    unverified.append(entry)
                 entries.move_to_end(key)
                 if place is not entry and not on_host:
                     self._bring_back_locked(entry, found)
@@ -220,8 +212,7 @@ class ShardIndex:
                 found.hits[key] = self._loan_locked(place, left)
             self._ledger.claimed(found, len(ready), hit_bytes, num_parked)
         del left
-        if unverified:
-            self._doubts.tell_unverified(unverified)
+        self._mutations.tell(changed)
         return found
 
     def lend(self, places: Mapping[Hashable, Entry | Parked]) -> dict[Hashable, torch.Tensor]:
@@ -292,18 +283,17 @@ class ShardIndex:
         return origins
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
-        """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`, or what it was to
-        replace.
-        """
+        """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`."""
         reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
             origins = [self._settle_move_locked(entry) for entry in failed]
-            kept = [entry for entry in failed if self._falls_back_locked(entry, error)]
+            for entry in failed:
+                entry.error = error
+                self._drop_locked(entry)
             self._ledger.failed(failed, reason)
         del origins
         _wake(failed)
-        self._doubts.tell_kept(kept, error)
 
     def remove(self, keys: Iterable[Hashable], node: str | None = None) -> list[Entry]:
         """Drop entries by key (and node), and return the READY ones, for the caller to let die.
@@ -392,7 +382,7 @@ class ShardIndex:
             self._ledger.evicted([one.entry for one in victims], parked=parked)
             for entry, *_ in victims:
                 refuge = refuges.get(entry.key)
-                is_copy = refuge is not None and entry.is_original
+                is_copy = refuge is not None and not entry.is_changed
                 is_copy = is_copy and not (held and self._is_in_use_locked(entry, entry))
                 loans.append(entry.place.loan)
                 entry.place.loan = None
@@ -419,23 +409,20 @@ class ShardIndex:
                 if entry is None
                 or (entry.place if on_host else entry).base is None
                 or not entry.is_owned_as(expected.get(key))
-                or self._doubts.wants_refetch(entry)
+                or (self._mutations.is_on and not self._mutations.is_error and entry.is_changed)
             ]
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
         """An alias of a READY entry, and the entry; counts as no look-up. Raises `MutatedError` as `claim` does."""
+        found = None
         with self._lock:
+            changed = self._drop_changed_locked([key]) if self._mutations.is_on else []
             entry = self._entries.get(key)
-            if entry is None or entry.base is None:
-                return None
-            is_changed = self._doubts.is_on and entry.is_changed
-            if is_changed:
-                self._doubts.found_without_source(self._entries, entry)
-            self._entries.move_to_end(key)
-            assert entry.counted is not None
-            found = self._alias([entry.counted])[0], entry
-        if is_changed:
-            self._doubts.tell_unverified([entry])
+            if entry is not None and entry.base is not None:
+                self._entries.move_to_end(key)
+                assert entry.counted is not None
+                found = self._alias([entry.counted])[0], entry
+        self._mutations.tell(changed)
         return found
 
     def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Entry, Any, torch.Tensor]]:
@@ -455,15 +442,6 @@ class ShardIndex:
                 elif entry.checksum != checksum:
                     entry.place.version = DOUBTED
 
-    def compared(self, old: Entry, error: Exception | None) -> None:
-        """What was fetched again differs from the old entry; with an error: that is not known."""
-        if error is not None:
-            self._doubts.tell_unknown(old, error)
-            return
-        with self._lock:
-            self._doubts.num_found += 1
-        self._doubts.tell_changed(old)
-
     def adopt(self, holding: Holding, entries: Iterable[Entry]) -> None:
         """Drop these when a scope ends; of one that is over, when the next one around it does."""
         with self._lock:
@@ -472,13 +450,10 @@ class ShardIndex:
                 holder = holder.outer
             if holder is None:
                 return
-            known = holder.generations
-            # What takes another's place may fail: then the scope must still know that one, and it knows both by it.
-            known.update((one.key, one.generation) for one in entries if known.get(one.key, -1) != one.lineage)
-            if len(over := known) > holder.prune_at:
-                kept = self._held_locked(holder)
-                holder.generations = {entry.key: entry.lineage or entry.generation for entry in kept}
-                holder.prune_at = max(holder.prune_at, 2 * len(holder.generations))
+            holder.keys.update((one.generation, one.key) for one in entries)
+            if len(over := holder.keys) > holder.prune_at:
+                holder.keys = {entry.generation: entry.key for entry in self._held_locked(holder)}
+                holder.prune_at = max(holder.prune_at, 2 * len(holder.keys))
         del over  # keys may be anything, and die outside the lock
 
     def held_by(self, holding: Holding) -> list[Entry]:
@@ -490,8 +465,8 @@ class ShardIndex:
         """Drop what was fetched inside a scope, but for what is meant to stay; return the READY ones, as `remove`."""
         with self._lock:
             self._num_removals += 1
-            held, over = self._held_locked(holding), holding.generations
-            holding.generations, holding.is_over = {}, True
+            held, over = self._held_locked(holding), holding.keys
+            holding.keys, holding.is_over = {}, True
             dropped = [entry for entry in held if entry.state is State.READY]
             for entry in held:
                 self._drop_locked(entry)
@@ -503,12 +478,12 @@ class ShardIndex:
     def stats(self) -> dict[str, float]:
         """The index's part of `BufferStats`, consistent in itself."""
         with self._lock:
-            return {**self._ledger.stats(), "mutations": self._doubts.num_found}
+            return {**self._ledger.stats(), "mutations": self._mutations.num_found}
 
     def report(self) -> dict[str, Any]:
         """The index's part of a report, consistent in itself."""
         with self._lock:
-            return {**self._ledger.stats(), **self._ledger.details(), "mutations": self._doubts.num_found}
+            return {**self._ledger.stats(), **self._ledger.details(), "mutations": self._mutations.num_found}
 
     def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
         """The oldest READY entries, oldest first; only those that outlived clears and should not, if so wanted."""
@@ -606,16 +581,26 @@ class ShardIndex:
             return True
         return False
 
-    def _meant_locked(self, keys: Iterable[Hashable], found: Claim) -> list[Hashable]:
-        """Those of `keys` that are indexed for the owner that the caller means."""
-        known = [entry for key in keys if (entry := self._entries.get(key)) is not None]
-        return [entry.key for entry in known if entry.is_owned_as(found.expected.get(entry.key))]
+    def _drop_changed_locked(self, keys: Iterable[Hashable], found: Claim | None = None) -> list[Entry]:
+        """Drop those of `keys` that a reader wrote into, and that are of the owner that the caller means.
+
+        Returns:
+            Them, for the caller to let die outside the lock, after `Mutations.tell`.
+        """
+        expected: Mapping[Hashable, Promise] = MappingProxyType({}) if found is None else found.expected
+        known = ((self._entries.get(key), expected.get(key)) for key in keys)
+        changed = [entry for entry, promise in known if entry and entry.is_changed and entry.is_owned_as(promise)]
+        self._mutations.found(changed)
+        for entry in changed:
+            self._drop_locked(entry)
+            if found is not None:
+                found.mutated[entry.key] = None
+        return changed
 
     def _claim_rival_locked(self, entry: Entry, promise: Promise, found: Claim) -> None:
         """Claim the same key of another owner. The entry stays until that has landed: it may never."""
         rival = found.claimed[entry.key] = Entry(
             entry.key, next(self._generations), num_awaiting=1, deadline=found.deadline, promise=promise,
-            lineage=entry.lineage or entry.generation,
         )  # fmt: skip
         if found.is_current:
             rival.replaces = entry.generation, self._num_removals
@@ -670,7 +655,7 @@ class ShardIndex:
         parked = resident.parked
         if parked is None or not self._stands_locked(resident) or self._is_in_use_locked(resident, parked):
             return False
-        return not (self._doubts.is_on and resident.is_changed)
+        return not (self._mutations.is_on and resident.is_changed)
 
     def _land_locked(
         self, landings: Iterable[tuple[Entry, Landing]], node: str, completion: Any, parked: bool
@@ -696,41 +681,10 @@ class ShardIndex:
         self._ledger.landed(landed, node)
         return landed, origins
 
-    def _claim_anew_locked(self, entry: Entry, found: Claim) -> None:
-        """Another generation of a READY entry, which it replaces if that can be fetched."""
-        key = entry.key
-        anew = found.claimed[key] = Entry(
-            key, next(self._generations), node=entry.node, is_kept=entry.is_kept, num_awaiting=1,
-            deadline=found.deadline, suspect=entry, lineage=entry.lineage or entry.generation,
-            promise=found.expected.get(key),
-        )  # fmt: skip
-        found.doubted.append((anew, entry))
-        self._drop_locked(entry)
-        if found.is_current:
-            self._entries[key] = anew
-
     def _stands_locked(self, entry: Entry) -> bool:
         """Whether this generation of the key is the one that the index knows: not cleared, evicted or refetched."""
         current = self._entries.get(entry.key)
         return current is not None and current.generation == entry.generation
-
-    def _falls_back_locked(self, entry: Entry, error: BaseException) -> bool:
-        """Settle an entry that did not arrive; whether those who wait get what it was to replace."""
-        stands, suspect = self._stands_locked(entry), entry.suspect
-        if suspect is not None and not self._is_closed and isinstance(error, Exception):
-            is_sound = self._doubts.revive(entry)
-            self._ledger.revived(entry)
-            if stands and is_sound:
-                self._ledger.indexed([entry], entry.node)
-            else:
-                self._drop_locked(entry)
-            return True
-        entry.error = error
-        self._drop_locked(entry)
-        if stands and suspect is not None and not self._is_closed:  # interrupted: it proves nothing
-            self._entries[entry.key] = suspect
-            self._ledger.indexed([suspect], suspect.node)
-        return False
 
     def _drop_locked(self, entry: Entry) -> None:
         """Forget an entry; PENDING ones keep flying, for those who wait."""
@@ -742,12 +696,8 @@ class ShardIndex:
 
     def _held_locked(self, holding: Holding) -> list[Entry]:
         """What of a scope's is indexed still, in the generation that it fetched, and not meant to stay."""
-        found = ((self._entries.get(key), generation) for key, generation in holding.generations.items())
-        return [
-            entry
-            for entry, generation in found
-            if entry and generation in (entry.generation, entry.lineage) and not entry.is_kept
-        ]
+        found = ((self._entries.get(key), generation) for generation, key in holding.keys.items())
+        return [entry for entry, generation in found if entry and generation == entry.generation and not entry.is_kept]
 
 
 def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
@@ -768,6 +718,5 @@ def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
 def _wake(entries: Iterable[Entry]) -> None:
     """Resolve the flights of settled entries. Outside the lock: done-callbacks are somebody else's code."""
     for entry in entries:
-        entry.suspect = None  # nor may a block that was replaced die under the lock
         if entry.flight is not None:
             entry.flight.set_result(None)  # not the entry: a cycle would keep its block until a collection

@@ -181,11 +181,6 @@ class Ledger:
         if fetched_bytes:
             self._sources[node].fetch_bytes += fetched_bytes
 
-    def revived(self, entry: Entry) -> None:
-        """A miss that was not fetched, as who asked for it gets what was there before."""
-        self.counters.miss_bytes += entry.nbytes
-        self.counters.joined_bytes += entry.nbytes * entry.num_joined
-
     def indexed(self, entries: Sequence[Entry], node: str) -> None:
         """Entries of a node are READY from now on."""
         if not entries:

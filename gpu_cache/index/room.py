@@ -75,9 +75,9 @@ class RoomMaker:
     def _evict(self, victims: list[Candidate], *, held: bool = False) -> bool:
         """Evict all of these, or none; the list is empty afterwards.
 
-        A block that somebody wrote into, or may write into while it is copied, is no copy of its shard's bytes.
+        A block that a reader wrote into, or may write into while it is copied, is no copy of its shard's bytes.
         """
-        movable = [one for one in victims if one.entry.is_original and not one.is_held]
+        movable = [one for one in victims if not (one.entry.is_changed or one.is_held)]
         loans: list[torch.Tensor | None] = []
         if not self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held, loans=loans):
             return False

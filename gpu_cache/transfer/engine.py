@@ -19,7 +19,6 @@ from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.lease import Husks
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.reaper import Reaper
-from gpu_cache.transfer.comparison import Comparisons
 from gpu_cache.transfer.host_tier import HostTier
 from gpu_cache.transfer.staging import StagingRing
 from gpu_cache.transfer.task import ReaderTask
@@ -51,7 +50,6 @@ class Engine:
         self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
         self.fence.note(self.transfer.stream)
         self._to_host = None if self.tier is None else self._transfer_to(self.tier)
-        self.comparisons = Comparisons(device, self.fence, self.pool)
         self.reaper = Reaper(self, self.husks)
 
     def transfer_to(self, prefer: Prefer) -> Transfer:
@@ -82,7 +80,6 @@ class Engine:
 
     def drain(self) -> None:
         """Free what can be freed now."""
-        self.comparisons.look()
         for pool in self._pools:
             pool.drain()
 
@@ -97,8 +94,7 @@ class Engine:
         return self.pool.trim()
 
     def synchronize(self) -> None:
-        """Wait until what was freed is reusable, and what is held only to be compared is freed."""
-        self.comparisons.finish()
+        """Wait until what was freed is reusable."""
         for pool in self._pools:
             pool.synchronize()
 
@@ -130,7 +126,6 @@ class Engine:
 
     def finish(self) -> None:
         """Give back what nobody uses; waits for copies under way."""
-        self.comparisons.look()
         self.transfer.finish()
 
     def stats(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ from gpu_cache.config import Prefer
 from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, TransferError, combined, listed, names_of
 from gpu_cache.index.entry import Claim, Entry, Holding, Promise
 from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.completion import Completion
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.source import ShardSource
@@ -182,7 +183,7 @@ class Fetch:
             now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
             self._index.abort([entry for entry in self.claim.joined.values() if entry.deadline <= now], late)
         if failures := self._failures():
-            raise combined(failures, self._num_wanted)
+            raise self._combined(failures)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """A tensor of every shard, by key; after `wait`."""
@@ -210,6 +211,7 @@ class Fetch:
             before.host_completions,
             num_removals=before.num_removals,
             expected=before.expected,
+            mutated=before.mutated,
         )
         self.finish()
         self.claim = kept
@@ -223,8 +225,6 @@ class Fetch:
         claim, self.claim, self.tasks = self.claim, Claim(), []
         if claim.claimed or claim.joined:
             self._index.release((*claim.claimed.values(), *claim.joined.values()))
-        if claim.doubted and (engine := self._engines.current) is not None:
-            engine.comparisons.begin(claim.doubted, self._index.compared)
         return len(claim.claimed) + len(claim.joined)
 
     def promise(self) -> Future[int]:
@@ -249,7 +249,7 @@ class Fetch:
 
         def all_done() -> None:
             failures = self._failures()
-            then(combined(failures, self._num_wanted) if failures else None)
+            then(self._combined(failures) if failures else None)
 
         def one_done(_: object) -> None:
             if left.pop() == 0:  # one step: just one of several at once is the last
@@ -311,3 +311,14 @@ class Fetch:
             late = self._late()
             failures.update((entry.key, entry.error or late) for entry in lacking)
         return failures
+
+    def _combined(self, failures: dict[Hashable, BaseException]) -> Exception:
+        """One error for the call; says of which shards a cached copy was dropped."""
+        error = combined(failures, self._num_wanted)
+        if mutated := [key for key in failures if key in self.claim.mutated]:
+            error.args = (
+                f"{error}; cached copies of {names_of(mutated)} were dropped, as a reader had written into "
+                f"them: {REMEDY}",
+                *error.args[1:],
+            )
+        return error
