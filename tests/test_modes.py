@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.rpc import rtensor, runtime
 from gpu_cache.rpc.rtensor import RTensor, get_backend
 from gpu_cache.rpc.server import main as rpc_server
@@ -242,3 +243,25 @@ def called(function: ast.expr) -> str:
     if function.value.id == "torch" and function.attr in FACTORIES | {"frombuffer"}:
         return function.attr
     return "empty" if (function.value.id, function.attr) == ("self", "_empty") else ""
+
+
+def test_a_compiled_function_calls_the_cache_and_does_not_trace_it() -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="1MiB", prealloc_bytes=0))
+    source, found = DictSource({"a": TENSORS["floats"]}), []
+
+    class Watched(DictSource):
+        def open(self, keys: Sequence[Hashable], timeout_s: float) -> Any:
+            found.append(torch.compiler.is_compiling())
+            return source.open(keys, timeout_s)
+
+    def doubled(scale: torch.Tensor) -> torch.Tensor:
+        (tensor,) = cache.get_many(["a"], Watched({}))
+        return tensor * (scale + 1)
+
+    compiled = torch.compile(doubled, backend="eager")
+    for _ in range(2):
+        assert same_bytes(compiled(torch.ones(3)), TENSORS["floats"] * 2)
+    assert (found, len(source.asked)) == ([False], 1)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"get_many"):
+        torch.compile(doubled, backend="eager", fullgraph=True)(torch.ones(3))

@@ -58,15 +58,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_every_public_name_loads_and_neither_that_nor_caching_initialises_cuda() -> None:
     code = """
+import sys
 import gpu_cache
 print(all(getattr(gpu_cache, name) is not None for name in gpu_cache.__all__))
 import torch
 print(torch.cuda.is_initialized())
 cache = gpu_cache.TensorCache()
 cache.put("a", torch.ones(3))
-print(cache.device_name, torch.cuda.is_initialized())
+print(cache.device_name, torch.cuda.is_initialized(), "torch._dynamo" in sys.modules)
 """
-    assert run_python(code) == "True\nFalse\ncpu False\n"
+    assert run_python(code) == "True\nFalse\ncpu False False\n", "nor imports the compiler, which takes seconds"
 
 
 FORK = """

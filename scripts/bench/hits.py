@@ -22,7 +22,7 @@ from gpu_cache.source import NO_SOURCE
 
 # A call is short: so many are timed together. Each has handles of its own, and drops nothing.
 _NUM_CALLS = 5
-_MODULE = "gpu_cache.rpc.rtensor"
+_MODULE = "areal.infra.rpc.rtensor"
 _REPOSITORY = FilePath(__file__).resolve().parents[2]
 
 
