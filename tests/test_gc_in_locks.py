@@ -208,9 +208,21 @@ class Workload:
         self._cache.get_many(["s2"], self._source, keep=True)
         assert self._cache.entries(oldest=1)
         assert self._cache.summary()
+        index, pool = self._cache._index, self._cache._engine.pool
+        index.compare_checksums([(entry, 1) for entry, _, _ in index.aliases(["s2"])])
+        taken = pool.take_free(512)
+        assert taken is not None
+        pool.abandon(taken)
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(CacheFullError):
+            patched.setattr(pool, "_overflow", out_of_memory)
+            pool.take_overflow(512)
         self._cache._engine.gather()
         self._cache.reset_peak_stats()
         self._cache.clear()
+
+
+def out_of_memory(nbytes: int) -> Any:
+    raise torch.OutOfMemoryError
 
 
 @pytest.fixture
