@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from gpu_cache.transfer.comparison import Comparisons
 
 from gpu_cache.config import ReadyMode
-from gpu_cache.transfer.comparison import Comparisons
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
 from tests.support.sim_shards import Held, contents
 from tests.support.sim_streams import SimStream

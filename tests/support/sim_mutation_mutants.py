@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_cache.transfer.comparison import Comparison, Comparisons
+
 from gpu_cache.device.protocol import Stream
 from gpu_cache.index.entry import Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.fence import StreamFence
-from gpu_cache.transfer.comparison import Comparison, Comparisons
 from tests.support.sim_mutant import Mutants
 
 MUTATION_MUTANTS = Mutants()
