@@ -15,7 +15,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", re.IGNORECASE)
 
-# About thirty years. What is longer means no limit, and no lock, socket or timer takes it.
+# About thirty years. A longer time means no limit: no lock, socket or timer takes it.
 LONGEST_S = 1e9
 
 # Every block starts at a multiple of this, as the CUDA allocator's blocks do.

@@ -15,7 +15,7 @@ class GpuCacheError(Exception):
 
 
 class CacheFullError(GpuCacheError, MemoryError):
-    """There is no room: in the pool, even after evicting every entry that nobody holds, or on the device.
+    """There is no room: in the pool, even after evicting every entry that no reader holds, or on the device.
 
     Args:
         needed: Bytes asked for, after alignment.
@@ -108,7 +108,7 @@ class TransferError(GpuCacheError):
 
 
 class MutatedError(GpuCacheError):
-    """Somebody wrote into shards that were asked for; raised where `on_mutation` is "error".
+    """A reader wrote into shards that were asked for; raised where `on_mutation` is "error".
 
     Args:
         keys: The shards.
@@ -123,7 +123,7 @@ class MutatedError(GpuCacheError):
         return (
             f"{len(self.keys)} cached shards were written to in place since they came: {named}; on_mutation "
             "(GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before writing into it; clear the shards to fetch them "
-            "anew, or set on_mutation to 'refetch'"
+            "again, or set on_mutation to 'refetch'"
         )
 
 

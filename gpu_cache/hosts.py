@@ -50,7 +50,7 @@ class HostRule:
         return is_loopback(name) or name in self._known
 
     def _is_own(self, authority: str, hosts: Sequence[str]) -> bool:
-        """Whether a page is one that this server could have served: under a name that nobody can point elsewhere."""
+        """Whether a page is one that this server could have served: under a name that no page can point elsewhere."""
         name = name_of(authority)
         is_same = authority.lower() in {host.lower() for host in hosts}
         return name in self._pages or (is_same and (self._is_known(name) or _address(name) is not None))

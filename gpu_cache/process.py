@@ -223,7 +223,7 @@ def _disown_all() -> None:
 
 
 atexit.register(_end_all)
-# What Python's executors use, too. The last registered is called first, and theirs is registered when
+# Python's executors use this hook, too. The last registered is called first, and theirs is registered when
 # `concurrent.futures.thread` is imported. Where it is missing, servers end after executors, with errors in the log.
 getattr(threading, "_register_atexit", atexit.register)(_end_servers)
 os.register_at_fork(after_in_child=_disown_all)

@@ -1,6 +1,6 @@
 """Named ranges in a profiler's trace; nothing while no profiler runs.
 
-Torch's profiler records the thread that started it. What fetching threads do is in a trace only if it was made with
+Torch's profiler records the thread that started it. Work of fetch threads is in a trace only if it was made with
 `experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`.
 """
 

@@ -1,4 +1,4 @@
-"""One thread for each cache that drains what dies while nobody calls."""
+"""One thread for each cache that frees dead shards between calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transport must offer: shards described, then their bytes read into buffers of the cache's choosing."""
+"""The protocol of a transport: it describes shards, then reads their bytes into the cache's buffers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ShardReader(Protocol):
 
     @property
     def keys(self) -> Sequence[Hashable]:
-        """What this reader was opened for."""
+        """The keys that this reader was opened for."""
 
     @property
     def failures(self) -> Mapping[Hashable, Exception]:

@@ -76,7 +76,7 @@ class CudaDevice:
 
     def new_stream(self) -> Stream:
         # Not of priority 0, whose streams torch deals out to everybody in turn: sharing one would queue copies behind
-        # a collective, or put them into somebody's graph. A copy runs no sooner for its stream's priority.
+        # a collective, or put them into a trainer's graph. A copy runs no sooner for its stream's priority.
         with self._here():
             return self._cuda.Stream(device=self.torch_device, priority=-2)
 
@@ -96,7 +96,7 @@ class CudaDevice:
         raw = self._runtime.raw
         with self._here():
             if self._events.is_capturing([stream]):
-                raise RuntimeError(f"{stream} is being captured: the copy would become a part of somebody's graph")
+                raise RuntimeError(f"{stream} is being captured: the copy would become a part of that graph")
             if raw is not None and all(map(self._is_copyable, itertools.chain.from_iterable(pairs))):
                 raw.copy([(dst.data_ptr(), src.data_ptr(), dst.numel()) for dst, src in pairs], stream.cuda_stream)
                 return

@@ -240,7 +240,7 @@ class CudaRuntime:
 
     @functools.cached_property
     def _libraries(self) -> dict[str, Any]:
-        """What is mapped already, opened again: a further copy would have other errors than torch's.
+        """Open the library that torch has mapped: another copy would have errors of its own.
 
         First those of the version that torch was built for; handles are the driver's, and good for any.
         """

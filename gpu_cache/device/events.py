@@ -174,7 +174,7 @@ class RawEvents:
         return num_done
 
     def _handles_of(self, streams: Sequence[Any]) -> list[int]:
-        """Of the fence's streams, which are the same sequence most of the time."""
+        """Handles of the fence's streams, which are the same sequence most of the time."""
         named, handles = self._handles
         if named is not streams:
             handles = [stream.cuda_stream for stream in streams]

@@ -45,5 +45,5 @@ class HostArenas:
         _ON_THE_HOST.release_arena(arena)
 
     def memory_info(self) -> tuple[int, int]:
-        """Of the host."""
+        """Free and total bytes of the host."""
         return _ON_THE_HOST.memory_info()

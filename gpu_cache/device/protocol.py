@@ -48,7 +48,10 @@ class Pinned:
 
 
 class Device(Protocol):
-    """What the cache asks of a device. Any thread; no call depends on or changes the thread's current device."""
+    """The calls that a cache makes to a device.
+
+    Thread-safety: any thread; no call depends on, or changes, the thread's current device.
+    """
 
     @property
     def torch_device(self) -> torch.device:
@@ -86,7 +89,7 @@ class Device(Protocol):
         """The calling thread's current stream on this device."""
 
     def fence_streams(self) -> Sequence[Stream]:
-        """Every stream on which somebody may have enqueued a read: the default one, then the pooled ones."""
+        """Every stream on which a reader may have enqueued work: the default one, then the pooled ones."""
 
     def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""

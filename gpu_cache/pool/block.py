@@ -42,7 +42,7 @@ class Range:
 
     @property
     def rest(self) -> Range:
-        """What no lease covers."""
+        """The part that no lease covers."""
         return Range(self.slab, self.offset + self.leased_bytes, self.nbytes - self.leased_bytes)
 
 
@@ -72,7 +72,7 @@ class Quarantine:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrimReport:
-    """What was given back. True if anything was.
+    """How much memory was given back. True if any was.
 
     Attributes:
         freed_bytes: Of slabs that went back to the device's allocator.

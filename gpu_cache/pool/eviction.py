@@ -18,7 +18,7 @@ class Span:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layout:
-    """What a pool has besides the blocks in use.
+    """The room of a pool besides the blocks in use.
 
     Attributes:
         slab_bytes: By slab.
@@ -33,7 +33,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """What to evict.
+    """The victims that make room, or none.
 
     Attributes:
         victims: Positions in the sequence of blocks; None: not even all of them make room.

@@ -37,7 +37,7 @@ class StreamFence:
         return self._device.is_any_capturing(self._streams())
 
     def record(self) -> list[Event] | None:
-        """Events on every stream, behind what is enqueued now; all of them done means: nobody reads any more.
+        """Events on every stream, behind the work that is enqueued now; when all are done, no reader is left.
 
         Returns:
             None while a graph is being captured on one of the streams: it cannot be recorded on, and work enqueued

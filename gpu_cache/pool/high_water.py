@@ -1,4 +1,4 @@
-"""What a pool keeps from step to step."""
+"""How many bytes of slabs a pool keeps from step to step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-# What the latest steps had in use is kept. Fewer, and batches of changing length take slabs again and again; more, and
-# one long batch, as of an evaluation, keeps its memory for longer.
+# The pool keeps the slabs that so many steps had in use. With fewer, batches of changing length take slabs again and
+# again. With more, one long batch, as of an evaluation, keeps its memory for longer.
 NUM_STEPS = 16
 IDLE_S = 60.0  # without a take: counts as a step that needed no more than is in use
-LOOK_S = 1.0  # between two looks at whether the device is short of memory, and whether nobody takes anything
+LOOK_S = 1.0  # between two looks at whether the device is short of memory, and whether takes have ended
 
 
 class HighWater:

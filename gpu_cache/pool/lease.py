@@ -32,7 +32,7 @@ from gpu_cache.device.modes import plain_tensors
 _COLLECTIONS = 1000
 _LAYOUTS = 4096  # remembered
 _WHOLE = slice(None)
-# What `UntypedStorage.__getitem__` ends in, after looks at the device that cost twice as much: 0.25 instead of 0.8 us.
+# `UntypedStorage.__getitem__` ends in this call. Its looks at the device cost twice as much: 0.8 us instead of 0.25.
 _slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage] = torch._C.StorageBase.__getitem__  # type: ignore[misc]
 _alias_of: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass
 num_owners: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]  # in C++: views, graphs
@@ -43,7 +43,7 @@ Builder = Callable[[torch.Tensor, torch.UntypedStorage, "Layout"], tuple[torch.T
 
 
 class Layout(NamedTuple):
-    """Of a dense tensor; also as torch describes those that it rebuilds for CUDA graphs."""
+    """Shape, strides and bytes of a dense tensor; also in the form that torch takes to rebuild one for CUDA graphs."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -67,7 +67,7 @@ class Lease(weakref.ref[torch.UntypedStorage]):
 
 
 def _num_references(holder: list[object]) -> int:
-    """What `getrefcount` says of what one container and one local variable refer to."""
+    """The answer of `getrefcount` for an object that one container and one local variable refer to."""
     one = holder[0]
     return getrefcount(one)
 
@@ -246,7 +246,7 @@ class AliasCounter:
 
 
 def lease_fault() -> str:
-    """What is wrong with leases on this torch: fired while an alias lived, or never; "" if sound. Under 1 ms."""
+    """The fault of leases on this torch: they fire while an alias lives, or never. "" if they are sound. Under 1 ms."""
     with plain_tensors():
         return _lease_fault()
 

@@ -96,7 +96,7 @@ class SlabPool:
 
     @property
     def husks(self) -> Husks:
-        """What is left of tensors of this pool."""
+        """Empty tensors of this pool, which the reaper drops."""
         return self._husks
 
     @property
@@ -298,7 +298,7 @@ class SlabPool:
 
     @property
     def free_bytes(self) -> int:
-        """What the pool may still hand out, in however many pieces."""
+        """Bytes that the pool may still hand out, in however many pieces."""
         with self._lock:
             taken = self._held_bytes + self._pending_bytes + self._quarantined_bytes
             return max(0, self.capacity + self._overflow_bytes - taken)
@@ -321,7 +321,10 @@ class SlabPool:
         self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
-        """What is in quarantine and has its events; those recorded here come after every drop."""
+        """Record events for ranges in quarantine that have none; return those that have them now.
+
+        Events recorded here come after every drop.
+        """
         with self._lock:
             held = list(self._quarantine)
         if unfenced := [one for one in held if one.events is None]:
@@ -466,7 +469,7 @@ class SlabPool:
         return Slab(self._allocate(nbytes, private=False), FreeList(nbytes), is_overflow=True)
 
     def _allocate(self, nbytes: int, *, private: bool) -> Arena:
-        """Take memory from the device; if it has none, once more without the slabs that nobody uses."""
+        """Take memory from the device. If it has none, release unused slabs and try once more."""
         try:
             return self._device.arena(nbytes, private=private)
         except torch.OutOfMemoryError:
@@ -512,11 +515,11 @@ class SlabPool:
         return way
 
     def _empty_locked(self) -> list[Slab]:
-        """Those that nothing is taken of, the longest unused first."""
+        """Slabs without a range in use, the longest unused first."""
         return sorted((slab for slab in self._slabs if slab.free.is_empty), key=lambda slab: slab.used_at)
 
     def _release(self, slabs: Sequence[Slab]) -> None:
-        """Give arenas back to the device. One that it fails to take comes back, and keeps no other from going."""
+        """Give arenas back to the device. One that it fails to take stays here; the others go all the same."""
         failed: Exception | None = None
         for slab in slabs:
             try:

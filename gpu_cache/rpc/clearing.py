@@ -1,4 +1,4 @@
-"""Clearing a step's shards at everybody who may hold them, where nobody's failure keeps the others' memory."""
+"""Clears a step's shards at owners and consumers; a failure of one keeps no other from being cleared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Consumer = Callable[[list[Any]], Any]
 ClearNode = Callable[[str, list[Any]], Awaitable[Any]]
 
-# Of one owner or consumer. An owner over HTTP is given up after 10 s by itself.
+# The longest wait for one owner or consumer. A request to an owner over HTTP ends after 10 s by itself.
 DEFAULT_TIMEOUT_S = 30.0
 _NAMED_SHARDS = 8  # how many that are given up a message names
 
@@ -35,7 +35,7 @@ class SizedId(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClearFailure:
-    """Somebody who could not be told to clear, and what it may still hold."""
+    """An owner or consumer that could not be told to clear, and the shards that it may still hold."""
 
     who: str  # an owner's address, or a consumer's name
     shard_ids: list[Any]
@@ -45,15 +45,15 @@ class ClearFailure:
 
 @dataclasses.dataclass(frozen=True)
 class ClearReport:
-    """What the end of a step cleared.
+    """The outcome of a step's clear.
 
     Attributes:
         num_shards: Distinct shards that were to be cleared.
         owners: Each reached owner's statistics after the clear, by address.
         num_consumers: Consumers that were told.
         failures: What could not be cleared, by whom, and why.
-        num_retried: Shards of the step before that somebody was told of once more.
-        given_up: Those of `failures` that were the second for their shards: nobody will be told of them again.
+        num_retried: Shards of the step before that were named to an owner or consumer once more.
+        given_up: Failures that were the second for their shards. These shards are not named again.
     """
 
     num_shards: int
@@ -70,7 +70,7 @@ class ClearReport:
 
 
 class _Debt:
-    """Shards that somebody is to clear, each once: those of this step, and those that it failed to clear before."""
+    """Shards that one owner or consumer is to clear, each once: of this step, and those that it failed to clear."""
 
     def __init__(self, fresh: Iterable[SizedId], old: Iterable[SizedId]) -> None:
         self.fresh = {_key(one.shard_id): one for one in fresh}
@@ -83,7 +83,7 @@ class _Debt:
         return [one.shard_id for one in (*self.fresh.values(), *self.old.values())]
 
     def left_by(self, error: BaseException) -> tuple[list[SizedId], list[SizedId]]:
-        """What is still owed after a failure: of this step, and of before."""
+        """Shards still owed after a failure: of this step, and of steps before."""
         if not isinstance(error, ShardClearError):
             return list(self.fresh.values()), list(self.old.values())
         left = {_key(shard_id) for shard_id in error.shard_ids}
@@ -123,14 +123,14 @@ class _Target:
 class StepClearer:
     """Clears step after step at owners and consumers, and remembers for one step what could not be cleared.
 
-    What somebody failed to clear goes along with the next step's request to it, once. What fails again is reported as
-    an error, counted, and forgotten: nothing piles up here for somebody who is dead.
+    Shards that an owner failed to clear go along with the next step's request to it, once. If that fails too, the error
+    is reported and counted, and the shards are forgotten: nothing piles up here for a dead owner.
 
     Args:
         timeout_s: Longest wait for one owner or consumer, in seconds. All are told at once, so no clear takes longer.
     Attributes:
-        num_retried: Shards that somebody was told of once more.
-        num_given_up: Shards that somebody failed to clear twice. One that two failed to clear counts twice.
+        num_retried: Shards that were named once more.
+        num_given_up: Shards that an owner or consumer failed to clear twice; counted for each of these.
         given_up_bytes: Their bytes, as their handles describe them.
     Thread-safety: any thread, any event loop.
     """
@@ -164,14 +164,14 @@ class StepClearer:
             consumers: Called with all ids, each on a thread of its own; may return an awaitable. One that failed and
                 is not among them this time is called once more all the same.
         Returns:
-            What was cleared, and what could not be. Never raises for somebody else's failure.
+            The shards that were cleared, and those that could not be. A failure of an owner or consumer raises nothing.
         """
         everything = [one for owned in shards.values() for one in owned]
         targets = self._targets(shards, list(consumers) if everything else [], everything)
         try:
             told = (self._tell(target, clear_node) for target in targets)
             results = await asyncio.gather(*told, return_exceptions=True)
-        except BaseException:  # given up by the caller: who was told, nobody knows
+        except BaseException:  # given up by the caller, which does not know who was told
             for target in targets:
                 self._remember(target, [*target.debt.fresh.values(), *target.debt.old.values()])
             raise
@@ -238,7 +238,7 @@ class StepClearer:
             logger.warning(text, len(fresh), target.who, f"{_nbytes(fresh):,}", error)
         if old:
             report.given_up.append(_failure(target.who, old, error))
-            text = "%d shards stay at %s, %s bytes, after two tries; nobody is told of them again (%s): %s"
+            text = "%d shards stay at %s, %s bytes, after two tries, and are given up (%s): %s"
             logger.error(text, len(old), target.who, f"{_nbytes(old):,}", _named(old), error)
 
     def _remember(self, target: _Target, owed: list[SizedId]) -> None:
@@ -250,7 +250,7 @@ class StepClearer:
 
 
 def _key(shard_id: Any) -> Any:
-    """What an id is known by: itself, or, of one that cannot be a key, which object it is."""
+    """The key for an id: itself, or its identity if it cannot be a key."""
     try:
         hash(shard_id)
     except TypeError:
@@ -288,7 +288,7 @@ async def in_own_thread(work: Callable[..., ResultT], *args: Any) -> ResultT:
     future: asyncio.Future[ResultT] = loop.create_future()
 
     def settle(how: Callable[[Any], None], what: Any) -> None:
-        if not future.done():  # else nobody waits any more
+        if not future.done():  # else the caller waits no more
             how(what)
 
     def run() -> None:

@@ -81,7 +81,7 @@ _storage_lock = threading.Lock()
 
 @dataclasses.dataclass
 class RTensor:
-    """A tensor that another process owns, until somebody asks for its values.
+    """A handle of a tensor that another process owns, until the caller asks for its values.
 
     Attributes:
         shard: Where it lives.
@@ -92,7 +92,7 @@ class RTensor:
     shard: TensorShardInfo
     data: torch.Tensor
 
-    # What the handle says of its shard, and the meta tensor that said it: taken once, as asking each tensor would make
+    # The promise of the handle, and the meta tensor that it was read from. Reading each tensor again would make
     # localizing thousands of cached shards a third slower.
     # No annotations, which would make them fields.
     _promise = cast(Promise, (torch.uint8, (), ""))
@@ -229,7 +229,7 @@ class RTensor:
                 hangs is given up.
             clearer: Remembers what could not be cleared, for the next step to try once more. None: this process's.
         Returns:
-            What was cleared, and what could not be: one who fails keeps nobody else from being cleared.
+            The shards that were cleared, and those that could not be. No failure keeps another from being cleared.
         """
         ending = runtime.current().clearer if clearer is None else clearer
         return await ending.clear(_sized_shards(obj), RTensor.clear_node, consumers)
@@ -248,7 +248,7 @@ class RTensor:
         return RTensor(copy.deepcopy(self.shard, memo), copy.deepcopy(self.data, memo))
 
     def __wire_fields__(self) -> dict[str, Any]:
-        """What travels: shape and dtype, never the values."""
+        """The fields that travel: shape and dtype, never the values."""
         data = self.data
         if not data.is_meta:
             with plain_tensors():
@@ -293,7 +293,7 @@ def scope(name: str = "") -> gpu_cache.Scope:
 
 
 def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
-    """What an engine does at the end of a step: evict the step's shards; no ids mean nothing to do, never a flush.
+    """Evict a step's shards, as an engine does at its end; no ids mean nothing to do, never a flush.
 
     Returns:
         How many were cached.

@@ -25,14 +25,14 @@ from gpu_cache.rpc.store import ShardStore
 
 
 class Handle(Protocol):
-    """What an `RTensor` says of its shard."""
+    """The part of an `RTensor` that names its shard."""
 
     shard: TensorShardInfo
     data: torch.Tensor  # on meta
 
 
 class Runtime:
-    """What the handles of one process share.
+    """The cache, the store and the backend that the handles of one process share.
 
     Args:
         config: Settings of the cache; None reads the GPU_CACHE_* variables.
@@ -51,7 +51,7 @@ class Runtime:
         # Guards _backend, _is_chosen_here.
         self._lock = threading.Lock()
         self._backend: RTensorBackend | None = None
-        self._is_chosen_here = False  # the backend; nobody else will close it
+        self._is_chosen_here = False  # the backend, so that the runtime closes it
 
     def __repr__(self) -> str:
         return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
@@ -165,7 +165,7 @@ class _HandleSource:
 
 
 def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:
-    """What they say of their shards."""
+    """The promises of handles, by key."""
     return {key: promise_of(one.data, one.shard.node_addr) for key, one in handles.items()}
 
 

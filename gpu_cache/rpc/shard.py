@@ -1,4 +1,4 @@
-"""What a handle says about its shard, what can go wrong with it, and the one walk over nested containers."""
+"""Names and promises of shards, the errors of fetching one, and the one walk over nested containers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LeafT = TypeVar("LeafT")
 
 _CONTAINERS = (dict, list, tuple)
 
-# Of every answer of a server: a random id that it took when it started.
+# A header of every answer: the random id that the server took when it started.
 INCARNATION_HEADER = "X-Shard-Incarnation"
-# Of a busy server's answer, beside Retry-After: the same in milliseconds.
+# A header of a busy server's answer, beside Retry-After: the same in milliseconds.
 RETRY_AFTER_MS_HEADER = "Retry-After-Ms"
 
 
@@ -127,7 +127,7 @@ class TooLongError(WireError):
 
 
 def promise_of(meta: torch.Tensor, owner: str) -> Promise:
-    """What a handle says of its shard. Equal ones are one object, as a rule, so that a comparison looks at a pointer.
+    """The promise of a handle. Equal promises are one object, as a rule, so that a comparison looks at a pointer.
 
     Source: our measurement; looking into tuples spread over memory made a hit 0.5 us slower on a busy machine.
     """

@@ -17,7 +17,7 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 
 class ShardStore(MutableMapping[Hashable, torch.Tensor]):
-    """Tensors kept for remote readers until somebody removes them.
+    """Tensors kept for remote readers until they are removed.
 
     A mapping, so that code which knows upstream's plain dict finds what it expects; the operations named below are
     each atomic, and what `MutableMapping` builds from them (`setdefault`, `popitem`) is not.

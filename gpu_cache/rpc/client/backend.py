@@ -1,4 +1,4 @@
-"""What a backend must offer, and how any backend becomes a source of readers for the cache."""
+"""The protocol of a backend, and how any backend becomes a source of readers for the cache."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ ResultT = TypeVar("ResultT")
 class BoundedCall(Generic[ResultT]):
     """One call on a thread of its own, waited for until a deadline.
 
-    Nothing can end a call of somebody else's code that hangs: its thread stays until it returns, and what it returns
-    then is dropped there. At exit the process waits for it a moment, and then ends without it.
+    Nothing can end a call that hangs: its thread stays until the call returns, and then drops the result. At exit the process waits for it a moment, and then ends without it.
 
     Args:
         work: What to call.
@@ -181,7 +180,7 @@ def source_of(
 def promises_of(
     shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
 ) -> dict[Hashable, Promise]:
-    """What handles say of their shards, where they say it."""
+    """The promises of handles that make one."""
     return {key: promise_of(meta, shards[key].node_addr) for key, meta in expected.items()}
 
 

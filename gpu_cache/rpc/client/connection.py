@@ -118,7 +118,7 @@ class DeadlineSocket(socket.socket):
 
 # The most buffers of one call: IOV_MAX of Linux is 1,024.
 _MAX_BUFFERS = 1000
-# What is read of a text before room is made for more: a length that was only announced must not cost memory.
+# A text is read in pieces of so many bytes: a length that was only announced must not cost memory.
 _PIECE_BYTES = 1 << 20
 _RETRY_AFTER_DATE_S = 1.0
 _MAX_INCARNATION = 64  # characters; ours have 32
@@ -313,7 +313,7 @@ class NodeConnection:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the server has closed an idle connection, or sent on it what nobody asked for."""
+        """Whether the server has closed an idle connection, or sent bytes that the client did not ask for."""
         assert self._sock is not None
         try:
             self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)

@@ -11,7 +11,7 @@ from gpu_cache.rpc.shard import ShardAnswerError, ShardClearError, ShardFetchErr
 
 # Refused for what was asked, so that asking for less may help; others are refused for who asks, or where.
 _STATUS_OF_CONTENT = {400, 413, 422, 500}
-# Of one clear. One bad id among 4,096 takes 13; an owner that refuses everything must not be asked thousands of times.
+# Requests of one clear. One bad id among 4,096 takes 13. The limit ends it for an owner that refuses everything.
 _MAX_REFUSALS = 64
 
 
@@ -87,7 +87,7 @@ class HttpDeleter:
             self._statistics["cleared_count"] = before + count
 
     def _statistics_of(self, answer: HttpAnswer) -> dict[str, Any]:
-        """What the owner says after a clear."""
+        """Read the owner's statistics after a clear."""
         text = self._requester.text_of(answer)
         if answer.status != 200:
             raise RefusedError(answer.status, text)

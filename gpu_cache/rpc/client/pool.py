@@ -20,7 +20,7 @@ class Restart(NamedTuple):
 
 
 class NodeState:
-    """What one node's server spoke when it last answered, and which server that was.
+    """The form that one node's server spoke when it last answered, and which server that was.
 
     A server names its incarnation, a random id that it takes when it starts. AReaL's do not, and are taken to be one.
 
@@ -53,9 +53,9 @@ class NodeState:
         return bool(known.now)
 
 
-# Of idle connections, over all nodes. Workers come and go; one to a worker that is gone would stay open for ever.
+# Idle connections are kept so long, over all nodes: a connection to a worker that is gone would stay open for ever.
 _MAX_IDLE = 256
-# Of the descriptors that this process may have, for all connections and for idle ones; the rest is the program's.
+# Shares of the descriptors that this process may have: for all connections, and for idle ones.
 _SHARE, _IDLE_SHARE = 1 / 2, 1 / 4
 
 

@@ -13,7 +13,7 @@ from gpu_cache.rpc.client.backend import CallSource, on_host, promises_of
 from gpu_cache.rpc.shard import ShardClearError, ShardFetchError, ShardMissingError, ShardTimeoutError, TensorShardInfo
 from gpu_cache.rpc.wire.serialization import check_stored
 
-# Of a call's time, for getting all objects at once; in the rest it is found out which of them are there.
+# The share of a call's time in which all objects are got at once; the rest is to find out which of them are there.
 _SHARE_OF_ALL = 0.9
 _SHORTEST_S = 1e-3  # of a time-out: some versions of Ray take zero to mean none
 

@@ -46,7 +46,7 @@ from gpu_cache.rpc.wire.frame import (
 from gpu_cache.rpc.wire.serialization import MAX_RANK, tensor_from_json
 
 _SKIPPED_BYTES = 1 << 20  # at a time
-# Of a header, beside ids and shapes as long as they are promised: for owners that write them with more space.
+# Bytes that a header may have beside the promised ids and shapes: some owners write them with more space.
 _HEADER_SLACK_BYTES, _ENTRY_BYTES = 4096, 512
 _JSON_SLACK_BYTES = 4096  # of a tensor in JSON, beside its data
 # Brackets and commas of a tensor in JSON. Each may become an object of a hundred bytes, and base64 has none of them.
@@ -296,7 +296,7 @@ class HttpReader:
         return FrameBody(shards, answer, header)
 
     def _is_welcome(self, found: ShardSpec) -> bool:
-        """Whether a shard is as its handle promises, or not too long for one that nobody promised; else it fails."""
+        """Whether a shard is as its handle promises, or short enough where no handle promised; else it fails."""
         promised, limit = self._expected.get(found.key), self._settings.max_unknown_bytes
         if promised is None and found.nbytes > limit:
             self.failures[found.key] = ShardAnswerError(
@@ -420,7 +420,7 @@ class HttpReader:
 
 
 def _behind(buffers: Sequence[memoryview], num_bytes: int) -> list[memoryview]:
-    """What of buffers is behind their first bytes, the next one last."""
+    """The rest of the buffers behind their first bytes, the next one last."""
     left = []
     for buffer in buffers:
         if num_bytes < len(buffer):

@@ -29,7 +29,7 @@ ResultT = TypeVar("ResultT")
 
 NUM_TRIES = 3
 DEFAULT_MAX_UNKNOWN_BYTES = 8 << 30
-# Of a body that is read as text, beside the ids that a refusal may list.
+# Bytes of a body that is read as text, beside the ids that a refusal may list.
 _TEXT_SLACK_BYTES = 64 << 10
 _MAX_SHOWN = 2000  # characters of a refusal in a message
 _NAMED_SHARDS = 3  # how many shards a message names
@@ -46,13 +46,13 @@ class NodeBusyError(http.client.HTTPException):
         self.retry_after_s = retry_after_s
 
 
-# What another try may mend.
+# Faults that another try may mend.
 FAULTS = (OSError, http.client.HTTPException)
 
 
 @dataclasses.dataclass(frozen=True)
 class HttpSettings:
-    """What all requests of a backend have in common.
+    """Settings that all requests of a backend share.
 
     `max_unknown_bytes` is the longest shard that is taken where no handle says its size. A connection that was idle
     for `doubt_after_s` may be dead without a word, as by a NAT: it gets `doubted_patience_s` to begin its answer, and
@@ -95,7 +95,7 @@ class Requester:
         deadline: As by `time.monotonic()`, of all its requests together.
         node: Learns which server answers.
     Attributes:
-        num_faults: Faults in a row; for whoever begins anew, or sees progress, to set back to 0. That a node is busy
+        num_faults: Faults in a row; the reader sets it to 0 when it begins again, or sees progress. That a node is busy
             is none.
     Thread-safety: one thread; `cancel` from any.
     """
@@ -272,7 +272,7 @@ def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
 
 
 def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
-    """What a request has failed of whose last fault this was."""
+    """The error of a request that ended with this fault."""
     if is_out_of_descriptors(error):
         return ShardLocalError
     if isinstance(error, (TimeoutError, NodeBusyError)):
@@ -284,7 +284,7 @@ def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
 
 
 def kind_of_status(status: int) -> type[ShardFetchError]:
-    """What an answer of a status other than 200 means."""
+    """The error that stands for an answer of a status other than 200."""
     if status == 404:
         return ShardMissingError
     return ShardRefusedError if 400 <= status < 500 else ShardAnswerError

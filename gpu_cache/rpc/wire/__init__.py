@@ -1,1 +1,1 @@
-"""What travels: binary frames and JSON."""
+"""Binary frames and JSON."""

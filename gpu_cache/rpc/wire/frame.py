@@ -115,7 +115,7 @@ _SERIALS = re.compile(rb'(, "serials": "[0-9. ]*")?')
 
 
 class Described(Protocol):
-    """What a layout has to know of a tensor."""
+    """The facts about a tensor that a layout needs."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -359,7 +359,7 @@ def _json_object(text: str | bytes | bytearray, where: str) -> dict[str, Any]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a repeated key two readers might believe different values, so none is believed."""
+    """Refuse a repeated key: two readers might believe different values."""
     document = dict(pairs)
     if len(document) != len(pairs):
         raise ValueError(f"{len(pairs):,} keys, {len(document):,} distinct")

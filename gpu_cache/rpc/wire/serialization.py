@@ -228,7 +228,7 @@ def tensor_from_text(text: bytes | bytearray) -> torch.Tensor:
         raise ValueError(
             f"not a tensor: {len(text):,} bytes of JSON, and at most {_MAX_BESIDE_BYTES:,} may stand beside its data"
         )
-    mark = secrets.token_hex(16)  # nobody else can write it: where it arrives is where the base64 was
+    mark = secrets.token_hex(16)  # no other text can hold it: it marks where the base64 was
     described = json.loads(text[:start] + mark.encode() + text[end:])
     if not isinstance(described, dict) or described.get("data") != mark:
         raise ValueError(f"not a tensor: the long text in {len(text):,} bytes of JSON is not its data")
@@ -333,7 +333,7 @@ def check_stored(tensor: torch.Tensor) -> None:
 
 
 def _fault_of(tensor: torch.Tensor) -> str:
-    """What keeps a tensor from travelling, and what to do; "" if nothing does."""
+    """The reason why a tensor cannot travel, and what to do; "" if it can."""
     kind, dtype = type(tensor), tensor.dtype
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
         return (
@@ -359,7 +359,7 @@ def _fault_of(tensor: torch.Tensor) -> str:
 
 
 def _least_nbytes(tensor: torch.Tensor) -> int:
-    """Of a storage that has all its elements."""
+    """Whether the storage has all elements of the tensor."""
     if not tensor.numel():
         return 0
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
