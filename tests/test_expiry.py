@@ -132,7 +132,7 @@ def test_one_line_a_minute_says_what_was_dropped(
         clock.seconds += 5
         expiry.sweep()
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert lines[0].startswith("dropped 1 shards of 4 bytes that nobody cleared for 10 s (--shard-ttl), 'shard-0'")
+    assert lines[0].startswith("dropped 1 shards of 4 bytes that were not cleared for 10 s (--shard-ttl), 'shard-0'")
     assert lines[1].startswith("dropped 12 shards of 48 bytes")
     assert len(lines) == 3
     clock.seconds += 60
@@ -235,4 +235,4 @@ def test_a_process_drops_old_shards() -> None:
         finally:
             process.kill()
     assert process.returncode == 0
-    assert "that nobody cleared for 0.3 s (--shard-ttl)" in errors
+    assert "that were not cleared for 0.3 s (--shard-ttl)" in errors

@@ -13,7 +13,7 @@ from gpu_cache.smi.process import DEAD
 
 
 def remove_dead(node: Node) -> tuple[list[ReportFile], list[ReportFile]]:
-    """Delete reports of dead processes, and damaged ones that nobody holds: what went, and what may not go."""
+    """Delete reports of dead processes, and damaged ones without a lock; tell which went, and which may not go."""
     dead = [process.file for process in node.processes if process.state == DEAD]
     damaged = [file for file in node.unread if not file.is_denied]
     removed, refused = [], []
@@ -27,7 +27,7 @@ def remove_dead(node: Node) -> tuple[list[ReportFile], list[ReportFile]]:
 
 
 def _remove(file: ReportFile) -> bool:
-    """Whether it went; it stays if somebody holds the lock after all."""
+    """Delete one report, unless a process holds the lock after all; whether it went."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(file.beside(report.LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

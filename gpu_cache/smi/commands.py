@@ -1,4 +1,4 @@
-"""What the options do, each returning the exit code."""
+"""The commands behind the options; each returns the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened between two looks: a log for the live view."""
+"""A log for the live view: the events between two looks."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class NodeCollector(Collector):
 
 
 def text(look: Callable[[], Node]) -> str:
-    """What a scrape would get."""
+    """The text that a scrape gets."""
     return generate_latest(_registry(look)).decode()
 
 
@@ -123,7 +123,7 @@ class Exporter:
             writer.transport.abort()  # what was to be sent is sent, or is not wanted
 
     def _drop_first(self) -> None:
-        """Of several clients that come at once each drops another one; a look that has not begun is not taken."""
+        """Drop one client for each that comes; a look that has not begun is not taken."""
         first = next(iter(self._serving))
         del self._serving[first]
         assert first is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu_cache.report import schema as report
 
-_MAX_BYTES = 4 << 20  # of a file that somebody else wrote
+_MAX_BYTES = 4 << 20  # of a file, which may be of any writer
 
 
 @dataclasses.dataclass(frozen=True)

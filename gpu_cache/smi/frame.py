@@ -43,7 +43,7 @@ class Size(NamedTuple):
 
 
 def wait_ms(process: Process) -> str:
-    """Milliseconds in each second of the last ten that somebody waited for a staging slot."""
+    """Milliseconds in each second of the last ten in which a fetch waited for a staging slot."""
     return units.milliseconds(process.rate("pinned_wait_seconds_per_second"))
 
 

@@ -1,4 +1,4 @@
-"""What the live view remembers: transfers of the last minute by GPU, and the log of events."""
+"""The memory of the live view: transfers of the last minute by GPU, and the log of events."""
 
 from __future__ import annotations
 

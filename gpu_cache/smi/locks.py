@@ -1,4 +1,4 @@
-"""Who is alive: a process holds the lock file beside its report for as long as it lives."""
+"""Locks tell which processes live: each holds the lock file beside its report until it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def lock_id(path: Path) -> LockId | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock; a file that is gone is held by nobody.
+    """Whether a process holds the lock; no process holds a file that is gone.
 
     Raises:
         PermissionError: It cannot be asked.

@@ -206,7 +206,7 @@ HISTOGRAMS = [
     Buckets("gpu_cache_entry_size_bytes", "Of entries that were cached.", "entry_size_bytes", ENTRY_SIZE_EDGES_BYTES),
 ]
 
-# Of a process that ended, nothing but that it did.
+# A process that ended has one metric: that it ended.
 OF_THE_DEAD = "gpu_cache_process_state"
 
 

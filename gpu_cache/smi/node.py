@@ -41,7 +41,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What to show; empty: everything."""
+    """The processes and GPUs to show; empty: all."""
 
     gpus: tuple[str, ...] = ()
     pids: tuple[str, ...] = ()

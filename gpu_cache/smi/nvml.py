@@ -64,7 +64,7 @@ class Nvml:
         )
 
     def _start(self) -> Devices | None:
-        """What keeps NVML from being asked."""
+        """The reason why NVML cannot be asked."""
         if self._is_started:
             return None
         try:

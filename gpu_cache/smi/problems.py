@@ -1,4 +1,4 @@
-"""What is wrong on a machine, each with the command to run next."""
+"""The problems of a machine, each with the command to run next."""
 
 from __future__ import annotations
 

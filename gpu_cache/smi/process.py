@@ -100,7 +100,7 @@ class Process:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Of the GPU, all that the process uses, as NVML counts it."""
+        """Bytes of the GPU that the process uses, as NVML counts them."""
         return self.gpu.process_bytes.get(self.host_pid) if self.gpu and self.host_pid else None
 
     def figure(self, key: str) -> float | None:
@@ -131,5 +131,5 @@ class Process:
 
     @property
     def oldest_age_s(self) -> float | None:
-        """Of its oldest entry; None when it has none."""
+        """Age of its oldest entry; None when it has none."""
         return self.aged(self.figure("oldest_entry_age_seconds")) if self.figure("num_entries") else None

@@ -45,7 +45,7 @@ def milliseconds(meaning: str, show: Callable[[Any], float | None]) -> Field:
 
 
 def figure(key: str) -> Callable[[Row | Process], float | None]:
-    """Of a process, or of all processes on a GPU."""
+    """A figure of a process, or of all processes on a GPU."""
     return lambda of: of.summed(key) if isinstance(of, Row) else of.figure(key)
 
 
@@ -116,7 +116,7 @@ FIELDS: dict[str, dict[str, Field]] = {
 
 
 def subjects(node: Node, kind: str) -> Sequence[Row | Process | Source]:
-    """What the lines are about."""
+    """The subject of the lines."""
     of_kind: dict[str, Sequence[Row | Process | Source]] = {
         "gpu": node.rows,
         "proc": node.processes,
@@ -138,7 +138,7 @@ def lines(node: Node, kind: str, names: Sequence[str], *, has_units: bool) -> li
 
 
 def help_text(kind: str) -> str:
-    """What can be asked for."""
+    """The names of the fields."""
     width = max(map(len, FIELDS[kind]))
     rows = (f"  {name:<{width}}  {f'[{field.unit}]':<6}  {field.meaning}" for name, field in _with_units(kind))
     return "\n".join([f"Fields of --query-{kind}, separated by commas:", *rows])

@@ -15,7 +15,7 @@ from gpu_cache.units import ratio
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What all processes together have of one node. `durations` are counts by SOURCE_DURATION_EDGES_S."""
+    """Figures of one node, summed over all processes. `durations` are counts by SOURCE_DURATION_EDGES_S."""
 
     address: str
     entries: float | None
@@ -36,7 +36,7 @@ class Source:
         return ratio(self.fetch_bytes, self.busy_s)
 
     def duration_s(self, quantile: float) -> float | None:
-        """Of a fetch, such as the median for 0.5."""
+        """A quantile of a fetch's duration, such as the median for 0.5."""
         return quantile_of(self.durations, SOURCE_DURATION_EDGES_S, quantile)
 
 

@@ -31,7 +31,7 @@ def page(samples: Iterable[Mapping[str, Any]]) -> str:
 
 
 def drawing(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page draws: for each process its curves, one value for each sample, null where it did not report."""
+    """The page's curves: for each process one value for each sample, null where it did not report."""
     samples = samples[:: len(samples) // MAX_SAMPLES + 1]
     names = dict.fromkeys(one["name"] for sample in samples for one in _processes(sample))
     if not names:
@@ -65,7 +65,7 @@ def _most_cached(samples: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _curves(found: Sequence[Mapping[str, Any] | None], sources: Sequence[str]) -> dict[str, Any]:
-    """Of one process, over all samples."""
+    """The curves of one process, over all samples."""
     last = next(one for one in reversed(found) if one)
     pool = [_number(one, "device_bytes") for one in found]
     return {
@@ -116,7 +116,7 @@ def _survivors(found: Sequence[Mapping[str, Any] | None]) -> dict[int, list[floa
 
 
 def _growth(found: Sequence[Mapping[str, Any] | None], key: str) -> list[float]:
-    """Of a counter, from the sample before; 0 where one of the two is missing."""
+    """The growth of a counter since the sample before; 0 where one of the two is missing."""
     values = [_number(one, key) for one in found]
     grown = [
         max(after - before, 0) if before is not None and after is not None else 0

@@ -1,4 +1,4 @@
-"""What the live view shows, as the keys have set it."""
+"""The state of the live view, as the keys have set it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class View:
             self.filter += key
 
     def processes(self, node: Node) -> list[Process]:
-        """Those to show, in order."""
+        """The processes to show, in order."""
         found = [p for p in node.processes if self.gpu in ("", p.seat.rstrip("*")) and self._admits(p)]
         return sorted(found, key=SORTS[self.sort])  # type: ignore[arg-type]
 

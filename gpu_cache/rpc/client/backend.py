@@ -24,7 +24,8 @@ ResultT = TypeVar("ResultT")
 class BoundedCall(Generic[ResultT]):
     """One call on a thread of its own, waited for until a deadline.
 
-    Nothing can end a call that hangs: its thread stays until the call returns, and then drops the result. At exit the process waits for it a moment, and then ends without it.
+    Nothing can end a call that hangs: its thread stays until the call returns, and then drops the result. At exit the
+    process waits for it a moment, and then ends without it.
 
     Args:
         work: What to call.

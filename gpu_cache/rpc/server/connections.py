@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stage(enum.Enum):
-    """What a connection is doing."""
+    """The states of a connection."""
 
     HEADER = enum.auto()  # it has sent no request yet, or a part of a header
     IDLE = enum.auto()  # between two requests
@@ -133,7 +133,7 @@ class Connections:
             self._abort(connection, is_said=False)
 
     def _spare(self) -> Iterator[web.RequestHandler]:
-        """Those that can make room, in the order in which they do: silent, idle, then those that came just now."""
+        """Connections that can make room, in that order: silent, idle, then those that came just now."""
         prompt_since = self._now() - _PROMPT_S
         hurried = [self._since[Stage.HEADER], self._since[Stage.RECEIVING]]
         for waiting in hurried:

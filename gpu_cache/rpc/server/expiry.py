@@ -1,4 +1,4 @@
-"""A backstop at the owner: shards that nobody cleared for very long are dropped."""
+"""A backstop at the owner: it drops shards that were not cleared for very long."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parse_seconds(text: float | str) -> float:
 class ShardExpiry:
     """Drops shards of a store that are older than `ttl_s`, and counts them.
 
-    A shard's age is the time since it was stored, whether or not anybody reads it. One that is being sent is sent to
+    A shard's age is the time since it was stored, whether or not a client reads it. One that is being sent is sent to
     its end.
 
     Args:
@@ -88,14 +88,14 @@ class ShardExpiry:
                 self._unsaid, self._says_at = [], moment + _LOG_PERIOD_S
         if said:
             self._say(said)
-        if dropped:  # last: it is somebody else's code
+        if dropped:  # last: it is the caller's code
             self._evict([shard_id for shard_id, _ in dropped])
         return len(dropped)
 
     def _say(self, dropped: Sequence[tuple[Hashable, int]]) -> None:
         num_bytes = sum(nbytes for _, nbytes in dropped)
         logger.warning(
-            "dropped %d shards of %s bytes that nobody cleared for %g s (--shard-ttl), %r the first; %d so far",
+            "dropped %d shards of %s bytes that were not cleared for %g s (--shard-ttl), %r the first; %d so far",
             len(dropped), f"{num_bytes:,}", self.ttl_s, dropped[0][0], self.num_shards,
         )  # fmt: skip
 

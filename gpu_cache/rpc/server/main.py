@@ -44,7 +44,7 @@ DEFAULT_HEADER_TIMEOUT_S = 30.0
 DEFAULT_BODY_TIMEOUT_S = 30.0
 # A trainer keeps one connection to each node and may think for long between two steps.
 DEFAULT_IDLE_TIMEOUT_S = 3600.0
-# Of upstream's launchers; what they configure does not exist here.
+# Flags of AReaL's launchers; their settings have no meaning here.
 _IGNORED_FLAGS = (
     "--experiment-name",
     "--trial-name",

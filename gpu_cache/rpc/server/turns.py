@@ -1,4 +1,4 @@
-"""Who may be answered, where only so many can be at once, and for how long."""
+"""Places for answers: how many clients a server answers at once, and for how long."""
 
 from __future__ import annotations
 
