@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Generic, Literal, TypeVar, cast
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
@@ -67,6 +67,25 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+SizeT = TypeVar("SizeT", int, int | None)
+
+
+class Size(Generic[SizeT]):
+    """A field of a dataclass that takes an int or text such as "4GiB"; once checked, it reads as bytes."""
+
+    def __init__(self, default: SizeT) -> None:
+        self._default: SizeT = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> SizeT:
+        return self._default if instance is None else instance.__dict__[self._name]  # type: ignore[no-any-return]
+
+    def __set__(self, instance: object, value: SizeT | str) -> None:
+        instance.__dict__[self._name] = value
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """Settings of one `TensorCache`. Sizes are ints or text ("4GiB"); None means: decided when the device is known.
@@ -104,18 +123,18 @@ class CacheConfig:
     """
 
     device: str = "auto"
-    slab_bytes: int = 256 * MIB
-    prealloc_bytes: int | None = None
-    pool_bytes: int | None = None
+    slab_bytes: Size[int] = Size(256 * MIB)
+    prealloc_bytes: Size[int | None] = Size(None)
+    pool_bytes: Size[int | None] = Size(None)
     # An owner that is received from has a buffer of its own: fewer would let fewer owners send at once. Those of 32 MiB
     # and runs of 16 gave 0.89 of the link's speed on an H100, of 16 MiB and runs of 4 gave 0.78. Runs of 4 stay, as
     # neighbours in a buffer are copied by one call: when 1 % of the shards outlive their batch, a pool of runs of 4 MiB
     # is 94 % full before one finds no place, of 16 MiB 54 %. On the host no size of a run was faster.
     staging_slots: int = 8
-    staging_slot_bytes: int = 32 * MIB
-    run_bytes: int = 4 * MIB
+    staging_slot_bytes: Size[int] = Size(32 * MIB)
+    run_bytes: Size[int] = Size(4 * MIB)
     fetch_timeout_s: float = 60.0
-    max_inflight_bytes: int = GIB
+    max_inflight_bytes: Size[int] = Size(GIB)
     ready: ReadyMode = "host"
     reuse_fence: ReuseFence = "all"
     stats: bool | None = None
@@ -123,7 +142,7 @@ class CacheConfig:
     rank: int | None = None
     on_mutation: MutationPolicy = "refetch"
     debug_checksum: bool = False
-    host_tier_bytes: int = 0
+    host_tier_bytes: Size[int] = Size(0)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -1,0 +1,21 @@
+"""A user's program, for `make check`: mypy accepts what is right, and finds a misspelt name."""
+
+import torch
+
+import gpu_cache
+from gpu_cache import CacheConfig, TensorCache
+from gpu_cache.rpc import RTensor, TensorShardInfo
+
+cache = TensorCache(CacheConfig(pool_bytes="4GiB", slab_bytes=1 << 28, device="cpu"))
+found: torch.Tensor | None = cache.get("a")
+num_hits: int = cache.buffer_stats()["hits"]
+handle = RTensor(TensorShardInfo("a", "host:1"), torch.empty(3, device="meta"))
+local: torch.Tensor = handle.to_local(timeout_s=1.5)
+
+# Each of these is an error; mypy would complain about an `ignore` that it does not need.
+gpu_cache.TensorCash  # type: ignore[attr-defined]
+from gpu_cache import CacheConfg  # type: ignore[attr-defined]
+from gpu_cache.rpc import RTensr  # type: ignore[attr-defined]
+
+CacheConfig(pool_byte="4GiB")  # type: ignore[call-arg]
+CacheConfig(pool_bytes=4.5)  # type: ignore[arg-type]
