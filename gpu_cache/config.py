@@ -80,7 +80,7 @@ class Size(Generic[SizeT]):
         self._name = name
 
     def __get__(self, instance: object | None, owner: type) -> SizeT:
-        return self._default if instance is None else instance.__dict__[self._name]  # type: ignore[no-any-return]
+        return self._default if instance is None else instance.__dict__[self._name]
 
     def __set__(self, instance: object, value: SizeT | str) -> None:
         instance.__dict__[self._name] = value
