@@ -26,7 +26,6 @@ from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.report.counters import BufferStats, buffer_stats_of
 from gpu_cache.report.publish import Publisher
 from gpu_cache.report.schema import EntryInfo, SourceStats
-from gpu_cache.report.summary import summary_of
 from gpu_cache.source import NO_SOURCE, ShardSource
 from gpu_cache.transfer.checksum import check_bytes
 from gpu_cache.transfer.engine import Engine, LazyEngine
@@ -98,7 +97,7 @@ class TensorCache:
 
     def summary(self) -> str:
         """The line that `gpu-cache-smi` shows of this process, in its box, for a log or a notebook."""
-        return summary_of(self._publisher.report()) if self._engine is not None else repr(self)
+        return self._publisher.summary() or repr(self)
 
     def reset_peak_stats(self) -> None:
         """Make the peaks what is in use now. Counters are never reset."""

@@ -19,8 +19,7 @@ import torch
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.report import publish
-from gpu_cache.report.publish import Publisher
-from gpu_cache.report.schema import MAX_REPORT_BYTES, OF_A_HOST_TIER, Histograms, Rates, Report, SourceStats
+from gpu_cache.report.schema import MAX_REPORT_BYTES, Histograms, HostTierFigures, Rates, Report, SourceStats
 from gpu_cache.smi import locks
 from gpu_cache.smi.main import main
 from gpu_cache.smi.node import Observer
@@ -82,7 +81,7 @@ def test_a_report_has_every_key_of_the_schema(cache: TensorCache, folder: Path) 
     cache.get_many(["1", "2"], SOURCE)
     cache._publisher.publish()
     found = report_in(folder)
-    assert found.keys() == get_type_hints(Report).keys() - OF_A_HOST_TIER
+    assert found.keys() == get_type_hints(Report).keys() - get_type_hints(HostTierFigures).keys()
     assert found["rates_10s"].keys() == Rates.__annotations__.keys()
     assert found["histograms"].keys() == Histograms.__annotations__.keys()
     assert found["sources"]["gpu-a-021:35221"].keys() == SourceStats.__annotations__.keys()
@@ -128,10 +127,12 @@ def test_of_a_gpu_it_has_the_names_that_nvml_uses(tmp_path: Path, folder: Path) 
     cache.close()
 
 
-def test_it_is_fresh_while_nobody_calls_and_right_after_a_clear(cache: TensorCache, folder: Path) -> None:
+def test_it_is_fresh_between_calls_and_right_after_a_clear(
+    cache: TensorCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.get_many(["1"], SOURCE)
     until(lambda: report_in(folder)["seq"] > 3)
-    cache._publisher._period_s = 3600.0
+    monkeypatch.setattr(publish, "PERIOD_S", 3600.0)
     until(lambda: cache._publisher._due_at > time.monotonic() + 3000)
     cache.clear(["1"])
     until(lambda: report_in(folder)["clears"] == 1)
@@ -145,10 +146,10 @@ def test_calls_report_where_the_thread_does_not_run(
     until(lambda: cache.get("unknown") or report_in(folder)["seq"] > 2)
 
 
-def test_who_finds_a_report_being_written_leaves_another_to_its_writer(cache: TensorCache, folder: Path) -> None:
+def test_a_call_amid_a_report_leaves_another_to_its_writer(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.get("unknown")
     publisher = cache._publisher
-    publisher._period_s = 3600.0
+    monkeypatch.setattr(publish, "PERIOD_S", 3600.0)
     with publisher._turn:
         before = publisher._reporter._seq
         publisher.publish()
@@ -180,7 +181,7 @@ def test_a_cache_that_is_dropped_takes_its_report_along(folder: Path) -> None:
     until(lambda: not list(folder.iterdir()))
 
 
-def test_who_closes_waits_while_the_thread_removes_the_files(
+def test_a_close_waits_while_the_thread_removes_the_files(
     cache: TensorCache, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process may end right after: what the thread has not removed by then would stay."""
@@ -227,7 +228,7 @@ def test_a_directory_that_cannot_be_written_is_tried_again(
 ) -> None:
     cache = TensorCache(CONFIG, device=HostDevice())
     publisher = cache._publisher
-    publisher._retry_s = 0.3
+    monkeypatch.setattr(publish, "_RETRY_S", 0.3)
     monkeypatch.setenv("GPU_CACHE_STATS_DIR", str(folder / "deep"))
     for number in range(3):
         cache.get_many([str(number)], SOURCE)
@@ -339,12 +340,3 @@ def test_an_unlocked_report_is_of_a_dead_process(cache: TensorCache, folder: Pat
     assert locks.is_held(lock)
     cache._publisher.disown()
     assert not locks.is_held(lock)
-
-
-def test_it_can_be_given_its_own_surroundings(cache: TensorCache, tmp_path: Path) -> None:
-    cache.get("unknown")
-    own = Publisher(cache._index, cache._lazy, environ={"GPU_CACHE_STATS_DIR": str(tmp_path / "own")}, period_s=0.01)
-    own.touch()
-    until(lambda: report_in(tmp_path / "own")["seq"] > 2)
-    own.close()
-    assert list((tmp_path / "own").iterdir()) == []

@@ -11,15 +11,16 @@ from gpu_cache.config import described
 from gpu_cache.device.cudart import nvml_uuid
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import DeviceIdentity
-from gpu_cache.report.alarms import Alarms
-from gpu_cache.report.rate_window import RateWindow
+from gpu_cache.report.compose import RateWindow
+from gpu_cache.report.counters import BufferStats, buffer_stats_of
+from gpu_cache.report.publish import Alarms
 from gpu_cache.report.schema import EntryInfo, SourceStats
 from gpu_cache.throttle import Throttle
 from tests.support.sources import DictSource
 
 
-def counters(fetch_bytes: float = 0, busy_s: float = 0, **more: float) -> dict[str, float]:
-    return {"fetch_bytes": fetch_bytes, "fetch_busy_seconds": busy_s, **more}
+def counters(fetch_bytes: float = 0, busy_s: float = 0, **more: float) -> BufferStats:
+    return buffer_stats_of({"fetch_bytes": fetch_bytes, "fetch_busy_seconds": busy_s, **more})
 
 
 def test_rates_before_anything_moved() -> None:
@@ -68,15 +69,21 @@ def source(fetch_bytes: float, busy_s: float) -> SourceStats:
 
 
 class Watched:
-    """Alarms, and a clock."""
+    """Alarms of an index, and a clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        leak = EntryInfo("shard-1", 3 << 20, 4000.0, "n:1", 5, torch.float32, (3,))
-        self.alarms = Alarms(lambda most: [leak] * most, lambda: self.now)
+        self.alarms = Alarms(self, lambda: self.now)
+
+    def report(self) -> dict[str, float]:
+        return {}
+
+    def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
+        assert is_outlived
+        return [EntryInfo("shard-1", 3 << 20, 4000.0, "n:1", 5, torch.float32, (3,))] * most
 
     def look(self, outlived: int = 0, sources: dict[str, SourceStats] | None = None) -> None:
-        self.alarms.look({"outlived_entries": outlived, "outlived_bytes": outlived << 20}, sources or {})
+        self.alarms.look({"outlived_entries": outlived, "outlived_bytes": outlived << 20, "sources": sources or {}})
         self.now += 1.0
 
 

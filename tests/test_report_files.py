@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.report.files import HostileDirectoryError, ReportFiles, report_files
+from gpu_cache.report import files as files_module
+from gpu_cache.report.files import HostileDirectoryError, ReportFiles, problem_of
 from gpu_cache.report.schema import report_name
 from gpu_cache.smi.locks import is_held
 
@@ -29,9 +31,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "stats"
 
 
+def files_in(folder: Path, name: str = NAME) -> ReportFiles:
+    return ReportFiles(name, {"GPU_CACHE_STATS_DIR": str(folder)})
+
+
 @pytest.fixture
 def files(folder: Path) -> Iterator[ReportFiles]:
-    made = ReportFiles(NAME, [folder])
+    made = files_in(folder)
     yield made
     made.remove()
 
@@ -88,7 +94,7 @@ def test_a_lock_gets_its_name_when_it_is_locked(
 
 
 @pytest.mark.parametrize("what", ["directory", "lock", "replaced lock"])
-def test_what_was_deleted_comes_back(files: ReportFiles, folder: Path, what: str) -> None:
+def test_the_next_write_brings_back_deleted_files(files: ReportFiles, folder: Path, what: str) -> None:
     write(files)
     lock = folder / f"{NAME}.lock"
     if what == "directory":
@@ -104,7 +110,7 @@ def test_what_was_deleted_comes_back(files: ReportFiles, folder: Path, what: str
     assert names(folder) == [f"{NAME}.json", f"{NAME}.lock"]
 
 
-def test_who_asks_for_leaks_is_answered_once(files: ReportFiles, folder: Path) -> None:
+def test_a_reader_that_asks_for_leaks_is_answered_once(files: ReportFiles, folder: Path) -> None:
     write(files)
     (folder / f"{NAME}.want").touch()
     asked: list[bool] = []
@@ -117,6 +123,53 @@ def test_who_asks_for_leaks_is_answered_once(files: ReportFiles, folder: Path) -
     files.write(b"{}", leaks)
     assert asked == [False], "the question goes before the answer is there"
     assert json.loads((folder / f"{NAME}.leaks.json").read_text()) == {"leaks": []}
+
+
+@pytest.mark.parametrize(
+    ("mode", "group", "expected"),
+    [
+        (0o700, None, None),
+        (0o755, None, None),
+        (0o770, None, "is writable by its group"),
+        (0o2770, "ours", None),
+        (0o777, None, "is writable by others"),
+        (0o777, "ours", "is writable by others"),
+    ],
+)
+def test_a_directory_that_others_may_write_is_refused(
+    tmp_path: Path, mode: int, group: str | None, expected: str | None
+) -> None:
+    tmp_path.chmod(mode)
+    found = os.lstat(tmp_path)
+    assert problem_of(found, found.st_gid if group else None) == expected
+
+
+def test_a_link_a_file_and_another_users_directory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(tmp_path)
+    file.touch()
+    uid = os.geteuid()
+    assert problem_of(os.lstat(link), None) == "is a link"
+    assert problem_of(os.lstat(file), None) == "is no directory"
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    assert problem_of(os.lstat(tmp_path), None) == f"belongs to user {uid}, not {uid + 1}"
+
+
+def test_a_directory_that_is_exchanged_after_the_check_gets_nothing(
+    files: ReportFiles, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.mkdir(mode=0o700)
+
+    def exchanged(found: os.stat_result, group: int | None) -> str | None:
+        folder.rename(tmp_path / "checked")
+        folder.mkdir(mode=0o777)
+        return problem_of(found, group)
+
+    monkeypatch.setattr(files_module, "problem_of", exchanged)
+    write(files)
+    monkeypatch.undo()
+    assert names(folder) == []
+    assert names(tmp_path / "checked") == [f"{NAME}.json", f"{NAME}.lock"]
 
 
 def test_a_hostile_directory_is_refused(files: ReportFiles, folder: Path, tmp_path: Path) -> None:
@@ -148,29 +201,36 @@ def test_a_directory_that_turns_hostile_is_not_written_any_more(files: ReportFil
     with pytest.raises(HostileDirectoryError):
         write(files, b"more")
     assert (folder / f"{NAME}.json").read_bytes() == b"{}"
+    lock = folder / f"{NAME}.lock"
+    assert is_held(lock)
+    files.remove()
+    assert not is_held(lock), "closed, though the files may not be touched"
     folder.chmod(0o700)
 
 
-def test_the_next_directory_is_taken_where_the_first_cannot_be_made(tmp_path: Path) -> None:
-    files = ReportFiles(NAME, [tmp_path / "missing/stats", tmp_path / "stats"])
+def test_the_next_directory_is_taken_where_the_first_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / "missing/stats", tmp_path / "stats"]
+    monkeypatch.setattr(files_module, "directories", lambda environ, uid: places)
+    files = ReportFiles(NAME, {})
     write(files)
-    assert files.folder == tmp_path / "stats"
+    assert names(tmp_path / "stats") == [f"{NAME}.json", f"{NAME}.lock"]
     files.remove()
-    nowhere = ReportFiles(NAME, [tmp_path / "missing/stats"])
+    places.pop()
     with pytest.raises(FileNotFoundError):
-        write(nowhere)
-    nowhere.remove()
+        write(files)
 
 
 def test_members_of_a_group_may_read(tmp_path: Path) -> None:
     gid = os.getgid()
-    files = report_files(NAME, {"GPU_CACHE_STATS_DIR": str(tmp_path / "shared"), "GPU_CACHE_STATS_GROUP": str(gid)})
+    files = ReportFiles(NAME, {"GPU_CACHE_STATS_DIR": str(tmp_path / "shared"), "GPU_CACHE_STATS_GROUP": str(gid)})
     write(files)
     assert oct((tmp_path / "shared").stat().st_mode) == "0o42770"
     assert {oct(path.stat().st_mode) for path in (tmp_path / "shared").iterdir()} == {"0o100640"}
     files.remove()
     with pytest.raises(HostileDirectoryError, match="no group 'nobody-has-this'"):
-        report_files(NAME, {"GPU_CACHE_STATS_GROUP": "nobody-has-this"})
+        ReportFiles(NAME, {"GPU_CACHE_STATS_GROUP": "nobody-has-this"})
 
 
 @pytest.fixture
@@ -186,7 +246,7 @@ def tiny(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_leaves_the_report_before(tiny: Path) -> None:
-    files = ReportFiles(NAME, [tiny])
+    files = files_in(tiny)
     write(files, b"x" * 4096)
     for _ in range(2):
         with pytest.raises(OSError, match="No space left") as caught:
@@ -197,26 +257,29 @@ def test_a_full_disk_leaves_the_report_before(tiny: Path) -> None:
     files.remove()
 
 
+@pytest.fixture
+def short_files() -> Iterator[int]:
+    """The most bytes of a file while this lasts; the kernel writes so many of a longer one, and fails the rest."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, limits[1]))
+    yield 3
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_write_that_fails_half_way_leaves_nothing(
-    files: ReportFiles, folder: Path, monkeypatch: pytest.MonkeyPatch
+    files: ReportFiles, folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    write(files, b"before")
-    write_some, left = os.write, [3]
-
-    def runs_full(descriptor: int, content: memoryview) -> int:
-        if not left:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write_some(descriptor, content[: left.pop()])
-
-    monkeypatch.setattr(os, "write", runs_full)
-    with pytest.raises(OSError, match="No space left"):
-        write(files, b"after")
+    write(files)
+    most = request.getfixturevalue("short_files")
+    for content in (b"a" * (most + 1), b"a" * 100_000):  # with and without a buffer
+        with pytest.raises(OSError, match="File too large"):
+            write(files, content)
     assert names(folder) == [f"{NAME}.json", f"{NAME}.lock"]
-    assert (folder / f"{NAME}.json").read_bytes() == b"before"
+    assert (folder / f"{NAME}.json").read_bytes() == b"{}"
 
 
 def test_two_processes_of_one_pid_do_not_meet(folder: Path) -> None:
-    both = [ReportFiles(report_name("actor", 0, 1), [folder]) for _ in range(2)]
+    both = [files_in(folder, report_name("actor", 0, 1)) for _ in range(2)]
     for files in both:
         write(files)
     assert len(names(folder)) == 4
@@ -228,7 +291,7 @@ def test_two_processes_of_one_pid_do_not_meet(folder: Path) -> None:
 def test_a_new_process_removes_what_ended_long_ago(folder: Path) -> None:
     folder.mkdir()
     dead, recent, alive, stopped = (f"actor-{rank}-9-00000{rank}" for rank in range(4))
-    living = ReportFiles(alive, [folder])
+    living = files_in(folder, alive)
     write(living)
     for name in (dead, recent, stopped):
         (folder / f"{name}.lock").touch()
@@ -241,7 +304,7 @@ def test_a_new_process_removes_what_ended_long_ago(folder: Path) -> None:
         if recent not in path.name:
             age(path, HOUR_AGO)
     age(folder / f"{stopped}.json", -HOUR_AGO)
-    newcomer = ReportFiles(NAME, [folder])
+    newcomer = files_in(folder)
     write(newcomer)
     left = {re.sub(r"\.(lock|json)$", "", name) for name in names(folder)} - {NAME}
     assert left == {recent, alive, stopped, ".profile", "poetry", "notes"}
@@ -270,9 +333,8 @@ def test_a_reader_never_meets_half_a_report(files: ReportFiles, folder: Path) ->
 
 FORK = """
 import os, sys, time
-from pathlib import Path
 from gpu_cache.report.files import ReportFiles
-files = ReportFiles("actor-0-7-0a1b2c", [Path(sys.argv[1])])
+files = ReportFiles("actor-0-7-0a1b2c", {"GPU_CACHE_STATS_DIR": sys.argv[1]})
 files.write(b"{}", lambda: b"")
 os.register_at_fork(after_in_child=files.disown)
 if os.fork() == 0:

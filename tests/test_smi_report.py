@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from gpu_cache.report import schema as report
 
@@ -35,35 +32,6 @@ def test_only_reports_are_reports() -> None:
 def test_directories_are_the_named_one_or_shared_memory_then_tmp() -> None:
     assert report.directories({"GPU_CACHE_STATS_DIR": "/x"}, 5) == [Path("/x")]
     assert report.directories({}, 5) == [Path("/dev/shm/gpu_cache-5"), Path("/tmp/gpu_cache-5")]
-
-
-@pytest.mark.parametrize(
-    ("mode", "group", "expected"),
-    [
-        (0o700, None, None),
-        (0o755, None, None),
-        (0o770, None, "is writable by its group"),
-        (0o2770, "ours", None),
-        (0o777, None, "is writable by others"),
-        (0o777, "ours", "is writable by others"),
-    ],
-)
-def test_a_directory_that_others_may_write_is_refused(
-    tmp_path: Path, mode: int, group: str | None, expected: str | None
-) -> None:
-    tmp_path.chmod(mode)
-    found = os.lstat(tmp_path)
-    assert report.refusal(found, found.st_uid, found.st_gid if group else None) == expected
-
-
-def test_a_link_a_file_and_another_users_directory_are_refused(tmp_path: Path) -> None:
-    link, file = tmp_path / "link", tmp_path / "file"
-    link.symlink_to(tmp_path)
-    file.touch()
-    uid = os.getuid()
-    assert report.refusal(os.lstat(link), uid) == "is a link"
-    assert report.refusal(os.lstat(file), uid) == "is no directory"
-    assert report.refusal(os.lstat(tmp_path), uid + 1) == f"belongs to user {uid}, not {uid + 1}"
 
 
 def test_edges_are_those_of_the_metrics() -> None:

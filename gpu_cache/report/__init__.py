@@ -1,1 +1,1 @@
-"""What a process tells of its cache."""
+"""Figures of a cache, and the reports that a process writes about it."""

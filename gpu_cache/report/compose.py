@@ -1,4 +1,4 @@
-"""Composes the report of one cache."""
+"""Composes the report of one cache, and the box that shows it as text."""
 
 from __future__ import annotations
 
@@ -7,126 +7,83 @@ import json
 import os
 import socket
 import time
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from gpu_cache import __version__
+from gpu_cache import __version__, units
 from gpu_cache.config import CacheConfig
 from gpu_cache.device.protocol import Device, DeviceIdentity
+from gpu_cache.report import schema
 from gpu_cache.report.counters import buffer_stats_of
-from gpu_cache.report.rate_window import RateWindow
-from gpu_cache.report.schema import (
-    MAX_LEAKS,
-    MAX_REPORT_BYTES,
-    MAX_SOURCES,
-    OF_A_HOST_TIER,
-    OTHER_SOURCES,
-    SCHEMA_VERSION,
-    EntryInfo,
-    Leak,
-    LeakReport,
-    SourceStats,
-)
+from gpu_cache.report.schema import EntryInfo, LeakReport, Rates, SourceStats
 
 _MAX_KEY = 200  # characters of a shard's id
+_RULE = "-" * 97
+_HEADS = (
+    " GPU      PID  Role         State     Pool   Pinned     Host Entries    Hit  Fetch    H2D Oldest ",
+    "                                       MiB      MiB      MiB              %   GB/s   GB/s    age ",
+)
 
 
 class Index(Protocol):
-    """What is told of what is cached."""
+    """Which shards are cached: its part of a report, and the oldest shards, the oldest first."""
 
-    def stats(self) -> Mapping[str, float]:
-        """Its part of `BufferStats`."""
-
-    def report(self) -> Mapping[str, Any]:
-        """Its part of a report."""
-
-    def oldest(self, most: int, *, is_outlived: bool = False) -> Sequence[EntryInfo]:
-        """The oldest shards, the oldest first."""
+    def report(self) -> Mapping[str, Any]: ...
+    def oldest(self, most: int, *, is_outlived: bool = False) -> Sequence[EntryInfo]: ...
 
 
 class Engine(Protocol):
-    """What is told of a device and its memory."""
+    """A device and its memory: its part of `BufferStats`, and what a report has beyond that."""
 
-    @property
-    def config(self) -> CacheConfig:
-        """Resolved settings."""
+    config: CacheConfig
+    device: Device
 
-    @property
-    def device(self) -> Device:
-        """Where shards are cached."""
-
-    @property
-    def tier(self) -> object | None:
-        """The host tier, if there is one."""
-
-    def stats(self) -> Mapping[str, float]:
-        """Its part of `BufferStats`."""
-
-    def details(self) -> Mapping[str, int]:
-        """What a report has beyond that."""
-
-    def gather(self) -> None:
-        """Count copies that are done by now."""
+    def stats(self) -> Mapping[str, float]: ...
+    def details(self) -> Mapping[str, int]: ...
+    def gather(self) -> None: ...  # counts copies that are done by now
 
 
 class Reporter:
-    """What a cache reports, as of a look. One thread at a time.
-
-    Args:
-        index: Of the cache.
-    """
+    """Composes what one cache reports. One thread at a time."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._start_time = round(time.time(), 3)
         self._window = RateWindow(time.monotonic())
         self._seq = 0
-        self._identity: tuple[Engine | None, dict[str, Any]] = None, {}  # of the engine that it speaks of
+        self._identity: tuple[Engine | None, dict[str, Any]] = None, {}  # of the engine that reported last
 
     def compose(self, engine: Engine) -> dict[str, Any]:
-        """A `Report`; its `sources` are all there are."""
+        """A `Report` as of now, with all sources."""
         if self._identity[0] is not engine:
             self._identity = engine, self._introduction(engine)
         self._seq += 1
-        now_s = time.monotonic()
-        figures = {**self._index.report(), **engine.stats(), **engine.details()}
-        if engine.tier is None:
-            figures = {name: figure for name, figure in figures.items() if name not in OF_A_HOST_TIER}
+        figures = buffer_stats_of(self._index.report(), engine.stats(), engine.details())
+        missing = () if engine.config.host_tier_bytes else schema.HostTierFigures.__annotations__
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": schema.SCHEMA_VERSION,
             "seq": self._seq,
             "unix_time": round(time.time(), 3),
             **self._identity[1],
-            **buffer_stats_of(figures),
-            "rates_10s": self._window.rates(figures, now_s),
+            **{key: figure for key, figure in figures.items() if key not in missing},
+            "rates_10s": self._window.rates(figures, time.monotonic()),
         }
 
     def leaks(self) -> bytes:
         """A `LeakReport`, encoded."""
-        figures = self._index.stats()
+        figures = self._index.report()
         answer = LeakReport(
-            schema_version=SCHEMA_VERSION,
+            schema_version=schema.SCHEMA_VERSION,
             unix_time=round(time.time(), 3),
             pid=os.getpid(),
-            outlived_entries=int(figures["outlived_entries"]),
-            outlived_bytes=int(figures["outlived_bytes"]),
-            leaks=[
-                Leak(
-                    key=str(one.key)[:_MAX_KEY],
-                    nbytes=one.nbytes,
-                    age_seconds=round(one.age_s, 3),
-                    clears_survived=one.clears_survived,
-                    source=one.source,
-                    dtype=str(one.dtype),
-                    shape=list(one.shape),
-                )
-                for one in self._index.oldest(MAX_LEAKS, is_outlived=True)
-            ],
+            outlived_entries=figures["outlived_entries"],
+            outlived_bytes=figures["outlived_bytes"],
+            leaks=[_leak(one) for one in self._index.oldest(schema.MAX_LEAKS, is_outlived=True)],
         )
-        return json.dumps(answer, separators=(",", ":")).encode()
+        return json.dumps(answer, separators=(",", ":"), default=str).encode()  # dtypes are no JSON
 
     def _introduction(self, engine: Engine) -> dict[str, Any]:
-        """Who reports: what does not change."""
         config, device = engine.config, engine.device.torch_device
         identity = engine.device.identity() if device.type == "cuda" else DeviceIdentity("")
         return {
@@ -145,34 +102,70 @@ class Reporter:
         }
 
 
+class RateWindow:
+    """Turns counters, which are 0 at `began_s`, into the rates of the last WINDOW_S. One thread at a time."""
+
+    def __init__(self, began_s: float) -> None:
+        self._looks: deque[tuple[float, Mapping[str, Any]]] = deque([(began_s, buffer_stats_of())])
+        self._moved_at_s: dict[str, float] = {}  # by link, when its counters last grew
+        self._busy_rate: dict[str, float] = {}  # by link, in the latest window that had a transfer
+
+    def rates(self, figures: Mapping[str, Any], now_s: float) -> Rates:
+        """The rates as of now; `figures` has those of `BufferStats`."""
+        while len(self._looks) > 1 and self._looks[1][0] <= now_s - schema.WINDOW_S:
+            self._looks.popleft()
+        (began_s, begin), (_, previous) = self._looks[0], self._looks[-1]
+        self._looks.append((now_s, figures))
+
+        def grown(key: str, since: Mapping[str, Any] = begin) -> Any:
+            return figures[key] - since[key]
+
+        rates: dict[str, float | None] = {key: grown(key) for key in ("overflows", "alloc_failures")}
+        span_s = max(now_s - began_s, 1e-3)
+        for link in ("fetch", "h2d"):
+            if max(grown(f"{link}_bytes", previous), grown(f"{link}_busy_seconds", previous)) > 0:
+                self._moved_at_s[link] = now_s
+            if (busy_s := grown(f"{link}_busy_seconds")) > 0:
+                self._busy_rate[link] = round(grown(f"{link}_bytes") / busy_s, 0)
+            rate = rates[f"{link}_bytes_per_second"] = self._busy_rate.get(link)
+            rates[f"{link}_window_age_seconds"] = None if rate is None else round(now_s - self._moved_at_s[link], 3)
+            rates[f"{link}_bytes_per_wall_second"] = round(grown(f"{link}_bytes") / span_s)
+        rates["evictions_per_second"] = round(grown("evictions") / span_s, 3)
+        rates["pinned_wait_seconds_per_second"] = round(grown("pinned_wait_seconds") / span_s, 6)
+        return cast(Rates, rates)
+
+
+def _leak(one: EntryInfo) -> dict[str, Any]:
+    fields = dataclasses.asdict(dataclasses.replace(one, key=str(one.key)[:_MAX_KEY]))
+    return {"age_seconds": round(fields.pop("age_s"), 3), **fields}
+
+
 def encoded(report: Mapping[str, Any]) -> bytes:
     """A report as compact JSON of at most MAX_REPORT_BYTES, with as many sources as fit."""
     rounded = {key: round(value, 6) if type(value) is float else value for key, value in report.items()}
-    most = MAX_SOURCES
+    most = schema.MAX_SOURCES
     while True:
-        text = json.dumps({**rounded, "sources": largest(report["sources"], most)}, separators=(",", ":"))
-        if len(text) <= MAX_REPORT_BYTES or not most:
+        text = json.dumps({**rounded, "sources": _largest(report["sources"], most)}, separators=(",", ":"))
+        if len(text) <= schema.MAX_REPORT_BYTES or not most:
             return text.encode()
         most //= 2
 
 
-def largest(sources: Mapping[str, SourceStats], most: int) -> dict[str, SourceStats]:
-    """The sources of most bytes, and the others as one."""
+def _largest(sources: Mapping[str, SourceStats], most: int) -> dict[str, SourceStats]:
+    """The sources that delivered most bytes, and the others as one."""
     if len(sources) <= most:
         return dict(sources)
-    by_bytes = sorted(sources, key=lambda node: (node != OTHER_SOURCES, sources[node]["fetch_bytes"]), reverse=True)
-    found = {node: sources[node] for node in by_bytes[:most]}
-    rest = [sources[node] for node in by_bytes[most:]]
-    found[OTHER_SOURCES] = summed(rest)
-    return found
+    other = schema.OTHER_SOURCES
+    by_bytes = sorted(sources, key=lambda node: (node == other, -sources[node]["fetch_bytes"]))
+    rest = _summed([sources[node] for node in by_bytes[most:]])
+    return {node: sources[node] for node in by_bytes[:most]} | {other: rest}
 
 
-def summed(parts: list[SourceStats]) -> SourceStats:
-    """Several sources as one. Their busy seconds overlap; they are counted as often."""
-    reasons: dict[str, int] = {}
+def _summed(parts: list[SourceStats]) -> SourceStats:
+    """Several sources as one. Where their busy seconds overlap, each counts."""
+    reasons: Counter[str] = Counter()
     for part in parts:
-        for reason, count in part["fetch_errors_by_reason"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        reasons.update(part["fetch_errors_by_reason"])
     return SourceStats(
         entries=sum(part["entries"] for part in parts),
         resident_bytes=sum(part["resident_bytes"] for part in parts),
@@ -183,3 +176,21 @@ def summed(parts: list[SourceStats]) -> SourceStats:
         fetch_errors_by_reason=reasons,
         fetch_durations=[sum(counts) for counts in zip(*(part["fetch_durations"] for part in parts), strict=True)],
     )
+
+
+def summary_of(report: Mapping[str, Any]) -> str:
+    """The box in which `gpu-cache-smi` shows this process; made without that tool's libraries."""
+    rates, num_entries = report["rates_10s"], report["num_entries"]
+    kind, _, index = report["device"].partition(":")
+    title = f"{report['role']}/{report['rank']}"[:12]
+    hit = units.percent(units.ratio(report["hits"] + report["host_hits"], report["requested"]))
+    line = (
+        f"{f'{index or 0}*' if kind == 'cuda' else kind:>4}{report['pid']:>9}  {title:<13}"
+        f"{'LEAK' if report['outlived_entries'] else 'ok':<6}{units.mib(report['device_bytes']):>8}"
+        f"{units.mib(report['pinned_capacity_bytes']):>9}{units.mib(report['host_bytes']):>9}"
+        f"{units.count(num_entries):>8}{hit:>7}{units.gigabytes(rates['fetch_bytes_per_second']):>7}"
+        f"{units.gigabytes(rates['h2d_bytes_per_second']):>7}"
+        f"{units.age(report['oldest_entry_age_seconds'] if num_entries else None):>7} "
+    )
+    lines = f"+{_RULE}+", *(f"|{head}|" for head in _HEADS), f"|{'=' * len(_RULE)}|", f"|{line}|", f"+{_RULE}+"
+    return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""What the cache counts: the flat dict of `buffer_stats`, the counters behind it, differences between two of them."""
+"""Figures of a cache: its counters, the flat dict of `buffer_stats`, and differences between two such dicts."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 from typing import TypedDict, cast, get_type_hints
 
@@ -17,7 +16,7 @@ class BufferStats(TypedDict):
     total_bytes: int  # cached, over all tiers
     # device pool
     device_bytes: int  # cached, being received, or still held by an alias; alignment included
-    device_reserved_bytes: int  # of all slabs, the empty ones that are kept included
+    device_reserved_bytes: int  # in slabs, including the empty ones that the pool keeps
     device_capacity_bytes: int
     device_peak_bytes: int
     device_largest_free_bytes: int
@@ -53,7 +52,7 @@ class BufferStats(TypedDict):
     fetch_bytes: int
     fetch_busy_seconds: float
     fetch_errors: int
-    inflight_bytes: int  # being received; room is taken for them
+    inflight_bytes: int  # being received; readers have room for them
     inflight_wait_seconds: float  # spent waiting for a turn to receive, over all readers
     # copies
     copies: int
@@ -61,18 +60,15 @@ class BufferStats(TypedDict):
     h2d_busy_seconds: float
     d2h_bytes: int
     d2h_busy_seconds: float
-    # leaks
+    # leaks, and writes into shards
     oldest_entry_age_seconds: float
     outlived_entries: int
     outlived_bytes: int
     clears: int
-    # writes into shards
-    mutations: int  # shards found changed: their bytes differ from the source's, or nobody has them to compare
+    mutations: int  # shards found changed: their bytes differ from the source's, or cannot be compared with them
 
 
 class _Counters:
-    """A dataclass of numbers."""
-
     __slots__: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, float]:
@@ -82,7 +78,7 @@ class _Counters:
 
 @dataclasses.dataclass(slots=True)
 class LookupCounters(_Counters):
-    """Guarded by the index lock."""
+    """The index lock guards every field."""
 
     hits: int = 0
     host_hits: int = 0
@@ -113,7 +109,7 @@ class LookupCounters(_Counters):
 
 @dataclasses.dataclass(slots=True)
 class StagingCounters(_Counters):
-    """Guarded by the staging lock."""
+    """The staging lock guards every field."""
 
     copies: int = 0
     h2d_bytes: int = 0
@@ -122,33 +118,31 @@ class StagingCounters(_Counters):
 
 
 class BusyClock:
-    """Seconds during which at least one activity was under way. No lock; the owner locks."""
+    """Counts seconds with at least one activity under way. The index lock guards every field."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._active = 0
-        self._since = 0.0
-        self._seconds = 0.0
+        self._since = self._seconds = 0.0
 
     @property
     def seconds(self) -> float:
-        """Busy seconds so far, an activity under way included."""
+        """Busy seconds so far, those of an activity under way included."""
         return self._seconds + (self._now() - self._since if self._active else 0.0)
 
     def start(self) -> None:
-        """An activity begins."""
+        """Begin an activity."""
         if not self._active:
             self._since = self._now()
         self._active += 1
 
     def stop(self) -> None:
-        """An activity ends."""
-        self._seconds, self._active = self.seconds, self._active - 1
-        self._since = self._now()
+        """End an activity."""
+        self._seconds, self._active, self._since = self.seconds, self._active - 1, self._now()
 
 
 class Survivors:
-    """How much is cached, by the number of clears before it came. No lock; the owner locks."""
+    """Counts cached entries by the number of clears before they came. The index lock guards every field."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[int, int]] = {}  # epoch -> entries, bytes
@@ -165,7 +159,7 @@ class Survivors:
         return sum(entries for entries, _ in old), sum(nbytes for _, nbytes in old)
 
     def table(self, epoch: int) -> list[list[int]]:
-        """[epochs since, entries, bytes] for each epoch of which something is left."""
+        """[epochs since, entries, bytes] for each epoch that left something."""
         return [[epoch - came, entries, nbytes] for came, (entries, nbytes) in self._kept.items()]
 
 
@@ -173,33 +167,26 @@ _NOTHING_YET = {key: kind() for key, kind in get_type_hints(BufferStats).items()
 
 
 def buffer_stats_of(*parts: Mapping[str, float]) -> BufferStats:
-    """The figures of a cache's parts as one dict; what no part knows yet is 0."""
-    merged: dict[str, float] = dict(_NOTHING_YET)
+    """Merge the figures of a cache's parts; a figure that no part knows yet is 0."""
+    merged = dict(_NOTHING_YET)
     for part in parts:
         merged.update(part)
     return cast(BufferStats, merged)
 
 
 def stats_delta(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What happened between two `buffer_stats()`, ready for a metrics logger; keys with no data are left out.
+    """Compare two `buffer_stats()` for a metrics logger; keys with no data are left out.
 
     Returns:
         `hit_ratio` (0 to 1), `fetch_gb_per_s` and `h2d_gb_per_s` (10^9 bytes per busy second), and the growth of
         `requested`, `misses`, `evictions`, `overflows`, `cleared`, `fetch_bytes`, `h2d_bytes`, `fetch_errors`.
     """
-
-    def grown(key: str) -> float:
-        return after[key] - before[key]
-
-    delta = {
-        key: float(grown(key))
-        for key in (
-            "requested", "misses", "evictions", "overflows", "cleared", "fetch_bytes", "h2d_bytes", "fetch_errors"
-        )
-    }  # fmt: skip
-    if requested := grown("requested"):
-        delta["hit_ratio"] = (grown("hits") + grown("host_hits")) / requested
+    grown = {key: float(after[key] - before[key]) for key in before.keys() & after.keys()}
+    kept = "requested", "misses", "evictions", "overflows", "cleared", "fetch_bytes", "h2d_bytes", "fetch_errors"
+    delta = {key: grown[key] for key in kept}
+    if requested := grown["requested"]:
+        delta["hit_ratio"] = (grown["hits"] + grown["host_hits"]) / requested
     for link in ("fetch", "h2d"):
-        if (seconds := grown(f"{link}_busy_seconds")) > 0:
-            delta[f"{link}_gb_per_s"] = grown(f"{link}_bytes") / seconds / 1e9
+        if (seconds := grown[f"{link}_busy_seconds"]) > 0:
+            delta[f"{link}_gb_per_s"] = grown[f"{link}_bytes"] / seconds / 1e9
     return delta

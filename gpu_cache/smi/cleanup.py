@@ -36,7 +36,6 @@ def _remove(file: ReportFile) -> bool:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-        # The lock goes last: while it is there, its other files are known to be dead.
-        for suffix in (report.REPORT, report.WANT, report.LEAKS, report.LOCK):
+        for suffix in report.SUFFIXES:
             file.beside(suffix).unlink(missing_ok=True)
     return True

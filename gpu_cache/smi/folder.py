@@ -39,7 +39,7 @@ def folders(environ: Mapping[str, str], uid: int, root: Path = Path("/")) -> lis
     if named := environ.get(report.DIRECTORY_VARIABLE):
         return [Path(named)]
     if uid != 0:
-        return [root / path.relative_to("/") for path in report.default_directories(uid)]
+        return [root / path.relative_to("/") for path in report.directories({}, uid)]
     patterns = ("dev/shm/gpu_cache-*", "tmp/gpu_cache-*", "proc/[0-9]*/root/dev/shm/gpu_cache-*")
     found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(root / pattern)))]
     return [path for path in found if not path.is_symlink()]  # anybody may put one there
