@@ -52,7 +52,7 @@ class Reporter:
         self._start_time = round(time.time(), 3)
         self._window = RateWindow(time.monotonic())
         self._seq = 0
-        self._identity: tuple[Engine | None, dict[str, Any]] = None, {}  # of the engine that reported last
+        self._identity: tuple[Engine | None, dict[str, Any]] = None, {}  # with the engine that it describes
 
     def compose(self, engine: Engine) -> dict[str, Any]:
         """A `Report` as of now, with all sources."""

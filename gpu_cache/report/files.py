@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_cache.report.schema import GROUP_VARIABLE, LEAKS, LOCK, REPORT, SUFFIXES, WANT, directories
 
-_OLD_S = 3600.0  # after which a writer removes what a process left that ended without cleanup
+_OLD_S = 3600.0  # age at which a writer removes files of a process that ended without cleanup
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Names that these files have, also on the way to them: the directory may be one that holds other things.
 _OURS = re.compile(r"\.?\w+-\d+-\d+-[0-9a-f]{6}\.[a-z.]+(\.[0-9a-f]{8})?")
@@ -172,7 +172,7 @@ def _unlink(name: str, folder: int) -> bool:
 
 
 def _remove_old(folder: int) -> None:
-    """Remove what this user's processes left that ended without cleanup more than an hour ago."""
+    """Remove old files of this user's processes that ended without cleanup."""
     for name in filter(_OURS.fullmatch, os.listdir(folder)):
         with contextlib.suppress(OSError):
             if name.startswith(".") and _is_old(name, folder):

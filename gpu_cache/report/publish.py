@@ -169,7 +169,7 @@ class Publisher:
                 self._turn.release()
 
     def _warn(self, message: str) -> None:
-        """Once, as what fails now fails every second; in text, as an exception kept by a handler keeps tensors."""
+        """Warn once, as a fault recurs every second; in text, as a handler that keeps an exception keeps tensors."""
         if not self._has_warned:
             self._has_warned = True
             logger.warning(message)

@@ -25,7 +25,7 @@ DIRECTORY_VARIABLE = "GPU_CACHE_STATS_DIR"
 GROUP_VARIABLE = "GPU_CACHE_STATS_GROUP"  # a group's name or number; lets its members read
 
 HUNG_AFTER_S = 10.0  # without a report, while the lock is held
-WINDOW_S = 10.0  # of `rates_10s`
+WINDOW_S = 10.0  # span of `rates_10s`
 MAX_REPORT_BYTES = 16 << 10
 MAX_SOURCES = 32  # by fetch_bytes; the rest is summed under OTHER_SOURCES
 MAX_LEAKS = 64  # by age
@@ -125,7 +125,7 @@ class Report(BufferStats, HostTierFigures):
     gpu_uuid: str | None  # "GPU-…" or "MIG-…" as NVML spells it; None off CUDA, as the next two
     pci_bus_id: str | None  # "0000:1b:00.0"
     gpu_name: str | None
-    version: str  # of gpu_cache
+    version: str  # gpu_cache's
     config: dict[str, Any]  # resolved settings, by field of CacheConfig
     rates_10s: Rates
     sources: dict[str, SourceStats]  # at most MAX_SOURCES by fetch_bytes, and OTHER_SOURCES
