@@ -65,7 +65,7 @@ class BufferStats(TypedDict):
     outlived_entries: int
     outlived_bytes: int
     clears: int
-    mutations: int  # shards found changed: their bytes differ from the source's, or cannot be compared with them
+    mutations: int  # shards that a look-up found changed by a reader
 
 
 class _Counters:
