@@ -88,8 +88,8 @@ class TrimReport:
         return self.freed_bytes > 0
 
 
-def stretches(leases: Iterable[Lease]) -> list[tuple[Slab, int, int]]:
-    """Slab, offset and length of blocks, those that follow upon each other taken together; in the same order."""
+def stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
+    """Slab, offset and length of ranges; neighbours that follow upon each other are one. In the same order."""
     found: list[tuple[Slab, int, int]] = []
     for lease in leases:
         slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
