@@ -76,7 +76,7 @@ UNSHARED = _num_references([object()])
 
 
 class Husks:
-    """Tensors that have no bytes any more, for a thread to drop that may wait: dropping one gives the GIL away.
+    """Tensors of one device and the host that have no bytes any more. The reaper drops them, as that gives the GIL away.
 
     Thread-safety: any thread, by single operations of a deque.
     """
@@ -84,7 +84,7 @@ class Husks:
     def __init__(self) -> None:
         self._kept: deque[torch.Tensor] = deque()
         self.keep = self._kept.append  # takes one to be dropped later
-        self._nothing: dict[torch.device, torch.Tensor] = {}
+        self._nothing: dict[bool, torch.Tensor] = {}  # of the host (True), and of the one GPU
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -94,7 +94,9 @@ class Husks:
         while tensors:
             one = tensors[-1]
             if getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one):
-                one.data = self._nothing_on(one.device)
+                if (nothing := self._nothing.get(one.is_cpu)) is None:
+                    nothing = self._nothing_like(one)
+                one.data = nothing
                 self._kept.append(one)
             tensors.pop()
 
@@ -104,11 +106,9 @@ class Husks:
             for _ in range(most):
                 self._kept.popleft()
 
-    def _nothing_on(self, device: torch.device) -> torch.Tensor:
-        if (found := self._nothing.get(device)) is None:
-            with plain_tensors():
-                found = self._nothing[device] = torch.empty(0, dtype=torch.uint8, device=device)
-        return found
+    def _nothing_like(self, one: torch.Tensor) -> torch.Tensor:
+        with plain_tensors():
+            return self._nothing.setdefault(one.is_cpu, torch.empty(0, dtype=torch.uint8, device=one.device))
 
 
 class Catch:
