@@ -113,8 +113,8 @@ class CacheConfig:
         stats: Whether to write reports for `gpu-cache-smi`. None: yes, unless GPU_CACHE_STATS says no.
         role: What the process is, for those reports. None: GPU_CACHE_ROLE, else the program's name.
         rank: Which of its kind. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
-        on_mutation: What becomes of a shard that a reader wrote into, when it is next asked for. "refetch": it is
-            fetched again, so that others get the original bytes; "error": `MutatedError`; "ignore": nothing.
+        on_mutation: What becomes of a shard that a reader wrote into, when it is next asked for. "refetch": the cache
+            drops it, and it is an ordinary miss; "error": `MutatedError`; "ignore": nothing.
         debug_checksum: Whether to look at every byte at each hand-out, for writes that torch does not count. Slow.
         host_tier_bytes: The most of pinned host memory for evicted shards, and for those asked for with
             `prefer="host"`. 0: evicted ones are fetched again.

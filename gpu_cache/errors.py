@@ -151,15 +151,15 @@ def broken_promise(promised: tuple[Any, ...], found: tuple[Any, ...]) -> str:
     return f"{source}: {dtype} of shape {list(shape)} is promised, {found_dtype} of shape {list(found_shape)} was found"
 
 
-def combined(failures: dict[Hashable, BaseException], num_requested: int) -> Exception:
-    """One error for a call: the first cause's words, then which shards it lacks."""
+def combined(failures: dict[Hashable, BaseException], num_requested: int, why: str = "") -> Exception:
+    """One error for a call: the first cause's words, then which shards it lacks, and why they were asked for."""
     cause = next(iter(failures.values()))
     if isinstance(cause, CacheClosedError):
         return cause
     kinds = {type(error).__name__ for error in failures.values()} - {type(cause).__name__}
     other = f"; also {', '.join(sorted(kinds))}, see .failures" if kinds else ""
     lacking = f"{len(failures)} of {num_requested} shards failed: {names_of(failures)}"
-    error = FetchError(f"{cause} [{lacking}; the others are cached{other}]", failures)
+    error = FetchError(f"{cause} [{lacking}; the others are cached{other}{why}]", failures)
     error.__cause__ = cause
     return error
 

@@ -114,7 +114,7 @@ class Entry:
 
     @property
     def is_changed(self) -> bool:
-        """Whether somebody wrote into it, as far as torch counts."""
+        """Whether a reader wrote into it, as far as torch counts."""
         counted = self.place.counted
         return counted is not None and counted._version != self.place.version
 

@@ -180,7 +180,8 @@ class ShardIndex:
         changed: list[Entry] = []
         with self._lock:
             if hands_out and self._mutations.is_on:
-                changed = self._drop_changed_locked(keys, found)
+                self._drop_changed_locked(keys, found.expected, changed)
+                found.mutated.update((entry.key, None) for entry in changed)
             entries, hit_bytes, num_parked = self._entries, 0, 0
             self._begin_locked(found, deadline)
             for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
@@ -414,9 +415,10 @@ class ShardIndex:
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Entry] | None:
         """An alias of a READY entry, and the entry; counts as no look-up. Raises `MutatedError` as `claim` does."""
-        found = None
+        found, changed = None, list[Entry]()
         with self._lock:
-            changed = self._drop_changed_locked([key]) if self._mutations.is_on else []
+            if self._mutations.is_on:
+                self._drop_changed_locked([key], {}, changed)
             entry = self._entries.get(key)
             if entry is not None and entry.base is not None:
                 self._entries.move_to_end(key)
@@ -581,20 +583,35 @@ class ShardIndex:
             return True
         return False
 
-    def _drop_changed_locked(self, keys: Iterable[Hashable], found: Claim | None = None) -> list[Entry]:
+    def _drop_changed_locked(
+        self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise], changed: list[Entry]
+    ) -> None:
         """Drop those of `keys` that a reader wrote into, and that are of the owner that the caller means.
 
-        Returns:
-            Them, for the caller to let die outside the lock, after `Mutations.tell`.
+        Args:
+            keys: May be indexed.
+            expected: By the caller.
+            changed: Gets the dropped entries, for the caller to let die outside the lock, after `Mutations.tell`.
+        Raises:
+            MutatedError: There are some, and the policy is "error": none was dropped, and `changed` is empty.
         """
-        expected: Mapping[Hashable, Promise] = MappingProxyType({}) if found is None else found.expected
-        known = ((self._entries.get(key), expected.get(key)) for key in keys)
-        changed = [entry for entry, promise in known if entry and entry.is_changed and entry.is_owned_as(promise)]
+        changed += self._changed_locked(keys, expected)
         self._mutations.found(changed)
         for entry in changed:
             self._drop_locked(entry)
-            if found is not None:
-                found.mutated[entry.key] = None
+
+    def _changed_locked(self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise]) -> list[Entry]:
+        """See `_drop_changed_locked`, which may raise: this frame, which refers to blocks, is over by then."""
+        changed = []
+        for key in keys:
+            if (entry := self._entries.get(key)) is None:
+                continue
+            place = entry.parked or entry
+            counted = (
+                place.base if place.loan is None else place.loan
+            )  # as `is_changed`, whose calls cost as much again
+            if counted is not None and counted._version != place.version and entry.is_owned_as(expected.get(key)):
+                changed.append(entry)
         return changed
 
     def _claim_rival_locked(self, entry: Entry, promise: Promise, found: Claim) -> None:

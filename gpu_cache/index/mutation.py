@@ -35,15 +35,18 @@ class Mutations:
         self._gate = Throttle(now=now)
         self._num_untold = 0
 
-    def found(self, changed: Sequence[Entry]) -> None:
+    def found(self, changed: list[Entry]) -> None:
         """Count entries that were found changed.
 
         Raises:
-            MutatedError: There are some, and the policy is "error".
+            MutatedError: There are some, and the policy is "error". The list is empty then: an error that is kept
+                keeps the frames that it passed, and they must not keep blocks.
         """
         self.num_found += len(changed)
         if changed and self.is_error:
-            raise MutatedError([entry.key for entry in changed])
+            keys = [entry.key for entry in changed]
+            changed.clear()
+            raise MutatedError(keys)
 
     def tell(self, dropped: Sequence[Entry]) -> None:
         """Warn of entries that were dropped because a reader wrote into them; one line a minute at most."""

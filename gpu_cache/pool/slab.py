@@ -122,11 +122,6 @@ class SlabPool:
                 return taken
             self._release(way)
 
-    def take_free(self, nbytes: int) -> Range | None:
-        """Take a range of what is free now; the pool does not grow for it."""
-        with self._lock:
-            return self._take_locked(nbytes)
-
     def take_overflow(self, nbytes: int) -> Range:
         """Take a range outside the pool, from torch's own allocator.
 

@@ -65,7 +65,8 @@ class BufferStats(TypedDict):
     outlived_entries: int
     outlived_bytes: int
     clears: int
-    mutations: int  # shards that a look-up found changed by a reader
+    # writes into shards
+    mutations: int  # times that a look-up found a shard that a reader had written into
 
 
 class _Counters:

@@ -36,7 +36,7 @@ class Fetch:
         timeout_s: Longest wait, in seconds.
         may_overflow: Whether shards that find no room may be placed outside the pool.
         keep: Whether they are meant to outlive clears.
-        hands_out: Whether somebody gets the tensors, so that what was written to is fetched again.
+        hands_out: Whether the caller gets the tensors, so that shards that a reader wrote into are fetched again.
         holding: Of the scope that the call is made in.
         prefer: "host": what is not on the device goes to the host tier, and is handed out there.
         expected: What the shards should be, where known.
@@ -314,11 +314,6 @@ class Fetch:
 
     def _combined(self, failures: dict[Hashable, BaseException]) -> Exception:
         """One error for the call; says of which shards a cached copy was dropped."""
-        error = combined(failures, self._num_wanted)
-        if mutated := [key for key in failures if key in self.claim.mutated]:
-            error.args = (
-                f"{error}; cached copies of {names_of(mutated)} were dropped, as a reader had written into "
-                f"them: {REMEDY}",
-                *error.args[1:],
-            )
-        return error
+        mutated = [key for key in failures if key in self.claim.mutated]
+        why = f"; cached copies of {names_of(mutated)} were dropped, as a reader wrote into them: {REMEDY}"
+        return combined(failures, self._num_wanted, why if mutated else "")
