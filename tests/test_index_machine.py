@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gpu_cache.index.entry import Candidate, Claim, Entry, Promise, State
 from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Landing
 from gpu_cache.pool.lease import aliases_of
 
@@ -19,7 +20,7 @@ KEYS = "abcdef"
 NODES = ("n:1", "n:2")
 COUNTERS = (
     "hits", "joined", "misses", "hit_bytes", "joined_bytes", "miss_bytes", "fetch_bytes", "evictions", "evicted_bytes",
-    "cleared", "cleared_bytes", "overflows", "overflow_bytes", "fetch_errors",
+    "cleared", "cleared_bytes", "overflows", "overflow_bytes", "fetch_errors", "mutations",
 )  # fmt: skip
 
 
@@ -27,7 +28,8 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.held: set[int] = set()  # ids of bases
-        self.index = ShardIndex(aliases_of, lambda base: id(base) in self.held)
+        self.index = ShardIndex(aliases_of, lambda base: id(base) in self.held, mutations=Mutations("refetch"))
+        self.written: set[Entry] = set()  # by a reader
         self.standing: dict[str, Entry] = {}  # one for each key, least recently used first
         self.ready: dict[str, int] = {}  # bytes of those that arrived, oldest first
         self.flying: list[Entry] = []
@@ -65,10 +67,27 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         self.awaited.append(entry)
         self.nodes[entry] = ""
 
-    @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1))
-    def claim(self, keys: set[str]) -> None:
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data())
+    def write(self, data: st.DataObject) -> None:
+        entry = self.standing[data.draw(st.sampled_from(sorted(self.ready)))]
+        entry.counted.add_(0)
+        self.written.add(entry)
+
+    def lose_written(self, keys: Iterable[str]) -> dict[str, None]:
+        """A look-up drops those that a reader wrote into."""
+        lost = dict.fromkeys(key for key in keys if self.standing.get(key) in self.written)
+        for key in lost:
+            self.drop(key)
+        self.books["mutations"] += len(lost)
+        return lost
+
+    @rule(keys=st.sets(st.sampled_from(KEYS), min_size=1), hands_out=st.sampled_from([True, True, False]))
+    def claim(self, keys: set[str], hands_out: bool) -> None:
         wanted = sorted(keys)
-        found = self.index.claim(wanted)
+        lost = self.lose_written(wanted) if hands_out else {}
+        found = self.index.claim(wanted, hands_out=hands_out)
+        assert found.mutated == lost
         assert list(found.hits) == [key for key in wanted if key in self.ready]
         assert found.joined == {key: self.standing[key] for key in wanted if key in self.standing.keys() - self.ready}
         assert list(found.claimed) == [key for key in wanted if key not in self.standing]
@@ -90,8 +109,10 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     def claim_what_is_promised(self, key: str, owner: str | None, length: int) -> None:
         promise, there = (torch.uint8, (length,), owner), self.standing.get(key)
         known = self.promises[there] if there is not None else None
-        found = self.index.claim([key], Claim(expected={key: promise}))
         is_other = known is not None and None not in (owner, known[2]) and owner != known[2]
+        if not is_other and self.lose_written([key]):
+            there = None
+        found = self.index.claim([key], Claim(expected={key: promise}))
         if there is None or is_other:
             self.books["misses"] += 1
             assert (found.hits, found.joined, found.refused) == ({}, {}, {})
@@ -117,6 +138,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS))
     def find(self, key: str) -> None:
+        self.lose_written([key])
         found = self.index.find(key)
         assert (found is not None) == (key in self.ready)
         if found is not None:

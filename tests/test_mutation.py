@@ -1,21 +1,30 @@
-"""Readers that write into what they got: others get the original bytes, or what is there if that is all there is."""
+"""Readers that write into what they got: the cache drops the shard, and others get the original bytes."""
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpu_cache import FetchError, TensorCache, TransferError
+from gpu_cache import FetchError, MutatedError, TensorCache, TransferError
 from gpu_cache.device.host import HostDevice
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.mutation import Mutations
+from gpu_cache.pool.block import Landing
+from gpu_cache.pool.lease import aliases_of
+from gpu_cache.transfer.fetch import Fetch
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.interleave_stage import eventually
-from tests.support.mutation_scene import CONFIG, UNSEEN, WRITES, figures, on_host, settle
+from tests.support.mutation_scene import CONFIG, UNSEEN, WRITES, figures, on_host
 from tests.support.sources import DictSource, gated, same_bytes
+
+DROPPED = "cached copies of {} were dropped, as a reader wrote into them: clone a tensor before writing into it"
 
 
 @pytest.fixture(params=["host", "staged host", "fake cuda"])
@@ -24,7 +33,6 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCach
         device = cuda_device(FakeCuda(), tmp_path)
         cache = TensorCache(CONFIG, device=device)
         yield cache
-        settle(cache)
         cache.close()
         assert not device._cuda.violations
     else:
@@ -49,13 +57,13 @@ def test_after_a_write_readers_get_the_original_in_a_block_of_its_own(
     assert torch.equal(written, torch.full((100,), 7.0)), "who holds the old block keeps it"
     assert (fresh.data_ptr() == written.data_ptr(), same.data_ptr() == other.data_ptr()) == (False, True)
     assert source.asked == [["a", "b"], ["a"]]
-    settle(cache)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(
-        "shard 'a' (400 bytes from node-a:1) was written to in place: its bytes are no"
+        "shard 'a' (400 bytes from node-a:1) was written to in place: it is no longer"
     )
     assert "GPU_CACHE_ON_MUTATION" in record.getMessage()
+    written.add_(1)  # its block is not what others get any more
     assert cache.get_many(["a"], source)[0].data_ptr() == fresh.data_ptr()
     assert figures(cache, "mutations", "misses", "hits", "num_entries") == (1, 3, 2, 2)
     assert len(source.asked) == 2
@@ -65,7 +73,6 @@ def test_the_old_block_goes_when_its_last_alias_does(cache: TensorCache, source:
     (written,) = cache.get_many(["a"], source)
     written.add_(1)
     fresh = cache.get_many(["a"], source)
-    settle(cache)
     cache.synchronize()
     assert cache.buffer_stats()["device_bytes"] == 1024
     del written
@@ -92,48 +99,13 @@ def test_what_torch_does_not_count_is_not_seen_without_checksums(
     assert figures(cache, "mutations", "misses") == (0, 1)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.int64], ids=str
-)
-@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (1001,)])
-def test_any_dtype_and_shape_is_compared(cache: TensorCache, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    source = DictSource({"a": torch.zeros(shape).to(dtype), "b": torch.zeros(shape).to(dtype)})
-    first, second = cache.get_many(["a", "b"], source)
-    first.view(-1)[-1:].view(torch.uint8)[-1] = 1
-    second.copy_(second.clone())
-    for got in cache.get_many(["a", "b"], source):
-        assert same_bytes(got, source.tensors["a"])
-    assert figures(cache, "mutations", "misses") == (1, 4)
-
-
-def test_bits_are_compared_not_numbers(cache: TensorCache, caplog: pytest.LogCaptureFixture) -> None:
-    source = DictSource({"nan": torch.full((9,), torch.nan), "zero": torch.zeros(9)})
-    nan, zero = cache.get_many(["nan", "zero"], source)
-    nan.view(torch.int32).add_(0)
-    zero.neg_()
-    cache.get_many(["nan", "zero"], source)
-    assert figures(cache, "mutations") == (1,)
-    assert [record.args[0] for record in caplog.records] == ["zero"]  # type: ignore[index]
-
-
-def test_an_empty_shard_has_nothing_to_change() -> None:
-    cache, source = on_host(), DictSource({"a": torch.empty(0, 3)})
-    cache.get_many(["a"], source)[0].add_(1)
-    assert cache.get_many(["a"], source)[0].shape == (0, 3)
-    assert figures(cache, "mutations") == (0,)
-
-
-def test_a_write_that_changes_nothing_costs_one_fetch_and_no_warning(
-    cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tensor,) = cache.get_many(["a"], source)
-    tensor.add_(0)
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,)])
+def test_a_write_that_changes_nothing_costs_one_fetch(shape: tuple[int, ...]) -> None:
+    cache, source = on_host(), DictSource({"a": torch.ones(shape)})
+    cache.get_many(["a"], source)[0].mul_(1)
     for _ in range(3):
         assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
-    tensor.add_(0)  # its block is not what others get any more
-    cache.get_many(["a"], source)
-    assert figures(cache, "mutations", "misses", "hits") == (0, 2, 3)
-    assert not caplog.records
+    assert figures(cache, "mutations", "misses", "hits") == (1, 2, 2)
 
 
 def test_gradients_from_a_shard_are_no_write(cache: TensorCache, source: DictSource) -> None:
@@ -152,20 +124,30 @@ def test_a_source_that_has_another_tensor_by_now_is_believed(cache: TensorCache,
     cache.get_many(["a"], source)[0].add_(1)
     source.tensors = {"a": torch.arange(5)}
     assert same_bytes(cache.get_many(["a"], source)[0], torch.arange(5))
-    assert figures(cache, "mutations") == (1,)
 
 
-def test_what_is_kept_stays_kept(cache: TensorCache, source: DictSource) -> None:
-    cache.get_many(["a"], source, keep=True)[0].add_(1)
-    cache.get_many(["a"], source)
-    del source.tensors["a"]
-    cache.get_many(["a"], source)[0].add_(1)
-    cache.get_many(["a"], source)  # in vain
+def test_a_shard_is_kept_if_the_call_that_fetches_it_again_says_so(cache: TensorCache, source: DictSource) -> None:
+    for _ in range(2):
+        cache.get_many(["a"], source, keep=True)[0].add_(1)
+    cache.get_many(["a"], source, keep=True)
     for _ in range(3):
         cache.get_many(["b"], source)
         cache.clear(["b"])
     assert cache.entries()[0].clears_survived == 3
-    assert figures(cache, "outlived_entries") == (0,)
+    assert figures(cache, "outlived_entries", "mutations") == (0, 2)
+
+
+def test_a_shard_belongs_to_the_scope_that_fetched_it_again(cache: TensorCache, source: DictSource) -> None:
+    with cache.scope("outer") as outer:
+        written, harmless = cache.get_many(["a", "b"], source)
+        with cache.scope("inner") as inner:
+            written.add_(1)
+            cache.get_many(["a", "b"], source)
+            assert (inner.keys(), outer.keys()) == (["a"], ["b"])
+        assert cache.keys() == ["b"]
+        harmless.add_(1)
+        cache.get_many(["b"], source)
+    assert not cache.keys()
 
 
 def test_a_prefetch_looks_at_no_versions(cache: TensorCache, source: DictSource) -> None:
@@ -182,115 +164,157 @@ def test_a_full_pool_gives_the_original_all_the_same() -> None:
     held[0].zero_()
     held[5].zero_()
     assert all(map(same_bytes, cache.get_many(list(tensors), source), tensors.values()))
-    assert figures(cache, "mutations", "overflows") == (2, 2)
-
-
-def test_a_comparison_that_the_device_refuses_is_told(
-    source: DictSource, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise torch.OutOfMemoryError("no memory for the result")
-
-    cache = on_host()
-    cache.get_many(["a"], source)[0].add_(1)
-    monkeypatch.setattr(HostDevice, "compare_async", refuse)
-    assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
-    assert figures(cache, "mutations") == (0,)
-    assert "whether bytes changed is not known (no memory for the result)" in caplog.text
-
-
-def test_long_shards_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_cache.device.bitwise._PIECE_BYTES", 64)
-    for at in (0, 63, 64, 199, 200, 202):
-        cache, source = on_host(), DictSource({"a": torch.zeros(203, dtype=torch.uint8)})
-        cache.get_many(["a"], source)[0][at] = 1
-        cache.get_many(["a"], source)
-        assert figures(cache, "mutations") == (1,), at
+    assert figures(cache, "mutations", "overflows", "num_entries") == (2, 2, 6)
 
 
 # Not to be had again.
 
 
-def test_what_its_owner_has_no_more_is_handed_out_as_it_is_and_told_once(
-    cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_error_says_that_a_written_copy_was_dropped(cache: TensorCache, source: DictSource) -> None:
     (written,) = cache.get_many(["a"], source)
-    del source.tensors["a"]
+    original = source.tensors.pop("a")  # type: ignore[attr-defined]
     written.fill_(7)
-    got = [cache.get_many(["a", "b"], source)[0] for _ in range(3)]
-    assert {one.data_ptr() for one in got} == {written.data_ptr()}
-    assert source.asked == [["a"], ["a", "b"]]
-    (record,) = caplog.records
-    assert "could not be fetched again (shard a is not at node-a:1): what is there is handed out" in record.getMessage()
-    assert figures(cache, "mutations", "fetch_errors", "misses", "hits", "num_entries") == (1, 1, 3, 4, 2)
-    assert figures(cache, "requested_bytes", "fetch_bytes") == (7 * 400, 2 * 400), "what was handed out, and what came"
-    written.add_(1)
-    cache.get_many(["a"], source)
-    assert len(source.asked) == 3, "another write is another question"
+    with pytest.raises(FetchError, match="shard a is not at node-a:1 .*" + DROPPED.format("'a'")) as caught:
+        cache.get_many(["a", "b"], source)
+    assert caught.value.failures.keys() == {"a"}
+    with pytest.raises(FetchError, match=r"'a'; the others are cached]$"):
+        cache.get_many(["a"], source)  # that was said
+    assert cache.get_many(["a"], source, on_error="none") == [None]
+    source.tensors["a"] = original  # type: ignore[index]
+    assert same_bytes(cache.get_many(["a"], source)[0], original)
+    assert figures(cache, "mutations", "fetch_errors", "misses", "hits") == (1, 3, 6, 0)
+    assert figures(cache, "num_entries", "total_bytes") == (2, 800)
 
 
-def test_an_owner_that_hangs_ends_in_what_is_there(cache: TensorCache, source: DictSource) -> None:
-    (written,) = cache.get_many(["a"], source)
-    written.fill_(7)
+def test_an_owner_that_hangs_is_waited_for_no_longer(cache: TensorCache, source: DictSource) -> None:
+    cache.get_many(["a"], source)[0].fill_(7)
     readers = gated(source)
-    (got,) = cache.get_many(["a"], source, timeout_s=0.05)
-    assert got.data_ptr() == written.data_ptr()
+    with pytest.raises(FetchError, match="not here within 0.1 s .*" + DROPPED.format("'a'")):
+        cache.get_many(["a"], source, timeout_s=0.05)
     readers[0].gate.set()
     eventually(lambda: not cache._lazy.tasks)
-    assert cache.get_many(["a"], source)[0].data_ptr() == written.data_ptr(), "what came late changes nothing"
-    assert figures(cache, "mutations", "num_entries") == (1, 1)
+    assert figures(cache, "mutations", "num_entries", "fetch_errors") == (1, 0, 1)
 
 
 def test_others_that_fail_beside_it_fail_as_ever(cache: TensorCache, source: DictSource) -> None:
     cache.get_many(["a"], source)[0].add_(1)
-    with pytest.raises(FetchError, match="1 of 2 shards failed: 'z'"):
+    with pytest.raises(FetchError, match=r"1 of 2 shards failed: 'z'; the others are cached]$"):
         cache.get_many(["a", "z"], source)
     assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
     assert figures(cache, "mutations", "fetch_errors", "misses", "hits") == (1, 1, 3, 1)
 
 
-def test_what_was_put_has_no_source(cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture) -> None:
-    cache.put("a", torch.arange(5))
-    for writes in (1, 2):
-        cache.get_many(["a"], source)[0].add_(1)
-        for _ in range(2):
-            assert torch.equal(cache.get_many(["a"], source)[0], torch.arange(5) + writes)
-    assert figures(cache, "mutations", "misses") == (2, 0)
-    assert not source.asked
+def test_a_call_that_tries_again_drops_what_was_written_meanwhile(
+    cache: TensorCache, source: DictSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first look-up joins a fetch that fails; before its second one another call fetches that shard, and writes."""
+    cache.get_many(["a"], source)[0].add_(1)
+    readers = gated(source)
+    failing = cache.prefetch(["b"], source)
+    source.wrap = lambda reader: reader
+    keep_arrived, wait = Fetch.keep_arrived, Fetch.wait
+
+    def let_it_fail(fetch: Fetch) -> None:
+        monkeypatch.setattr(Fetch, "wait", wait)
+        readers[0].after_gate = lambda: (_ for _ in ()).throw(FetchError("the connection broke"))
+        readers[0].gate.set()
+        fetch.wait()
+
+    def keep_and_write(fetch: Fetch) -> None:
+        monkeypatch.setattr(Fetch, "keep_arrived", keep_arrived)
+        fetch.keep_arrived()
+        cache.get_many(["b"], source)[0].zero_()
+
+    monkeypatch.setattr(Fetch, "wait", let_it_fail)
+    monkeypatch.setattr(Fetch, "keep_arrived", keep_and_write)
+    first, second = cache.get_many(["a", "b"], source)
+    assert same_bytes(first, source.tensors["a"])
+    assert same_bytes(second, source.tensors["b"])
+    assert isinstance(failing.exception(5), FetchError)
+    assert source.asked == [["a"], ["b"], ["a"], ["b"], ["b"]]
+    assert figures(cache, "mutations", "joined", "misses", "num_entries") == (2, 1, 5, 2)
+
+
+def test_a_written_put_is_asked_of_the_calls_source(
+    cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    for key in "ap":
+        cache.put(key, torch.arange(5))
+        cache.get_many([key], source)[0].add_(1)
+    assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
+    with pytest.raises(FetchError, match="shard p is not at node-a:1 .*" + DROPPED.format("'p'")):
+        cache.get_many(["p"], source)
+    assert cache.put("p", torch.arange(5))
+    assert same_bytes(cache.get_many(["p"], source)[0], torch.arange(5))
+    assert figures(cache, "mutations", "misses", "hits") == (2, 2, 3)
     (record,) = caplog.records
     assert "shard 'a' (40 bytes from this process)" in record.getMessage()
-    assert "it was put, and has no source" in record.getMessage()
 
 
-def test_get_hands_out_what_is_there_and_says_so(
+def test_get_of_a_written_shard_is_a_miss(
     cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.put("p", torch.arange(5))
-    cache.get_many(["a"], source)[0].fill_(7)
-    for _ in range(2):
-        got = cache.get("a")
-        assert got is not None
-        assert torch.equal(got, torch.full((100,), 7.0))
-    assert "`get` has no source" in caplog.records[0].getMessage()
-    assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"]), "who can fetch it still does"
-    for _ in range(2):
-        cache.get("p").add_(1)  # type: ignore[union-attr]
-    assert figures(cache, "mutations") == (2,), "one by one that put, of which the second nobody has met; one by a"
+    got = cache.get("p")
+    assert got is not None
+    got.add_(1)
+    assert cache.get("p") is None
+    assert "p" not in cache
+    assert "shard 'p'" in caplog.text
+    assert cache.put("p", torch.arange(5)), "it may be put again"
+    assert figures(cache, "mutations", "misses", "requested") == (1, 0, 0)
 
 
 def test_a_capture_is_told_that_it_cannot_be_fetched(tmp_path: Path, source: DictSource) -> None:
     cuda = FakeCuda()
     device = cuda_device(cuda, tmp_path)
     cache = TensorCache(CONFIG, device=device)
-    written, _ = cache.get_many(["a", "b"], source)
+    written, other = cache.get_many(["a", "b"], source)
     written.add_(1)
+    other.add_(1)
     with cuda.capture(device.new_stream()):
-        cache.get_many(["b"], source)
         with pytest.raises(
-            TransferError, match=r"cannot fetch 'a' \(it was written to in place since it came\) \(1 in"
+            TransferError, match=r"cannot fetch 'a' \(it was written to in place since it came\) \(2 in"
         ):
-            cache.get_many(["b", "a"], source)
-        assert cache.get("a") is not None
+            cache.get_many(["a", "b"], source)
+        assert cache.keys() == ["a", "b"], "a refused call drops nothing"
+        assert cache.get("b") is None
     assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
-    settle(cache)
+    assert figures(cache, "mutations", "misses") == (2, 3)
     cache.close()
+
+
+# What is left of it.
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_a_dropped_block_dies_outside_the_lock(claims: bool) -> None:
+    index = ShardIndex(aliases_of, lambda base: False, mutations=Mutations("refetch"))
+    entry = index.reserve("a")
+    assert entry is not None
+    base = torch.zeros(4)
+    index.publish([(entry, Landing("a", base, None, 16))], "n:1", None)
+    base.add_(1)
+    deaths: list[bool] = []
+    weakref.finalize(base, lambda: deaths.append(index._lock.locked()))
+    del base, entry
+    _ = index.claim(["a"]) if claims else index.find("a")
+    assert deaths == [False]
+
+
+def test_an_error_that_is_kept_keeps_no_block(source: DictSource) -> None:
+    cache = on_host(on_mutation="error")
+    cache.get_many(["a"], source)[0].fill_(7)
+    caught = []
+    gc.disable()
+    try:
+        for ask in (lambda: cache.get_many(["a"], source), lambda: cache.get("a")):
+            with pytest.raises(MutatedError) as info:
+                ask()
+            caught.append(info.value)
+        cache.clear()
+        cache.synchronize()
+        assert cache.buffer_stats()["device_bytes"] == 0
+    finally:
+        gc.enable()
+    assert len(caught) == 2

@@ -13,7 +13,6 @@ import torch
 from gpu_cache import CacheFullError, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.pool.block import Range
-from gpu_cache.pool.slab import SlabPool
 from tests.support.interleave_actors import in_background
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, gated, same_bytes
@@ -260,25 +259,31 @@ def test_a_prefetch_brings_what_there_is_room_for(staged: TensorCache, source: D
     assert len(held) == 4
 
 
-def test_a_comparison_takes_no_more_of_the_device(staged: TensorCache, source: DictSource) -> None:
-    (written,) = staged.get_many(["a1"], source, prefer="host")
-    written.zero_()
-    assert same_bytes(staged.get_many(["a1"], source, prefer="host")[0], SHARDS["a1"])
-    staged.synchronize()
-    stats = staged.buffer_stats()
-    assert (stats["mutations"], stats["device_reserved_bytes"]) == (1, 0)
+@pytest.mark.parametrize("prefers", ["device", "host"])
+def test_a_write_while_it_is_copied_is_seen_by_the_next_call(source: DictSource, prefers: str) -> None:
+    device = SimDevice()
+    cache = TensorCache(CONFIG, device=device)
+    (held,) = cache.get_many(["a1"], source, prefer="host")
+    device.adversary.begin()
+    assert cache.prefetch(["a1"], source).result(10) == 1
+    held.zero_()
+    (fresh,) = cache.get_many(["a1"], source, prefer=prefers)  # type: ignore[call-overload]
+    device.finish()
+    assert device.faults == []
+    assert source.asked == [["a1"], ["a1"]]
+    assert is_in(prefers, cache, [fresh])
+    assert cache._index.report()["host_entries"] == int(prefers == "host")
+    assert cache.buffer_stats()["mutations"] == 1
 
 
-def test_what_cannot_be_compared_is_said_to_be_unknown(
-    staged: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (written,) = staged.get_many(["a1"], source, prefer="host")
-    written.zero_()
-    monkeypatch.setattr(SlabPool, "take_free", lambda pool, nbytes: None)
-    assert same_bytes(staged.get_many(["a1"], source)[0], SHARDS["a1"])
-    staged.synchronize()
-    assert "no free range for 2,000 bytes to be compared in" in caplog.text
-    assert staged.buffer_stats()["mutations"] == 0
+def test_a_written_shard_is_not_copied_back(staged: TensorCache, source: DictSource) -> None:
+    """Nor what a prefetch makes of it, which hands nothing out and looks at no versions."""
+    (held,) = staged.get_many(["b1"], source, prefer="host")
+    held.zero_()
+    del held
+    assert staged.prefetch(["b1"], source).result(10) == 1
+    assert same_bytes(staged.get_many(["b1"], source)[0], SHARDS["b1"])
+    assert (parked(staged), staged.buffer_stats()["mutations"]) == (set(), 1)
 
 
 def test_a_forked_child_may_read_what_the_host_cached_for_itself(source: DictSource) -> None:

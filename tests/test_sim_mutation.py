@@ -1,21 +1,21 @@
-"""Refetches on the simulated device: compared behind the copies and the writes, whatever the streams do meanwhile."""
+"""Writes into shards on the simulated device: refetches wait for no writer, and written bytes are reused behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from gpu_cache.transfer.comparison import Comparisons
 
 from gpu_cache.config import ReadyMode
+from gpu_cache.errors import TransferError
+from tests.support.sim_accounts import check_accounts, check_lookups
+from tests.support.sim_mutant import Mutant
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
-from tests.support.sim_shards import Held, contents
+from tests.support.sim_shards import Held
 from tests.support.sim_streams import SimStream
 from tests.support.sim_world import World
 
-KEY = "shard-7"
-MUTANTS = {mutant.title: mutant for mutant in MUTATION_MUTANTS}
+KEY = "shard-7"  # of 4,096 bytes
 
 
 @pytest.fixture
@@ -27,112 +27,67 @@ def world() -> Iterator[World]:
     yield made
     made.device.finish()
     made.cache.synchronize()
+    check_accounts(made.cache, is_fetching=False, is_over=False)
+    check_lookups(made.cache, made.ledger)
     made.close()
 
 
-def written(world: World, stream: SimStream, *, changes: bool = True) -> Held:
+def written(world: World, stream: SimStream) -> Held:
     """The shard, into which a kernel is to write that has not run yet."""
     (held,) = world.held
-    values = held.expected + int(changes)
+    values = held.expected + 1
     world.device.write(stream, held.tensor, values)
     held.expected, held.streams = values, [stream]
     return held
 
 
-def look(world: World) -> None:
-    """As each call does, and the reaper."""
-    assert world.cache._engine is not None
-    world.cache._engine.drain()
-
-
-def mutations(world: World) -> int:
-    return world.cache.buffer_stats()["mutations"]
-
-
 @pytest.mark.parametrize("ready", ["host", "stream"])
-@pytest.mark.parametrize("changes", [True, False])
-def test_a_comparison_waits_for_copies_and_writes_and_nobody_for_it(
-    world: World, ready: ReadyMode, changes: bool
-) -> None:
+def test_a_reader_gets_the_original_and_waits_for_no_writer(world: World, ready: ReadyMode) -> None:
     writer, reader = world.streams[1:3]
-    held = written(world, writer, changes=changes)
+    held = written(world, writer)
     world.get([KEY], ready, reader)
     assert writer.queue, "the write has yet to run"
     fresh = world.held[-1]
     assert fresh.tensor.data_ptr() != held.tensor.data_ptr()
     for one in (held, fresh):
-        assert one.streams is None or one.streams in ([writer], [reader])
         world.device.kernel((one.streams or [reader])[0], one.tensor, one.expected)
-    look(world)
-    assert mutations(world) == 0, "it is not known yet"
     world.device.finish()
-    look(world)
-    assert mutations(world) == changes
     assert not world.device.faults
+    assert world.cache.buffer_stats()["mutations"] == 1
 
 
-def test_blocks_are_kept_until_they_are_compared(world: World) -> None:
+def test_written_bytes_are_reused_behind_the_writer(world: World) -> None:
     written(world, world.streams[1])
     world.held.clear()
     world.get([KEY], "stream", world.streams[2])
     world.held.clear()
     world.cache.clear()
-    assert world.cache.buffer_stats()["device_bytes"] == 2 * 4096
+    engine = world.cache._engine
+    assert engine is not None
+    engine.drain()
+    assert engine.pool.accounts()["quarantined"] == 2 * 4096, "a kernel has yet to write there, and a copy"
     world.device.finish()
     world.cache.synchronize()
-    assert (world.cache.buffer_stats()["device_bytes"], mutations(world)) == (0, 1)
+    assert world.cache.buffer_stats()["device_bytes"] == 0
     assert not world.device.faults
 
 
-def test_while_a_graph_is_captured_a_comparison_is_put_off(world: World) -> None:
+def test_a_capture_is_refused_and_drops_nothing(world: World) -> None:
     written(world, world.streams[1])
     world.device.captured = world.streams[3]
+    with world.device.stream(world.streams[3]), pytest.raises(TransferError, match="written to in place"):
+        world.cache.get_many([KEY], world.source)
+    assert KEY in world.cache
     world.get([KEY], "host", world.streams[2])
-    world.device.finish()
-    look(world)
-    assert mutations(world) == 0
     world.device.captured = None
-    look(world)
     world.device.finish()
-    look(world)
-    assert mutations(world) == 1
     assert not world.device.faults
 
 
-def test_a_refused_comparison_leaves_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    written(world, world.streams[1])
-    world.device.refuse("compare", 1)
-    world.get([KEY], "host", world.streams[2])
-    assert "whether bytes changed is not known" in caplog.text
-    world.held.clear()
-    world.device.finish()
-    world.cache.synchronize()
-    assert world.cache.buffer_stats()["device_bytes"] == 4096
-
-
-@pytest.mark.parametrize("title", ["a comparison that waits for nothing", "a comparison before the writes are done"])
-def test_a_comparison_that_comes_too_early_is_a_race(world: World, title: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutant = MUTANTS[title]
-    assert mutant.owner is Comparisons
-    calls: list[Any] = []
-    monkeypatch.setattr(mutant.owner, mutant.name, mutant.replacement(calls))
-    written(world, world.streams[1])
-    world.get([KEY], "stream", world.streams[2])
-    world.device.finish()
-    assert calls
-    assert any("race at" in fault and "comparison" in fault for fault in world.device.faults)
-
-
-def test_a_comparison_that_does_not_wait_for_the_copy_is_a_race(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a writer that is done, only the copy is left to be waited for."""
-    mutant = MUTANTS["a comparison that waits for nothing"]
+@pytest.mark.parametrize("mutant", MUTATION_MUTANTS, ids=lambda mutant: mutant.title)
+def test_a_write_that_is_overlooked_is_seen(world: World, mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutant.owner, mutant.name, mutant.replacement([]))
-    written(world, world.streams[1])
-    world.device.synchronize_all()
-    world.get([KEY], "stream", world.streams[2])
-    world.device.finish()
-    assert any("race at" in fault and "copy" in fault for fault in world.device.faults)
-
-
-def test_the_shard_is_long_enough_to_tell() -> None:
-    assert len(contents()[KEY]) == 4096
+    world.get(["shard-6"], "host", world.streams[0])
+    world.write(world.held[0])
+    with pytest.raises(AssertionError, match="was written to, and is handed out"):
+        world.get(["shard-6", KEY], "host", world.streams[2])

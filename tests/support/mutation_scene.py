@@ -9,7 +9,6 @@ import torch
 
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.device.host import HostDevice
-from tests.support.fake_cuda import FakeCuda
 
 SETTINGS: dict[str, Any] = {
     "slab_bytes": "2MiB", "pool_bytes": "8MiB", "prealloc_bytes": 0, "staging_slots": 2, "staging_slot_bytes": "256KiB",
@@ -39,19 +38,8 @@ def step(x: torch.Tensor, *, fused: bool) -> None:
     torch.optim.SGD([weights], lr=1.0, fused=fused).step()
 
 
-def settle(cache: TensorCache) -> None:
-    """Until every comparison was told, as the reaper would."""
-    engine = cache._engine
-    assert engine is not None
-    while engine.comparisons.is_busy:
-        if isinstance(cuda := getattr(engine.device, "_cuda", None), FakeCuda):
-            cuda.advance()
-        engine.drain()
-
-
 def figures(cache: TensorCache, *names: str) -> tuple[int, ...]:
     """Counters, after a look at whether all look-ups are accounted for."""
-    settle(cache)
     stats: dict[str, Any] = dict(cache.buffer_stats())
     for suffix in ("", "_bytes"):
         kinds = ("hits", "joined", "misses") if not suffix else ("hit_bytes", "joined_bytes", "miss_bytes")

@@ -75,8 +75,7 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
             _agree(_places(engine.tier.pool), parked, "where each byte of the tier is, and the sums kept of it", parked)
         accounts = {place: number + parked[place] for place, number in accounts.items()}
     if not is_fetching:
-        compared = sum(room.nbytes for one in engine.comparisons._open for room in one.copies)
-        _agree(accounts["pending"], compared, "pending, and no fetch under way, but comparisons", accounts)
+        _agree(accounts["pending"], 0, "pending, and no fetch under way", accounts)
         _agree(len(index), len(index._entries), "READY entries, and all", index)
         _agree(engine.staging.stats()["pinned_bytes"], 0, "slots in use, and no fetch under way", engine.staging)
     if is_over:

@@ -196,22 +196,6 @@ class SimDevice(SimHost):
         for dst, src in pairs:
             self.copy_async(dst, src, stream)
 
-    def compare_async(self, left: torch.Tensor, right: torch.Tensor, stream: SimStream) -> Callable[[], bool]:
-        assert left.numel() == right.numel()
-        self._refuse("compare", torch.OutOfMemoryError)
-        places, nbytes, results = [self._find(one) for one in (left, right) if len(one)], left.numel(), [False]
-
-        def compare(at: SimStream) -> None:
-            touch = Touch(at.name, at.clock[at.name], "a comparison")
-            for region, begin in places:
-                self._note(region.read(begin, nbytes, touch, at.clock))
-            one, other = (region.memory[begin : begin + nbytes] for region, begin in places)
-            results[0] = not np.array_equal(one, other)
-
-        if nbytes:
-            self._enqueue(stream, compare)
-        return lambda: results[0]
-
     def write(self, stream: SimStream, tensor: torch.Tensor, values: np.ndarray) -> None:
         """Enqueue a kernel that writes into a contiguous tensor in place, which torch counts at once."""
         tensor.add_(0)

@@ -80,7 +80,6 @@ class Program:
         finally:
             self.trace.append(world.words)
         world.device.adversary.begin()
-        world.know_written()
         assert not world.device.faults, "\n".join(world.device.faults[:5])
         check_accounts(world.cache, is_fetching=world.flight is not None, is_over=False)
         check_lookups(world.cache, world.ledger)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec
-from gpu_cache.index.entry import Entry
 from tests.support.sim_streams import SimStream
 from tests.support.sources import GatedReader
 
@@ -40,35 +38,6 @@ class Held:
     streams: list[SimStream] | None
     what: str
     recorded: set[SimStream] = dataclasses.field(default_factory=set)  # those that the cache was told of
-
-
-@dataclasses.dataclass(eq=False)
-class Written:
-    """A cached block that a consumer wrote into.
-
-    Attributes:
-        base: Of the entry; dies with it, and then nobody gets the block any more.
-        stream: Where; None: the host did, when nothing was under way.
-        lineage: Of the entry, which may have been copied to another place since.
-        is_known: Whether it was found that nobody has the original, so that it is handed out without a question.
-    """
-
-    base: weakref.ref[torch.Tensor]
-    values: np.ndarray
-    stream: SimStream | None
-    lineage: int
-    is_known: bool = False
-
-    def is_in(self, tensor: torch.Tensor, entry: Entry | None) -> bool:
-        """Whether a tensor of the key, whose entry this is, is of that block, or of a copy that nobody doubts."""
-        if (base := self.base()) is not None and base.data_ptr() == tensor.data_ptr():
-            return True
-        return entry is not None and lineage_of(entry) == self.lineage and entry.is_accepted
-
-
-def lineage_of(entry: Entry) -> int:
-    """What its generations have in common."""
-    return entry.lineage or entry.generation
 
 
 @dataclasses.dataclass(eq=False)

@@ -51,8 +51,8 @@ def share(world: World) -> None:
 def get_one(world: World) -> None:
     key = world.choices.choice(list(contents()))
     world.say(key)
-    is_parked, num_refused = world.cache._index.is_parked(key), world.device.num_refused
-    asked = [key] if is_parked else []
+    is_changed, num_refused = bool(world.changed([key])), world.device.num_refused
+    asked = [key] if world.cache._index.is_parked(key) and not is_changed else []
     try:
         world.ledger.ask(asked)
         with world.ledger.receiving(asked):
@@ -62,8 +62,9 @@ def get_one(world: World) -> None:
             raise
         world.say("refused")
         return
+    assert found is None or not is_changed, f"{key} was written to, and is handed out"
     if found is not None:
-        world.hold(key, found, None, may_be_written=True)
+        world.hold(key, found, None)
 
 
 @_step(4)
@@ -101,14 +102,13 @@ def get_late(world: World) -> None:
     """A fetch that is given up while its reader receives."""
     world.land()
     keys, prefer = world.some_keys(), world.some_place()
-    changed = world.changed(keys)  # these are handed out as they are
     world.say(names(keys))
     world.ledger.ask(keys)
     with world.wrapped(LateReader) as readers, contextlib.suppress(FetchError), world.ledger.receiving(keys):
         world.cache.get_many(keys, world.source, timeout_s=0, prefer=prefer)
     world.await_moves()
     if readers:
-        late = {key for key in readers[0].keys if contents()[key].numel() and key not in changed}
+        late = {key for key in readers[0].keys if contents()[key].numel()}
         if futures := [task.done for task in list(world.cache._lazy.tasks)]:  # else there were empty shards only
             world.fly(Flight(futures[0], readers[0], [], set(), late))
 

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gpu_cache.index.entry import Candidate
+from gpu_cache.index.entry import Candidate, Entry
+from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.room import RoomMaker
 from gpu_cache.pool.block import Range
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.fence import StreamFence
@@ -48,3 +50,21 @@ def _unfenced_back(original: Any, self: HostTier, device: Any, *args: Any) -> No
 @_mutant("handed out on the host before the copy out ran", Fetch, "host_completions")
 def _early_on_host(original: Any, self: Fetch) -> Any:
     return ()
+
+
+def _overlook_writes(entry: Entry) -> None:
+    if (counted := entry.place.counted) is not None:
+        entry.place.version = counted._version
+
+
+@_mutant("a written shard that goes to the host tier", RoomMaker, "_evict")
+def _parked_as_written(original: Any, self: RoomMaker, victims: list[Candidate], *, held: bool = False) -> Any:
+    for one in victims:
+        _overlook_writes(one.entry)
+    return original(self, victims, held=held)
+
+
+@_mutant("a copy of a written shard of the tier that is cached", ShardIndex, "_can_leave_locked")
+def _cached_as_written(original: Any, self: ShardIndex, resident: Entry) -> Any:
+    _overlook_writes(resident)
+    return original(self, resident)

@@ -19,7 +19,7 @@ from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
 from tests.support.sim_script import Choices, Step
-from tests.support.sim_shards import Flight, Held, Written, contents, lineage_of
+from tests.support.sim_shards import Flight, Held, contents
 from tests.support.sim_streams import SimStream
 from tests.support.sources import DictSource, GatedReader
 
@@ -50,7 +50,7 @@ class World:
         self.streams = [*self.device.pooled, self.device.new_stream()]  # the last is not torch's
         self.held: list[Held] = []
         self.flight: Flight | None = None
-        self.written: dict[Hashable, Written] = {}
+        self.written: dict[Hashable, weakref.ref[torch.Tensor]] = {}  # bases of entries that a reader wrote into
         self.ledger = Ledger()
         self.choices, self.words = Choices(), ""
         self._capture_left = 0
@@ -130,8 +130,7 @@ class World:
             return False
         for key, tensor in zip(keys, tensors, strict=True):
             is_ready = ready == "host" or self.is_on_host(tensor)
-            self.hold(key, tensor, None if is_ready else [stream], num_refused < self.device.num_refused)
-        self.know_written()
+            self.hold(key, tensor, None if is_ready else [stream])
         return True
 
     def make_way(self, keys: list[Hashable]) -> None:
@@ -141,31 +140,18 @@ class World:
         if self.flight is not None:
             self.flight.cleared.difference_update(keys)
 
-    def hold(
-        self, key: Hashable, tensor: torch.Tensor, streams: list[SimStream] | None, may_be_written: bool = False
-    ) -> None:
-        """Keep what was handed out; only who could not fetch may have been given what somebody wrote into."""
+    def hold(self, key: Hashable, tensor: torch.Tensor, streams: list[SimStream] | None) -> None:
+        """Keep what was handed out: the original bytes, whatever readers wrote before."""
         while len(self.held) >= _MAX_HELD:
             self.held.pop(0)
-        expected = contents()[key].numpy()
-        written, entry = self.written.get(key), self.cache._index._entries.get(key)
-        if written is not None and written.is_in(tensor, entry):
-            was_put = entry is not None and not entry.is_fetch
-            assert may_be_written or written.is_known or was_put, f"{key} was written to, and is handed out"
-            expected, streams = written.values, streams if written.stream is None else [written.stream]
-        self.held.append(Held(tensor, expected, streams, str(key)))
-
-    def know_written(self) -> None:
-        """Of those whose version is remembered, nobody has the original."""
-        for key, written in self.written.items():
-            entry = self.cache._index._entries.get(key)
-            is_there = entry is not None and entry.place.base is not None and written.is_in(entry.place.base, entry)
-            written.is_known = is_there and entry is not None and not entry.is_changed
+        base = written() if (written := self.written.get(key)) is not None else None
+        assert base is None or base.data_ptr() != tensor.data_ptr(), f"{key} was written to, and is handed out"
+        self.held.append(Held(tensor, contents()[key].numpy(), streams, str(key)))
 
     def changed(self, keys: Iterable[Hashable]) -> set[Hashable]:
-        """Those that a call with a source will fetch again."""
+        """Those that the next call drops."""
         entries = self.cache._index._entries
-        return {key for key in keys if (entry := entries.get(key)) and entry.is_changed and entry.is_fetch}
+        return {key for key in keys if (entry := entries.get(key)) and entry.is_changed}
 
     def write(self, held: Held) -> None:
         """Break the rules, when nobody else is at work: write on one stream, and let others read only there."""
@@ -181,10 +167,7 @@ class World:
                 other.streams = None if stream is None else [stream]
         entry = self.cache._index._entries.get(held.what)
         if entry is not None and (base := entry.place.base) is not None and base.data_ptr() == block:
-            before = self.written.get(held.what)
-            known = before.values if before and before.is_in(base, entry) else contents()[held.what].numpy()
-            values = _overwritten(known, begin, values)
-            self.written[held.what] = Written(weakref.ref(base), values, stream, lineage_of(entry))
+            self.written[held.what] = weakref.ref(base)
 
     def _overwrite(self, held: Held, values: np.ndarray) -> SimStream | None:
         """Enqueue a kernel that does, and tell of its stream; the host does it at once, where it can: None."""
