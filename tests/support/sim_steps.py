@@ -125,14 +125,14 @@ def get_captured(world: World) -> None:
     on_device = [key for key in cached if not world.cache._index.is_parked(key)]
     is_cached = set(keys) <= set(cached if prefer == "host" else on_device)
     is_cached = is_cached and not world.changed(keys)
+    keep = world.choices.happens(50)  # which is not the quick way of plain hits, and frees what can be freed
     world.say(names(keys))
     if is_cached:
         world.ledger.ask(keys)
     received = world.ledger.receiving(keys if is_cached else ())
     try:
         with world.device.stream(stream), received:
-            world.cache.clear(["nobody's"])  # drops nothing, and would free what it can; hits do not try
-            tensors = world.cache.get_many(keys, world.source, prefer=prefer)
+            tensors = world.cache.get_many(keys, world.source, prefer=prefer, keep=keep)
     except TransferError:
         world.say("refused")
         return
@@ -192,11 +192,18 @@ def read(world: World) -> None:
 @_step(4)
 def write(world: World) -> None:
     """Write into a tensor in place, as nobody should."""
-    held = world.any_held()
-    if held is not None and len(held.expected) and world.device.captured is None:
-        world.write(held)
-        if world.choices.happens(60):  # before the device has got on
-            world.get([held.what], world.choices.choice(("host", "stream")), world.choices.choice(world.open_streams))
+    held, choices = world.any_held(), world.choices
+    if held is None or not len(held.expected) or world.device.captured is not None:
+        return
+    world.write(held)
+    key, held = held.what, None
+    if world.config.host_tier_bytes and choices.happens(40):
+        world.say("and let go before an offload")
+        world.held = [one for one in world.held if one.what != key]
+        world.cache.offload()
+        world.cache.resume()
+    if choices.happens(60):  # before the device has got on
+        world.get([key], choices.choice(("host", "stream")), choices.choice(world.open_streams))
 
 
 @_step(5)

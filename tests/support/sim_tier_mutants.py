@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from gpu_cache.index.entry import Candidate, Entry
-from gpu_cache.index.index import ShardIndex
+from gpu_cache.index.entry import Candidate
 from gpu_cache.index.room import RoomMaker
 from gpu_cache.pool.block import Range
 from gpu_cache.pool.completion import Completion
@@ -52,19 +51,9 @@ def _early_on_host(original: Any, self: Fetch) -> Any:
     return ()
 
 
-def _overlook_writes(entry: Entry) -> None:
-    if (counted := entry.place.counted) is not None:
-        entry.place.version = counted._version
-
-
 @_mutant("a written shard that goes to the host tier", RoomMaker, "_evict")
 def _parked_as_written(original: Any, self: RoomMaker, victims: list[Candidate], *, held: bool = False) -> Any:
-    for one in victims:
-        _overlook_writes(one.entry)
+    for entry in (one.entry for one in victims):
+        if (counted := entry.place.counted) is not None:
+            entry.place.version = counted._version
     return original(self, victims, held=held)
-
-
-@_mutant("a copy of a written shard of the tier that is cached", ShardIndex, "_can_leave_locked")
-def _cached_as_written(original: Any, self: ShardIndex, resident: Entry) -> Any:
-    _overlook_writes(resident)
-    return original(self, resident)
