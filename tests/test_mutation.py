@@ -137,19 +137,6 @@ def test_a_shard_is_kept_if_the_call_that_fetches_it_again_says_so(cache: Tensor
     assert figures(cache, "outlived_entries", "mutations") == (0, 2)
 
 
-def test_a_shard_belongs_to_the_scope_that_fetched_it_again(cache: TensorCache, source: DictSource) -> None:
-    with cache.scope("outer") as outer:
-        written, harmless = cache.get_many(["a", "b"], source)
-        with cache.scope("inner") as inner:
-            written.add_(1)
-            cache.get_many(["a", "b"], source)
-            assert (inner.keys(), outer.keys()) == (["a"], ["b"])
-        assert cache.keys() == ["b"]
-        harmless.add_(1)
-        cache.get_many(["b"], source)
-    assert not cache.keys()
-
-
 def test_a_prefetch_looks_at_no_versions(cache: TensorCache, source: DictSource) -> None:
     cache.get_many(["a"], source)[0].add_(1)
     assert cache.prefetch(["a"], source).result(5) == 0
