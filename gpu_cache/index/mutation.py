@@ -26,7 +26,8 @@ class Mutations:
     Attributes:
         is_on: Whether hand-outs look for writes at all.
         num_found: Shards found changed. Guarded by the index lock.
-    Thread-safety: none of its own. The index calls `found` under its lock, and `tell`, which logs, outside of it.
+    Thread-safety: the index calls `found` under its lock, and `tell`, which logs, outside of it, from any thread; the
+        worst that a race does there is a second line, or a count that lacks some.
     """
 
     def __init__(self, policy: MutationPolicy = "ignore", now: Callable[[], float] = time.monotonic) -> None:
