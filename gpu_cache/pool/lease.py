@@ -76,7 +76,7 @@ UNSHARED = _num_references([object()])
 
 
 class Husks:
-    """Tensors of one device and the host that have no bytes any more. The reaper drops them, as that gives the GIL away.
+    """Tensors of one device and the host that have no bytes any more, for the reaper to drop: that gives the GIL away.
 
     Thread-safety: any thread, by single operations of a deque.
     """
