@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gpu_cache.config import GIB, MIB, CacheConfig, aligned, parse_size, variable
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("4GiB", 4 * GIB),
+        ("512 MiB", 512 * MIB),
+        ("1.5KiB", 1536),
+        ("4096", 4096),
+        (" 7 b", 7),
+        (12, 12),
+        ("1tib", 1 << 40),
+    ],
+)
+def test_sizes_are_numbers_with_units(text: int | str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "4GB", "-1", "x", "1 2", True, None, 1.5])
+def test_a_text_that_is_no_size_is_refused_by_name(text: object) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)  # type: ignore[arg-type]
+
+
+def test_defaults_depend_on_the_device() -> None:
+    on_cuda = CacheConfig().resolved(is_cuda=True, device_bytes=40 * GIB)
+    assert (on_cuda.slab_bytes, on_cuda.prealloc_bytes, on_cuda.pool_bytes) == (256 * MIB, GIB, 4 * GIB)
+    assert CacheConfig().resolved(is_cuda=True, device_bytes=200 * GIB).pool_bytes == 8 * GIB
+    on_host = CacheConfig().resolved(is_cuda=False, device_bytes=0)
+    assert (on_host.prealloc_bytes, on_host.pool_bytes) == (0, 2 * GIB)
+    assert (on_host.staging_slots, on_host.staging_slot_bytes, on_host.run_bytes) == (8, 32 * MIB, 4 * MIB)
+    assert on_host.fetch_timeout_s == 60.0
+
+
+def test_a_small_device_is_not_preallocated_beyond_its_pool() -> None:
+    small = CacheConfig().resolved(is_cuda=True, device_bytes=4 * GIB)
+    assert small.pool_bytes is not None
+    assert small.prealloc_bytes == small.pool_bytes == 4 * GIB // 10
+
+
+def test_every_field_has_its_variable() -> None:
+    values = {
+        "device": "cuda:1", "slab_bytes": "8MiB", "prealloc_bytes": "0", "pool_bytes": "64MiB", "staging_slots": "2",
+        "staging_slot_bytes": "1MiB", "run_bytes": "4096", "fetch_timeout_s": "2.5",
+        "max_inflight_bytes": "32MiB", "ready": "stream", "reuse_fence": "noted", "stats": "0", "role": "actor",
+        "rank": "3", "on_mutation": "error", "debug_checksum": "1", "host_tier_bytes": "1GiB",
+    }  # fmt: skip
+    assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
+    config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
+    assert config == CacheConfig(
+        "cuda:1",
+        8 * MIB,
+        0,
+        64 * MIB,
+        2,
+        MIB,
+        4096,
+        2.5,
+        32 * MIB,
+        "stream",
+        "noted",
+        False,
+        "actor",
+        3,
+        "error",
+        True,
+        1 << 30,
+    )  # fmt: skip
+
+
+def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
+    environ = {"GPU_CACHE_POOL_BYTES": "64MiB", "GPU_CACHE_SLAB_BYTES": ""}
+    config = CacheConfig.from_env(environ, pool_bytes="32MiB")
+    assert (config.pool_bytes, config.slab_bytes) == (32 * MIB, 256 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("device", "gpu"), ("slab_bytes", 0), ("slab_bytes", "1GB"), ("prealloc_bytes", -1), ("pool_bytes", 100),
+        ("staging_slots", 0), ("run_bytes", "x"), ("fetch_timeout_s", 0), ("fetch_timeout_s", float("nan")),
+        ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None),
+        ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),
+        ("rank", -1), ("rank", "x"), ("on_mutation", "raise"), ("on_mutation", None), ("debug_checksum", "maybe"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_with_its_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"CacheConfig\.{field}={value!r}"):
+        CacheConfig(**{field: value})  # type: ignore[arg-type]
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="run_bytes=8,388,608: must fit a staging slot of 1,048,576"):
+        CacheConfig(run_bytes=8 * MIB, staging_slot_bytes=MIB)
+    with pytest.raises(ValueError, match="prealloc_bytes=2,097,152: must not exceed pool_bytes 1,048,576"):
+        CacheConfig(prealloc_bytes=2 * MIB, pool_bytes=MIB)
+    with pytest.raises(ValueError, match="debug_checksum=True: on_mutation='ignore' does nothing"):
+        CacheConfig(debug_checksum=True, on_mutation="ignore")
+
+
+def test_blocks_are_aligned() -> None:
+    assert [aligned(n) for n in (0, 1, 512, 513)] == [0, 512, 512, 1024]

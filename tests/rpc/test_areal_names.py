@@ -1,0 +1,78 @@
+"""AReaL's names in a checkout: the modules of `gpu_cache.rpc`, the same objects."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import areal.infra.rpc.rpc_server
+import areal.infra.rpc.rtensor
+import areal.infra.rpc.serialization
+from gpu_cache import rpc
+from gpu_cache.rpc import rtensor
+from gpu_cache.rpc.server import main
+from gpu_cache.rpc.wire import serialization
+
+ROOT = Path(__file__).parents[2]
+NAMES = {"rtensor": rtensor, "serialization": serialization, "rpc_server": main}
+
+
+def run(code: str, path: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_is_the_same_object_under_both_names(name: str) -> None:
+    assert importlib.import_module(f"areal.infra.rpc.{name}") is NAMES[name]
+    assert getattr(importlib.import_module("areal.infra.rpc"), name) is NAMES[name]
+
+
+def test_the_package_has_the_same_names() -> None:
+    package = importlib.import_module("areal.infra.rpc")
+    assert all(getattr(package, name) is getattr(rpc, name) for name in rpc.__all__)
+
+
+def test_a_patch_under_areals_name_is_a_patch_of_the_module() -> None:
+    with mock.patch("areal.infra.rpc.rtensor.get_backend") as patched:
+        assert rtensor.get_backend is patched
+    assert areal.infra.rpc.rtensor.RTensor is rtensor.RTensor
+
+
+def test_a_handle_travels_under_the_name_that_each_wire_has_for_it() -> None:
+    handle = rtensor.RTensor(rtensor.TensorShardInfo("a", "h:1"), torch.empty(3, device="meta"))
+    assert b"gpu_cache.rpc.rtensor" in pickle.dumps(handle)
+    assert b"areal" not in pickle.dumps(copy.copy(handle))
+    assert serialization.serialize_value(handle)["class_path"] == "areal.infra.rpc.rtensor.RTensor"
+
+
+def test_without_any_areal_on_the_path_the_data_plane_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "gpu_cache").symlink_to(ROOT / "gpu_cache")
+    code = """
+import sys
+sys.modules["areal"] = None
+from gpu_cache.rpc import RTensor
+from gpu_cache.rpc.server import main
+print(RTensor.__module__)
+"""
+    done = run(code, [str(tmp_path)], tmp_path)
+    assert (done.stdout, done.stderr) == ("gpu_cache.rpc.rtensor\n", "")
+
+
+def test_a_checkout_says_that_it_is_imported_instead_of_an_installed_areal(tmp_path: Path) -> None:
+    metadata = tmp_path / "areal-1.2.3.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: areal\nVersion: 1.2.3\n")
+    done = run("import areal", [str(tmp_path), str(ROOT)], tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"AReaL 1.2.3 is installed, but {ROOT}/areal/__init__.py is imported instead")

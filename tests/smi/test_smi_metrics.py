@@ -1,0 +1,325 @@
+"""The exposition, as Prometheus reads it; dashboards and alerts ask only for what there is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gpu_cache.report.schema import MAX_SOURCES
+from gpu_cache.smi import exposition, metrics
+from gpu_cache.smi.node import Node
+from tests.support.smi_machine import Machine, add_trainers, machine
+from tests.support.smi_nvml import FakeNvml
+from tests.support.smi_reports import NOW, TIB, report
+
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
+    with machine(tmp_path, monkeypatch, capsys) as made:
+        yield made
+
+
+def parsed(text: str) -> Samples:
+    found: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            key = (sample.name, frozenset(sample.labels.items()))
+            assert key not in found, f"{key} twice"
+            found[key] = sample.value
+    return found
+
+
+def scraped(node: Machine) -> Samples:
+    return parsed(node.run("--prom").out)
+
+
+def value(samples: Samples, name: str, **labels: str) -> float | None:
+    """The one sample with these labels, whatever its others are."""
+    wanted = labels.items()
+    found = [number for (key, has), number in samples.items() if key == name and wanted <= has]
+    assert len(found) <= 1, found
+    return found[0] if found else None
+
+
+def names_of() -> set[str]:
+    histograms = {f"{one.name}{suffix}" for one in metrics.HISTOGRAMS for suffix in ("_bucket", "_sum", "_count")}
+    return {metric.name for metric in metrics.METRICS} | histograms
+
+
+def test_values_are_those_of_the_reports(node: Machine) -> None:
+    add_trainers(node.folder)
+    found = scraped(node)
+    first = {"gpu": "0", "role": "actor", "rank": "0"}
+    expected: list[tuple[str, dict[str, str], float]] = [
+        ("gpu_cache_process_info", {"pid": "41873", "version": "0.1.0"}, 1),
+        ("gpu_cache_last_report_timestamp_seconds", {}, NOW - 0.41),
+        ("gpu_cache_capacity_bytes", {"tier": "device"}, 20480 << 20),
+        ("gpu_cache_used_bytes", {"tier": "pinned"}, 128 << 20),
+        ("gpu_cache_used_bytes", {"tier": "host"}, 7680 << 20),
+        ("gpu_cache_used_peak_bytes", {"tier": "device"}, 14000 << 20),
+        ("gpu_cache_largest_free_bytes", {"tier": "device"}, 7000 << 20),
+        ("gpu_cache_lookups_total", {"result": "joined"}, 1000),
+        ("gpu_cache_lookups_total", {"result": "hit_host"}, 0),
+        ("gpu_cache_evictions_total", {"tier": "device", "reason": "capacity"}, 12),
+        ("gpu_cache_evicted_bytes_total", {"tier": "device", "reason": "clear"}, 3 * TIB),
+        ("gpu_cache_copy_bytes_total", {"direction": "h2d"}, 4.12e12),
+        ("gpu_cache_copy_busy_seconds_total", {"direction": "h2d"}, 171.0),
+        ("gpu_cache_staging_wait_seconds_total", {}, 3.5),
+        ("gpu_cache_alloc_failures_total", {"tier": "device"}, 0),
+        ("gpu_cache_outlived_clear_entries", {}, 0),
+        ("gpu_cache_fetch_duration_seconds_count", {}, 1000),
+        ("gpu_cache_fetch_duration_seconds_bucket", {"le": "0.005"}, 600),
+        ("gpu_cache_fetch_duration_seconds_sum", {}, 4.5),
+        ("gpu_cache_entry_size_bytes_bucket", {"le": "4194304.0"}, 510),
+    ]
+    for name, labels, number in expected:
+        assert value(found, name, **first, **labels) == pytest.approx(number), (name, labels)
+    assert value(found, "gpu_cache_outlived_clear_bytes", gpu="3") == 2172 << 20
+    oldest = value(found, "gpu_cache_oldest_entry_timestamp_seconds", gpu="3")
+    assert oldest == pytest.approx(NOW - 4322.0)
+
+
+def test_sources_are_hosts_without_ports(node: Machine) -> None:
+    add_trainers(node.folder)
+    found = scraped(node)
+    third = {"gpu": "3", "source_node": "gpu-a-023"}
+    assert value(found, "gpu_cache_fetch_errors_total", **third, reason="timeout") == 12
+    assert value(found, "gpu_cache_fetch_errors_total", **third, reason="connection") == 5
+    assert value(found, "gpu_cache_fetch_errors_total", **third, reason="other") == 0
+    assert value(found, "gpu_cache_source_entries", gpu="0", source_node="local") == 4
+    moved, busy = (
+        value(found, f"gpu_cache_fetch_{what}_total", gpu="0", source_node="gpu-a-021")
+        for what in ("bytes", "busy_seconds")
+    )
+    assert moved is not None
+    assert busy is not None
+    assert moved / busy == pytest.approx(11.9e9)
+
+
+def test_the_ports_of_a_host_are_one_node_and_the_smallest_are_others(node: Machine) -> None:
+    sources = {f"host-{n}:{port}": {"fetch_bytes": 1000 - n, "entries": 1} for n in range(40) for port in (1, 2)}
+    node.folder.add(report(0, sources=sources | {"[::1]:80": {"fetch_bytes": 5000}}), host_pid=41873)
+    found = scraped(node)
+    assert value(found, "gpu_cache_source_entries", source_node="host-3") == 2
+    assert value(found, "gpu_cache_fetch_bytes_total", source_node="[::1]") == 5000
+    nodes = {dict(labels)["source_node"] for name, labels in found if name == "gpu_cache_source_entries"}
+    assert len(nodes) <= MAX_SOURCES + 1
+    assert sum(number for (name, _), number in found.items() if name == "gpu_cache_source_entries") == 80
+
+
+def test_states_are_one_hot_and_of_the_dead_there_is_no_more(node: Machine) -> None:
+    add_trainers(node.folder)
+    found = scraped(node)
+    for gpu, state in {"0": "ok", "3": "leak", "5": "hung", "6": "dead"}.items():
+        states = {
+            dict(labels)["state"]: number
+            for (name, labels), number in found.items()
+            if name == "gpu_cache_process_state" and ("gpu", gpu) in labels
+        }
+        assert states == {"ok": 0, "leak": 0, "hung": 0, "dead": 0, state: 1}
+    assert {name for name, labels in found if ("gpu", "6") in labels} == {"gpu_cache_process_state"}
+
+
+def test_unknown_figures_are_absent(node: Machine) -> None:
+    node.folder.add(report(0, num_entries=0, schema_version=1), host_pid=41873)
+    node.folder.add(report(1, schema_version=2), host_pid=41874)
+    found = scraped(node)
+    assert value(found, "gpu_cache_oldest_entry_timestamp_seconds") is None
+    assert value(found, "gpu_cache_used_peak_bytes", tier="host") is None
+    assert value(found, "gpu_cache_entries", tier="host") is None
+    assert not [labels for _, labels in found if ("gpu", "1") in labels]
+
+
+def test_no_two_processes_share_labels(node: Machine) -> None:
+    """A dead one gives way to its successor; twins get longer ranks; without NVML the GPU is unknown."""
+    node.folder.add(report(0, pid=1), is_alive=False)
+    node.folder.add(report(0, pid=2), host_pid=2)
+    node.folder.add(report(0, pid=3), host_pid=3)
+    node.folder.add(report(0, pid=4, gpu_uuid="GPU-unknown"), host_pid=4)
+    found = scraped(node)
+    live = {dict(labels)["rank"] for (name, labels) in found if name == "gpu_cache_process_info"}
+    assert live == {"0", "0.3.0a1b2c"}
+    assert value(found, "gpu_cache_process_state", gpu="0", rank="0", state="dead") == 0
+    assert value(found, "gpu_cache_process_info", pid="4", gpu="") == 1
+
+
+def test_every_metric_of_the_table_is_exported(node: Machine) -> None:
+    add_trainers(node.folder)
+    extra = {"device_entries": 5, "host_entries": 1}
+    node.folder.add(report(6, role="critic", **extra), host_pid=99)
+    assert {name for name, _ in scraped(node)} == names_of()
+
+
+def test_a_full_node_has_about_as_many_series_as_foretold(node: Machine) -> None:
+    sources = {f"node-{n}:1": dict.fromkeys(("entries", "resident_bytes", "fetch_bytes", "fetch_busy_seconds"), 1)
+               | {"fetch_errors": 0} for n in range(16)}  # fmt: skip
+    for rank in range(8):
+        node.folder.add(report(rank, sources=sources), host_pid=41873 + rank)
+    assert 1000 < len(scraped(node)) < 1800
+
+
+def test_it_serves_a_scrape(node: Machine) -> None:
+    add_trainers(node.folder)
+    with (
+        exposition.serving(node.look, "127.0.0.1", 0) as port,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer,
+    ):
+        assert answer.headers["Content-Type"].startswith("text/plain")
+        found = parsed(answer.read().decode())
+    assert found == scraped(node)
+    assert not [thread for thread in threading.enumerate() if "exporter" in thread.name or "smi" in thread.name]
+
+
+def scrape(port: int, text: str) -> tuple[str, str]:
+    """What is answered to a request written by hand: head and body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(text.replace("\n", "\r\n").encode())
+        head, _, body = b"".join(iter(lambda: client.recv(1 << 20), b"")).decode().partition("\r\n\r\n")
+        return head, body
+
+
+def test_the_exporter_speaks_openmetrics_to_those_who_ask(node: Machine) -> None:
+    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+        asked = "GET /metrics HTTP/1.1\nHost: localhost\nAccept: application/openmetrics-text; version=1.0.0\n\n"
+        head, body = scrape(port, asked)
+    assert "Content-Type: application/openmetrics-text; version=1.0.0" in head
+    assert body.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ("GET / HTTP/1.1\nHost: page.example\n\n", 403),
+        ("GET / HTTP/1.1\nHost: localhost\nOrigin: http://page.example\n\n", 403),
+        ("POST / HTTP/1.1\nHost: localhost\n\n", 405),
+        ("HEAD / HTTP/1.1\nHost: localhost\n\n", 200),
+    ],
+)
+def test_the_exporter_gives_web_pages_nothing(node: Machine, asked: str, status: int) -> None:
+    add_trainers(node.folder)
+    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+        head, body = scrape(port, asked)
+    assert head.startswith(f"HTTP/1.1 {status} ")
+    assert "gpu_cache" not in body
+
+
+def test_clients_that_say_nothing_cost_the_exporter_no_thread_and_no_scrape(node: Machine) -> None:
+    with exposition.serving(node.look, "127.0.0.1", 0) as port, contextlib.ExitStack() as stack:
+        scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")
+        before = threading.active_count()
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(100)]
+        for client in slow:
+            client.sendall(b"GET / HTTP/1.1\r\n")
+        assert scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")[0].startswith("HTTP/1.1 200 ")
+        assert threading.active_count() == before
+        with contextlib.suppress(ConnectionError):
+            assert slow[0].recv(1) == b"", "the clients that came first were dropped for those that came after"
+
+
+def test_clients_that_come_at_once_get_no_more_places_of_the_exporter(node: Machine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        exporter = exposition.Exporter(node.look, listener)
+        stack.callback(exporter.stop)
+        exporter._loop.call_soon_threadsafe(time.sleep, 0.2)
+        address = listener.getsockname()
+        clients = [stack.enter_context(socket.create_connection(address, exposition._CLIENT_S / 2)) for _ in range(90)]
+        for client in clients[: -exposition._MAX_CLIENTS]:
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(1) == b"", "it was dropped for those that came after"
+
+
+def test_a_slow_client_of_the_exporter_is_dropped(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposition, "_CLIENT_S", 0.1)
+    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+        for start in ("", "GET / HTTP/1.1\nHost: localhost\nX: " + 20_000 * "x"):
+            with contextlib.suppress(ConnectionError):
+                assert scrape(port, start) == ("", "")
+
+
+def test_a_look_that_fails_is_an_answer_and_the_next_one_works(
+    node: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = iter([RuntimeError("no driver")])
+
+    def look() -> Node:
+        for error in looks:
+            raise error
+        return node.look()
+
+    with exposition.serving(look, "127.0.0.1", 0) as port:
+        statuses = [scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")[0].split()[1] for _ in range(2)]
+    assert statuses == ["500", "200"]
+    assert "no driver" in caplog.text
+
+
+def test_serving_until_interrupted(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = node.run("--serve", str(port))
+        assert done.code == 1
+        assert done.err.startswith(f"gpu-cache-smi: cannot serve on 127.0.0.1:{port}: ")
+    done = node.run("--serve", f"localhost:{port}")
+    assert (done.code, done.err) == (0, f"gpu-cache-smi: metrics on http://localhost:{port}/metrics\n")
+    done = node.run("--serve", f"0.0.0.0:{port}")
+    assert done.err.splitlines()[1].startswith("Warning: on 0.0.0.0 everyone who reaches this machine may read")
+
+
+def test_a_scrape_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with machine(tmp_path, monkeypatch, capsys, FakeNvml(failure=12)) as node:
+        assert parsed(exposition.text(node.look)) == {}
+
+
+def asked_for(text: str) -> set[str]:
+    return set(re.findall(r"\bgpu_cache_\w+", text))
+
+
+def expressions(dashboard: dict[str, Any]) -> list[str]:
+    targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    return targets + [variable["definition"] for variable in dashboard["templating"]["list"][1:]]
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    dashboard = json.loads((DASHBOARDS / "grafana.json").read_text())
+    asked = asked_for("\n".join(expressions(dashboard)))
+    assert asked <= names_of()
+    histograms = {one.name for one in metrics.HISTOGRAMS}
+    shown = asked | {name for name in histograms if f"{name}_bucket" in asked} | {"gpu_cache_process_info"}
+    assert {metric.name for metric in metrics.METRICS} | histograms <= shown
+
+
+def test_the_dashboard_has_its_rows_and_variables() -> None:
+    dashboard = json.loads((DASHBOARDS / "grafana.json").read_text())
+    rows = [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"]
+    for word in ("Memory", "Look-ups", "Fetch", "Copies", "Evictions", "Leaks", "Process states"):
+        assert [title for title in rows if word in title], word
+    names = [variable["name"] for variable in dashboard["templating"]["list"]]
+    assert names == ["datasource", "instance", "role", "gpu", "source_node"]
+    labels = {label for metric in metrics.METRICS for label in (*metrics.COMMON_LABELS, *metric.labels)}
+    for expression in expressions(dashboard):
+        for label in re.findall(r"(\w+)=~?\"", expression):
+            assert label in labels | {"instance"}, expression
+
+
+def test_alerts_ask_for_what_there_is() -> None:
+    text = (DASHBOARDS / "alerts.yml").read_text()
+    assert asked_for(text) <= names_of()
+    assert len(re.findall(r"^      - alert: ", text, re.M)) == 5
+    assert len(re.findall(r"^        for: ", text, re.M)) == 5

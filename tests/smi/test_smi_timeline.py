@@ -1,0 +1,176 @@
+"""`--record` and `--timeline`: samples, curves, and what a browser draws of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu_cache.smi import recording, timeline
+from tests.support import smi_recording
+from tests.support.smi_machine import Machine, add_trainers, machine
+from tests.support.smi_recording import LEAK_MIB, MIB, SOURCES, samples
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+DRAW_S = 60
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
+    with machine(tmp_path, monkeypatch, capsys) as made:
+        yield made
+
+
+def test_a_recording_is_a_line_for_each_look(node: Machine, tmp_path: Path) -> None:
+    add_trainers(node.folder)
+    file = tmp_path / "run.jsonl"
+    for _ in range(2):  # the second is appended
+        assert node.run("--record", str(file), "-l", "0.25", "-c", "2").code == 0
+    found = list(recording.samples(file.read_text().splitlines(keepends=True)))
+    assert len(found) == 4
+    leaking = found[0]["processes"][3]
+    assert leaking["title"] == "actor/3"
+    assert leaking["survivors"] == [[9, 12, 2172 * MIB]]
+    assert leaking["device_bytes"] == 14460 * MIB
+    dead = found[0]["processes"][6]
+    assert (dead["state"], dead["device_bytes"], dead["sources"], dead["survivors"]) == ("dead", None, {}, [])
+    assert "outlived" not in json.dumps(found)
+
+
+def test_a_real_recording_can_be_drawn(node: Machine, tmp_path: Path) -> None:
+    add_trainers(node.folder)
+    file = tmp_path / "run.jsonl"
+    node.run("--record", str(file), "-l", "0.25", "-c", "2")
+    done = node.run("--timeline", str(file))
+    assert (done.code, done.out) == (0, f"wrote {file}.html\n")
+    assert "actor/7" in (tmp_path / "run.jsonl.html").read_text()
+
+
+def test_a_line_that_is_cut_off_at_the_end_is_left_out() -> None:
+    lines = smi_recording.as_text(samples(3, is_leaking=False)).splitlines(keepends=True)
+    assert len(list(recording.samples([*lines, lines[0][:50]]))) == 3
+    with pytest.raises(ValueError, match="line 1 is no JSON"):
+        list(recording.samples(["{\n", *lines]))
+    with pytest.raises(ValueError, match="line 1 is not of a recording of version 1"):
+        list(recording.samples(['{"schema_version": 2}\n']))
+
+
+@pytest.mark.parametrize("text", ["", "no json\n", '{"schema_version": 1, "processes": 3}\n'])
+def test_a_file_that_is_no_recording_is_a_bad_argument(node: Machine, tmp_path: Path, text: str) -> None:
+    (tmp_path / "x").write_text(text)
+    done = node.run("--timeline", str(tmp_path / "x"))
+    assert (done.code, done.out) == (2, "")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_curves() -> None:
+    drawing = timeline.drawing(samples(30, is_leaking=True))
+    assert drawing["sources"] == [*SOURCES, timeline.OTHERS, timeline.UNINDEXED]
+    healthy, leaking = drawing["processes"]
+    assert sum(healthy["clears"]) == 4
+    assert sum(leaking["clears"]) == 5
+    assert healthy["survivors"] == {}
+    assert [curve[-1] for curve in leaking["survivors"].values()] == [LEAK_MIB * MIB] * 4
+    assert healthy["capacity"] == 4096 * MIB
+    for process in drawing["processes"]:
+        total = [sum(at) for at in zip(*process["stack"], strict=True)]
+        assert total == process["pool"]
+        assert set(process["stack"][-1]) == {40 * MIB}
+    assert {round(speed / 1e9) for speed in healthy["fetch_speed"] if speed} == {11}
+    assert {round(speed / 1e9) for speed in healthy["h2d_speed"] if speed} == {24}
+    assert healthy["fetch_speed"][0] is None
+
+
+def test_more_sources_than_colours_share_one() -> None:
+    found = samples(2, is_leaking=False)
+    for sample in found:
+        sample["processes"][0]["sources"] = {f"node-{n:02}:1": (n + 1) * MIB for n in range(12)}
+    drawing = timeline.drawing(found)
+    assert len(drawing["sources"]) == timeline.MAX_SOURCES + 2
+    stack = drawing["processes"][0]["stack"]
+    assert stack[-2][0] is not None
+    assert sum(curve[0] for curve in stack[:-1]) == sum(range(1, 13)) * MIB
+
+
+def test_gaps_and_nonsense_are_drawn_as_nothing() -> None:
+    found = samples(8, is_leaking=False)
+    found[3]["processes"].pop()
+    found[4]["processes"][1] |= {"device_bytes": None, "sources": None, "survivors": [[1, 2], "x", [3, 1, 7], 4]}
+    curves = timeline.drawing(found)["processes"][1]
+    assert [held is None for held in curves["pool"]] == [i in (3, 4) for i in range(8)]
+    assert curves["survivors"] == {3: [0, 0, 0, 0, 7, 0, 0, 0]}
+    assert curves["states"][3] == ""
+
+
+def test_long_recordings_are_thinned_and_lose_no_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timeline, "MAX_SAMPLES", 10)
+    drawing = timeline.drawing(samples(61, is_leaking=False))
+    assert len(drawing["times"]) <= 10
+    assert sum(drawing["processes"][0]["clears"]) == int(drawing["times"][-1]) // smi_recording.STEP_S
+
+
+def test_the_page_needs_nothing_else_and_no_name_can_end_its_script() -> None:
+    found = samples(3, is_leaking=False)
+    found[0]["processes"][0]["sources"]["</script><b>:1"] = MIB
+    page = timeline.page(found)
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|\bsrc=|@import|url\(", page)
+    assert page.count("</script>") == 1
+    assert "/*RECORDING*/" not in page
+
+
+@functools.cache
+def browser() -> str:
+    return next((path for name in BROWSERS if (path := shutil.which(name))), "")
+
+
+def drawn(page: Path, tmp_path: Path) -> str:
+    """The document as it stands after its script ran."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [browser(), *flags, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DRAW_S).stdout
+
+
+@pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+def test_a_browser_draws_it(node: Machine, tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text(smi_recording.as_text(samples(60, is_leaking=True)))
+    node.run("--timeline", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "run.html"))
+    dom = drawn(tmp_path / "run.html", tmp_path)
+    healthy, leaking = re.findall(r"<svg [^>]*data-process=.*?</svg>", dom, re.S)
+    for svg, clears in ((healthy, 9), (leaking, 10)):
+        assert re.findall(r'class="source"[^>]*data-source="([^"]*)"', svg) == [*SOURCES, timeline.UNINDEXED]
+        assert len(re.findall(r'class="clear"', svg)) == clears
+        assert svg.count("<title>1 clear_batches(): 190 entries freed</title>") == clears
+        assert len(re.findall(r'<polyline points="[\d., ]{300,}" class="(?:fetch|h2d)"', svg)) == 2
+        assert "capacity 4,096 MiB" in svg
+        assert "NaN" not in svg
+    assert "survivor" not in healthy
+    survived = dict(re.findall(r'class="survivor" fill="([^"]*)" data-clears="(\d+)"', leaking))
+    assert list(survived.values()) == [str(n) for n in range(1, 10)]
+    assert len(survived) == 9, "every number of clears has its colour"
+    assert re.search(r'<span class="leaking">At the end actor/1 keeps 720 MiB', dom)
+    assert "10 s" in healthy
+
+
+@pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+def test_a_browser_shows_figures_where_one_points(tmp_path: Path) -> None:
+    """The page points at its own middle: the tooltip has the figures of that moment."""
+    page = timeline.page(samples(61, is_leaking=True))
+    move = (
+        "<script>for (const svg of document.querySelectorAll('svg')) { const box = svg.getBoundingClientRect();"
+        " const at = {clientX: box.left + box.width * .52, clientY: box.top + 9};"
+        " svg.dispatchEvent(new MouseEvent('mousemove', at)); }"
+        "</script></body>"
+    )
+    (tmp_path / "page.html").write_text(page.replace("</body>", move))
+    dom = drawn(tmp_path / "page.html", tmp_path)
+    tip = re.sub(r"<[^>]+>", " ", re.findall(r'<div id="tip".*?</div>', dom, re.S)[0])
+    figures = " ".join(tip.split())
+    assert re.match(r"at 30 s state leak pool [\d,]+ MiB gpu-a-021:35221 \d+ MiB", figures), figures
+    assert "survived 2 90 MiB" in figures
+    assert re.search(r"fetch [\d.]+ GB/s, [\d,]+ MiB copy [\d.]+ GB/s, [\d,]+ MiB", figures), figures

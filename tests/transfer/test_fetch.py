@@ -1,0 +1,310 @@
+"""Fetches that end badly: nothing stays pending, no range is lost, the next call works."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
+import pytest
+import torch
+
+from gpu_cache import CacheClosedError, CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
+from gpu_cache.device.host import HostDevice
+from tests.support.sources import DictSource, GatedReader, gated, same_bytes, some_tensors
+from tests.support.threads import run_threads
+
+CONFIG = CacheConfig(
+    slab_bytes="2MiB", pool_bytes="8MiB", staging_slots=2, staging_slot_bytes="64KiB", run_bytes="16KiB"
+)
+
+
+@pytest.fixture(params=["direct", "staged"])
+def cache(request: pytest.FixtureRequest) -> TensorCache:
+    if request.param == "staged":
+        return TensorCache(CONFIG, device=HostDevice(stages=True))
+    config = dataclasses.replace(CONFIG, staging_slot_bytes="32KiB")  # a direct read is twice as long
+    return TensorCache(config, device=HostDevice(stages=False))
+
+
+def assert_empty(cache: TensorCache) -> None:
+    """As if nothing had been asked for."""
+    cache.clear()
+    cache.trim()
+    assert cache._engine is not None
+    assert not any(cache._engine.pool.accounts().values())
+    cache.resume()
+    assert cache._index.is_empty
+
+
+class BrokenReader:
+    """Announces specs, delivers `good_reads` windows, then fails."""
+
+    node = "broken:1"
+
+    def __init__(self, specs: Sequence[ShardSpec], keys: Sequence[Hashable], good_reads: int, error: Exception) -> None:
+        self.keys, self.failures = keys, dict[Hashable, Exception]()
+        self._parts = [specs]
+        self._left, self._error = good_reads, error
+        self.num_closed = 0
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        return self._parts.pop() if self._parts else None
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        if self._left == 0:
+            raise self._error
+        self._left -= 1
+        for buffer in buffers:
+            buffer[:] = b"\x01" * len(buffer)
+
+    def cancel(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+class Source:
+    """Opens the readers that a function makes."""
+
+    def __init__(self, make: Callable[[Sequence[Hashable]], Iterable[ShardReader]]) -> None:
+        self._make = make
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+        return self._make(keys)
+
+
+def bytes_spec(key: Hashable, nbytes: int) -> ShardSpec:
+    return ShardSpec(key, torch.uint8, (nbytes,))
+
+
+@pytest.mark.parametrize("good_reads", [0, 1, 2])
+def test_a_stream_that_breaks_keeps_the_runs_that_arrived(cache: TensorCache, good_reads: int) -> None:
+    keys = [f"k{number}" for number in range(12)]  # 16 KiB each: four runs a window
+    reader = BrokenReader([bytes_spec(key, 16 << 10) for key in keys], keys, good_reads, ConnectionResetError("cut"))
+    with pytest.raises(FetchError, match=r"cut .* shards failed") as caught:
+        cache.get_many(keys, Source(lambda _: [reader]))
+    assert len(cache) == 4 * good_reads
+    assert set(caught.value.failures) == set(keys[4 * good_reads :])
+    assert reader.num_closed == 1
+    del caught
+    tensors = {key: torch.zeros(16 << 10, dtype=torch.uint8) for key in keys}
+    source = DictSource(tensors)
+    assert len(cache.get_many(keys, source)) == 12
+    assert source.asked == [keys[4 * good_reads :]]
+    assert_empty(cache)
+
+
+def test_a_large_shard_that_breaks_in_its_second_piece_loses_nothing(cache: TensorCache) -> None:
+    reader = BrokenReader([bytes_spec("a", 1 << 20)], ["a"], 1, ConnectionResetError("cut"))
+    with pytest.raises(FetchError):
+        cache.get_many(["a"], Source(lambda _: [reader]))
+    assert_empty(cache)
+
+
+@pytest.mark.parametrize(
+    ("announced", "message"),
+    [(["a", "x"], "it sent shard 'x' without being asked for it"), (["a", "a"], "it sent shard 'a' twice")],
+)
+def test_a_node_that_sends_the_wrong_shards_is_not_believed(
+    cache: TensorCache, announced: list[str], message: str
+) -> None:
+    reader = BrokenReader([bytes_spec(key, 10) for key in announced], ["a", "b"], 9, RuntimeError())
+    with pytest.raises(FetchError, match=message):
+        cache.get_many(["a", "b"], Source(lambda _: [reader]))
+    assert len(cache) == 0
+    assert_empty(cache)
+
+
+def test_a_shard_left_out_is_an_error_that_names_it(cache: TensorCache) -> None:
+    reader = BrokenReader([bytes_spec("a", 10)], ["a", "b"], 9, RuntimeError())
+    with pytest.raises(FetchError, match="shard 'b': broken:1 left it out"):
+        cache.get_many(["a", "b"], Source(lambda _: [reader]))
+    assert cache.keys() == ["a"]
+
+
+def test_a_source_that_does_not_offer_a_key_is_an_error(cache: TensorCache) -> None:
+    with pytest.raises(FetchError, match="shards 'a': no source offers them"):
+        cache.get_many(["a"], Source(lambda _: []))
+    assert_empty(cache)
+
+
+def test_a_source_that_cannot_open_leaves_nothing_pending(cache: TensorCache) -> None:
+    def fail(keys: Sequence[Hashable]) -> Iterable[ShardReader]:
+        raise OSError("no route")
+
+    with pytest.raises(OSError, match="no route"):
+        cache.get_many(["a"], Source(fail))
+    with pytest.raises(OSError, match="no route"):
+        cache.prefetch(["a"], Source(fail))
+    assert_empty(cache)
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_pending(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put("first", torch.ones(1))
+    reader = BrokenReader([bytes_spec("a", 10)], ["a"], 9, RuntimeError())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("no threads left")))
+        with pytest.raises(RuntimeError, match="no threads left"):
+            cache.get_many(["a"], Source(lambda _: [reader]))
+    assert reader.num_closed == 1
+    assert not cache._lazy.tasks
+    assert_empty(cache)
+
+
+def test_a_late_call_gives_up_but_its_range_waits_for_the_read(cache: TensorCache) -> None:
+    source = DictSource({"a": torch.full((40_000,), 1, dtype=torch.uint8)})
+    readers = gated(source)
+    with pytest.raises(FetchError, match=r"not here within 0\.1 s") as caught:
+        cache.get_many(["a"], source, timeout_s=0.1)
+    assert list(caught.value.failures) == ["a"]
+    assert readers[0].is_cancelled
+    assert cache._engine is not None
+    assert cache.buffer_stats()["device_bytes"] > 0, "the read has not returned"
+    assert cache._index.is_empty
+
+    other = DictSource({"b": torch.full((40_000,), 2, dtype=torch.uint8)})
+    (tensor,) = cache.get_many(["b"], other)
+    readers[0].gate.set()
+    next(iter(cache._lazy.tasks)).done.result(30) if cache._lazy.tasks else None
+    assert bool((tensor == 2).all()), "late bytes must not land in another's range"
+    assert "a" not in cache
+    del tensor
+    for task in list(cache._lazy.tasks):
+        task.done.result(30)
+    assert_empty(cache)
+
+
+def test_a_joiner_of_a_call_that_gave_up_asks_for_itself(cache: TensorCache) -> None:
+    source = DictSource({"a": torch.arange(10)})
+    readers = gated(source)
+
+    def claim() -> None:
+        with pytest.raises(FetchError, match="not here within"):
+            cache.get_many(["a"], source, timeout_s=0.3)
+
+    claimer = threading.Thread(target=claim)
+    claimer.start()
+    opener = threading.Thread(target=lambda: opened(readers, 1).gate.set())
+    assert opened(readers, 0).has_arrived.wait(30)
+    opener.start()
+    assert torch.equal(cache.get_many(["a"], source)[0], torch.arange(10))
+    for thread in (claimer, opener):
+        thread.join(30)
+    readers[0].gate.set()
+    assert source.asked == [["a"], ["a"]]
+    for task in list(cache._lazy.tasks):
+        task.done.result(30)
+    assert_empty(cache)
+
+
+def test_a_stuck_prefetch_keeps_no_call_from_fetching(cache: TensorCache) -> None:
+    source = DictSource({"a": torch.arange(10)})
+    readers = gated(source)
+    future = cache.prefetch(["a"], source, timeout_s=0.01)
+    with pytest.raises(FetchError, match="not here within"):
+        cache.get_many(["a"], source, timeout_s=0.2)
+    assert torch.equal(cache.get_many(["a"], DictSource({"a": torch.arange(10)}))[0], torch.arange(10))
+    readers[0].gate.set()
+    with pytest.raises(FetchError):
+        future.result(30)
+
+
+def opened(readers: list[GatedReader], number: int) -> GatedReader:
+    """The reader of that number, once it was opened."""
+    while len(readers) <= number:
+        time.sleep(0.001)
+    return readers[number]
+
+
+def test_a_clear_wins_over_a_fetch_under_way_and_the_caller_still_gets_it(cache: TensorCache) -> None:
+    source = DictSource({"a": torch.arange(10)})
+    readers = gated(source)
+    got: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: got.extend(cache.get_many(["a"], source)))
+    thread.start()
+    assert opened(readers, 0).has_arrived.wait(30)
+    assert cache.clear(["a"]) == 0
+    readers[0].gate.set()
+    thread.join(30)
+    assert torch.equal(got[0], torch.arange(10))
+    assert "a" not in cache
+    got.clear()
+    assert_empty(cache)
+
+
+def test_closing_ends_a_fetch_under_way(cache: TensorCache) -> None:
+    source = DictSource({"a": torch.arange(10)})
+    readers = gated(source)
+    errors: list[CacheClosedError] = []
+
+    def fetch() -> None:
+        with pytest.raises(CacheClosedError) as caught:
+            cache.get_many(["a"], source)
+        errors.append(caught.value)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    assert opened(readers, 0).has_arrived.wait(30)
+    readers[0].cancel = readers[0].gate.set  # type: ignore[method-assign]
+    cache.close()
+    thread.join(30)
+    assert len(errors) == 1
+    assert readers[0].is_closed
+
+
+def test_two_nodes_are_drained_in_parallel_and_fail_apart(cache: TensorCache) -> None:
+    good = DictSource({"a": torch.arange(10)}, node="good:1")
+    arrived = threading.Event()
+
+    class Waits(BrokenReader):
+        def next_specs(self) -> Sequence[ShardSpec] | None:
+            assert arrived.wait(30), "the other reader is not drained meanwhile"
+            raise ConnectionResetError("bad:1 is gone")
+
+    def open_both(keys: Sequence[Hashable]) -> Iterable[ShardReader]:
+        (inner,) = good.open(["a"], 1.0)
+        (last,) = gated_then(inner, arrived)
+        return [Waits([], ["b"], 0, RuntimeError()), last]
+
+    with pytest.raises(FetchError, match="bad:1 is gone") as caught:
+        cache.get_many(["a", "b"], Source(open_both))
+    assert list(caught.value.failures) == ["b"]
+    assert cache.keys() == ["a"]
+
+
+def gated_then(inner: ShardReader, then: threading.Event) -> list[ShardReader]:
+    """The reader, which tells when it is drained."""
+    close = inner.close
+
+    def tell() -> None:
+        close()
+        then.set()
+
+    inner.close = tell  # type: ignore[method-assign]
+    return [inner]
+
+
+def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: TensorCache) -> None:
+    tensors = some_tensors(60)
+    keys, source = list(tensors), DictSource(tensors)
+
+    def work(seed: int) -> None:
+        chooser = torch.Generator().manual_seed(seed)
+        for _ in range(40):
+            first, count, action = torch.randint(0, 50, (3,), generator=chooser).tolist()
+            wanted = keys[first : first + count % 10 + 1]
+            if action % 5 == 0:
+                cache.clear(wanted)
+            elif action % 5 == 1:
+                cache.prefetch(wanted, source)
+            else:
+                got = cache.get_many(wanted, source)
+                assert all(same_bytes(tensor, tensors[key]) for key, tensor in zip(wanted, got, strict=True))
+
+    run_threads([lambda seed=seed: work(seed) for seed in range(6)])
+    for task in list(cache._lazy.tasks):
+        task.done.result(30)
+    assert_empty(cache)
