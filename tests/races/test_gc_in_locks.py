@@ -210,9 +210,6 @@ class Workload:
         assert self._cache.summary()
         index, pool = self._cache._index, self._cache._engine.pool
         index.compare_checksums([(entry, 1) for entry, _, _ in index.aliases(["s2"])])
-        taken = pool.take_free(512)
-        assert taken is not None
-        pool.abandon(taken)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(pool, "_overflow", out_of_memory)
             with pytest.raises(CacheFullError):
