@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import importlib
 import os
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -67,6 +69,15 @@ print(RTensor.__module__)
 """
     done = run(code, [str(tmp_path)], tmp_path)
     assert (done.stdout, done.stderr) == ("gpu_cache.rpc.rtensor\n", "")
+
+
+def test_pip_installs_no_package_of_areals_name() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = setuptools["packages"]["find"]["include"]
+    packages = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("*/**/__init__.py")}
+    installed = {name for name in packages if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    assert {name.partition(".")[0] for name in installed} == {"gpu_cache"}
+    assert "gpu_cache.rpc.wire" in installed
 
 
 def test_a_checkout_says_that_it_is_imported_instead_of_an_installed_areal(tmp_path: Path) -> None:
