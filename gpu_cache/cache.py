@@ -225,9 +225,9 @@ class TensorCache:
         self._check_bytes([key])
         found = self._index.find(key)
         if found is None:
-            return self._bring_back(key) if self._index.is_parked(key) else None
-        tensor, entry = found
-        engine.settle([] if entry.completion is None else [entry.completion], self.config.ready)
+            return self._bring_back(key) if key in self._index else None
+        tensor, completion = found
+        engine.settle([] if completion is None else [completion], self.config.ready)
         return tensor
 
     @eager
@@ -243,7 +243,7 @@ class TensorCache:
     ) -> Future[int]:
         """Begin to fetch the missing ones of `keys`, and return at once. Arguments as for `get_many`.
 
-        What is on its way for another call comes to the place that that one prefers.
+        What is on its way to the device for another call comes there, also if this one prefers the host.
 
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
@@ -412,6 +412,8 @@ class TensorCache:
             is_held_beside_loan=counter.is_held_beside_loan,
             broken=self._broken,
         )
+        if self.config.host_tier_bytes:
+            index.add_level()
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
@@ -447,7 +449,6 @@ class TensorCache:
         if prefer not in ("device", "host"):
             raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
         return Fetch(
-            self._index,
             self._lazy,
             limit_s,
             may_overflow=not is_prefetch,
@@ -470,7 +471,7 @@ class TensorCache:
         try:
             return self.get_many([key], NO_SOURCE)[0]
         except FetchError:
-            if self._index.is_parked(key):
+            if key in self._index:
                 raise
             return None  # it was cleared meanwhile
 

@@ -36,6 +36,9 @@ class ShardReader(Protocol):
 
     A reader may have `num_received`, the bytes that came over its connection so far, or None; any thread asks for it.
     Without it a read that takes longer than a second counts as stalled while readers of other nodes wait.
+
+    Inside the cache, one whose shards are in a pool of it has `resident`, which tells where: then they are copied from
+    there, and nothing is read.
     """
 
     @property

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from gpu_cache.device.host import HostDevice
-from gpu_cache.device.protocol import Arena, Device, Pinned
+from gpu_cache.device.protocol import Arena, Device, Event, Pinned, Stream
 
 _ON_THE_HOST = HostDevice()
 
 
 class HostArenas:
-    """A `Device` whose arenas are pinned host memory; its streams and events are those of the one that copies there.
+    """`Memory` of pinned host buffers, to and from which a device copies.
 
     Args:
-        device: Pins the memory, and copies to and from it.
+        device: Pins the memory; the events are its own.
     """
 
     torch_device = torch.device("cpu")
-    stages = False
 
     def __init__(self, device: Device) -> None:
         self._device = device
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._device, name)
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
         """Pinned; ordinary host memory if it is not to be `private`, or if the device is the host."""
@@ -44,6 +38,18 @@ class HostArenas:
             self._device.release_pinned(pinned)
         _ON_THE_HOST.release_arena(arena)
 
+    def query(self, event: Event) -> bool:
+        return self._device.query(event)
+
+    def synchronize(self, event: Event) -> None:
+        self._device.synchronize(event)
+
+    def is_capturing(self, stream: Stream | None = None) -> bool:
+        return self._device.is_capturing(stream)
+
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes of the host."""
         return _ON_THE_HOST.memory_info()
+
+    def num_shortages(self) -> int:
+        return 0

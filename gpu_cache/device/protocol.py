@@ -47,34 +47,56 @@ class Pinned:
     is_pinned: bool  # False: pageable, copies are slower and block the caller
 
 
-class Device(Protocol):
-    """The calls that a cache makes to a device.
+class Memory(Protocol):
+    """The calls that a pool makes to the place where its arenas are.
 
-    Thread-safety: any thread; no call depends on, or changes, the thread's current device.
+    Thread-safety: any thread.
     """
 
     @property
     def torch_device(self) -> torch.device:
         """Where arenas live."""
 
-    @property
-    def stages(self) -> bool:
-        """Whether bytes reach an arena through pinned staging buffers; False: sources write into it directly."""
-
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-        """Allocate device memory that nothing pending touches.
+        """Allocate memory that nothing pending touches.
 
         Args:
             nbytes: Bytes to allocate.
             private: From a memory pool of its own, which gives the memory back to the driver when released;
                 False: from torch's ordinary allocator.
         Raises:
-            torch.OutOfMemoryError: The device has not that much. For a private arena torch does not empty its cache.
+            torch.OutOfMemoryError: There is not that much. For a private arena torch does not empty its cache.
             RuntimeError: The calling thread is capturing a CUDA graph.
         """
 
     def release_arena(self, arena: Arena) -> None:
         """Give the memory back, which no work and no alias uses any more. Raises while this thread is capturing."""
+
+    def query(self, event: Event) -> bool:
+        """Whether the host can see that `event` is done."""
+
+    def synchronize(self, event: Event) -> None:
+        """Block the calling thread until `event` is done."""
+
+    def is_capturing(self, stream: Stream | None = None) -> bool:
+        """Whether a CUDA graph is being captured on `stream` (None: the calling thread's current stream)."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """Free and total bytes."""
+
+    def num_shortages(self) -> int:
+        """How often torch's allocator found too little memory so far. Calls nothing of the device."""
+
+
+class Device(Memory, Protocol):
+    """The calls that a cache makes to a device.
+
+    Thread-safety: any thread; no call depends on, or changes, the thread's current device.
+    """
+
+    @property
+    def stages(self) -> bool:
+        """Whether bytes reach an arena through pinned staging buffers; False: sources write into it directly."""
 
     def pinned(self, nbytes: int) -> Pinned:
         """Allocate a staging buffer; pageable, with one warning, where pinning fails."""
@@ -113,26 +135,11 @@ class Device(Protocol):
     def wait(self, stream: Stream, event: Event) -> None:
         """Make later work on `stream` wait for `event`; the host goes on."""
 
-    def query(self, event: Event) -> bool:
-        """Whether the host can see that `event` is done."""
-
-    def synchronize(self, event: Event) -> None:
-        """Block the calling thread until `event` is done."""
-
     def elapsed_s(self, start: Event, end: Event) -> float:
         """Seconds between two events recorded with `timing` and both done."""
 
-    def is_capturing(self, stream: Stream | None = None) -> bool:
-        """Whether a CUDA graph is being captured on `stream` (None: the calling thread's current stream)."""
-
     def is_any_capturing(self, streams: Sequence[Stream]) -> bool:
         """Whether a CUDA graph is being captured on one of `streams`."""
-
-    def memory_info(self) -> tuple[int, int]:
-        """Free and total bytes of the device."""
-
-    def num_shortages(self) -> int:
-        """How often torch's allocator found too little memory on the device so far. Calls nothing of the device."""
 
     def identity(self) -> DeviceIdentity:
         """Which device this is."""

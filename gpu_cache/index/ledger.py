@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gpu_cache.errors import LOCAL
-from gpu_cache.index.entry import Claim, Entry, Parked, State
+from gpu_cache.index.entry import Claim, Entry, State
 from gpu_cache.report.counters import BusyClock, LookupCounters, Survivors
 from gpu_cache.report.schema import (
     ENTRY_SIZE_EDGES_BYTES,
@@ -147,15 +147,15 @@ class Ledger:
         self._has_fetched = False  # since the last clear
         self._dropped = self._dropped_bytes = 0  # whose storage died under them
 
-    def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_parked: int = 0) -> None:
-        """A look-up found so much; `num_parked` of the hits are handed out where they are in the host tier."""
-        num_moving = sum(entry.resident is not None for entry in found.claimed.values())
-        self.counters.hits += num_hits - num_parked
-        self.counters.host_hits += num_parked + num_moving
+    def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_low: int = 0) -> None:
+        """A look-up found so much; `num_low` of the hits are handed out in the host tier."""
+        num_rising = sum(found.claimed[key].flight.kind == "rise" for key in found.below)
+        self.counters.hits += num_hits - num_low
+        self.counters.host_hits += num_low + num_rising
         self.counters.hit_bytes += hit_bytes
-        self.counters.joined += len(found.joined)
-        self.counters.misses += len(found.claimed) - num_moving
-        self._has_fetched = self._has_fetched or len(found.claimed) > num_moving
+        self.counters.joined += len(found.joined) + len(found.below) - num_rising
+        self.counters.misses += len(found.claimed) - len(found.below)
+        self._has_fetched = self._has_fetched or len(found.claimed) > len(found.below)
 
     def fetching(self, node: str, *, begins: bool) -> None:
         """A reader of that node begins to deliver, or has ended."""
@@ -173,23 +173,25 @@ class Ledger:
 
     def landed(self, entries: Sequence[Entry], node: str) -> None:
         """Entries got their tensors."""
-        fetched_bytes = sum(entry.nbytes for entry in entries if entry.is_fetch)
+        landed = [(entry.flight.kind, entry.nbytes) for entry in entries]
+        fetched_bytes = sum(nbytes for kind, nbytes in landed if kind == "fetch")
         self.counters.miss_bytes += fetched_bytes
-        self.counters.hit_bytes += sum(entry.nbytes for entry in entries if entry.resident is not None)
+        self.counters.hit_bytes += sum(nbytes for kind, nbytes in landed if kind == "rise")
         self.counters.fetch_bytes += fetched_bytes
-        self.counters.joined_bytes += sum(entry.nbytes * entry.num_joined for entry in entries if entry.num_joined)
+        joined = [entry for entry in entries if entry.flight.num_joined]
+        self.counters.joined_bytes += sum(entry.nbytes * entry.flight.num_joined for entry in joined)
         if fetched_bytes:
             self._sources[node].fetch_bytes += fetched_bytes
 
-    def indexed(self, entries: Sequence[Entry], node: str) -> None:
-        """Entries of a node are READY from now on."""
+    def indexed(self, entries: Sequence[Entry], node: str, *, is_low: bool) -> None:
+        """Entries of a node are READY from now on, on the device or in the host tier."""
         if not entries:
             return
         born, epoch = self._now(), self.counters.clears
         for entry in entries:
             entry.state, entry.born, entry.epoch = State.READY, born, epoch
             self.births[entry.key] = born
-        self._host_entries += sum(entry.parked is not None for entry in entries)
+        self._host_entries += len(entries) * is_low
         sizes = [entry.nbytes for entry in entries]
         nbytes = sum(sizes)
         self.ready_bytes += nbytes
@@ -198,20 +200,18 @@ class Ledger:
         kept = [entry.nbytes for entry in entries if entry.is_kept]
         self._survivors.add(epoch, len(entries) - len(kept), nbytes - sum(kept))
 
-    def dropped(self, entry: Entry) -> None:
+    def dropped(self, entry: Entry, *, is_low: bool) -> None:
         """A READY entry is indexed no more."""
         del self.births[entry.key]
-        if entry.parked is not None:
-            self._host_entries -= 1
+        self._host_entries -= is_low
         self.ready_bytes -= entry.nbytes
         self._sources[entry.node].remove(entry.born, entry.nbytes)
         if not entry.is_kept:
             self._survivors.add(entry.epoch, -1, -entry.nbytes)
 
-    def moved(self, entry: Entry, parked: Parked | None) -> None:
-        """A READY entry goes to the host tier, or (None) leaves it; what it left is still referred to elsewhere."""
-        self._host_entries += 1 if parked is not None else -1
-        entry.parked = parked
+    def moved(self, number: int) -> None:
+        """So many READY entries went to the host tier; of a negative number, to the device."""
+        self._host_entries += number
 
     def kept(self, entry: Entry) -> None:
         """An entry is meant to stay: it is no survivor any more."""
@@ -232,9 +232,9 @@ class Ledger:
                 errors = self._sources["" if reason == LOCAL else entry.node].errors
                 errors[reason] = errors.get(reason, 0) + 1
 
-    def evicted(self, entries: Collection[Entry], *, parked: bool) -> None:
+    def evicted(self, entries: Collection[Entry], *, is_low: bool) -> None:
         """Entries went to make room, from the device or from the host tier."""
-        if parked:
+        if is_low:
             self._host_evictions += len(entries)
             self._host_evicted_bytes += sum(entry.nbytes for entry in entries)
             return
@@ -246,13 +246,16 @@ class Ledger:
         self._dropped += len(entries)
         self._dropped_bytes += sum(entry.nbytes for entry in entries)
 
-    def cleared(self, entries: Collection[Entry], *, ends_step: bool = True) -> None:
-        """Entries went on request. All clears between two fetches are one: a step clears its owners one by one."""
+    def cleared(self, entries: Mapping[Entry, bool], *, ends_step: bool = True) -> None:
+        """Entries went on request, those that map to true from the host tier.
+
+        All clears between two fetches are one: a step clears its owners one by one.
+        """
         if self._has_fetched and ends_step:
             self._has_fetched = False
             self.counters.clears += 1
-        self._host_cleared += sum(entry.parked is not None for entry in entries)
-        self._host_cleared_bytes += sum(entry.nbytes for entry in entries if entry.parked is not None)
+        self._host_cleared += sum(entries.values())
+        self._host_cleared_bytes += sum(entry.nbytes for entry, is_low in entries.items() if is_low)
         self.counters.cleared += len(entries)
         self.counters.cleared_bytes += sum(entry.nbytes for entry in entries)
 
@@ -262,16 +265,15 @@ class Ledger:
 
     def about(self, entry: Entry) -> EntryInfo:
         """A READY entry, for people."""
-        base = (entry.parked or entry).base
-        assert base is not None
+        assert entry.copy is not None
         return EntryInfo(
             key=entry.key,
             nbytes=entry.nbytes,
             age_s=self._now() - entry.born,
             source=self._sources.name(entry.node),
             clears_survived=self.counters.clears - entry.epoch,
-            dtype=base.dtype,
-            shape=tuple(base.shape),
+            dtype=entry.copy.base.dtype,
+            shape=tuple(entry.copy.base.shape),
         )
 
     def stats(self) -> dict[str, float]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import torch
-
-from gpu_cache.index.entry import Candidate, Parked
+from gpu_cache.index.entry import Candidate
 from gpu_cache.index.index import ShardIndex
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.eviction import Span, choose
 from gpu_cache.pool.slab import SlabPool
 
@@ -17,13 +16,12 @@ _FEW = 1024  # are looked at first: about twice the shards of a run, if these ar
 
 
 class RoomMaker:
-    """Evicts from one pool.
+    """Evicts from the pool of one level.
 
     Args:
-        index: Of the entries.
-        pool: That their blocks are in.
-        refuge: Copies victims to another tier; gives what it had room for, by key.
-        parked: Whether the pool is the host tier's.
+        index: Of the level.
+        pool: That its blocks are in.
+        refuge: Copies victims to the level below; gives what it had room for, by key.
     Thread-safety: any thread. The choice is made outside of every lock, and checked under the index's.
     """
 
@@ -31,11 +29,9 @@ class RoomMaker:
         self,
         index: ShardIndex,
         pool: SlabPool,
-        refuge: Callable[[Sequence[Candidate]], Mapping[Hashable, Parked]] = lambda victims: {},
-        *,
-        parked: bool = False,
+        refuge: Callable[[Sequence[Candidate]], Mapping[Hashable, Copy]] = lambda victims: {},
     ) -> None:
-        self._index, self._pool, self._refuge, self._parked = index, pool, refuge, parked
+        self._index, self._pool, self._refuge = index, pool, refuge
 
     def make(self, nbytes: int) -> int:
         """Evict what makes room for a run, when what was freed by then is reusable; or nothing, if that cannot be.
@@ -57,7 +53,7 @@ class RoomMaker:
         """Victims among the oldest; among more, as long as these are not enough: the index is locked meanwhile."""
         most = _FEW
         while True:
-            candidates = self._index.candidates(most, parked=self._parked)
+            candidates = self._index.candidates(most)
             candidates.sort(key=_is_pending)  # the last to go are those whose copy is under way; the fence covers it
             plan = choose(nbytes, [_span_of(one) for one in candidates], self._pool.layout())
             if plan.victims is not None:
@@ -78,20 +74,20 @@ class RoomMaker:
         A block that a reader wrote into, or may write into while it is copied, is no copy of its shard's bytes.
         """
         movable = [one for one in victims if not (one.entry.is_changed or one.is_held)]
-        loans: list[torch.Tensor | None] = []
-        if not self._index.evict(victims, self._refuge(movable), parked=self._parked, held=held, loans=loans):
+        if not self._index.evict(victims, self._refuge(movable), held=held):
             return False
         movable.clear()
-        tensors = [one.base for one in victims] + [loan for loan in loans if loan is not None]
-        loans.clear()
-        victims.clear()  # with them the entries die
+        tensors = [tensor for one in victims for tensor in (one.copy.base, one.copy.loan) if tensor is not None]
+        victims.clear()  # with them the entries and their copies die, of which no call is about to hand one out
         self._pool.husks.strip(tensors)
         return True
 
 
 def _span_of(one: Candidate) -> Span:
-    return Span(one.lease.slab, one.lease.offset, one.lease.nbytes)
+    lease = one.copy.lease
+    assert lease is not None
+    return Span(lease.slab, lease.offset, lease.nbytes)
 
 
 def _is_pending(one: Candidate) -> bool:
-    return one.completion is not None and not one.completion.is_done
+    return one.copy.completion is not None and not one.copy.completion.is_done

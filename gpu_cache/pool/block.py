@@ -10,6 +10,7 @@ import torch
 
 from gpu_cache.config import aligned
 from gpu_cache.device.protocol import Arena, Event
+from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.lease import Catch, Lease, carve
 from gpu_cache.source import ShardSpec
@@ -46,20 +47,31 @@ class Range:
         return Range(self.slab, self.offset + self.leased_bytes, self.nbytes - self.leased_bytes)
 
 
-@dataclasses.dataclass(slots=True)
-class Landing:
-    """One shard that arrived, as the transfer tells it to the index."""
+@dataclasses.dataclass(slots=True, eq=False)
+class Copy:
+    """One shard's bytes in a pool, and the tensors over them.
+
+    The thread that fills it has it to itself until it is published. From then on the index lock guards `loan`,
+    `version` and `checksum`; the other fields stay as they are, and any thread may read them.
+    """
 
     key: Hashable
-    base: torch.Tensor
-    lease: Lease | None
+    base: torch.Tensor  # on its block, and never handed out
+    lease: Lease | None  # None: it has no bytes
     nbytes: int
-    loan: torch.Tensor | None = None  # a twin of the base, to be handed out
+    loan: torch.Tensor | None = None  # what was, or will be, handed out: to one reader at a time, see `ShardIndex`
+    completion: Completion | None = None  # of the copy that filled it; None: nothing to wait for
+    version: int = 0  # of `counted` when its block was last known to hold what the source has
+    checksum: int | None = None  # of its bytes, with `debug_checksum`, before anybody had it
 
     @property
-    def version(self) -> int:
-        """As of Entry."""
-        return self.base._version if self.loan is None else self.loan._version
+    def counted(self) -> torch.Tensor:
+        """A tensor that shares its version counter with everything that was handed out."""
+        return self.base if self.loan is None else self.loan
+
+    def fill(self, completion: Completion | None) -> None:
+        """It holds its bytes when `completion` is done."""
+        self.completion, self.version = completion, (self.base if self.loan is None else self.loan)._version
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -102,9 +114,9 @@ def stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
 
 def carve_shards(
     taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease], leases: dict[int, Lease]
-) -> list[Landing]:
+) -> list[Copy]:
     """The tensors of the shards of a run, `offsets` bytes into its range. `leases` gets, by offset, what frees them."""
-    slab, first, landings = taken.slab, taken.offset, list[Landing]()
+    slab, first, copies = taken.slab, taken.offset, list[Copy]()
     storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
     templates = slab.templates
     for dtype in {spec.dtype for spec in specs} - templates.keys():
@@ -116,10 +128,10 @@ def carve_shards(
         base, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, catch)
         lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, offset, aligned(nbytes)
         leases[offset] = lease
-        landings.append(Landing(spec.key, base, lease, nbytes, twins.pop() if twins else None))
-    return landings
+        copies.append(Copy(spec.key, base, lease, nbytes, twins.pop() if twins else None))
+    return copies
 
 
-def empty_landings(specs: Sequence[ShardSpec], device: torch.device) -> list[Landing]:
+def empty_copies(specs: Sequence[ShardSpec], device: torch.device) -> list[Copy]:
     """Tensors of shards without bytes; they take no room. Call inside `plain_tensors()`."""
-    return [Landing(s.key, torch.empty(s.shape, dtype=s.dtype, device=device), None, 0) for s in specs]
+    return [Copy(s.key, torch.empty(s.shape, dtype=s.dtype, device=device), None, 0) for s in specs]

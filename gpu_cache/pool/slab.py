@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 
 from gpu_cache.config import ALIGNMENT, CacheConfig, variable
-from gpu_cache.device.protocol import Arena, Device
+from gpu_cache.device.protocol import Arena, Memory
 from gpu_cache.errors import CacheFullError, GpuCacheError
-from gpu_cache.pool.block import Landing, Quarantine, Range, Slab, TrimReport, carve_shards, stretches
+from gpu_cache.pool.block import Copy, Quarantine, Range, Slab, TrimReport, carve_shards, stretches
 from gpu_cache.pool.eviction import Layout, Span
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.freelist import FreeList
@@ -54,6 +54,7 @@ class SlabPool:
         fence: Records the events that freed ranges wait for.
         on_dead: Told the leases that fired.
         husks: Takes what is left of tensors that blocks were built with; None: its own.
+        name: For messages; "pool" or "host tier".
     Raises:
         GpuCacheError: Leases are unsound on this torch.
     Thread-safety: any thread. Allocates and releases outside the lock.
@@ -62,15 +63,17 @@ class SlabPool:
 
     def __init__(
         self,
-        device: Device,
+        device: Memory,
         config: CacheConfig,
         fence: StreamFence,
         on_dead: Callable[[list[Lease]], None],
         husks: Husks | None = None,
+        name: str = "pool",
     ) -> None:
         if fault := lease_fault():
             raise GpuCacheError(fault)
         self._fence, self._on_dead = fence, on_dead
+        self.name, self._setting = name, f"{name.replace(' ', '_')}_bytes"
         self._husks = Husks() if husks is None else husks
         self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
         assert config.pool_bytes is not None
@@ -96,6 +99,16 @@ class SlabPool:
 
     def __repr__(self) -> str:
         return f"SlabPool({self.accounts()}, at most {self.capacity:,} bytes)"
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where its bytes are."""
+        return self._device.torch_device
+
+    def full(self, nbytes: int) -> CacheFullError:
+        """The error for a run of `nbytes`, after alignment, that finds no room."""
+        why = f"the {self.name} {self.shortage(nbytes).words}"
+        return CacheFullError(nbytes, self.free_bytes, self.capacity, setting=self._setting, why=why)
 
     @property
     def husks(self) -> Husks:
@@ -140,7 +153,7 @@ class SlabPool:
         assert taken is not None
         return taken
 
-    def carve(self, taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int]) -> list[Landing]:
+    def carve(self, taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int]) -> list[Copy]:
         """Turn a run's range into its shards' tensors; from here on their leases alone give the bytes back.
 
         Call inside `plain_tensors()`. If building one fails, what no lease covers is for the caller to abandon.
@@ -263,13 +276,8 @@ class SlabPool:
                 "reserved": self._reserved_bytes + self._overflow_bytes,
             }
 
-    def shortage(self, nbytes: int, setting: str) -> Shortage:
-        """Say why a run of `nbytes` finds no room, and what helps, with the numbers of one moment.
-
-        Args:
-            nbytes: Of the run, after alignment.
-            setting: The field of the settings that bounds this pool.
-        """
+    def shortage(self, nbytes: int) -> Shortage:
+        """Say why a run of `nbytes`, after alignment, finds no room, and what helps, with the numbers of one moment."""
         can_reuse = self.can_reuse
         with self._lock:
             slabs = [slab for slab in self._slabs if not slab.is_overflow]
@@ -277,7 +285,7 @@ class SlabPool:
             largest = max((slab.free.largest_free_bytes for slab in slabs), default=0)
             room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
             held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
-        raising = f"raise {setting} ({variable(setting)})"
+        raising = f"raise {self._setting} ({variable(self._setting)})"
         if nbytes > self.capacity:
             return Shortage("length", f"is shorter than this run of {nbytes:,} bytes; {raising}")
         if room >= nbytes:

@@ -69,16 +69,8 @@ class BufferStats(TypedDict):
     mutations: int  # times that a look-up found a shard that a reader had written into
 
 
-class _Counters:
-    __slots__: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, float]:
-        """By name; `dataclasses.asdict` copies deeply, at twenty times the cost."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
 @dataclasses.dataclass(slots=True)
-class LookupCounters(_Counters):
+class LookupCounters:
     """The index lock guards every field."""
 
     hits: int = 0
@@ -99,6 +91,10 @@ class LookupCounters(_Counters):
     fetch_errors: int = 0
     clears: int = 0
 
+    def as_dict(self) -> dict[str, float]:
+        """By name; `dataclasses.asdict` copies deeply, at twenty times the cost."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     @property
     def requested(self) -> int:
         return self.hits + self.host_hits + self.joined + self.misses
@@ -106,16 +102,6 @@ class LookupCounters(_Counters):
     @property
     def requested_bytes(self) -> int:
         return self.hit_bytes + self.joined_bytes + self.miss_bytes
-
-
-@dataclasses.dataclass(slots=True)
-class StagingCounters(_Counters):
-    """The staging lock guards every field."""
-
-    copies: int = 0
-    h2d_bytes: int = 0
-    h2d_busy_seconds: float = 0.0
-    pinned_wait_seconds: float = 0.0
 
 
 class BusyClock:

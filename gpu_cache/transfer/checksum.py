@@ -27,10 +27,10 @@ def check_bytes(index: ShardIndex, engine: Engine, keys: Iterable[Hashable], *, 
     """
     if engine.device.is_capturing():
         return
-    found = [one for one in index.aliases(keys) if one[0].checksum is None or not only_new]
-    engine.settle({completion: None for _, completion, _ in found if completion is not None}, "host")
+    found = [pair for pair in index.aliases(keys) if pair[0].checksum is None or not only_new]
+    engine.settle({one.completion: None for one, _ in found if one.completion is not None}, "host")
     with plain_tensors():
-        index.compare_checksums([(entry, _checksum(alias)) for entry, _, alias in found])
+        index.compare_checksums([(one, _checksum(alias)) for one, alias in found])
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ from gpu_cache.pool.lease import Husks
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.reaper import Reaper
 from gpu_cache.transfer.host_tier import HostTier
+from gpu_cache.transfer.inflight import InflightBudget
 from gpu_cache.transfer.staging import StagingRing
 from gpu_cache.transfer.task import ReaderTask
 from gpu_cache.transfer.transfer import Transfer
@@ -28,46 +29,48 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Pool, staging, transfer, fence and reaper of one device. Allocates nothing before the first fetch.
+    """What belongs to one device: its level of the cache, the host tier below it, fence and reaper.
+
+    Allocates nothing before the first fetch.
 
     Args:
         device: Where shards are cached.
         config: Settings; what is None is decided here.
-        index: Of what is cached; told of blocks that died, and asked who may be evicted.
+        index: Of what is cached; told of blocks that died, and asked who may be evicted. There is a host tier if it has
+            a level below.
     """
 
     def __init__(self, device: Device, config: CacheConfig, index: ShardIndex) -> None:
         is_cuda = device.torch_device.type == "cuda"
-        self.device = device
+        self.device, self.index = device, index
         self.config = config.resolved(is_cuda=is_cuda, device_bytes=device.memory_info()[1] if is_cuda else 0)
         self.fence = StreamFence(device, self.config.reuse_fence)
         self.husks = Husks()
         self.pool = SlabPool(device, self.config, self.fence, index.forget_dead, self.husks)
-        has_tier = self.config.host_tier_bytes > 0
-        self.tier = HostTier(device, self.config, self.fence, index, self.husks) if has_tier else None
-        self.room = RoomMaker(index, self.pool) if self.tier is None else RoomMaker(index, self.pool, self.tier.take_in)
+        inflight = InflightBudget(self.config.max_inflight_bytes)
+        self.tier = (
+            None
+            if index.below is None
+            else HostTier(device, self.config, self.fence, index.below, self.husks, inflight)
+        )
+        self.room = RoomMaker(index, self.pool, *([] if self.tier is None else [self.tier.take_in]))
         self.staging = StagingRing(device, self.config) if device.stages else None
-        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, self.tier)
+        below = None if self.tier is None else self.tier.transfer
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, inflight, below)
         self.fence.note(self.transfer.stream)
-        self._to_host = None if self.tier is None else self._transfer_to(self.tier)
         self.reaper = Reaper(self, self.husks)
 
-    def transfer_to(self, prefer: Prefer) -> Transfer:
-        """What moves shards to the device, or to the host tier; where the device is the host it need not be on.
+    def level(self, prefer: Prefer) -> Engine | HostTier:
+        """Where a call places shards: `index` and `transfer` of that. A device that is the host needs no tier.
 
         Raises:
             ValueError: The host is preferred, and the tier is off.
         """
-        if prefer == "device" or (self._to_host is None and not self.device.stages):
-            return self.transfer
-        if self._to_host is None:
+        if prefer == "device" or (self.tier is None and not self.device.stages):
+            return self
+        if self.tier is None:
             raise ValueError("prefer='host': the host tier is off; set host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)")
-        return self._to_host
-
-    def _transfer_to(self, tier: HostTier) -> Transfer:
-        return Transfer(
-            tier.arenas, tier.pool, None, self.config, tier.room.make, inflight=self.transfer.inflight, parks=True
-        )
+        return self.tier
 
     @property
     def is_busy(self) -> bool:
@@ -130,21 +133,24 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         """The device's part of `BufferStats`."""
-        found: dict[str, float] = {**self.pool.stats(), **self.transfer.inflight.stats()}
-        for part in (self.staging, self.tier):
-            for name, number in part.stats().items() if part is not None else ():
-                found[name] = found.get(name, 0) + number
+        found = {**self.pool.stats(), **self.transfer.inflight.stats(), **self.transfer.copied.stats("h2d")}
+        for part in self._parts:
+            found |= part.stats()
         return found
 
     def details(self) -> dict[str, int]:
         """What a report has beyond that, under the report's names."""
-        return {name: number for part in (self.staging, self.tier) if part for name, number in part.details().items()}
+        return {name: number for part in self._parts for name, number in part.details().items()}
 
     def gather(self) -> None:
         """Count copies that are done by now. Not from a thread that captures a CUDA graph; waits for nothing."""
-        for part in (self.staging, self.tier):
-            if part is not None:
-                part.gather()
+        for one in (self, self.tier):
+            if one is not None:
+                one.transfer.copied.gather()
+
+    @property
+    def _parts(self) -> list[StagingRing | HostTier]:
+        return [part for part in (self.staging, self.tier) if part is not None]
 
     def reset_peaks(self) -> None:
         """Make the peaks what is in use now."""
@@ -164,13 +170,14 @@ class LazyEngine:
     Attributes:
         current: The engine, once there is one.
         tasks: Readers that are being drained.
+        index: As given.
         on_open: Called whenever a call of the cache opens the engine.
     Thread-safety: any thread.
     """
 
     def __init__(self, config: CacheConfig, device: Device | None, index: ShardIndex) -> None:
         self.current: Engine | None = None
-        self._config, self._index = config, index
+        self._config, self.index = config, index
         self._given = None if device is None else Placement(device, "as given", is_final=True)
         # Guards `current` and _is_final.
         self._lock = threading.Lock()
@@ -186,7 +193,7 @@ class LazyEngine:
             ValueError: The device named by the settings is not there.
             RuntimeError: It is not clear which one is meant.
         """
-        if self._index.is_closed:
+        if self.index.is_closed:
             raise CacheClosedError
         engine = self.current
         if engine is None or not (self._is_final or self._stays(engine)):
@@ -199,9 +206,9 @@ class LazyEngine:
     def _build(self, engine: Engine | None) -> Engine:
         """Build an engine, to take the place of the one that there is, if nothing is cached in that or on its way."""
         placement = self._given or choose_device(self._config.device)
-        built = Engine(placement.device, self._config, self._index)
+        built = Engine(placement.device, self._config, self.index)
         with self._lock:
-            is_mine = self.current is engine and (engine is None or self._index.is_empty)
+            is_mine = self.current is engine and (engine is None or self.index.is_empty)
             if is_mine:
                 self.current, self._is_final = built, placement.is_final
             chosen = self.current
@@ -234,12 +241,12 @@ class LazyEngine:
         try:
             device = choose_device(self._config.device).device.torch_device
         except (ValueError, RuntimeError) as error:
-            if self._index.is_empty:
+            if self.index.is_empty:
                 raise
             return self._warn_of_late_cuda(engine, str(error))
         if device == engine.device.torch_device:
             return True
-        return not self._index.is_empty and self._warn_of_late_cuda(engine, f"{device} is there by now")
+        return not self.index.is_empty and self._warn_of_late_cuda(engine, f"{device} is there by now")
 
     def _warn_of_late_cuda(self, engine: Engine, why: str) -> bool:
         if not self._has_warned:

@@ -14,13 +14,12 @@ import torch
 from gpu_cache.config import Prefer
 from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, TransferError, combined, listed, names_of
 from gpu_cache.index.entry import Claim, Entry, Holding, Promise
-from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.completion import Completion
 from gpu_cache.ranges import WAIT, profiled
 from gpu_cache.source import ShardSource
 from gpu_cache.transfer.engine import Engine, LazyEngine
-from gpu_cache.transfer.parked_reader import ParkedReader
+from gpu_cache.transfer.host_tier import ResidentReader
 from gpu_cache.transfer.task import MeteredReader, ReaderTask
 from gpu_cache.transfer.transfer import Transfer
 
@@ -31,8 +30,7 @@ class Fetch:
     """What one call asked for: hits in hand, shards it claimed and fetches, shards it joined.
 
     Args:
-        index: Where shards are looked up and land.
-        engines: What moves them.
+        engines: Where shards are looked up, and what moves them.
         timeout_s: Longest wait, in seconds.
         may_overflow: Whether shards that find no room may be placed outside the pool.
         keep: Whether they are meant to outlive clears.
@@ -45,7 +43,6 @@ class Fetch:
 
     def __init__(
         self,
-        index: ShardIndex,
         engines: LazyEngine,
         timeout_s: float,
         *,
@@ -56,13 +53,13 @@ class Fetch:
         prefer: Prefer = "device",
         expected: Mapping[Hashable, Promise] | None = None,
     ) -> None:
-        self.claim = Claim(expected=expected or {})
         self.deadline = time.monotonic() + timeout_s
+        self.claim = Claim(deadline=self.deadline, expected=expected or {})
         self.tasks: list[ReaderTask] = []
-        self._index, self._engines, self._timeout_s = index, engines, timeout_s
+        self._engines, self._timeout_s = engines, timeout_s
+        self._index = engines.index  # of the level that shards are to come to, once that is known
         self._may_overflow, self._keep = may_overflow, keep
         self._hands_out, self._holding, self._prefer = hands_out, holding, prefer
-        self._on_host = False  # so it is, and there is a host tier
 
     @property
     def _left_s(self) -> float:
@@ -75,13 +72,8 @@ class Fetch:
 
     @property
     def has_lost_joins(self) -> bool:
-        """Whether another call that this one relied on failed: asking anew may help."""
-        return any(entry.error is not None for entry in self.claim.joined.values())
-
-    @property
-    def has_strays(self) -> bool:
-        """Whether shards wanted on the device came to the host tier, for another call: asking anew copies them."""
-        return bool(self._strays())
+        """Whether another call that this one relied on failed: a retry may help."""
+        return any(entry.error is not None for entry in self._of_others())
 
     def begin(self, keys: Sequence[Hashable], source: ShardSource) -> Engine:
         """Look keys up and start to fetch what is missing; whatever interrupts this, no key stays claimed.
@@ -91,8 +83,8 @@ class Fetch:
         """
         while True:
             engine = self._engines.open()
-            transfer = engine.transfer_to(self._prefer)
-            self._on_host = transfer.parks
+            level = engine.level(self._prefer)
+            self._index = level.index
             if engine.device.is_capturing():
                 self._refuse_misses(keys)
             engine.drain()
@@ -100,14 +92,14 @@ class Fetch:
                 wanted = dict.fromkeys(keys)
                 for held in self.claim.hits:
                     del wanted[held]
-                self._index.claim(wanted, self.claim, self.deadline, hands_out=self._hands_out, on_host=self._on_host)
+                self._index.claim(wanted, self.claim, hands_out=self._hands_out)
                 if self._keep:
                     self._index.keep(wanted, self.claim)
                 if self._holding is not None and self.claim.claimed:
                     claimed = self.claim.claimed.values()
-                    self._index.adopt(self._holding, [entry for entry in claimed if entry.is_new])
+                    self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
                 if self._engines.is_current(engine):
-                    self._start(source, transfer)
+                    self._start(source, level.transfer)
                     if self.claim.claimed and self._index.is_closed:
                         self.cancel(CacheClosedError())
                     return engine
@@ -118,7 +110,7 @@ class Fetch:
             self.finish()
 
     def complete(self, keys: Sequence[Hashable], source: ShardSource, *, may_lack: bool = False) -> Engine:
-        """Begin, and wait for every shard; retry shards whose other fetch failed, or landed in the other tier.
+        """Begin, and wait for every shard; retry those whose other call failed.
 
         With `may_lack` some may fail: the log tells which, and `hand_out` lacks them.
         """
@@ -127,14 +119,9 @@ class Fetch:
             try:
                 engine = self.begin(keys, source)
                 self.wait()
-                if not self.has_strays:
-                    return engine
-                if time.monotonic() >= self.deadline:
-                    late = self._late()
-                    raise combined(dict.fromkeys(self._strays(), late), len(keys))
+                return engine
             except FetchError as error:
-                may_help = self.has_lost_joins or (may_lack and self.has_strays)
-                if not may_help or time.monotonic() >= self.deadline:
+                if not self.has_lost_joins or time.monotonic() >= self.deadline:
                     if not may_lack or not error.failures or engine is None:
                         raise
                     logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
@@ -142,14 +129,13 @@ class Fetch:
             self.keep_arrived()
 
     def _start(self, source: ShardSource, transfer: Transfer) -> None:
-        """Open readers for the claimed shards, and drain each in a thread of its own."""
+        """Open readers for the claimed shards, the first for what is below, and drain each in a thread of its own."""
         live = self._engines.tasks
         left = dict(self.claim.claimed)
         try:
-            if parked := {
-                key: left.pop(key) for key, entry in self.claim.claimed.items() if entry.resident is not None
-            }:
-                self.tasks.append(ReaderTask(ParkedReader(parked), parked, self._index))
+            if below := self.claim.below:
+                copies = {key: left.pop(key) for key in below}
+                self.tasks.append(ReaderTask(ResidentReader({}, below, self.deadline), copies, self._index))
             for reader in source.open(list(left), self._left_s) if left else ():
                 if foreign := [key for key in reader.keys if key not in left]:
                     raise FetchError(
@@ -181,35 +167,34 @@ class Fetch:
             late = self._late()
             self.cancel(late)
             now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
-            self._index.abort([entry for entry in self.claim.joined.values() if entry.deadline <= now], late)
+            self._index.abort([entry for entry in self._of_others() if entry.flight.deadline <= now], late)
         if failures := self._failures():
             raise self._combined(failures)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """A tensor of every shard, by key; after `wait`."""
         others = self._others()
-        places = [(entry.key, entry.place if self._on_host else entry) for entry in self._entries()]
-        arrived = {key: place for key, place in places if place.base is not None and key not in others}
+        arrived = {entry.key: entry.copy for entry in self._entries() if entry.copy and entry.key not in others}
         return {**self.claim.hits, **self._index.lend(arrived)} if arrived else dict(self.claim.hits)
 
     def host_completions(self) -> Iterable[Completion]:
         """Of the copies to the host tier that shards handed out there depend on, each once."""
-        return self.claim.host_completions
+        return [completion for completion, is_low in self.claim.completions.items() if is_low]
 
     def completions(self) -> Iterable[Completion]:
         """Of the copies to the device that the other shards depend on, each once."""
-        return self.claim.completions | dict.fromkeys(
-            entry.completion for entry in self._entries() if entry.completion is not None
-        )
+        found = [completion for completion, is_low in self.claim.completions.items() if not is_low]
+        found += [one for entry in self._entries() if entry.copy and (one := entry.copy.completion) is not None]
+        return dict.fromkeys(found)
 
     def keep_arrived(self) -> None:
         """Let go of what failed; the next `begin` looks only that up. After `wait`."""
         before = self.claim
         kept = Claim(
             self.hand_out(),
-            dict.fromkeys(self.completions()),
-            before.host_completions,
+            {**before.completions, **dict.fromkeys(self.completions(), False)},
             num_removals=before.num_removals,
+            deadline=self.deadline,
             expected=before.expected,
             mutated=before.mutated,
         )
@@ -222,7 +207,8 @@ class Fetch:
         Returns:
             How many shards were not cached when it began.
         """
-        claim, self.claim, self.tasks = self.claim, Claim(), []
+        claim, self.tasks = self.claim, []
+        self.claim = Claim(deadline=self.deadline, expected=claim.expected)
         if claim.claimed or claim.joined:
             self._index.release((*claim.claimed.values(), *claim.joined.values()))
         return len(claim.claimed) + len(claim.joined)
@@ -267,39 +253,44 @@ class Fetch:
         self._index.abort(self.claim.claimed.values(), error)
 
     def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
-        if missing := self._index.missing(keys, self.claim.expected, on_host=self._on_host):
-            why = " (it was written to in place since it came)" if missing[0] in self._index else ""
-            if not self._index.missing(missing[:1], on_host=self._on_host):
-                why = " (another owner's shard of that id is cached)"
-            if not self._on_host and self._index.is_parked(missing[0]):
-                why = " (it is in the host tier)"
-            raise TransferError(f"cannot fetch {missing[0]!r}{why} ({len(missing)} in all) during CUDA graph capture")
+        if not (missing := self._index.missing(keys, self.claim.expected)):
+            return
+        key, why, below = missing[0], "", self._index.below
+        if below is not None and below.has(key):
+            why = " (it is in the host tier)"
+        elif not self._index.missing([key]):
+            why = " (another owner's shard of that id is cached)"
+        elif key in self._index:
+            why = " (it was written to in place since it came)"
+        raise TransferError(f"cannot fetch {key!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _has_timed_out(self, pending: list[Future[Any]]) -> bool:
         with profiled(WAIT):
             return bool(concurrent.futures.wait(pending, self._left_s).not_done)
 
     def _late(self) -> FetchTimeoutError:
-        waited_for = {task.reader.node: None for task in self.tasks if not task.done.done()}
+        waited_for = {task.reader.node: None for task in self.tasks if task.reader.node and not task.done.done()}
         nodes = f" from {listed(waited_for)}" if waited_for else ""
         return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:.1f} s")
 
     def _pending(self) -> list[Future[Any]]:
-        flights = [entry.flight for entry in self.claim.joined.values() if entry.flight is not None]
+        flights = [one for entry in self.claim.joined.values() if (one := entry.flight.landed) is not None]
         return [*flights, *(task.done for task in self.tasks)]
 
     def _entries(self) -> Iterable[Entry]:
         return (*self.claim.claimed.values(), *self.claim.joined.values())
 
-    def _strays(self) -> list[Hashable]:
-        return [] if self._on_host else [entry.key for entry in self._entries() if entry.parked is not None]
+    def _of_others(self) -> Iterable[Entry]:
+        """What another call is to bring, to here or to the level below."""
+        return (*self.claim.joined.values(), *self.claim.below.values())
 
     def _others(self) -> dict[Hashable, Promise]:
         """What is cached, or was fetched for another call, and is not what this one expects, by key."""
         if not self.claim.expected:
             return {}
-        arrived = ((key, entry) for key, entry in self.claim.joined.items() if entry.has_arrived)
-        others = {key: entry.promise for key, entry in arrived if not entry.is_tensor_of(self.claim.expected.get(key))}
+        arrived = [entry for entry in self._of_others() if entry.copy is not None]
+        expected = self.claim.expected
+        others = {one.key: one.promise for one in arrived if not one.is_tensor_of(expected.get(one.key))}
         return {**self.claim.refused, **{key: found for key, found in others.items() if found is not None}}
 
     def _failures(self) -> dict[Hashable, BaseException]:
@@ -307,7 +298,7 @@ class Fetch:
         failures: dict[Hashable, BaseException] = {
             key: self._index.broken(key, expected[key], found) for key, found in self._others().items()
         }
-        if lacking := [entry for entry in self._entries() if not entry.has_arrived]:
+        if lacking := [entry for entry in self._entries() if entry.copy is None]:
             late = self._late()
             failures.update((entry.key, entry.error or late) for entry in lacking)
         return failures

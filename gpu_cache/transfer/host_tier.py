@@ -1,49 +1,139 @@
-"""The host tier: where evicted shards wait in pinned memory, to come back by a copy instead of a fetch."""
+"""The host tier: the level below the device, in pinned memory. From it a shard comes by a copy instead of a fetch."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import logging
-import threading
-from collections.abc import Hashable, Iterator, Sequence
-from typing import cast
+import math
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
 
 from gpu_cache.config import CacheConfig
 from gpu_cache.device.host_arenas import HostArenas
-from gpu_cache.device.modes import plain_tensors
-from gpu_cache.device.protocol import Device, Event, Stream
-from gpu_cache.index.entry import Candidate, Parked
+from gpu_cache.device.protocol import Device
+from gpu_cache.errors import CacheFullError, FetchTimeoutError
+from gpu_cache.index.entry import Candidate, Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.room import RoomMaker
-from gpu_cache.pool.block import Range
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.fence import StreamFence
-from gpu_cache.pool.lease import Husks
+from gpu_cache.pool.lease import Husks, Lease
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.source import ShardSpec
 from gpu_cache.throttle import Throttle
+from gpu_cache.transfer.inflight import InflightBudget
+from gpu_cache.transfer.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
-OUT, BACK = "d2h", "h2d"  # directions of copies
+
+class ResidentReader:
+    """A `ShardReader` of shards that are at another level: they are copied from there, and nothing is read.
+
+    Args:
+        copies: What is there.
+        awaited: What is there, or on its way there, and is kept there until this call has it.
+        deadline: Of the wait for that, as by `time.monotonic()`.
+    """
+
+    node = ""
+
+    def __init__(
+        self, copies: Mapping[Hashable, Copy], awaited: Mapping[Hashable, Entry], deadline: float = math.inf
+    ) -> None:
+        self.keys = [*copies, *awaited]
+        self.failures: dict[Hashable, Exception] = {}
+        self._next, self._awaited, self._deadline = dict(copies), dict(awaited), deadline
+        self._part: dict[Hashable, Copy] = {}
+        self._cancelled: Future[None] = Future()
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        """What is there; when that is copied, what has come meanwhile, after a wait."""
+        while not self._next and self._awaited:
+            self._collect()
+        self._part, self._next = self._next, {}
+        return [ShardSpec(key, one.base.dtype, tuple(one.base.shape)) for key, one in self._part.items()] or None
+
+    def resident(self, specs: Sequence[ShardSpec]) -> list[Copy]:
+        """Where the bytes of shards of the part are."""
+        return [self._part[spec.key] for spec in specs]
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """End the wait."""
+        if not self._cancelled.done():
+            self._cancelled.set_result(None)
+
+    def close(self) -> None:
+        """Let go of what was copied."""
+        self._part, self._next, self._awaited = {}, {}, {}
+
+    def _collect(self) -> None:
+        """Take what is settled. If nothing is, wait for everything, and take what comes in time."""
+        settled = [key for key, entry in self._awaited.items() if entry.is_settled]
+        if not settled:
+            self._wait()
+        for key in settled or list(self._awaited):
+            entry = self._awaited.pop(key)
+            if entry.copy is not None:
+                self._next[key] = entry.copy
+            elif isinstance(entry.error, Exception):
+                self.failures[key] = entry.error
+            else:
+                self.failures[key] = FetchTimeoutError(f"Failed to fetch shard {key!r}: not in the host tier in time")
+
+    def _wait(self) -> None:
+        left = {entry.flight.landed for entry in self._awaited.values()}
+        while (left_s := self._deadline - time.monotonic()) > 0 and left and not self._cancelled.done():
+            wanted = [*(one for one in left if one is not None), self._cancelled]
+            done, _ = concurrent.futures.wait(wanted, min(left_s, 60.0), concurrent.futures.FIRST_COMPLETED)
+            left -= done
+
+
+class Refuges:
+    """A `Sink` that takes copies of victims, by key."""
+
+    def __init__(self) -> None:
+        self.copies: dict[Hashable, Copy] = {}
+
+    def expect(self, specs: Sequence[ShardSpec]) -> None:
+        """All are as expected."""
+
+    def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
+        """Keep them for the index."""
+        for one in landings:
+            one.fill(completion)
+            self.copies[one.key] = one
 
 
 class HostTier:
-    """A pool of pinned host memory, filled by copies on a stream of its own.
+    """The level below the device: pinned host memory, received into, or filled by copies on a stream of its own.
 
     Args:
         device: Copies.
         config: Resolved settings.
         fence: Of the device's pool: ranges of either are reused only behind the copies between them.
-        index: Of the entries.
+        index: Of this level.
         husks: Takes what is left of the tier's tensors.
+        inflight: Shared with the device's level.
     Thread-safety: any thread. Copies are enqueued, and waited for only where their bytes are wanted.
     """
 
     def __init__(
-        self, device: Device, config: CacheConfig, fence: StreamFence, index: ShardIndex, husks: Husks
+        self,
+        device: Device,
+        config: CacheConfig,
+        fence: StreamFence,
+        index: ShardIndex,
+        husks: Husks,
+        inflight: InflightBudget,
     ) -> None:
-        self._device, self._run_bytes = device, config.run_bytes
         # Of one capacity with the settings' slabs. What it took it keeps: pinning costs more than copying.
         sizes = dataclasses.replace(
             config,
@@ -51,70 +141,38 @@ class HostTier:
             prealloc_bytes=0,
             slab_bytes=min(config.slab_bytes, config.host_tier_bytes),
         )
-        self.arenas = cast(Device, HostArenas(device))
-        self.pool = SlabPool(self.arenas, sizes, fence, index.forget_dead, husks)
+        self.index = index
+        self.pool = SlabPool(HostArenas(device), sizes, fence, index.forget_dead, husks, "host tier")
         self.pool.keep(config.host_tier_bytes)
-        self.room = RoomMaker(index, self.pool, parked=True)
+        self.room = RoomMaker(index, self.pool)
+        self.transfer = Transfer(device, self.pool, None, config, self.room.make, inflight)
+        fence.note(self.transfer.stream)
+        self._run_bytes = config.run_bytes
         self._warnings = Throttle()
-        self.stream: Stream = device.new_stream()
-        fence.note(self.stream)
-        # Guards every field below.
-        self._lock = threading.Lock()
-        self._timed: dict[tuple[Event, Event], str] = {}  # around copies not known to be done, each with its direction
-        self._num_copies_in = 0
-        self._copied_bytes, self._busy_s = {OUT: 0, BACK: 0}, {OUT: 0.0, BACK: 0.0}
 
-    def take_in(self, victims: Sequence[Candidate]) -> dict[Hashable, Parked]:
+    def take_in(self, victims: Sequence[Candidate]) -> dict[Hashable, Copy]:
         """Begin to copy what is to be evicted, the last ones first; what the tier has no room for is left out.
 
         The device's ranges may be given back at once: the fence, recorded when their tensors die, is behind the copies.
         """
-        self.gather()
-        parked: dict[Hashable, Parked] = {}
-        with plain_tensors():
-            for stretch in reversed(list(_stretches(victims, self._run_bytes))):
-                nbytes = sum(one.lease.nbytes for one in stretch)
-                if (taken := self._take(nbytes)) is None:
-                    continue
-                try:
-                    parked |= self._copy_out(stretch, taken)
-                except RuntimeError as error:  # of the device: what is evicted need not come here
-                    self._warn(f"{nbytes:,} bytes could not be copied to the host tier: {error}")
-                finally:
-                    self.pool.abandon(taken)
-        return parked
-
-    def note_copies(self, direction: str, nbytes: int, started: Event, ended: Event, num_copies: int = 1) -> None:
-        """Copies were enqueued between two events."""
-        with self._lock:
-            self._num_copies_in += num_copies * (direction == BACK)
-            self._copied_bytes[direction] += nbytes
-            self._timed[started, ended] = direction
-
-    def gather(self) -> None:
-        """Count the seconds of copies that are done by now. Waits for none; not during CUDA graph capture."""
-        with self._lock:
-            timed = list(self._timed)
-        for pair in timed:
-            if self._device.query(pair[1]):
-                busy_s = self._device.elapsed_s(*pair)
-                with self._lock:
-                    if (direction := self._timed.pop(pair, None)) is not None:  # else another thread has counted it
-                        self._busy_s[direction] += busy_s
+        refuges = Refuges()
+        reader = ResidentReader({one.key: one for one in _in_runs(victims, self._run_bytes)}, {})
+        try:
+            self.transfer.drain(reader, refuges, math.inf, may_overflow=False)
+        except CacheFullError:
+            pass  # what was used longest ago goes
+        except RuntimeError as error:  # of the device: what is evicted need not come here
+            if self._warnings.opens():  # in text: a handler may keep the error, whose frames hold blocks
+                logger.warning("evicted shards could not be copied to the host tier: %s", str(error))
+        return refuges.copies
 
     def stats(self) -> dict[str, float]:
-        """The tier's part of `BufferStats`; what the staging ring counts too is to be added to its figures."""
-        stats = self.pool.stats()
-        with self._lock:
-            return {
-                "host_bytes": stats["device_bytes"],
-                "host_capacity_bytes": self.pool.capacity,
-                "d2h_bytes": self._copied_bytes[OUT],
-                "d2h_busy_seconds": self._busy_s[OUT],
-                "copies": self._num_copies_in,
-                "h2d_bytes": self._copied_bytes[BACK],
-                "h2d_busy_seconds": self._busy_s[BACK],
-            }
+        """The tier's part of `BufferStats`."""
+        return {
+            "host_bytes": self.pool.stats()["device_bytes"],
+            "host_capacity_bytes": self.pool.capacity,
+            **self.transfer.copied.stats("d2h"),
+        }
 
     def details(self) -> dict[str, int]:
         """What a report has beyond that, under the report's names."""
@@ -125,54 +183,22 @@ class HostTier:
             "host_alloc_failures": stats["alloc_failures"],
         }
 
-    def _warn(self, message: str) -> None:
-        if self._warnings.opens():
-            logger.warning(message)
 
-    def _take(self, nbytes: int) -> Range | None:
-        """Room in the tier, if need be by dropping what was longest there.
-
-        Waits, if for anything, for what was enqueued before: no longer than whoever evicts from the device is about to.
-        """
-        taken = self.pool.take(nbytes) or self.pool.take_freed(nbytes)
-        if taken is None and self.room.make(nbytes) >= nbytes:
-            taken = self.pool.take_freed(nbytes)
-        return taken
-
-    def _copy_out(self, stretch: Sequence[Candidate], taken: Range) -> dict[Hashable, Parked]:
-        """Enqueue the copy of neighbours on the device to a range of the tier."""
-        first = stretch[0].lease
-        specs = [ShardSpec(one.entry.key, one.base.dtype, tuple(one.base.shape)) for one in stretch]
-        landings = self.pool.carve(taken, specs, [one.lease.offset - first.offset for one in stretch])
-        for completion in {one.completion: None for one in stretch if one.completion is not None}:
-            completion.wait_on(self.stream)
-        started = self._device.record(self.stream, timing=True)
-        self._device.copy_async(
-            taken.slab.arena.tensor[taken.offset :][: taken.nbytes],
-            first.slab.arena.tensor[first.offset :][: taken.nbytes],
-            self.stream,
-        )
-        ended = self._device.record(self.stream, timing=True)
-        self.note_copies(OUT, taken.nbytes, started, ended)
-        completion = Completion(self._device, ended)
-        return {
-            landing.key: Parked(landing.base, landing.lease, completion, landing.version, landing.loan)
-            for landing, one in zip(landings, stretch, strict=True)
-            if one.lease() is not None  # else others may have got its bytes before they were copied
-        }
-
-
-def _stretches(victims: Sequence[Candidate], run_bytes: int) -> Iterator[list[Candidate]]:
-    """Neighbours on the device, at most `run_bytes` of them together, those used last at the end."""
-    age = {one.entry.key: number for number, one in enumerate(victims)}
-    ordered = sorted(victims, key=lambda one: (id(one.lease.slab), one.lease.offset))
-    stretches: list[list[Candidate]] = []
-    nbytes, follower = 0, None
-    for one in ordered:
-        if follower != (id(one.lease.slab), one.lease.offset) or nbytes + one.lease.nbytes > run_bytes:
-            stretches.append([])
+def _in_runs(victims: Sequence[Candidate], run_bytes: int) -> list[Copy]:
+    """Neighbours on the device side by side, at most `run_bytes` of them together; the runs used last come first."""
+    age = {id(one.copy): number for number, one in enumerate(victims)}
+    leased = [(lease, one.copy) for one in victims if (lease := one.copy.lease) is not None]
+    runs: list[list[Copy]] = []
+    nbytes, before = 0, None
+    for lease, one in sorted(leased, key=lambda pair: (id(pair[0].slab), pair[0].offset)):
+        if before is None or not _is_followed_by(before, lease) or nbytes + lease.nbytes > run_bytes:
+            runs.append([])
             nbytes = 0
-        stretches[-1].append(one)
-        nbytes += one.lease.nbytes
-        follower = id(one.lease.slab), one.lease.offset + one.lease.nbytes
-    yield from sorted(stretches, key=lambda stretch: max(age[one.entry.key] for one in stretch))
+        runs[-1].append(one)
+        nbytes, before = nbytes + lease.nbytes, lease
+    runs.sort(key=lambda run: max(age[id(one)] for one in run), reverse=True)
+    return [one for run in runs for one in run]
+
+
+def _is_followed_by(one: Lease, other: Lease) -> bool:
+    return one.slab is other.slab and one.offset + one.nbytes == other.offset

@@ -10,7 +10,6 @@ from collections import deque
 from gpu_cache.config import CacheConfig
 from gpu_cache.device.protocol import Device, Event, Pinned
 from gpu_cache.errors import CacheClosedError, TransferError
-from gpu_cache.report.counters import StagingCounters
 from gpu_cache.transfer import inflight
 from gpu_cache.transfer.inflight import Stalls, Turn
 
@@ -20,8 +19,7 @@ class Slot:
     """One pinned buffer. Belongs to whoever acquired it."""
 
     pinned: Pinned
-    started: Event | None = None  # before its last copies, timed
-    guard: Event | None = None  # behind its last copies, timed: the bytes may be overwritten when it is done
+    guard: Event | None = None  # behind its last copies: the bytes may be overwritten when it is done
     turn: Turn | None = None  # of the reader that receives into it
     since: float = 0.0  # when that one got it
 
@@ -44,7 +42,7 @@ class StagingRing:
         self._num_allocating = 0
         self._stalled: set[Turn] = set()  # of those that hold slots
         self._is_closed = False
-        self._counters = StagingCounters()
+        self._wait_s = 0.0
         self._peak_slots = self._alloc_failures = 0
 
     def __repr__(self) -> str:
@@ -67,11 +65,9 @@ class StagingRing:
         if slot is not None and slot.guard is not None and not self._device.query(slot.guard) and self._exchange(slot):
             slot = None
         slot = slot or self._allocate()
-        busy_s = 0.0
         try:
             if slot.guard is not None:
                 self._device.synchronize(slot.guard)
-                busy_s = self._device.elapsed_s(slot.started, slot.guard)
                 slot.guard = None
         except BaseException:
             self.release(slot)
@@ -79,15 +75,12 @@ class StagingRing:
         with self._changed:
             slot.turn, slot.since = turn, time.monotonic()
             self._peak_slots = max(self._peak_slots, len(self._slots) - len(self._idle))
-            self._counters.pinned_wait_seconds += time.monotonic() - began
-            self._counters.h2d_busy_seconds += busy_s
+            self._wait_s += time.monotonic() - began
         return slot
 
-    def release(self, slot: Slot, *, num_copies: int = 0, nbytes: int = 0) -> None:
+    def release(self, slot: Slot) -> None:
         """Give a slot back. The caller has set `guard` if copies from it were enqueued."""
         with self._changed:
-            self._counters.copies += num_copies
-            self._counters.h2d_bytes += nbytes
             if slot.turn is not None:
                 self._stalled.discard(slot.turn)
             slot.turn = None
@@ -97,21 +90,6 @@ class StagingRing:
             self._changed.notify_all()  # one of another node may go on where the first to wait may not
         if is_surplus:
             self._free(slot)
-
-    def gather(self) -> None:
-        """Count the seconds of copies that are done by now. Waits for none; not during CUDA graph capture."""
-        with self._changed:
-            guarded = [(slot, slot.started, slot.guard) for slot in self._idle if slot.guard is not None]
-        done = [
-            (slot, guard, self._device.elapsed_s(started, guard))
-            for slot, started, guard in guarded
-            if self._device.query(guard)
-        ]
-        with self._changed:
-            for slot, guard, busy_s in done:
-                if slot.guard is guard and slot in self._idle:  # else whoever took it meanwhile counts them
-                    slot.guard = None
-                    self._counters.h2d_busy_seconds += busy_s
 
     def close(self) -> None:
         """Free the idle slots now and the others as they come back; whoever waits for one gets an error. Idempotent."""
@@ -127,7 +105,7 @@ class StagingRing:
         """The ring's part of `BufferStats`, consistent in itself."""
         with self._changed:
             return {
-                **self._counters.as_dict(),
+                "pinned_wait_seconds": self._wait_s,
                 "pinned_bytes": (len(self._slots) - len(self._idle)) * self.slot_bytes,
                 "pinned_capacity_bytes": len(self._slots) * self.slot_bytes,
                 "is_pinned": int(bool(self._slots) and all(slot.pinned.is_pinned for slot in self._slots)),

@@ -16,13 +16,12 @@ import torch
 from gpu_cache.errors import CacheClosedError, FetchError
 from gpu_cache.index.entry import Entry, Promise, State
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
 from gpu_cache.process import OwnThread
 from gpu_cache.ranges import FETCH, profiled
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.transfer.inflight import Turn
-from gpu_cache.transfer.parked_reader import ParkedReader
 from gpu_cache.transfer.tensor_reader import TensorReader
 from gpu_cache.transfer.transfer import Transfer
 
@@ -127,7 +126,7 @@ class ReaderTask:
         self._transfer, self._drained_by = transfer, threading.get_ident()
         error = self._drain(transfer, deadline, may_overflow)
         while isinstance(error, FetchError) and error.may_go_on:
-            self._announced = {key for key in self._announced if self.entries[key].has_arrived}
+            self._announced = {key for key in self._announced if self.entries[key].copy is not None}
             error = self._drain(transfer, deadline, may_overflow)
         self.end(error)
 
@@ -193,15 +192,14 @@ class ReaderTask:
                 raise FetchError(f"Failed to fetch shards from {self.reader.node}: it sent shard {spec.key!r} {how}")
             self._announced.add(spec.key)
 
-    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
+    def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
         """Index what arrived; hand it only to the waiting if the pool had no room for it."""
         pairs = [(self.entries[landing.key], landing) for landing in landings]
-        assert self._transfer is not None
         take = self._index.deliver if is_overflow else self._index.publish
-        take(pairs, self.reader.node, completion, parked=self._transfer.parks)
+        take(pairs, self.reader.node, completion)
 
     def _run_noted(self, transfer: Transfer, deadline: float, live: set[ReaderTask], may_overflow: bool) -> None:
-        node, is_fetch = self.reader.node, not isinstance(self.reader, ParkedReader)
+        node, is_fetch = self.reader.node, not any(entry.flight.is_copy for entry in self.entries.values())
         if is_fetch:
             self._index.note_fetch(node, begins=True)
         try:

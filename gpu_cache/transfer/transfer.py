@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
@@ -12,19 +13,15 @@ import torch
 
 from gpu_cache.config import ALIGNMENT, CacheConfig, aligned
 from gpu_cache.device.modes import plain_tensors
-from gpu_cache.device.protocol import Device, Stream
-from gpu_cache.errors import CacheFullError
-from gpu_cache.index.entry import Parked
-from gpu_cache.pool.block import Landing, empty_landings, stretches
+from gpu_cache.device.protocol import Device, Event, Stream
+from gpu_cache.pool.block import Copy, empty_copies, stretches
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.slab import Shortage, SlabPool
 from gpu_cache.process import no_collections
 from gpu_cache.ranges import COPY, STAGE, profiled
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.throttle import Throttle
-from gpu_cache.transfer.host_tier import BACK, HostTier
 from gpu_cache.transfer.inflight import InflightBudget, Turn
-from gpu_cache.transfer.parked_reader import ParkedReader
 from gpu_cache.transfer.runs import Piece, Run, copies_of, pack, windows
 from gpu_cache.transfer.staging import StagingRing
 
@@ -42,22 +39,68 @@ class Sink(Protocol):
     def expect(self, specs: Sequence[ShardSpec]) -> None:
         """Look at what the reader announces, before room is taken for it; raise to end the transfer."""
 
-    def land(self, landings: list[Landing], completion: Completion | None, *, is_overflow: bool) -> None:
+    def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
         """Take the shards of a run, whose copy is enqueued and done when `completion` is; None: it is done."""
 
 
-class Transfer:
-    """Moves what readers deliver into the pool.
+class CopyMeter:
+    """Counts copies to a pool, and the seconds that the device was at them.
 
     Args:
-        device: Where to.
+        device: Copies.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        # Guards every field below.
+        self._lock = threading.Lock()
+        self._timed: dict[tuple[Event, Event], None] = {}  # around copies not known to be done
+        self._num_copies = self._nbytes = 0
+        self._busy_s = 0.0
+
+    def note(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], started: Event, ended: Event) -> None:
+        """Copies were enqueued between two events, timed."""
+        with self._lock:
+            self._num_copies += len(copies)
+            self._nbytes += sum(dst.numel() for dst, _ in copies)
+            self._timed[started, ended] = None
+            is_due = len(self._timed) > 1  # earlier ones may be done
+        if is_due:
+            self.gather()
+
+    def gather(self) -> None:
+        """Count the seconds of copies that are done by now. Waits for none; not during CUDA graph capture."""
+        with self._lock:
+            timed = list(self._timed)
+        for pair in timed:
+            if self._device.query(pair[1]):
+                busy_s = self._device.elapsed_s(*pair)
+                with self._lock:
+                    if pair in self._timed:  # else another thread has counted it
+                        del self._timed[pair]
+                        self._busy_s += busy_s
+
+    def stats(self, direction: str) -> dict[str, float]:
+        """Its part of `BufferStats`, of copies in one direction: "h2d" or "d2h"."""
+        with self._lock:
+            found = {f"{direction}_bytes": self._nbytes, f"{direction}_busy_seconds": self._busy_s}
+            return {**found, "copies": self._num_copies} if direction == "h2d" else found
+
+
+class Transfer:
+    """Moves what readers deliver into the pool of one level.
+
+    Args:
+        device: Copies.
         pool: Gives the ranges.
         staging: Buffers to receive into; None: the arena is host memory, received into directly.
         config: Resolved settings.
         make_room: Evicts for a run of so many bytes, or nothing; the longest run that room was, or could be, made for.
-        tier: Where shards are brought back from.
-        inflight: Shared with another transfer; None: its own.
-        parks: Whether the pool is the host tier's.
+        inflight: The budget of bytes on their way.
+        below: Of the level below.
+    Attributes:
+        copied: Counts its copies.
     Thread-safety: any thread; each drains a reader of its own.
     """
 
@@ -68,21 +111,17 @@ class Transfer:
         staging: StagingRing | None,
         config: CacheConfig,
         make_room: Callable[[int], int],
-        tier: HostTier | None = None,
-        *,
-        inflight: InflightBudget | None = None,
-        parks: bool = False,
+        inflight: InflightBudget,
+        below: Transfer | None = None,
     ) -> None:
         self._device, self._pool, self._staging, self._make_room = device, pool, staging, make_room
         slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
-        self._tier = tier
         self._window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
         self._run_bytes = config.run_bytes
         self._overflow_warnings: dict[str, Throttle] = {}  # by kind of shortage
-        self.parks = parks
-        self._setting = "host_tier_bytes" if parks else "pool_bytes"
-        self.inflight = inflight or InflightBudget(config.max_inflight_bytes)
-        self.stream: Stream = None if parks else device.new_stream()
+        self.inflight, self._below = inflight, below
+        self.copied = CopyMeter(device)
+        self.stream: Stream = device.new_stream()
 
     def drain(
         self,
@@ -111,13 +150,14 @@ class Transfer:
         turn = turn or Turn(reader.node)
         try:
             with plain_tensors():  # once, as entering costs as much as three shards
-                if isinstance(reader, ParkedReader):
-                    self._bring_back(reader, sink, placed, may_overflow)
-                    return
+                resident = getattr(reader, "resident", None)
                 while (specs := reader.next_specs()) is not None:
                     sink.expect(specs)
                     full = self._land_empty(specs, sink)
                     runs = self._place_all(full, placed, may_overflow)
+                    if resident is not None:
+                        self._copy_all(runs, resident, sink, placed)
+                        continue
                     with contextlib.closing(self._in_turn(full, runs, turn, deadline)) as granted:
                         for window in granted:
                             self._move(reader, window, sink, turn, deadline, placed)
@@ -129,10 +169,10 @@ class Transfer:
         """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
         self.inflight.close()
         self._pool.trim()
-        if self._tier is not None:
-            self._tier.pool.trim()
         if self._staging is not None:
             self._staging.close()
+        if self._below is not None:
+            self._below.finish()
 
     def _in_turn(
         self, specs: Sequence[ShardSpec], runs: Iterator[Run], turn: Turn, deadline: float
@@ -173,44 +213,50 @@ class Transfer:
             for run in complete:
                 del placed[run]
 
-    def _bring_back(self, reader: ParkedReader, sink: Sink, placed: dict[Run, None], may_overflow: bool) -> None:
-        """Enqueue copies from the host tier, one for each stretch of a run that lies in one piece there."""
-        assert self._tier is not None
-        specs = reader.next_specs() or []
-        sink.expect(specs)
-        for run in self._place_all(self._land_empty(specs, sink), placed, may_overflow):
+    def _copy_all(
+        self,
+        runs: Iterator[Run],
+        resident: Callable[[Sequence[ShardSpec]], list[Copy]],
+        sink: Sink,
+        placed: dict[Run, None],
+    ) -> None:
+        """Copy runs from another level, and land each when its copies are enqueued."""
+        for run in runs:
             landings = self._pool.carve(run.range, run.specs, run.offsets)
-            origins = [reader.origins[spec.key] for spec in run.specs]
-            for completion in dict.fromkeys(one.completion for one in origins):
-                if completion is not None:
-                    completion.wait_on(self.stream)
-            started = self._device.record(self.stream, timing=True)
-            copies = []
-            arena, begin = run.range.slab.arena.tensor, run.range.offset
-            for slab, offset, nbytes in stretches([one.lease for one in origins]):
-                copies.append((arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes]))
-                begin += nbytes
-            self._device.copy_all(copies, self.stream)
-            self._copy_again(run, origins)
-            ended = self._device.record(self.stream, timing=True)
-            self._tier.note_copies(BACK, run.nbytes, started, ended, len(copies))
-            sink.land(landings, Completion(self._device, ended), is_overflow=run.range.slab.is_overflow)
-            del placed[run], origins
+            completion = self._copy_run(run, resident(run.specs))
+            sink.land(landings, completion, is_overflow=run.range.slab.is_overflow)
+            del placed[run]
 
-    def _copy_again(self, run: Run, origins: Sequence[Parked]) -> None:
+    def _copy_run(self, run: Run, origins: Sequence[Copy]) -> Completion:
+        """Enqueue the copies of a run, one for each stretch that lies in one piece at the other level."""
+        for completion in dict.fromkeys(one.completion for one in origins):
+            if completion is not None:
+                completion.wait_on(self.stream)
+        started = self._device.record(self.stream, timing=True)
+        copies, arena, begin = [], run.range.slab.arena.tensor, run.range.offset
+        for slab, offset, nbytes in stretches(one.lease for one in origins if one.lease is not None):
+            copies.append((arena[begin:][:nbytes], slab.arena.tensor[offset:][:nbytes]))
+            begin += nbytes
+        self._device.copy_all(copies, self.stream)
+        self._copy_again(run, origins)
+        ended = self._device.record(self.stream, timing=True)
+        self.copied.note(copies, started, ended)
+        return Completion(self._device, ended)
+
+    def _copy_again(self, run: Run, origins: Sequence[Copy]) -> None:
         """Copy those whose block died, as by `share_memory_()`: others may have got its bytes before they were read.
 
         Of the others the fence, which is recorded when they die, is behind the copies.
         """
         begins = zip(run.specs, run.offsets, origins, strict=True)
-        for spec, offset, origin in [one for one in begins if one[2].lease() is None]:
+        for spec, offset, origin in [one for one in begins if one[2].lease is not None and one[2].lease() is None]:
             place = run.range.slab.arena.tensor[run.range.offset + offset :][: spec.nbytes]
             self._device.copy_async(place, origin.base.reshape(-1).view(torch.uint8), self.stream)
 
     def _land_empty(self, specs: Sequence[ShardSpec], sink: Sink) -> list[ShardSpec]:
         """Land those without bytes, which take no room; the others."""
         if empty := [spec for spec in specs if not spec.nbytes]:
-            sink.land(empty_landings(empty, self._device.torch_device), None, is_overflow=False)
+            sink.land(empty_copies(empty, self._pool.torch_device), None, is_overflow=False)
         return [spec for spec in specs if spec.nbytes]
 
     def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
@@ -238,12 +284,9 @@ class Transfer:
                     yield from self._place(half, may_overflow, most_bytes)
             return
         if run.place is None:
-            shortage = self._pool.shortage(run.nbytes, self._setting)
             if not may_overflow:
-                free, capacity = self._pool.free_bytes, self._pool.capacity
-                why = f"the {'host tier' if self.parks else 'pool'} {shortage.words}"
-                raise CacheFullError(run.nbytes, free, capacity, setting=self._setting, why=why)
-            self._warn_of_overflow(run.nbytes, shortage)
+                raise self._pool.full(run.nbytes)
+            self._warn_of_overflow(run.nbytes, self._pool.shortage(run.nbytes))
             run.place = self._pool.take_overflow(run.nbytes)
         yield run
 
@@ -266,7 +309,7 @@ class Transfer:
         if self._overflow_warnings.setdefault(shortage.kind, Throttle()).opens():
             logger.warning(
                 "the %s of %s bytes %s: %s bytes are handed out uncached, and will be fetched again",
-                "host tier" if self.parks else "pool", f"{self._pool.capacity:,}", shortage.words, f"{nbytes:,}",
+                self._pool.name, f"{self._pool.capacity:,}", shortage.words, f"{nbytes:,}",
             )  # fmt: skip
 
     def _receive(self, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float) -> Completion | None:
@@ -277,23 +320,21 @@ class Transfer:
         with profiled(STAGE):
             slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        num_copies = 0
         try:
             staged = slot.pinned.view
             reader.read_into(
                 [view for piece in window for view in piece.buffers(staged[piece.at : piece.at + piece.nbytes])]
             )
-            slot.started = self._device.record(self.stream, timing=True)
+            started = self._device.record(self.stream, timing=True)
             copies = copies_of(window, slot.pinned.tensor)
             with profiled(COPY):
                 self._device.copy_all(copies, self.stream)
-            num_copies = len(copies)
         finally:
             try:
                 if copies:  # also behind those of a window that failed half-way
                     slot.guard = self._device.record(self.stream, timing=True)
                 guard = slot.guard
             finally:
-                nbytes = sum(dst.numel() for dst, _ in copies[:num_copies])
-                self._staging.release(slot, num_copies=num_copies, nbytes=nbytes)
+                self._staging.release(slot)
+        self.copied.note(copies, started, guard)
         return Completion(self._device, guard)

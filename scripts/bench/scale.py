@@ -18,7 +18,7 @@ import torch
 from bench.rounds import Plan
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.lease import aliases_of
 
@@ -40,7 +40,7 @@ Found = dict[tuple[str, str, int], list[float]]
 class Table(Protocol):
     """Entries by key. Keys and landings come in batches."""
 
-    def insert(self, keys: Sequence[str], landings: Sequence[Landing]) -> None:
+    def insert(self, keys: Sequence[str], landings: Sequence[Copy]) -> None:
         """Add entries."""
 
     def hit(self, keys: Sequence[str]) -> object:
@@ -56,7 +56,7 @@ class IndexTable:
     def __init__(self) -> None:
         self._index = ShardIndex(aliases_of, lambda base: False)
 
-    def insert(self, keys: Sequence[str], landings: Sequence[Landing]) -> None:
+    def insert(self, keys: Sequence[str], landings: Sequence[Copy]) -> None:
         claimed = self._index.claim(keys).claimed.values()
         self._index.publish(zip(claimed, landings, strict=True), "owner:1", None)
         self._index.release(claimed)
@@ -72,9 +72,9 @@ class DictTable:
     """A bare dict: what no index can beat."""
 
     def __init__(self) -> None:
-        self._dict: dict[str, Landing] = {}
+        self._dict: dict[str, Copy] = {}
 
-    def insert(self, keys: Sequence[str], landings: Sequence[Landing]) -> None:
+    def insert(self, keys: Sequence[str], landings: Sequence[Copy]) -> None:
         for key, landing in zip(keys, landings, strict=True):
             self._dict[key] = landing
 
@@ -104,7 +104,7 @@ def run(sizes: Sequence[int], plan: Plan, advance: Callable[[str], None]) -> lis
 def _run_round(
     sizes: Sequence[int],
     rng: np.random.Generator,
-    landings: Sequence[Landing],
+    landings: Sequence[Copy],
     found: Found,
     advance: Callable[[str], None],
 ) -> None:
@@ -153,7 +153,7 @@ def _row(structure: str, operation: str, num_entries: int, values: list[float], 
     }
 
 
-def _run_table(make: Callable[[], Table], landings: Sequence[Landing], rng: np.random.Generator) -> dict[str, float]:
+def _run_table(make: Callable[[], Table], landings: Sequence[Copy], rng: np.random.Generator) -> dict[str, float]:
     """Insert, look up and clear everything once, each in an order of its own, by equal but not identical keys."""
     bits = random.Random(int(rng.integers(1 << 62)))
     numbers = [bits.getrandbits(128) for _ in landings]
@@ -204,10 +204,10 @@ def _clocked(call: Callable[..., object], *columns: Sequence[Any]) -> float:
 
 
 @contextlib.contextmanager
-def _landings(number: int) -> Iterator[list[Landing]]:
+def _landings(number: int) -> Iterator[list[Copy]]:
     """What is indexed, each with a tensor of its own. No collection looks at them: only at what the index makes."""
     with _without_collections():
-        landings = [Landing(None, torch.empty(0), None, ALIGNMENT) for _ in range(number)]
+        landings = [Copy(None, torch.empty(0), None, ALIGNMENT) for _ in range(number)]
     gc.freeze()
     try:
         yield landings

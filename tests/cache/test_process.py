@@ -18,7 +18,7 @@ from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.placement import Placement
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.reaper import Reaper
@@ -270,6 +270,6 @@ def test_a_shard_that_lands_in_a_closed_cache_stays_with_its_caller() -> None:
     reserved = cache._index.reserve("late")
     assert reserved is not None
     cache._index.close()
-    cache._index.publish([(reserved, Landing("late", torch.ones(1), None, 4))], "", None)
+    cache._index.publish([(reserved, Copy("late", torch.ones(1), None, 4))], "", None)
     assert len(cache) == 0
     assert cache._index.is_empty

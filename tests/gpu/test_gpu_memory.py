@@ -107,7 +107,9 @@ def test_an_evicted_shard_waits_in_pinned_memory_and_comes_back() -> None:
     cache = roomy_cache(**config)
     for number in range(4):
         fetch(cache, number, number, SLAB_BYTES)
-    parked = [entry.parked.base for entry in cache._index._entries.values() if entry.parked is not None]
+    below = cache._index.below
+    assert below is not None
+    parked = [entry.copy.base for entry in below._entries.values() if entry.copy is not None]
     assert len(parked) == 2
     assert all(base.is_pinned() for base in parked)
     del parked

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gpu_cache.index.entry import Candidate, Claim, Entry, Promise, State
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import aliases_of
 
 KEYS = "abcdef"
@@ -71,7 +71,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         entry = self.standing[data.draw(st.sampled_from(sorted(self.ready)))]
-        entry.counted.add_(0)
+        entry.copy.counted.add_(0)
         self.written.add(entry)
 
     def lose_written(self, keys: Iterable[str]) -> dict[str, None]:
@@ -92,8 +92,8 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         assert found.joined == {key: self.standing[key] for key in wanted if key in self.standing.keys() - self.ready}
         assert list(found.claimed) == [key for key in wanted if key not in self.standing]
         for key, tensor in found.hits.items():
-            assert tensor.data_ptr() == self.standing[key].base.data_ptr()
-        assert all(entry.flight is not None for entry in found.joined.values())
+            assert tensor.data_ptr() == self.standing[key].copy.base.data_ptr()
+        assert all(entry.flight.landed is not None for entry in found.joined.values())
         self.joins.update(found.joined.values())
         self.awaited += found.joined.values()
         self.books["joined"] += len(found.joined)
@@ -142,7 +142,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         found = self.index.find(key)
         assert (found is not None) == (key in self.ready)
         if found is not None:
-            assert found[1] is self.standing[key]
+            assert found[0].data_ptr() == self.standing[key].copy.base.data_ptr()
             self.touch(key)
 
     @precondition(lambda self: self.flying)
@@ -165,7 +165,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         stood = self.standing.get(entry.key) is entry
         self.settle(entry, how, nbytes)
         assert entry.is_settled
-        assert entry.flight is None or entry.flight.done()
+        assert entry.flight.landed is None or entry.flight.landed.done()
         if how == "abort":
             self.books["fetch_errors"] += entry.is_fetch
         else:
@@ -190,7 +190,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         if how == "abort":
             self.index.abort([entry], RuntimeError("failed"))
         else:
-            arrived = Landing(entry.key, torch.zeros(nbytes, dtype=torch.uint8), None, nbytes)
+            arrived = Copy(entry.key, torch.zeros(nbytes, dtype=torch.uint8), None, nbytes)
             getattr(self.index, how)([(entry, arrived)], NODES[0], None)
 
     @rule()
@@ -201,7 +201,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     @precondition(lambda self: self.ready)
     @rule(data=st.data())
     def hold_or_let_go(self, data: st.DataObject) -> None:
-        self.held ^= {id(self.standing[data.draw(st.sampled_from(sorted(self.ready)))].base)}
+        self.held ^= {id(self.standing[data.draw(st.sampled_from(sorted(self.ready)))].copy.base)}
 
     @rule(keys=st.one_of(st.none(), st.sets(st.sampled_from(KEYS))), node=st.sampled_from([None, *NODES]))
     def clear(self, keys: set[str] | None, node: str | None) -> None:
@@ -222,12 +222,13 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         free = [
             key
             for key, entry in self.standing.items()
-            if self.ready.get(key) and entry not in self.awaited and id(entry.base) not in self.held
+            if self.ready.get(key) and entry not in self.awaited and id(entry.copy.base) not in self.held
         ]
         assert [one.entry.key for one in self.index.candidates()] == free, "least recently used first"
         everything = {one.entry.key: one for one in self.index.candidates(held=True)}
+        nothing = Copy("", torch.empty(0), None, 0)
         everything |= {
-            key: Candidate(entry, entry.base, None, None)
+            key: Candidate(entry, entry.copy or nothing)
             for key, entry in self.standing.items()
             if key not in everything
         }

@@ -9,7 +9,7 @@ from gpu_cache.errors import CacheClosedError, FetchError, failure_reason
 from gpu_cache.index.entry import Claim, Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.ledger import Sources, Tally, capped
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
 from gpu_cache.transfer.task import MeteredReader
@@ -37,7 +37,7 @@ def index(clock: Clock) -> ShardIndex:
 def fetch(index: ShardIndex, *keys: str, node: str = "n:1", nbytes: int = 8) -> list[Entry]:
     entries = list(index.claim(keys).claimed.values())
     index.came_from(entries, node)
-    landed = [(entry, Landing(entry.key, torch.zeros(nbytes, dtype=torch.uint8), None, nbytes)) for entry in entries]
+    landed = [(entry, Copy(entry.key, torch.zeros(nbytes, dtype=torch.uint8), None, nbytes)) for entry in entries]
     index.publish(landed, node, None)
     index.release(entries)
     return entries
@@ -74,7 +74,7 @@ def test_figures_of_a_source(index: ShardIndex, clock: Clock) -> None:
 def test_a_put_shard_counts_as_local(index: ShardIndex) -> None:
     entry = index.reserve("a")
     assert entry is not None
-    index.publish([(entry, Landing("a", torch.zeros(4), None, 16))], "", None)
+    index.publish([(entry, Copy("a", torch.zeros(4), None, 16))], "", None)
     assert index.report()["sources"]["local"]["entries"] == 1
     assert index.report()["sources"]["local"]["fetch_bytes"] == 0
     assert index.oldest(1)[0].source == "local"
@@ -153,7 +153,7 @@ def test_a_kept_shard_is_no_leak(index: ShardIndex) -> None:
     found = index.claim(["coming"])
     claimed = list(found.claimed.values())
     index.keep(["coming"], found)
-    index.publish([(claimed[0], Landing("coming", torch.zeros(2), None, 8))], "n:1", None)
+    index.publish([(claimed[0], Copy("coming", torch.zeros(2), None, 8))], "n:1", None)
     for number in range(3):
         step(index, number)
     assert index.report()["survivors"] == [[3, 1, 8]]

@@ -15,7 +15,7 @@ from gpu_cache import FetchError, MutatedError, TensorCache, TransferError
 from gpu_cache.device.host import HostDevice
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.transfer.fetch import Fetch
 from tests.support.cuda_devices import cuda_device
@@ -280,7 +280,7 @@ def test_a_dropped_block_dies_outside_the_lock(claims: bool) -> None:
     entry = index.reserve("a")
     assert entry is not None
     base = torch.zeros(4)
-    index.publish([(entry, Landing("a", base, None, 16))], "n:1", None)
+    index.publish([(entry, Copy("a", base, None, 16))], "n:1", None)
     base.add_(1)
     deaths: list[bool] = []
     weakref.finalize(base, lambda: deaths.append(index._lock.locked()))

@@ -143,7 +143,7 @@ def test_a_call_that_waits_for_the_old_copy_gets_it_and_caches_nothing(stage: St
     (old,) = fetching.result(PATIENCE_S)
     old.zero_()
     (fresh,) = stage.cache.get_many(["a"], DictSource(SHARDS, NODE))
-    late = stage.cache._index.lend(claim.joined)["a"]
+    late = stage.cache._index.lend({"a": claim.joined["a"].copy})["a"]
     stage.cache._index.release(claim.joined.values())
     assert late.data_ptr() == old.data_ptr()
     assert same_bytes(fresh, SHARDS["a"])

@@ -11,6 +11,7 @@ from gpu_cache import CacheConfig, FetchError, MutatedError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.index.entry import Entry
 from gpu_cache.index.mutation import Mutations
+from gpu_cache.pool.block import Copy
 from tests.support.mutation_scene import SETTINGS, UNSEEN, WRITES, figures, on_host
 from tests.support.sources import DictSource, same_bytes, some_tensors
 
@@ -113,7 +114,7 @@ def test_a_warning_comes_once_a_minute_and_counts_the_others(caplog: pytest.LogC
     mutations = Mutations("refetch", lambda: now[0])
     mutations.tell([])
     for keys in ("ab", "c"):
-        mutations.tell([Entry(key, 1, node="n:1", nbytes=1234) for key in keys])
+        mutations.tell([Entry(key, 1, node="n:1", copy=Copy(key, torch.empty(0), None, 1234)) for key in keys])
     now[0] = 60.0
     mutations.tell([Entry("d", 1)])
     first, later = [record.getMessage() for record in caplog.records]

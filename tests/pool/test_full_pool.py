@@ -123,10 +123,12 @@ def test_a_shard_whose_copy_is_under_way_goes_last(device: SimDevice) -> None:
     fill(cache)
     for name in "bcd":
         for key in run_of(name):
-            cache._index._entries[key].completion.wait_host()
-    cache._index._entries["a0"].completion._event = device.record(device.pooled[1])  # not done before somebody waits
+            cache._index._entries[key].copy.completion.wait_host()
+    cache._index._entries["a0"].copy.completion._event = device.record(
+        device.pooled[1]
+    )  # not done before somebody waits
     for key in ("a1", "a2", "a3"):
-        cache._index._entries[key].completion = cache._index._entries["a0"].completion
+        cache._index._entries[key].copy.completion = cache._index._entries["a0"].copy.completion
     fill(cache, "e")
     assert all(key in cache for key in run_of("a"))
     assert not any(key in cache for key in run_of("b"))

@@ -10,7 +10,7 @@ from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.pool import lease
-from gpu_cache.pool.block import Landing, Range
+from gpu_cache.pool.block import Copy, Range
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.lease import Lease
 from gpu_cache.pool.slab import SlabPool
@@ -30,7 +30,7 @@ def pool_of(
     return SlabPool(device, config, StreamFence(device, "all"), lambda dead: None)
 
 
-def shards_in(pool: SlabPool, taken: Range, *lengths: int) -> list[Landing]:
+def shards_in(pool: SlabPool, taken: Range, *lengths: int) -> list[Copy]:
     """Carve shards of these lengths, which fill the range."""
     specs = [ShardSpec(f"k{number}", torch.uint8, (nbytes,)) for number, nbytes in enumerate(lengths)]
     offsets = [sum(aligned(nbytes) for nbytes in lengths[:number]) for number in range(len(lengths))]

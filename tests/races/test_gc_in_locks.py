@@ -22,7 +22,7 @@ from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.index import index
 from gpu_cache.pool import slab
 from gpu_cache.report import publish
-from gpu_cache.transfer import engine, host_tier, inflight, staging
+from gpu_cache.transfer import engine, inflight, staging, transfer
 from gpu_cache.transfer.inflight import Turn
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
@@ -102,7 +102,7 @@ class Workload:
         readers = gated(self._source)
         future = self._cache.prefetch(["l2"], self._source)
         waiting = in_background(lambda: self._cache.get_many(["l2"], self._source))
-        eventually(lambda: readers[0].has_arrived.is_set() and self._cache._index._entries["l2"].num_joined)
+        eventually(lambda: readers[0].has_arrived.is_set() and self._cache._index._entries["l2"].flight.num_joined)
         self._source.wrap = lambda reader: reader
         readers[0].gate.set()
         assert future.result(DEADLOCK_S) == 1
@@ -209,7 +209,8 @@ class Workload:
         assert self._cache.entries(oldest=1)
         assert self._cache.summary()
         index, pool = self._cache._index, self._cache._engine.pool
-        index.compare_checksums([(entry, 1) for entry, _, _ in index.aliases(["s2"])])
+        index.compare_checksums([(one, 1) for one, _ in index.aliases(["s2"])])
+        index.has("s2")
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(pool, "_overflow", out_of_memory)
             with pytest.raises(CacheFullError):
@@ -232,7 +233,7 @@ def donor() -> TensorCache:
 def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (index, inflight, publish, host_tier, slab, staging, reaper, engine):
+    for module in (index, inflight, publish, slab, staging, reaper, engine, transfer):
         monkeypatch.setattr(module, "threading", garbage.threading())
     pools = cuda_pools.PrivatePools
     monkeypatch.setattr(pools, "_lock", CollectingLock(pools._lock, garbage))

@@ -15,7 +15,7 @@ from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.index.entry import Entry
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.pool.block import Landing
+from gpu_cache.pool.block import Copy
 from tests.support.interleave_actors import Board, Getter, few_objects, watched
 from tests.support.interleave_program import Interleaving
 
@@ -91,7 +91,7 @@ def test_a_cleared_shard_does_not_come_back_in_many_more(config: str) -> None:
 
 
 def any_generation(
-    publish: Any, index: ShardIndex, landings: Iterable[tuple[Entry, Landing]], *rest: Any, **options: Any
+    publish: Any, index: ShardIndex, landings: Iterable[tuple[Entry, Copy]], *rest: Any, **options: Any
 ) -> None:
     """Publish without a look at the generation."""
     pairs = list(landings)

@@ -12,7 +12,7 @@ import torch
 
 from gpu_cache import TensorCache, reaper
 from gpu_cache.config import ReadyMode
-from tests.support.sim_accounts import Ledger, check_accounts
+from tests.support.sim_accounts import check_accounts
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
 from tests.support.sim_program import Program, SimFaultError, few_objects, run_script, run_seed
@@ -146,7 +146,7 @@ class Consumer:
 def test_consumers_in_threads_raise_no_alarm(seed: int) -> None:
     device = SimDevice(seed)
     cache = TensorCache(dataclasses.replace(CONFIG, staging_slots=4), device=device)
-    observe(cache, device, Ledger())
+    observe(cache, device)
     run_threads([Consumer(cache, device, number).run for number in range(3)])
     cache.clear()
     device.finish()

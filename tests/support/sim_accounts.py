@@ -28,11 +28,6 @@ class Ledger:
         """Count a look-up of distinct keys."""
         self.requested += len(keys)
 
-    def ask_again(self, keys: Sequence[Hashable]) -> None:
-        """Count what came to one place, and was looked up once more to come to the other."""
-        self.requested += len(keys)
-        self.arrived_bytes += nbytes_of(keys)
-
     @contextlib.contextmanager
     def receiving(self, keys: Iterable[Hashable]) -> Iterator[None]:
         """Count what comes of looked-up keys: all but the failures, if this ends in a `FetchError`."""
@@ -76,7 +71,7 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
         accounts = {place: number + parked[place] for place, number in accounts.items()}
     if not is_fetching:
         _agree(accounts["pending"], 0, "pending, and no fetch under way", accounts)
-        _agree(len(index), len(index._entries), "READY entries, and all", index)
+        _agree(len(index), sum(map(len, index._shared.tables)), "READY entries, and all", index)
         _agree(engine.staging.stats()["pinned_bytes"], 0, "slots in use, and no fetch under way", engine.staging)
     if is_over:
         _agree(accounts["held"] + accounts["quarantined"], 0, "in use, and all is over", accounts)
@@ -97,7 +92,8 @@ def check_lookups(cache: TensorCache, ledger: Ledger) -> None:
     keys = cache.keys()
     _agree(stats["num_entries"], len(keys), "entries, and keys", keys)
     _agree(stats["total_bytes"], nbytes_of(keys), "bytes cached, and bytes of the keys", keys)
-    parked = {key for key in keys if cache._index.is_parked(key)}
+    below = cache._index.below
+    parked = set() if below is None else set(filter(below.has, keys))
     for where, some in (("device_bytes", set(keys) - parked), ("host_bytes", parked)):
         held = sum(aligned(contents()[key].numel()) for key in some)
         assert held <= stats[where], f"accounts do not add up: {held} bytes are cached, fewer are {where}"  # type: ignore[literal-required]

@@ -12,7 +12,7 @@ import torch
 from gpu_cache.index.entry import Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool import block
-from gpu_cache.pool.block import Landing, Quarantine, Range
+from gpu_cache.pool.block import Copy, Quarantine, Range
 from gpu_cache.pool.lease import Lease
 from gpu_cache.pool.slab import SlabPool
 from tests.support.sim_mutant import Mutants
@@ -44,7 +44,7 @@ def _twice(original: Any, self: SlabPool, done: Sequence[Quarantine]) -> None:
 
 
 @_mutant("a run given back while a shard of it lives", SlabPool, "carve")
-def _whole_run(original: Any, self: SlabPool, *args: Any) -> list[Landing]:
+def _whole_run(original: Any, self: SlabPool, *args: Any) -> list[Copy]:
     """Its first shard's lease stands for all of it, and those of the others never fire."""
     landings = original(self, *args)
     first, *others = [landing.lease for landing in landings]
@@ -108,7 +108,7 @@ def _public_lease(
 
 @_mutant("publish without the generation check", ShardIndex, "publish")
 def _any_generation(
-    original: Any, self: ShardIndex, landings: Iterable[tuple[Entry, Landing]], *rest: Any, **options: Any
+    original: Any, self: ShardIndex, landings: Iterable[tuple[Entry, Copy]], *rest: Any, **options: Any
 ) -> None:
     pairs = list(landings)
     with self._lock:

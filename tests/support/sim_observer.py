@@ -6,13 +6,11 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gpu_cache import FetchError, TensorCache
+from gpu_cache import TensorCache
 from gpu_cache.config import ReadyMode
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.transfer.engine import Engine
-from gpu_cache.transfer.fetch import Fetch
-from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_clock import POISON
 from tests.support.sim_device import SimDevice
 
@@ -40,13 +38,12 @@ class WatchedLock:
         self._lock.release()
 
 
-def observe(cache: TensorCache, device: SimDevice, ledger: Ledger) -> None:
+def observe(cache: TensorCache, device: SimDevice) -> None:
     """See bytes given back, and slots handed out for receiving: the host may write both from then on.
 
     Args:
         cache: What is looked at.
         device: That it is on.
-        ledger: What the program asked for.
     """
     engine = cache._lazy.open()
     pool, staging = engine.pool, engine.staging
@@ -63,32 +60,6 @@ def observe(cache: TensorCache, device: SimDevice, ledger: Ledger) -> None:
     staging.acquire = watched_acquire  # type: ignore[method-assign]
     _watch_locks(cache, engine, device.adversary.moment)
     _make_orderly(cache, engine)
-    _watch_strays(cache, ledger)
-
-
-def _watch_strays(cache: TensorCache, ledger: Ledger) -> None:
-    """What a call for the device gets in the host tier is looked up once more, or fails if there is no time left."""
-    make = cache._fetch
-
-    def watched_fetch(*args: Any, **kwargs: Any) -> Fetch:
-        fetch = make(*args, **kwargs)
-        keep_arrived, complete = fetch.keep_arrived, fetch.complete
-
-        def watched_keep_arrived() -> None:
-            ledger.ask_again(fetch._strays())
-            keep_arrived()
-
-        def watched_complete(*args: Any, **kwargs: Any) -> Engine:
-            try:
-                return complete(*args, **kwargs)
-            except FetchError as error:
-                ledger.arrived_bytes += nbytes_of(error.failures.keys() & set(fetch._strays()))
-                raise
-
-        fetch.keep_arrived, fetch.complete = watched_keep_arrived, watched_complete  # type: ignore[method-assign]
-        return fetch
-
-    cache._fetch = watched_fetch  # type: ignore[method-assign]
 
 
 def _watch_give_backs(pool: SlabPool, device: SimDevice) -> None:
@@ -113,7 +84,9 @@ def _watch_locks(cache: TensorCache, engine: Engine, moment: Callable[[], None])
     engine.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
     if engine.tier is not None:
         engine.tier.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
-        engine.tier._lock = WatchedLock(moment)  # type: ignore[assignment]
+        engine.tier.index._lock = cache._index._lock
+        engine.tier.transfer.copied._lock = WatchedLock(moment)  # type: ignore[assignment]
+    engine.transfer.copied._lock = WatchedLock(moment)  # type: ignore[assignment]
     engine.staging._changed = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
 
 

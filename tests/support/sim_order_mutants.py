@@ -137,14 +137,13 @@ def _receive_marked(
     try:
         staged = slot.pinned.view
         reader.read_into([v for piece in window for v in piece.buffers(staged[piece.at : piece.at + piece.nbytes])])
-        slot.started = self._device.record(self.stream, timing=True)
         for number, piece in enumerate(window):
             if number == before:
                 slot.guard = self._device.record(self.stream, timing=True)
             self._device.copy_async(piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], self.stream)
         slot.guard = guard = slot.guard or self._device.record(self.stream, timing=True)
     finally:
-        self._staging.release(slot, num_copies=len(window))
+        self._staging.release(slot)
     return Completion(self._device, guard)
 
 
@@ -166,17 +165,14 @@ def _no_guard(original: Any, self: StagingRing, timeout_s: float, turn: Turn) ->
 
 
 @_mutant("a slot guarded by its previous copy", StagingRing, "release")
-def _previous_copy(original: Any, self: StagingRing, slot: Slot, **counts: int) -> None:
+def _previous_copy(original: Any, self: StagingRing, slot: Slot) -> None:
     if slot.guard is not None:
-        previous, self.__dict__[slot] = self.__dict__.get(slot, (None, None)), (slot.started, slot.guard)
-        slot.started, slot.guard = previous
-    original(self, slot, **counts)
+        slot.guard, self.__dict__[slot] = self.__dict__.get(slot), slot.guard
+    original(self, slot)
 
 
 @_mutant("a slot guarded by the previous slot's copy", StagingRing, "release")
-def _other_copy(original: Any, self: StagingRing, slot: Slot, **counts: int) -> None:
+def _other_copy(original: Any, self: StagingRing, slot: Slot) -> None:
     if slot.guard is not None:
-        previous = self.__dict__.get("copy", (None, None))
-        self.__dict__["copy"] = slot.started, slot.guard
-        slot.started, slot.guard = previous
-    original(self, slot, **counts)
+        slot.guard, self.__dict__["copy"] = self.__dict__.get("copy"), slot.guard
+    original(self, slot)

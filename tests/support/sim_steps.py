@@ -52,7 +52,7 @@ def get_one(world: World) -> None:
     key = world.choices.choice(list(contents()))
     world.say(key)
     is_changed, num_refused = bool(world.changed([key])), world.device.num_refused
-    asked = [key] if world.cache._index.is_parked(key) and not is_changed else []
+    asked = [key] if world.is_parked(key) and not is_changed else []
     try:
         world.ledger.ask(asked)
         with world.ledger.receiving(asked):
@@ -75,7 +75,7 @@ def get_parked(world: World) -> None:
         world.say("after an offload")
         world.cache.offload()
         world.cache.resume()
-    parked = list(filter(world.cache._index.is_parked, world.cache.keys()))
+    parked = list(filter(world.is_parked, world.cache.keys()))
     if parked:
         keys, prefer = choices.sample(parked, min(len(parked), 2)), choices.choice(("device", "host", "host"))
         if world.get(keys, choices.choice(("host", "stream")), choices.choice(world.open_streams), prefer):
@@ -122,7 +122,7 @@ def get_captured(world: World) -> None:
     assert stream is not None
     keys = world.choices.sample(cached, min(len(cached), 2)) if world.choices.happens(90) else world.some_keys()
     prefer = world.some_place()
-    on_device = [key for key in cached if not world.cache._index.is_parked(key)]
+    on_device = [key for key in cached if not world.is_parked(key)]
     is_cached = set(keys) <= set(cached if prefer == "host" else on_device)
     is_cached = is_cached and not world.changed(keys)
     keep = world.choices.happens(50)  # which is not the quick way of plain hits, and frees what can be freed

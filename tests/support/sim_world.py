@@ -14,7 +14,8 @@ import torch
 
 from gpu_cache import CacheConfig, FetchError, ShardReader, TensorCache
 from gpu_cache.config import Prefer, ReadyMode
-from gpu_cache.transfer.parked_reader import ParkedReader
+from gpu_cache.index.entry import Entry
+from gpu_cache.transfer.host_tier import ResidentReader
 from tests.support.sim_accounts import Ledger, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
@@ -54,7 +55,7 @@ class World:
         self.ledger = Ledger()
         self.choices, self.words = Choices(), ""
         self._capture_left = 0
-        observe(self.cache, self.device, self.ledger)
+        observe(self.cache, self.device)
 
     def begin(self, step: Step) -> None:
         """Begin a step: its numbers make the choices from here on, the adversary's first."""
@@ -150,8 +151,15 @@ class World:
 
     def changed(self, keys: Iterable[Hashable]) -> set[Hashable]:
         """Those that the next call drops."""
-        entries = self.cache._index._entries
-        return {key for key in keys if (entry := entries.get(key)) and entry.is_changed}
+        return {key for key in keys if (entry := self.entry_of(key)) and entry.is_changed}
+
+    def entry_of(self, key: Hashable) -> Entry | None:
+        """What is cached of a key, on the device or in the host tier."""
+        return next((entry for entry in self.cache._index._at_locked(key) if entry.copy is not None), None)
+
+    def is_parked(self, key: Hashable) -> bool:
+        """Whether it is in the host tier."""
+        return (below := self.cache._index.below) is not None and below.has(key)
 
     def write(self, held: Held) -> None:
         """Break the rules, when nobody else is at work: write on one stream, and let others read only there."""
@@ -165,8 +173,8 @@ class World:
                 at = other.tensor.data_ptr() - block
                 other.expected = _overwritten(other.expected, begin - at, values)
                 other.streams = None if stream is None else [stream]
-        entry = self.cache._index._entries.get(held.what)
-        if entry is not None and (base := entry.place.base) is not None and base.data_ptr() == block:
+        entry = self.entry_of(held.what)
+        if entry is not None and entry.copy is not None and (base := entry.copy.base).data_ptr() == block:
             self.written[held.what] = weakref.ref(base)
 
     def _overwrite(self, held: Held, values: np.ndarray) -> SimStream | None:
@@ -238,7 +246,7 @@ class World:
     def await_moves(self) -> None:
         """What comes back from the host tier has no gate: let it come."""
         for task in list(self.cache._lazy.tasks):
-            if isinstance(task.reader, ParkedReader):
+            if isinstance(task.reader, ResidentReader):
                 task.done.result(20)
 
     def fly(self, flight: Flight) -> None:

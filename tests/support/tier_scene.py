@@ -60,7 +60,9 @@ def fill(cache: TensorCache, source: DictSource, names: str) -> None:
 
 def parked(cache: TensorCache) -> set[Hashable]:
     """What is in the host tier."""
-    return {key for key in list(cache.keys()) if cache._index.is_parked(key)}
+    below = cache._index.below
+    assert below is not None
+    return set(filter(below.has, cache.keys()))
 
 
 def on_host(cache: TensorCache, source: DictSource, names: str, **options: object) -> list[torch.Tensor]:

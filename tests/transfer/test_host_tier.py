@@ -122,7 +122,7 @@ def test_nothing_is_waited_for_where_there_is_room_in_the_tier(source: DictSourc
     victims = engine.room._index.candidates()
     refuges = engine.tier.take_in(victims)
     assert len(refuges) == 16
-    assert engine.tier.stream.queue, "the copies are enqueued"
+    assert engine.tier.transfer.stream.queue, "the copies are enqueued"
     assert engine.room._index.evict(victims, refuges)
     del victims, refuges
     fill(cache, source, "a")

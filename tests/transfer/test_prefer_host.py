@@ -246,4 +246,4 @@ def test_offload_leaves_it_and_close_leaves_what_is_held(cache: TensorCache, sou
 
 def test_bytes_on_their_way_to_either_place_are_bounded_together(cache: TensorCache) -> None:
     engine = cache._lazy.open()
-    assert engine.transfer_to("host").inflight is engine.transfer_to("device").inflight
+    assert engine.level("host").transfer.inflight is engine.level("device").transfer.inflight

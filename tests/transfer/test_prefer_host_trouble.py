@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from gpu_cache import CacheFullError, FetchError, TensorCache
+from gpu_cache import CacheClosedError, CacheFullError, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.pool.block import Range
 from tests.support.interleave_actors import in_background
 from tests.support.sim_device import SimDevice
-from tests.support.sources import DictSource, gated, same_bytes
+from tests.support.sources import DictSource, GatedReader, gated, same_bytes
 from tests.support.tier_scene import (
     CONFIG,
     KINDS,
@@ -115,8 +118,7 @@ def test_a_clear_while_it_is_received(cache: TensorCache, source: DictSource) ->
     assert cache._index.report()["host_entries"] == 0
 
 
-def test_an_overflow_of_the_tier_is_fetched_anew_for_the_device(source: DictSource) -> None:
-    """It was in no pool: who joined for the device has nothing to copy from."""
+def test_an_overflow_of_the_tier_is_copied_for_a_call_that_joined_it(source: DictSource) -> None:
     cache = TensorCache(CONFIG, device=SimDevice())
     held = on_host(cache, source, "abcdefgh")
     readers = gated(source)
@@ -125,11 +127,12 @@ def test_an_overflow_of_the_tier_is_fetched_anew_for_the_device(source: DictSour
     joining = in_background(lambda: cache.get_many(["i0"], source))
     wait_for_joins(cache, 1)
     readers[0].gate.set()
-    stands(readers, 2)
-    readers[1].gate.set()
-    assert is_in("device", cache, joining.result(10))
+    (copied,) = joining.result(10)
+    assert is_in("device", cache, [copied])
+    assert same_bytes(copied, SHARDS["i0"])
     assert same_bytes(fetching.result(10)[0], SHARDS["i0"])
-    assert len(held) == 32
+    assert "i0" not in cache, "a reader has the original, and may have written into it"
+    assert (len(readers), len(held)) == (1, 32)
 
 
 def test_a_shard_that_fails_leaves_the_others_cached(cache: TensorCache, source: DictSource) -> None:
@@ -198,14 +201,20 @@ def test_a_block_that_died_and_is_known_still_is_not_cached_as_what_took_its_pla
     assert same_bytes(staged.get_many(["b1"], source)[0], SHARDS["b1"])
 
 
-def test_what_died_while_it_was_evicted_goes_to_no_tier(source: DictSource) -> None:
+def test_what_died_while_it_was_evicted_is_copied_from_where_its_bytes_went(source: DictSource) -> None:
     cache = TensorCache(CONFIG, device=HostDevice())
     fill(cache, source, "a")
     engine = cache._lazy.open()
     assert engine.tier is not None
     victims = cache._index.candidates()
     cache.get("a1").share_memory_()  # type: ignore[union-attr]
-    assert engine.tier.take_in(victims).keys() == {"a0", "a2", "a3"}
+    pool = engine.pool
+    taken = pool.take_freed(2048)
+    assert taken is not None
+    taken.slab.arena.tensor[taken.offset :][:2048].fill_(255)
+    refuges = engine.tier.take_in(victims)
+    assert all(same_bytes(refuges[key].base, SHARDS[key]) for key in run_of("a"))
+    pool.abandon(taken)
 
 
 def test_what_is_in_the_tier_waits_for_nobodys_copy(staged: TensorCache, source: DictSource) -> None:
@@ -303,3 +312,71 @@ def test_a_short_call_does_not_give_up_a_put(staged: TensorCache, source: DictSo
         staged.get_many(["a1"], source, timeout_s=0.05)
     gate.open()
     assert putting.result(10) is True
+
+
+def follow(cache: TensorCache, source: DictSource, readers: list[GatedReader]) -> tuple[Future[Any], Future[Any]]:
+    """A call that fetches "a0" to the host, and one for the device that waits for it."""
+    fetching = in_background(lambda: cache.get_many(["a0"], source, prefer="host"))
+    stands(readers, 1)
+    following = in_background(lambda: cache.get_many(["a0"], source))
+    wait_for_joins(cache, 1)
+    return fetching, following
+
+
+def test_a_call_for_the_device_fetches_what_another_failed_to_bring_to_the_host(
+    staged: TensorCache, source: DictSource
+) -> None:
+    def fail() -> None:
+        raise FetchError("the connection broke")
+
+    readers = gated(source)
+    fetching, following = follow(staged, source, readers)
+    readers[0].after_gate = fail
+    readers[0].gate.set()
+    with pytest.raises(FetchError, match="the connection broke"):
+        fetching.result(10)
+    stands(readers, 2)
+    readers[1].gate.set()
+    assert is_in("device", staged, following.result(10))
+    assert parked(staged) == set()
+    stats = staged.buffer_stats()
+    assert (stats["misses"], stats["joined"], stats["host_hits"], stats["fetch_errors"]) == (2, 1, 0, 1)
+
+
+@pytest.mark.parametrize("ending", ["clear", "clear_node", "scope"])
+def test_a_drop_on_request_means_both_levels(staged: TensorCache, source: DictSource, ending: str) -> None:
+    readers = gated(source)
+    with staged.scope("step") if ending == "scope" else contextlib.nullcontext():
+        fetching = staged.prefetch(["a0"], source, prefer="host")
+        stands(readers, 1)
+        following = in_background(lambda: staged.get_many(["a0"], source))
+        wait_for_joins(staged, 1)
+        if ending != "scope":
+            assert (staged.clear() if ending == "clear" else staged.clear_node(source.node)) == 0
+    readers[0].gate.set()
+    assert fetching.result(10) == 1
+    assert same_bytes(following.result(10)[0], SHARDS["a0"])
+    del following
+    assert len(staged) == 0
+    staged.synchronize()
+    stats = staged.buffer_stats()
+    assert (stats["host_bytes"], stats["device_bytes"], stats["num_entries"]) == (0, 0, 0)
+
+
+def test_a_shard_meant_to_stay_stays_so_when_it_rises(staged: TensorCache, source: DictSource) -> None:
+    with staged.scope("step"):
+        staged.get_many(["a0", "a1"], source, prefer="host", keep=True)
+        staged.get_many(["a0"], source)
+    assert (parked(staged), set(staged.keys())) == ({"a1"}, {"a0", "a1"})
+
+
+def test_a_call_that_waits_for_the_host_ends_with_the_cache(staged: TensorCache, source: DictSource) -> None:
+    readers = gated(source)
+    fetching, following = follow(staged, source, readers)
+    closing = in_background(staged.close)
+    with pytest.raises((FetchError, CacheClosedError)):
+        following.result(10)
+    readers[0].gate.set()
+    with pytest.raises((FetchError, CacheClosedError)):
+        fetching.result(10)
+    closing.result(10)
