@@ -9,6 +9,7 @@ Conventions, which every fenced block follows:
 
 from __future__ import annotations
 
+import ast
 import collections
 import importlib
 import os
@@ -177,3 +178,21 @@ def test_the_demos_table_has_the_rows_that_the_demo_prints() -> None:
     shown = next(block.text for block in BLOCKS if block.mark == "the demo's table")
     figures: dict[str, Any] = collections.defaultdict(int, uncached_steps=session.Plan().uncached_steps)
     assert re.findall(r"^│ (.*?) +│", shown, re.M) == list(report.rows(figures))
+
+
+def test_the_way_of_a_shard_in_contributing_names_code_that_exists() -> None:
+    way = CONTRIBUTING.partition("## The way of a shard\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\d+\. (.*)$", way, re.M)
+    assert len(lines) == 15
+    for line in lines:
+        quoted_texts = re.findall(r"`([^`]+)`", line)
+        trees = [ast.parse((ROOT / "gpu_cache" / text).read_text()) for text in quoted_texts if text.endswith(".py")]
+        defined = {
+            node.name
+            for tree in trees
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        for text in quoted_texts:
+            if re.fullmatch(r"[A-Za-z_.]+", text) and not text.endswith(".py"):
+                assert set(text.split(".")) <= defined, f"{line}: {text}"
