@@ -56,6 +56,7 @@ _HOME = {
 }
 
 __all__ = [
+    "adopt",
     "TensorCache",
     "CacheConfig",
     "ShardSource",
@@ -78,6 +79,17 @@ __all__ = [
     "MutatedError",
     "PromiseError",
 ]
+
+
+def adopt() -> None:
+    """Make the installed AReaL use our handles, cache and wire, in this process and its children: docs/areal.md.
+
+    A program calls it before anything imports `areal`. `GPU_CACHE_AREAL=1` in the environment does the same.
+
+    Raises:
+        gpu_cache.rpc.adopt.AdoptError: It comes too late, or AReaL is not one that was checked; says which, and why.
+    """
+    importlib.import_module(f"{__name__}.rpc.adopt").adopt()
 
 
 if not TYPE_CHECKING:  # else a checker would take any name for one of these

@@ -30,6 +30,7 @@ RANKS_OF_RPC = [
     {"runtime", "views"},
     {"rtensor"},
     {"server"},
+    {"adopt"},
 ]
 # What the tool, which runs without torch, reads of the cache.
 OF_THE_TOOL = {"config", "hosts", "units", "report.counters", "report.schema"}

@@ -178,9 +178,13 @@ def _can_be_id(value: Any) -> bool:
     return True
 
 
+# Whether Ray's object store is an option. An AReaL that has no such handles would not understand them.
+may_use_ray = True
+
+
 def is_ray_in_use() -> bool:
     """Whether Ray is initialised. Does not import it: who uses Ray has."""
-    ray = sys.modules.get("ray")
+    ray = sys.modules.get("ray") if may_use_ray else None
     return ray is not None and bool(ray.is_initialized())
 
 

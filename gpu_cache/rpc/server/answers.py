@@ -42,14 +42,14 @@ def json_answer(tensor: torch.Tensor) -> Answer:
     return Answer(_JSON_CONTENT_TYPE, _joined(text), text.nbytes, tensor.nbytes, is_made_in_parts=True)
 
 
-def array_answer(found: Sequence[tuple[str, OwnedShard]]) -> Answer:
+def array_answer(found: Sequence[tuple[str, torch.Tensor]]) -> Answer:
     """Tensors as a JSON array, in order and with repeats.
 
     Raises:
         TypeError: One does not travel.
         TooLongError: Several tensors, of more bytes than an answer may have.
     """
-    text_of_id = {shard_id: TensorText(shard.tensor) for shard_id, shard in dict(found).items()}
+    text_of_id = {shard_id: TensorText(tensor) for shard_id, tensor in dict(found).items()}
     texts = [text_of_id[shard_id] for shard_id, _ in found]
     nbytes = 2 + sum(text.nbytes for text in texts) + max(len(texts) - 1, 0)
     if len(texts) > 1 and nbytes > MAX_ARRAY_BYTES:
@@ -57,7 +57,7 @@ def array_answer(found: Sequence[tuple[str, OwnedShard]]) -> Answer:
             f"{len(texts):,} shards are {nbytes:,} bytes of JSON, the limit is {MAX_ARRAY_BYTES:,}; ask for fewer at a "
             f"time, or for {CONTENT_TYPE}"
         )
-    payload_nbytes = sum(shard.nbytes for _, shard in found)
+    payload_nbytes = sum(tensor.nbytes for _, tensor in found)
     return Answer(_JSON_CONTENT_TYPE, _joined(_array(texts)), nbytes, payload_nbytes, is_made_in_parts=True)
 
 

@@ -5,69 +5,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import hmac
 import json
 import logging
 import socket
 import struct
 import termios
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from reprlib import repr as short_repr
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
 from aiohttp import web
 
 from gpu_cache.hosts import HostRule
-from gpu_cache.rpc.server.answers import Answer, TooLongError, array_answer, frame_answer, json_answer, refusal
+from gpu_cache.rpc.server import requests
+from gpu_cache.rpc.server.answers import Answer, json_answer
 from gpu_cache.rpc.server.connections import UNREAD_BYTES, Connections, Stage
 from gpu_cache.rpc.server.expiry import ShardExpiry
-from gpu_cache.rpc.server.turns import RETRY_AFTER_S, Place, Turns
-from gpu_cache.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER, WireError
-from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire.frame import CONTENT_TYPE, PREFIX_BYTES, decode_frame
-from gpu_cache.rpc.wire.serialization import tensor_from_text
+from gpu_cache.rpc.server.requests import (
+    DEFAULT_MAX_BODY_BYTES,
+    DEFAULT_MAX_RESPONSES,
+    MAX_IDS_BYTES,
+    DataOwner,
+    RefusedError,
+    check_length,
+    check_token,
+    listed_ids,
+)
+from gpu_cache.rpc.server.turns import Place, Turns
+from gpu_cache.rpc.shard import INCARNATION_HEADER
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
     from aiohttp.typedefs import Handler, Middleware
 
-DEFAULT_MAX_BODY_BYTES = 1 << 30
-# Answers with tensors under way at once. Each may keep some MB in the transport; with more of them none is faster.
-DEFAULT_MAX_RESPONSES = 32
-# What a client that comes beyond that is told. Seconds are whole in the standard's header; ours says it exactly.
-_COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: str(round(1000 * RETRY_AFTER_S))}
 # How often the places are looked at: each whose client takes nothing is freed within ten of these, if others wait.
 _WATCH_S = 1.0
 # So much of a body has to come in each `body_timeout_s`.
 _BODY_PROGRESS_BYTES = 64 << 10
-# Of a list of shard ids. Parsing one keeps all other threads waiting: 30 ms for the longest.
-MAX_IDS = 65_536
-_MAX_IDS_BYTES = 4 << 20
-_MAX_IDS_COMMAS = 4 * MAX_IDS  # in ids too
 _PARSED_AT_ONCE_BYTES = 64 << 10  # a longer list is parsed by a thread, one at a time
-# Of a frame with one tensor.
-_MAX_PUT_HEADER_BYTES = 64 << 10
 # Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
 _WRITE_BYTES = 1 << 20
 # What may wait in the transport (large parts by reference): it is sent without a turn of the loop for each write.
 _AHEAD_BYTES = 8 << 20
 
 logger = logging.getLogger(__name__)
-
-
-class DataOwner(Protocol):
-    """The process whose shards are served."""
-
-    @property
-    def store(self) -> ShardStore:
-        """What the routes serve."""
-
-    def evict(self, shard_ids: Sequence[str]) -> int:
-        """Drop shards from this process's own cache; returns how many were there."""
-
-    def trim(self) -> bool:
-        """Give unused memory back; returns whether any was."""
 
 
 def make_app(
@@ -132,21 +113,21 @@ class _Bodies:
 
     async def shard_ids(self, request: web.Request) -> list[Any] | None:
         """The list `shard_ids` of a JSON object, or None where there is no such thing."""
-        body = await self.read(request, _MAX_IDS_BYTES)
+        body = await self.read(request, MAX_IDS_BYTES)
         if len(body) <= _PARSED_AT_ONCE_BYTES:
-            return _listed_ids(body)
+            return listed_ids(body)
         async with self._parsing:
-            return await asyncio.to_thread(_listed_ids, body)
+            return await asyncio.to_thread(listed_ids, body)
 
     async def read(self, request: web.Request, max_nbytes: int | None = None) -> bytearray:
         """The whole body; refused by its announced length before any of it is read, else as soon as it is too long."""
         limit = self._max_nbytes if max_nbytes is None else min(max_nbytes, self._max_nbytes)
-        _check_length(request.content_length or 0, limit)
+        check_length(request.content_length or 0, limit)
         body = bytearray()
         try:
             if request.content.is_eof():  # it came with the header, if there is one
                 body += request.content.read_nowait(-1)
-                _check_length(len(body), limit)
+                check_length(len(body), limit)
             else:
                 self._connections.enter(request.protocol, Stage.RECEIVING)
                 await self._receive(request, body, limit)
@@ -165,7 +146,7 @@ class _Bodies:
             async with asyncio.timeout(self._timeout_s) as patience:
                 while chunk := await request.content.readany():
                     body += chunk
-                    _check_length(len(body), limit)
+                    check_length(len(body), limit)
                     if len(body) - num_seen >= _BODY_PROGRESS_BYTES:
                         num_seen = len(body)
                         patience.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
@@ -212,12 +193,7 @@ class _DataRoutes:
     async def put(self, request: web.Request) -> web.Response:
         shard_id = request.match_info["shard_id"]
         body = await self._bodies.read(request)
-        decode = _tensor_of_frame if request.content_type == CONTENT_TYPE else _tensor_of_json
-        try:
-            tensor = await asyncio.to_thread(decode, body, shard_id)
-        except (ValueError, TypeError, RecursionError) as error:
-            return _error(400, str(error))
-        self._owner.store[shard_id] = tensor
+        await asyncio.to_thread(requests.put, self._owner, shard_id, body, request.content_type)
         return web.json_response({"status": "ok", "shard_id": shard_id})
 
     async def get(self, request: web.Request) -> web.StreamResponse:
@@ -229,46 +205,22 @@ class _DataRoutes:
             return await self._send(request, json_answer(tensor), place)
 
     async def get_batch(self, request: web.Request) -> web.StreamResponse:
-        shard_ids = await self._bodies.shard_ids(request)
-        if shard_ids is None or not all(isinstance(shard_id, str) for shard_id in shard_ids):
-            return _error(400, "Expected JSON body with string list field 'shard_ids'")
+        shard_ids = requests.ids_to_read(await self._bodies.shard_ids(request))
         is_binary = CONTENT_TYPE in request.headers.get("Accept", "")
         with self._turn(request) as place:
-            answer = await asyncio.to_thread(self._batch_answer, shard_ids, is_binary)
+            answer = await asyncio.to_thread(requests.batch_answer, self._owner, shard_ids, is_binary)
             return await self._send(request, answer, place)
 
     def _turn(self, request: web.Request) -> Place:
         """A turn to answer: for a client whose request is here, until it has taken the answer."""
         place = self._turns.take(id(request.transport))  # a client that is told to come back keeps its connection
         if place is None:
-            busy = f"busy: {self._turns.num_taken} answers are under way, others were here before"
-            raise web.HTTPServiceUnavailable(text=busy, headers=_COME_BACK)
+            raise requests.busy(self._turns.num_taken)
         return place
-
-    def _batch_answer(self, shard_ids: list[str], is_binary: bool) -> Answer:
-        """The tensors, all of one moment; or why not."""
-        found, missing = self._owner.store.get_many(dict.fromkeys(shard_ids) if is_binary else shard_ids)
-        if missing:
-            return refusal(400, "One or more requested shards were not found", missing_shard_ids=missing)
-        try:
-            return frame_answer(found) if is_binary else array_answer(found)
-        except WireError as error:  # more than fits a frame
-            return refusal(400, str(error))
-        except TooLongError as error:
-            return refusal(413, str(error))
 
     async def clear(self, request: web.Request) -> web.Response:
         shard_ids = await self._bodies.shard_ids(request)
-        if shard_ids is None:
-            return _error(400, "'shard_ids' must be a list")
-        cleared = await asyncio.to_thread(self._clear, [item for item in shard_ids if isinstance(item, str)])
-        return web.json_response({"status": "ok", "cleared_count": cleared, **self._owner.store.stats()})
-
-    def _clear(self, shard_ids: list[str]) -> int:
-        # The store first: evicted earlier, a shard could be fetched again from the store and stay in the cache.
-        cleared = self._owner.store.remove(shard_ids)
-        self._owner.evict(shard_ids)
-        return cleared
+        return web.json_response(await asyncio.to_thread(requests.clear, self._owner, shard_ids))
 
     async def reclaim(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "trimmed": await asyncio.to_thread(self._owner.trim)})
@@ -342,49 +294,6 @@ def _left_bytes(transport: asyncio.WriteTransport) -> int:
     return transport.get_write_buffer_size() + int(struct.unpack("i", in_kernel)[0])
 
 
-def _check_length(nbytes: int, limit: int) -> None:
-    if nbytes > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, nbytes, text=f"a body of {nbytes:,} bytes, the limit is {limit:,}")
-
-
-def _listed_ids(body: bytearray) -> list[Any] | None:
-    num_commas = body.count(b",")
-    if num_commas > _MAX_IDS_COMMAS:
-        raise _too_many_ids(num_commas)
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    shard_ids = document.get("shard_ids") if isinstance(document, dict) else None
-    if not isinstance(shard_ids, list):
-        return None
-    if len(shard_ids) > MAX_IDS:
-        raise _too_many_ids(len(shard_ids))
-    return shard_ids
-
-
-def _too_many_ids(num_ids: int) -> web.HTTPException:
-    message = f"about {num_ids:,} shard ids in one request, the limit is {MAX_IDS:,}"
-    return web.HTTPRequestEntityTooLarge(MAX_IDS, num_ids, text=message)
-
-
-def _tensor_of_json(body: bytearray, shard_id: str) -> torch.Tensor:
-    tensor = tensor_from_text(body)
-    if tensor.is_meta:
-        raise ValueError(f"shard {shard_id} has no data to store")
-    return tensor
-
-
-def _tensor_of_frame(body: bytearray, shard_id: str) -> torch.Tensor:
-    header_nbytes = int.from_bytes(body[:PREFIX_BYTES], "little")
-    if _MAX_PUT_HEADER_BYTES < header_nbytes <= len(body):
-        raise ValueError(f"a header of {header_nbytes:,} bytes for one tensor, the limit is {_MAX_PUT_HEADER_BYTES:,}")
-    tensors = decode_frame(body)
-    if tensors.keys() != {shard_id}:
-        raise ValueError(f"expected one tensor with the id {shard_id}, got {short_repr(list(tensors))}")
-    return tensors[shard_id]
-
-
 def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:
     """Between two processes of one host there is no network to model, and bbr's pacing only costs.
 
@@ -424,6 +333,10 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
     """Every refusal and every fault is answered in the one form that clients parse."""
     try:
         return await handler(request)
+    except RefusedError as error:
+        refused = _error(error.status, str(error))
+        refused.headers.update(error.headers)
+        return refused
     except web.HTTPException as error:
         error.text, error.content_type = json.dumps({"status": "error", "message": error.text}), "application/json"
         raise
@@ -449,14 +362,10 @@ def _asked_under(rule: HostRule) -> Middleware:
 
 
 def _bearer_auth(token: str) -> Middleware:
-    expected = f"Bearer {token}".encode()
-
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        # surrogateescape: aiohttp decodes headers so, and a comparison of bytes takes the same time for any of them.
-        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        if request.path != "/health" and not hmac.compare_digest(given, expected):
-            raise web.HTTPUnauthorized(text="a bearer token is required", headers={"WWW-Authenticate": "Bearer"})
+        if request.path != "/health":
+            check_token(request.headers.get("Authorization", ""), token)
         return await handler(request)
 
     return check

@@ -21,9 +21,10 @@ from gpu_cache.config import parse_size, seconds
 from gpu_cache.hosts import HostRule, is_loopback
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.server.app import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner, make_app
+from gpu_cache.rpc.server.app import make_app
 from gpu_cache.rpc.server.connections import Connection, Connections, find_dead_peers, raise_descriptor_limit
 from gpu_cache.rpc.server.expiry import ShardExpiry, parse_seconds
+from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner
 from gpu_cache.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
 
 try:
