@@ -38,7 +38,7 @@ from gpu_cache.rpc.shard import (
     promise_of,
 )
 from gpu_cache.rpc.trimming import trim_padding
-from gpu_cache.rpc.views import FetchBufferView, StorageView
+from gpu_cache.rpc.views import FetchBufferView, StorageStatsView, StorageView
 from gpu_cache.rpc.wire.serialization import check_stored, register_dataclass
 
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
 # Upstream's private names. Its tests hold the locks around calls on the views; our own code never takes them.
 _fetch_buffer = FetchBufferView()
 _storage = StorageView()
+_storage_stats = StorageStatsView()
 _fetch_buffer_lock = threading.Lock()
 _storage_lock = threading.Lock()
 
@@ -192,13 +193,16 @@ class RTensor:
 
         Args:
             obj: A tensor, or dicts, lists and tuples of them; anything else passes through.
-            node_addr: Address under which this process serves them.
+            node_addr: Address under which this process serves them. From then on it reads its own shards without a
+                request.
         Raises:
             TypeError: A tensor that does not travel; says where in `obj` it is, and what to do.
         """
         with plain_tensors():
             _check_all_travel(obj)
-            return _stored(obj, node_addr, get_backend())
+            handles = _stored(obj, node_addr, get_backend())
+        runtime.current().note_owner(node_addr)
+        return handles
 
     @staticmethod
     def collect_shards(obj: Any) -> dict[str, list[Any]]:

@@ -124,6 +124,12 @@ class Runtime:
         """Serve handles with this address from the store, without a request."""
         self.own_addresses.add(address)
 
+    def note_owner(self, address: str) -> None:
+        """Learn an address of this process from the handles that it makes, if they are of its store."""
+        backend = self.backend
+        if address and isinstance(backend, HttpRTensorBackend) and backend.shards is self.store:
+            self.own_addresses.add(address)
+
     def remove_own_address(self, address: str) -> None:
         """The server at this address has stopped."""
         self.own_addresses.discard(address)

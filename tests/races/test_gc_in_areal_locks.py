@@ -15,7 +15,7 @@ from gpu_cache.rpc import clearing, runtime, store
 from gpu_cache.rpc.client import connection
 from gpu_cache.rpc.client import pool as connection_pool
 from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
-from gpu_cache.rpc.server import expiry
+from gpu_cache.rpc.server import expiry, requests
 from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import delete, remote
 from tests.support.fake_owner import FakeOwner
@@ -38,7 +38,7 @@ def quick_collections() -> Iterator[None]:
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, connection, connection_pool):
+    for module in (runtime, store, clearing, expiry, requests, connection, connection_pool):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
@@ -80,6 +80,16 @@ def use_everything() -> None:
     own["old"] = torch.ones(3)
     assert expiry.ShardExpiry(own, -DEADLOCK_S, runtime.current().evict).sweep() == 1
     clear_in_vain()
+    refuse_the_second(requests.Sending(1))
+
+
+def refuse_the_second(sending: requests.Sending) -> None:
+    """Of two answers at once."""
+    sending.begin()
+    with pytest.raises(requests.RefusedError):
+        sending.begin()
+    sending.end(None, 0)
+    assert sending.figures()["num_busy_refusals"] == 1
 
 
 def clear_in_vain() -> None:

@@ -209,6 +209,15 @@ def find_dead_peers(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+def use_reno(connection: socket.socket) -> None:
+    """Between two processes of one host there is no network to model, and bbr's pacing only costs.
+
+    Source: our measurement over loopback, 5.5 GB/s with reno and 2.3 with bbr, the default on some machines.
+    """
+    with contextlib.suppress(OSError):  # not offered by this kernel, or not to this user
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+
+
 def raise_descriptor_limit() -> None:
     """Let this process have as many descriptors as it may, 65,536 at most."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

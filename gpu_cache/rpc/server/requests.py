@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import threading
 from collections.abc import Sequence
 from reprlib import repr as short_repr
 from typing import Any, Protocol
@@ -58,6 +59,53 @@ class RefusedError(Exception):
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers or {}
+
+
+class Sending:
+    """Answers under way, at most so many at once, and what they came to.
+
+    For servers that close each connection after one answer: no client is known again, so none can have a turn.
+
+    Args:
+        num_places: Answers at once.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, num_places: int) -> None:
+        self._num_places = num_places
+        # Guards every field below.
+        self._lock = threading.Lock()
+        self._num_taken = self._num_refusals = 0
+        self._sent_payload_bytes = self._sent_body_bytes = 0
+
+    def begin(self) -> None:
+        """Take a place for an answer; raises `RefusedError` if there is none."""
+        with self._lock:
+            num_taken = self._num_taken
+            if num_taken < self._num_places:
+                self._num_taken += 1
+                return
+            self._num_refusals += 1
+        raise busy(num_taken)
+
+    def end(self, answer: Answer | None, num_sent: int) -> None:
+        """Give a place back; count the answer if all of it was sent."""
+        is_whole = answer is not None and num_sent == answer.nbytes
+        with self._lock:
+            self._num_taken -= 1
+            if answer is not None and is_whole:
+                self._sent_payload_bytes += answer.payload_nbytes
+                self._sent_body_bytes += answer.nbytes if answer.status == 200 else 0
+
+    def figures(self) -> dict[str, int]:
+        """What they came to, as `/health` says it."""
+        with self._lock:
+            return {
+                "num_responses": self._num_taken,
+                "num_busy_refusals": self._num_refusals,
+                "sent_payload_bytes": self._sent_payload_bytes,
+                "sent_body_bytes": self._sent_body_bytes,
+            }
 
 
 def check_length(nbytes: int, limit: int) -> None:

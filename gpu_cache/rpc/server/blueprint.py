@@ -1,0 +1,272 @@
+"""The `/data` routes as the Flask blueprint that AReaL's servers mount.
+
+With the switch on it stands in the place of AReaL's `areal.infra.rpc.guard.data_blueprint`, under werkzeug and under
+FastAPI's `WSGIMiddleware`. It has the token, the limits, the headers and the answers of our own server; a slow client
+has so long for each MiB.
+
+The JSON form calls `rtensor.fetch` for each id, and `serialize_value` of this module: AReaL's tests patch both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import socket
+import uuid
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from flask import Blueprint, Response, request
+from werkzeug.exceptions import HTTPException
+
+from gpu_cache.hosts import HostRule
+from gpu_cache.rpc import rtensor, runtime
+from gpu_cache.rpc.server import requests
+from gpu_cache.rpc.server.answers import Answer, json_answer
+from gpu_cache.rpc.server.connections import use_reno
+from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, RefusedError, Sending
+from gpu_cache.rpc.shard import INCARNATION_HEADER
+from gpu_cache.rpc.tokens import find_token
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE
+
+__all__ = ["data_bp", "serialize_value"]
+
+# Of an answer given to the server at a time, each a copy: werkzeug takes nothing but `bytes`.
+# Source: our measurement over loopback; from 256 KiB to 2 MiB the rate is the same.
+_PIECE_BYTES = 1 << 20
+# The longest time for one such piece, or for one of a request's body, in seconds.
+_STALLED_S = 30.0
+_READ_BYTES = 1 << 20
+_MAX_BODY_BYTES = DEFAULT_MAX_BODY_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+def serialize_value(value: torch.Tensor | Sequence[tuple[str, torch.Tensor]]) -> Answer:
+    """The JSON form of one tensor, or of a list of ids with their tensors, made in parts while it is sent.
+
+    Raises:
+        TypeError: One does not travel.
+    """
+    return json_answer(value) if isinstance(value, torch.Tensor) else requests.all_as_json(value)
+
+
+_sending = Sending(DEFAULT_MAX_RESPONSES)
+_incarnation = uuid.uuid4().hex
+_rules = functools.lru_cache(8)(HostRule)
+
+
+def _put(shard_id: str) -> Response:
+    requests.put(runtime.current(), shard_id, _body(_MAX_BODY_BYTES), request.mimetype)
+    return _json({"status": "ok", "shard_id": shard_id})
+
+
+def _get(shard_id: str) -> Response:
+    def answer() -> Answer:
+        try:
+            tensor = rtensor.fetch(shard_id)
+        except KeyError:
+            raise RefusedError(404, f"Shard {shard_id} not found") from None
+        return serialize_value(tensor)
+
+    return _send(answer)
+
+
+def _get_batch() -> Response:
+    shard_ids = requests.ids_to_read(requests.listed_ids(_body(requests.MAX_IDS_BYTES)))
+    if CONTENT_TYPE in request.headers.get("Accept", ""):
+        return _send(lambda: requests.batch_answer(runtime.current(), shard_ids, is_binary=True))
+    return _send(lambda: _array(shard_ids))
+
+
+def _array(shard_ids: Sequence[str]) -> Answer:
+    found, missing = [], []
+    for shard_id in shard_ids:
+        try:
+            found.append((shard_id, rtensor.fetch(shard_id)))
+        except KeyError:
+            missing.append(shard_id)
+    return requests.missing_answer(missing) if missing else serialize_value(found)
+
+
+def _clear() -> Response:
+    return _json(requests.clear(runtime.current(), requests.listed_ids(_body(requests.MAX_IDS_BYTES))))
+
+
+def _reclaim() -> Response:
+    return _json({"status": "ok", "trimmed": runtime.current().trim()})
+
+
+def _check() -> None:
+    """Refuse whom our own server would refuse; before each of the routes."""
+    rule = _rules(request.environ.get("SERVER_NAME", ""))
+    if refusal := rule.refusal(request.headers.getlist("Host"), request.headers.getlist("Origin")):
+        raise RefusedError(403, refusal)
+    if (token := find_token()) is not None:
+        requests.check_token(request.headers.get("Authorization", ""), token)
+
+
+def _name(response: Response) -> Response:
+    response.headers[INCARNATION_HEADER] = _incarnation
+    return response
+
+
+def _refused(error: RefusedError) -> Response:
+    response = _json({"status": "error", "message": str(error)}, error.status)
+    response.headers.update(error.headers)
+    return response
+
+
+def _failed(error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # Flask's own, such as of a body that broke off
+        return _json({"status": "error", "message": str(error.description)}, error.code or 500)
+    logger.exception("%s %s failed", request.method, request.path)
+    return _json({"status": "error", "message": str(error)}, 500)
+
+
+def _json(document: dict[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(document), status, mimetype="application/json")
+
+
+def _body(limit: int) -> bytearray:
+    """The whole body; one that is too long is refused by its announced length, else as soon as it is too long."""
+    limit = min(limit, _MAX_BODY_BYTES)
+    requests.check_length(request.content_length or 0, limit)
+    body = bytearray()
+    with _patience(_connection()):
+        while chunk := _read(request.stream, len(body)):
+            body += chunk
+            requests.check_length(len(body), limit)
+    return body
+
+
+def _read(stream: Any, num_read: int) -> bytes:
+    try:
+        chunk: bytes = stream.read(_READ_BYTES)
+    except TimeoutError:
+        raise RefusedError(408, f"{num_read:,} bytes of the body came, and none in the last {_STALLED_S:g} s") from None
+    return chunk
+
+
+def _send(make: Callable[[], Answer]) -> Response:
+    """Answer with what `make` makes, once there is a place for it."""
+    _sending.begin()
+    try:
+        answer = make()
+    except BaseException:
+        _sending.end(None, 0)
+        raise
+    pieces = _Pieces(answer, _connection())
+    response = Response(pieces, answer.status, content_type=answer.content_type, direct_passthrough=True)
+    response.content_length = answer.nbytes
+    return response
+
+
+class _Pieces:
+    """An answer's bytes for a WSGI server. It has a place among those under way until it is sent, or given up.
+
+    Args:
+        answer: What is sent.
+        connection: Where it goes; None if the server does not tell.
+    """
+
+    def __init__(self, answer: Answer, connection: socket.socket | None) -> None:
+        self._answer, self._connection = answer, connection
+        self._num_sent = self._num_asked = 0
+        self._is_open = True
+        self._pieces = self._made()
+
+    def __iter__(self) -> _Pieces:
+        return self
+
+    def __next__(self) -> bytes:
+        self._num_sent = self._num_asked  # the server asks for the next once it has sent the last
+        piece = next(self._pieces, None)
+        if piece is None:
+            self.close()  # Starlette's middleware does not
+            raise StopIteration
+        self._num_asked += len(piece)
+        return piece
+
+    def _made(self) -> Generator[bytes, None, None]:
+        with _patience(self._connection):
+            if self._connection is not None:
+                _hasten(self._connection)
+            for part in self._answer.parts:
+                if isinstance(part, bytes) and len(part) <= _PIECE_BYTES:
+                    yield part
+                else:
+                    yield from map(bytes, _cut(memoryview(part)))
+
+    def close(self) -> None:
+        """Give the place back. A half-sent body must end in a broken connection, else something may complete it."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        with contextlib.suppress(OSError):  # the connection is closed
+            self._pieces.close()
+        _sending.end(self._answer, self._num_sent)
+        if self._num_asked > 0 and self._num_sent < self._answer.nbytes and self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+
+    __del__ = close
+
+
+def _hasten(connection: socket.socket) -> None:
+    """Let no header wait until the client confirms the one before it, and no client of this host for a pace."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if connection.getpeername()[0] == connection.getsockname()[0]:
+        use_reno(connection)
+
+
+def _cut(view: memoryview) -> Iterator[memoryview]:
+    return (view[start : start + _PIECE_BYTES] for start in range(0, len(view), _PIECE_BYTES))
+
+
+def _connection() -> socket.socket | None:
+    """The client's connection, where the server is werkzeug's."""
+    found = request.environ.get("werkzeug.socket")
+    return found if isinstance(found, socket.socket) else None
+
+
+@contextlib.contextmanager
+def _patience(connection: socket.socket | None) -> Iterator[None]:
+    """Let no read and no write of a connection take longer than a client may be silent."""
+    if connection is None:
+        yield
+        return
+    before = connection.gettimeout()
+    connection.settimeout(_STALLED_S)
+    try:
+        yield
+    finally:
+        connection.settimeout(before)
+
+
+def _figures() -> dict[str, Any]:
+    """What our own server says in `/health`."""
+    return {"incarnation": _incarnation, **runtime.current().store.stats(), **_sending.figures()}
+
+
+def _in_health(state: Any) -> None:
+    """Add our figures to what `/health` of AReaL's guard answers, which other modules extend by such hooks too."""
+    register = getattr(state.app.config.get("guard_state"), "register_health_hook", None)
+    if register is not None:
+        register(_figures)
+
+
+data_bp = Blueprint("data", __name__)
+data_bp.before_request(_check)
+data_bp.after_request(_name)
+data_bp.register_error_handler(RefusedError, _refused)
+data_bp.register_error_handler(Exception, _failed)
+data_bp.record_once(_in_health)
+data_bp.add_url_rule("/data/batch", "get_batch", _get_batch, methods=["POST"])
+data_bp.add_url_rule("/data/clear", "clear", _clear, methods=["DELETE"])
+data_bp.add_url_rule("/data/reclaim", "reclaim", _reclaim, methods=["POST"])
+data_bp.add_url_rule("/data/<path:shard_id>", "put", _put, methods=["PUT"])
+data_bp.add_url_rule("/data/<path:shard_id>", "get", _get, methods=["GET"])
