@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +27,21 @@ os.environ["GPU_CACHE_STATS"] = "0"  # but in the tests of reports, which have a
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A gpu test skips without CUDA, with a reason; where a GPU is promised, that is an error."""
+    """A gpu test skips without CUDA, with a reason; where a GPU is promised, that is an error. So for AReaL."""
+    if item.get_closest_marker("areal") is not None and not _has_areal():
+        pytest.skip("needs AReaL and the wheel in this interpreter: make areal")
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
     if os.environ.get("GPU_CACHE_REQUIRE_GPU") == "1":
         pytest.fail("GPU_CACHE_REQUIRE_GPU=1, but this torch sees no CUDA device", pytrace=False)
     pytest.skip("needs a CUDA device")
+
+
+def _has_areal() -> bool:
+    """Whether both are installed; the checkout's packages are not what such a test is about."""
+    purelib = sysconfig.get_path("purelib")
+    found = {one.metadata["Name"] for one in importlib.metadata.distributions(path=[purelib])}
+    return {"areal", "rtensor-data-plane"} <= found and Path(purelib, "gpu_cache_areal.pth").exists()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,9 +8,7 @@ the wheel brings; `adopt()` installs it in this process, and sets the variable f
 from __future__ import annotations
 
 import ast
-import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -25,6 +23,7 @@ _RTENSOR = "areal.infra.rpc.rtensor"
 _BLUEPRINT = "areal.infra.rpc.guard.data_blueprint"
 _CODEC = "areal.infra.rpc.serialization"
 _LAUNCHER = "areal.infra.utils.launcher"
+_LOGGING = "areal.utils.logging"
 _OUR_RTENSOR = "gpu_cache.rpc.rtensor"
 # AReaL's name of each module that we replace, and ours.
 SERVED = {_RTENSOR: _OUR_RTENSOR, _BLUEPRINT: "gpu_cache.rpc.server.blueprint"}
@@ -45,6 +44,7 @@ _NEEDED = {
     _BLUEPRINT: {"data_bp"},
     _CODEC: {"SerializedDataclass", "SerializedDataclass.from_dataclass", "deserialize_value", "serialize_value"},
     _LAUNCHER: {"get_env_vars"},
+    _LOGGING: {"getLogger"},
 }  # fmt: skip
 _KNOWN = {
     _RTENSOR: _NEEDED[_RTENSOR]
@@ -138,11 +138,13 @@ class _Finder:
             return self._areal(path, target)
         if name in SERVED and self._found is not None:
             self._tell()
-            return importlib.machinery.ModuleSpec(name, _Alias(SERVED[name]), origin=f"{SERVED[name]} (gpu_cache)")
+            alias: Any = _Alias(SERVED[name])  # a loader; `importlib.abc` would take longer than all of this
+            return importlib.machinery.ModuleSpec(name, alias, origin=SERVED[name])
         if name in self._adapts and (name != _OUR_RTENSOR or self.look() is not None):
             spec = self._beyond(name, path, target)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Adapting(spec.loader, self._adapts[name])
+                adapting: Any = _Adapting(spec.loader, self._adapts[name])
+                spec.loader = adapting
             return spec
         return None
 
@@ -201,10 +203,10 @@ class _Finder:
         return None
 
     def _tell(self) -> None:
-        """Say what was replaced, when the first of it is: AReaL has set up its log by then."""
+        """Say what is replaced, when the first of it is."""
         if not self._has_told and self._found is not None:
             self._has_told = True
-            logging.getLogger(__name__).info(
+            _areals_logger().info(
                 "AReaL %s uses gpu_cache %s: %s replaced, %s and %s adapted%s",
                 self._found.version, sys.modules["gpu_cache"].__version__, " and ".join(SERVED), _CODEC, _LAUNCHER,
                 f" (forced, in spite of: {'; '.join(self._found.faults)})" if self._found.faults else "",
@@ -217,7 +219,7 @@ class _Finder:
             logging.getLogger(__name__).warning("%s is set, but AReaL is not installed here%s", VARIABLE, only)
 
 
-class _Alias(importlib.abc.Loader):
+class _Alias:
     """Loads a module by putting another one, that has its own name too, in its place."""
 
     def __init__(self, of: str) -> None:
@@ -231,7 +233,7 @@ class _Alias(importlib.abc.Loader):
         sys.modules[module.__name__] = importlib.import_module(self._of)
 
 
-class _Adapting(importlib.abc.Loader):
+class _Adapting:
     """Loads a module as its own loader does, which it gives back, and then changes something in it."""
 
     def __init__(self, loader: Any, adapt: Callable[[ModuleType], None]) -> None:
@@ -250,6 +252,15 @@ class _Adapting(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._adapt(module)
+
+
+def _areals_logger() -> logging.Logger:
+    """A logger of AReaL's: its log shows no others."""
+    try:
+        made: logging.Logger = importlib.import_module(_LOGGING).getLogger("gpu_cache")
+    except (ImportError, AttributeError):  # of an AReaL that is forced
+        return logging.getLogger(__name__)
+    return made
 
 
 def _keep_handles_small(codec: ModuleType) -> None:
@@ -298,12 +309,13 @@ def _undo(mode: str | None) -> None:
 
 
 def _check_is_early() -> None:
-    early = [name for name in _NEEDED if name in sys.modules and not _is_ours(sys.modules[name])]
+    early = [name for name in (*SERVED, _CODEC, _LAUNCHER) if name in sys.modules and not _is_ours(sys.modules[name])]
     if early:
         users = ", ".join(_users_of_areal()) or "nobody that is still to be seen"
         raise AdoptError(
-            f"gpu_cache.adopt() comes too late: {', '.join(early)} was imported already, and is used by {users}. "
-            f"Call it before the first import of areal, or start the program with {VARIABLE}=1",
+            f"gpu_cache.adopt() comes too late: {' and '.join(early)} {'is' if len(early) == 1 else 'are'} imported "
+            f"already, and used by {users}. Call it before the first import of areal, or start the program with "
+            f"{VARIABLE}=1",
             name=early[0],
         )
 
@@ -319,7 +331,7 @@ def _users_of_areal() -> list[str]:
         for name, module in list(sys.modules.items())
         if any(_is_areals(value) for value in list(getattr(module, "__dict__", {}).values()))
     ]
-    return [name for name in users if not name.startswith("areal")] or users[:1]
+    return [name for name in users if name.partition(".")[0] not in ("areal", "__mp_main__")] or users[:1]
 
 
 def _is_areals(value: object) -> bool:
@@ -338,10 +350,9 @@ def _is_checkouts(folder: Path) -> bool:
 
 
 def _version_of(folder: Path) -> str:
-    """What the metadata beside a package say; a checkout has none."""
-    for one in importlib.metadata.distributions(name="areal", path=[str(folder.parent)]):
-        return one.version
-    return "(a checkout)"
+    """What the name of its metadata beside it says; a checkout has none."""
+    found = next(iter(folder.parent.glob("areal-*.dist-info")), None)
+    return "(a checkout)" if found is None else found.name.removeprefix("areal-").removesuffix(".dist-info")
 
 
 def _names_in(source: Path) -> set[str] | None:
