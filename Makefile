@@ -1,4 +1,4 @@
-# make demo / test / check / bench / plot / screenshots. Each makes .venv by itself.
+# make demo / test / areal / check / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=
@@ -13,11 +13,12 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: help demo test check bench plot screenshots clean
+.PHONY: help demo test areal check bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make test   run the tests"
+	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
 	@echo "make check  lint, format, types, import ranks"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
 	@echo "make screenshots  take the README's pictures of gpu-cache-smi from runs of the demo (needs a Chromium)"
@@ -33,6 +34,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest $(ARGS)
+
+# Exit 3: the package index cannot be reached; then nothing can be said, and that is said.
+areal: $(READY)
+	@$(PY) scripts/areal_venv.py; found=$$?; \
+	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/test_areal_*.py
 
 bench: $(READY)
 	$(PY) scripts/benchmark.py $(ARGS)
@@ -51,4 +58,4 @@ check: $(READY)
 	$(PY) -m pytest -q tests/test_imports.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-areal build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from flask import Blueprint, Response, request
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 from gpu_cache.hosts import HostRule
 from gpu_cache.rpc import rtensor, runtime
@@ -146,8 +146,9 @@ def _body(limit: int) -> bytearray:
 def _read(stream: Any, num_read: int) -> bytes:
     try:
         chunk: bytes = stream.read(_READ_BYTES)
-    except TimeoutError:
-        raise RefusedError(408, f"{num_read:,} bytes of the body came, and none in the last {_STALLED_S:g} s") from None
+    except (TimeoutError, ClientDisconnected):  # werkzeug makes the latter of the former
+        message = f"{num_read:,} bytes of the body came, and then none for {_STALLED_S:g} s, or the connection broke"
+        raise RefusedError(408, message) from None
     return chunk
 
 

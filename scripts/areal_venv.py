@@ -1,0 +1,97 @@
+"""Make a virtual environment that has AReaL, this project's wheel, and the packages of the interpreter that runs this.
+
+`make areal` runs the tests marked `areal` in it. What comes from the package index is installed once, until
+tests/areal_requirements.txt changes; the wheel is built each time. Exit 3: the index cannot be reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = ROOT / "tests" / "areal_requirements.txt"
+AREAL = "areal==1.0.4"
+UNREACHABLE = 3
+# pip says this where it has found no index, or nothing in it.
+_NOTHING_FOUND = "(from versions: none)"
+_WHEEL_OF = ("gpu_cache", "pyproject.toml", "setup.py", "MANIFEST.in", "gpu_cache_areal.pth", "README.md", "LICENSE")
+_LEAST_SETUPTOOLS = 70
+
+
+def main() -> int:
+    folder = ROOT / ".venv-areal"
+    ready, key = folder / ".ready", _key()
+    if not ready.exists() or ready.read_text() != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder)
+        purelib = _purelib(folder)
+        (purelib / "over.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        if failure := _install_areal(folder):
+            return failure
+        ready.write_text(key)
+    return _install_wheel(folder)
+
+
+def _key() -> str:
+    text = f"{AREAL} {sys.version} {sysconfig.get_path('purelib')}\n{REQUIREMENTS.read_text()}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _purelib(folder: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+
+
+def _install_areal(folder: Path) -> int:
+    # Not with what it requires: that is torch of another version, and much that only engines need.
+    first = _pip(folder, "--no-deps", "--retries", "1", AREAL)
+    if first.returncode and _NOTHING_FOUND in first.stderr:
+        said = next((line for line in first.stderr.splitlines() if "onnection" in line), "it has nothing there")
+        print(f"SKIPPED: the package index that has {AREAL} cannot be reached: {said.strip()}")
+        return UNREACHABLE
+    done = first if first.returncode else _pip(folder, "-r", str(REQUIREMENTS))
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return 1
+    # Importing it compiles what it needs of hundreds of MB; each process would do so where bytecode is not written.
+    written = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    code = "import areal.infra.rpc.rpc_server, areal.infra.rpc.guard.engine_blueprint"
+    return subprocess.run([folder / "bin" / "python", "-c", code], cwd=folder, env=written, check=False).returncode
+
+
+def _pip(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
+    options = ["--quiet", "--disable-pip-version-check", "--no-compile"]
+    return subprocess.run([*command, *options, *arguments], capture_output=True, text=True, check=False)
+
+
+def _install_wheel(folder: Path) -> int:
+    """Build in a copy, in which no earlier build is."""
+    with tempfile.TemporaryDirectory() as copy:
+        for name in _WHEEL_OF:
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, Path(copy, name))
+        isolation = ["--no-build-isolation"] if _has_setuptools() else []
+        done = _pip(folder, "--no-deps", "--force-reinstall", *isolation, copy)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+    return done.returncode
+
+
+def _has_setuptools() -> bool:
+    try:
+        return int(importlib.metadata.version("setuptools").partition(".")[0]) >= _LEAST_SETUPTOOLS
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""AReaL's own servers, controller and codec, with the switch on in all, in one, or in none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.free_ports import free_ports
+
+pytestmark = pytest.mark.areal
+JOB = Path(__file__).parent / "areal_job"
+NUM_ROWS, NUM_TOKENS = 4, 20_000
+PAYLOAD_BYTES = NUM_ROWS * (NUM_TOKENS * (1 + 8 + 4 + 2) + 4)
+DEADLINE_S = 120.0
+_no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+# By which processes have the switch on, of owner, consumer and controller.
+EVERYWHERE, NOWHERE = (True, True, True), (False, False, False)
+IN_ONE = [(True, False, False), (False, True, False), (False, False, True)]
+CASES = [EVERYWHERE, *IN_ONE, NOWHERE]
+
+
+def environment(is_on: bool) -> dict[str, str]:
+    """Of a process that finds the engine, and the packages where they are installed."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GPU_CACHE_")}
+    return kept | {"PYTHONPATH": str(JOB), "GPU_CACHE_STATS": "0"} | ({"GPU_CACHE_AREAL": "1"} if is_on else {})
+
+
+@contextlib.contextmanager
+def servers(folder: Path, switches: list[bool]) -> Iterator[tuple[list[str], list[Path]]]:
+    """AReaL's servers, one for each switch; yields their addresses and logs."""
+    with contextlib.ExitStack() as stack:
+        addresses, logs = [], []
+        for number, (port, is_on) in enumerate(zip(free_ports(len(switches)), switches, strict=True)):
+            command = [
+                sys.executable, "-m", "areal.infra.rpc.rpc_server", "--host", "127.0.0.1", "--port", str(port),
+                "--experiment-name", "test", "--trial-name", "test", "--role", "role", "--worker-index", str(number),
+                "--nfs-record-root", str(folder / "names"), "--fileroot", str(folder),
+            ]  # fmt: skip
+            logs.append(folder / f"{number}.log")
+            log = stack.enter_context(logs[-1].open("w"))
+            process = subprocess.Popen(command, env=environment(is_on), cwd=folder, stdout=log, stderr=log)
+            stack.callback(end, process)
+            addresses.append(f"127.0.0.1:{port}")
+        for address, log_file in zip(addresses, logs, strict=True):
+            wait_for(address, log_file)
+        yield addresses, logs
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def wait_for(address: str, log: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            _no_proxy.open(f"http://{address}/health", timeout=10).close()
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        else:
+            return
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, bool, bool], Any]:
+    """What a controller saw in each case; AReaL takes seconds to import, so processes serve several cases."""
+    folder = tmp_path_factory.mktemp("job")
+    found = {}
+    with servers(folder, [True, True, False, False]) as (addresses, logs):
+        owner_of, consumer_of = {True: addresses[0], False: addresses[2]}, {True: addresses[1], False: addresses[3]}
+        for is_on in (True, False):
+            cases = [case for case in CASES if case[2] is is_on]
+            pairs = json.dumps([[owner_of[case[0]], consumer_of[case[1]]] for case in cases])
+            command = [sys.executable, str(JOB / "controller.py"), pairs, str(NUM_ROWS), str(NUM_TOKENS)]
+            done = subprocess.run(
+                command, env=environment(is_on), cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S
+            )
+            assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in logs)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+            found |= {case: json.loads(line) for case, line in zip(cases, lines, strict=True)}
+        found |= {"log": logs[0].read_text()}  # type: ignore[dict-item]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_handles_of_one_server_are_read_exactly_by_the_other_and_by_both_ends(seen: Any, case: Any) -> None:
+    assert seen[case]["is_exact"] == [True, True, True]
+    assert seen[case]["num_shards"] == 5 * NUM_ROWS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_areals_own_clear_leaves_nothing_anywhere(seen: Any, case: Any) -> None:
+    for who in ("owner", "consumer", "controller"):
+        facts = seen[case][who]
+        assert (facts["num_tensors"], facts["total_bytes"], facts["num_entries"]) == (0, 0, 0), who
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pickles_of_handles_are_read_with_and_without_the_switch(seen: Any, case: Any) -> None:
+    assert seen[case]["unpickled"] == ["a h:1 [2, 3] meta"] * 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_process_has_the_handles_that_its_switch_says(seen: Any, case: Any) -> None:
+    for who, is_on in zip(("owner", "consumer", "controller"), case, strict=True):
+        facts = seen[case][who]
+        assert facts["is_ours_imported"] is is_on, who
+        assert facts["rtensor"] == ("gpu_cache.rpc.rtensor" if is_on else "areal.infra.rpc.rtensor")
+
+
+def test_localized_handles_stay_small_in_areals_messages(seen: Any) -> None:
+    assert seen[EVERYWHERE]["localized_message_bytes"] == seen[EVERYWHERE]["message_bytes"] < 10_000
+    assert seen[NOWHERE]["localized_message_bytes"] > PAYLOAD_BYTES
+
+
+def test_frames_are_binary_and_the_owner_reads_its_own_without_a_request(seen: Any) -> None:
+    health = seen[EVERYWHERE]["health"]
+    assert health["status"] == "healthy"
+    assert health["sent_payload_bytes"] == 2 * PAYLOAD_BYTES, "the consumer's read, and the controller's"
+    assert health["sent_body_bytes"] < 1.02 * health["sent_payload_bytes"]
+    assert "incarnation" not in seen[NOWHERE]["health"]
+
+
+def test_one_line_of_the_log_says_what_was_replaced(seen: Any) -> None:
+    said = [line for line in seen["log"].splitlines() if " uses gpu_cache " in line]
+    assert len(said) == 1
+    assert "INFO: AReaL 1.0.4 uses gpu_cache " in said[0]
