@@ -74,13 +74,17 @@ def _pip(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _install_wheel(folder: Path) -> int:
-    """Build in a copy, in which no earlier build is."""
+    """Build in a copy, in which no earlier build is, and install."""
     with tempfile.TemporaryDirectory() as copy:
         for name in _WHEEL_OF:
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, Path(copy, name))
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
         isolation = ["--no-build-isolation"] if _has_setuptools() else []
-        done = _pip(folder, "--no-deps", "--force-reinstall", *isolation, copy)
+        done = subprocess.run([*command, *isolation, "-w", copy, copy], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            (wheel,) = Path(copy).glob("*.whl")
+            done = _pip(folder, "--no-deps", "--no-index", "--force-reinstall", str(wheel))
     if done.returncode:
         print(done.stderr, file=sys.stderr)
     return done.returncode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib
 import json
 import socket
 import threading
@@ -23,7 +24,11 @@ from tests.support.areal_fixtures import remote
 from tests.support.wire_tensors import same_bits
 
 flask = pytest.importorskip("flask", reason="needs Flask and AReaL: make areal")
-from gpu_cache.rpc.server import blueprint  # noqa: E402
+fastapi, uvicorn, serving = map(pytest.importorskip, ("fastapi", "uvicorn", "werkzeug.serving"))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Starlette's, of its middleware
+    wsgi = importlib.import_module("fastapi.middleware.wsgi")
+blueprint = importlib.import_module("gpu_cache.rpc.server.blueprint")
 
 pytestmark = pytest.mark.areal
 TENSORS = {
@@ -37,9 +42,7 @@ Serve = Callable[[Any], str]
 
 @contextlib.contextmanager
 def under_werkzeug(app: Any) -> Iterator[str]:
-    from werkzeug.serving import make_server
-
-    server = make_server("127.0.0.1", 0, app, threaded=True)
+    server = serving.make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -52,14 +55,8 @@ def under_werkzeug(app: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def under_fastapi(app: Any) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Starlette's, of its middleware
-        import uvicorn
-        from fastapi import FastAPI
-        from fastapi.middleware.wsgi import WSGIMiddleware
-
-    outer = FastAPI()
-    outer.mount("/", WSGIMiddleware(app))
+    outer = fastapi.FastAPI()
+    outer.mount("/", wsgi.WSGIMiddleware(app))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(outer, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -33,7 +33,7 @@ def start(python: Path, code: str, **variables: str) -> tuple[str, str]:
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.name != "__pycache__"}
+    return {path.name for path in folder.glob("*") if path.name != "__pycache__"}
 
 
 def test_pip_brings_the_switch_and_takes_all_of_it_away(tmp_path: Path) -> None:
