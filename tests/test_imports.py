@@ -31,6 +31,7 @@ RANKS_OF_RPC = [
     {"rtensor"},
     {"server"},
     {"adopt"},
+    {"doctor"},
 ]
 # What the tool, which runs without torch, reads of the cache.
 OF_THE_TOOL = {"config", "hosts", "units", "report.counters", "report.schema"}

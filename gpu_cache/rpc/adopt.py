@@ -99,6 +99,29 @@ def start() -> None:
             finder.adapt_rtensor(sys.modules[_OUR_RTENSOR])
 
 
+def is_asked_for() -> bool:
+    """Whether the variable asks for the switch."""
+    return _is_on(os.environ.get(VARIABLE))
+
+
+def is_installed() -> bool:
+    """Whether the import hook is there."""
+    return _installed() is not None
+
+
+def find_areal() -> Found | None:
+    """Find the AReaL that this process would import, without importing it; None where there is none.
+
+    Raises:
+        AdoptError: The switch is on, and AReaL is not one that was checked.
+    """
+    if (finder := _installed()) is not None:
+        return finder.look()
+    spec = importlib.util.find_spec("areal")
+    folder = None if spec is None else _folder_of(spec)
+    return None if folder is None or _is_checkouts(folder) else Found(folder)
+
+
 class Found:
     """An AReaL that can be imported.
 
