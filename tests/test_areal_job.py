@@ -143,3 +143,14 @@ def test_one_line_of_the_log_says_what_was_replaced(seen: Any) -> None:
     said = [line for line in seen["log"].splitlines() if " uses gpu_cache " in line]
     assert len(said) == 1
     assert "INFO: AReaL 1.0.4 uses gpu_cache " in said[0]
+
+
+def test_the_doctor_tells_a_server_with_the_switch_from_one_without(seen: Any) -> None:
+    found = {what: text for what, text, is_good in seen[EVERYWHERE]["doctor"] if is_good}
+    assert found["AReaL"].endswith(", its names were checked")
+    assert found["switch"] == "on (GPU_CACHE_AREAL=1)"
+    assert found["areal.infra.rpc.rtensor"].startswith("is gpu_cache.rpc.rtensor in ")
+    assert found["areal.infra.rpc.guard.data_blueprint"].startswith("is gpu_cache.rpc.server.blueprint in ")
+    assert found["frames"].startswith("binary, incarnation ")
+    alone = {what: text for what, text, is_good in seen[False, False, True]["doctor"] if is_good}
+    assert alone["frames"] == "JSON: the server is AReaL's own, and its process has the switch off"

@@ -32,7 +32,9 @@ def test_versions_and_the_device_with_its_reason_are_told(monkeypatch: pytest.Mo
     monkeypatch.setenv("GPU_CACHE_DEVICE", "cpu")
     assert texts()["device"] == (True, "cpu: device='cpu'")
     monkeypatch.setenv("GPU_CACHE_DEVICE", "gpu0")
-    assert texts()["device"] == (False, "device='gpu0': use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    is_good, text = texts()["device"]
+    assert not is_good
+    assert "'gpu0'" in text
 
 
 def test_a_missing_areal_is_bad_only_where_the_switch_asks_for_it(
@@ -76,9 +78,7 @@ def test_a_server_of_areals_own_speaks_json() -> None:
 
 def answer_of(content_type: str, body: bytes) -> Step:
     def send(exchange: Exchange) -> None:
-        exchange.send(
-            f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        )
-        exchange.send(body)
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        exchange.send(head.encode() + body)
 
     return send

@@ -45,9 +45,8 @@ def findings(address: str | None = None) -> list[Finding]:
         address: The server's `host:port`; None asks none.
     """
     found = [
-        Finding(
-            "gpu_cache", f"{gpu_cache.__version__} in {Path(gpu_cache.__file__).parent}, torch {torch.__version__}"
-        ),
+        Finding("gpu_cache", f"{gpu_cache.__version__} in {Path(gpu_cache.__file__).parent}"),
+        Finding("torch", torch.__version__),
         *_switch(),
         _device(),
     ]
@@ -81,9 +80,8 @@ def _imported(name: str) -> Finding:
 
 
 def _device() -> Finding:
-    setting = CacheConfig.from_env().device
     try:
-        chosen = choose_device(setting)
+        chosen = choose_device(CacheConfig.from_env().device)
     except (RuntimeError, ValueError) as error:
         return Finding("device", str(error), is_good=False)
     later = "" if chosen.is_final else f"; one that has, uses one of {torch_cuda.device_count()} GPUs"
