@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,8 +9,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -37,34 +36,57 @@ def environment(is_on: bool) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(JOB), "GPU_CACHE_STATS": "0"} | ({"GPU_CACHE_AREAL": "1"} if is_on else {})
 
 
-@contextlib.contextmanager
-def servers(folder: Path, switches: list[bool]) -> Iterator[tuple[list[str], list[Path]]]:
-    """AReaL's servers, one for each switch; yields their addresses and logs."""
-    with contextlib.ExitStack() as stack:
-        addresses, logs = [], []
-        for number, (port, is_on) in enumerate(zip(free_ports(len(switches)), switches, strict=True)):
-            command = [
-                sys.executable, "-m", "areal.infra.rpc.rpc_server", "--host", "127.0.0.1", "--port", str(port),
-                "--experiment-name", "test", "--trial-name", "test", "--role", "role", "--worker-index", str(number),
-                "--nfs-record-root", str(folder / "names"), "--fileroot", str(folder),
-            ]  # fmt: skip
-            logs.append(folder / f"{number}.log")
-            log = stack.enter_context(logs[-1].open("w"))
-            process = subprocess.Popen(command, env=environment(is_on), cwd=folder, stdout=log, stderr=log)
-            stack.callback(end, process)
-            addresses.append(f"127.0.0.1:{port}")
-        for address, log_file in zip(addresses, logs, strict=True):
-            wait_for(address, log_file)
-        yield addresses, logs
+class Family:
+    """Processes with the switch on, or off: forks of one that has imported AReaL."""
 
+    def __init__(self, folder: Path, is_on: bool) -> None:
+        self._folder, self._is_on, self._num_logs, self.said = folder, is_on, 0, ""
+        command = [sys.executable, str(JOB / "family.py")]
+        log = (folder / f"family-{is_on}.log").open("w")
+        self._process = subprocess.Popen(
+            command, env=environment(is_on), cwd=folder, stdin=PIPE, stdout=PIPE, stderr=log, text=True
+        )
+        log.close()
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def __enter__(self) -> Family:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.communicate(timeout=60)
+
+    def start(self, program: str, *arguments: str) -> Path:
+        """Start a program; returns the file in which its output is going to be."""
+        self._num_logs += 1
+        log = self._folder / f"{self._is_on}-{self._num_logs}.log"
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([program, str(log), *arguments]) + "\n")
+        self._process.stdin.flush()
+        while not (said := self._process.stdout.readline()).startswith("child "):  # AReaL's log goes there too
+            assert said, (self._folder / f"family-{self._is_on}.log").read_text()
+            self.said += said
+        return log
+
+    def serve(self) -> tuple[str, Path]:
+        """Start one of AReaL's servers, and wait for it; returns its address and its log."""
+        (port,) = free_ports(1)
+        log = self.start(
+            "areal.infra.rpc.rpc_server", "--host", "127.0.0.1", "--port", str(port), "--experiment-name", "test",
+            "--trial-name", "test", "--role", "role", "--worker-index", str(port),
+            "--nfs-record-root", str(self._folder / "names"), "--fileroot", str(self._folder),
+        )  # fmt: skip
+        wait_for(f"127.0.0.1:{port}", log)
+        return f"127.0.0.1:{port}", log
+
+    def control(self, pairs: list[list[str]]) -> list[Any]:
+        """Run the controller; returns what it saw with each pair of servers."""
+        log = self.start(str(JOB / "controller.py"), json.dumps(pairs), str(NUM_ROWS), str(NUM_TOKENS))
+        deadline = time.monotonic() + DEADLINE_S
+        while "DONE" not in (said := log.read_text() if log.exists() else ""):
+            assert time.monotonic() < deadline, said
+            assert "Traceback" not in said, said
+            time.sleep(0.05)
+        return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def wait_for(address: str, log: Path) -> None:
@@ -80,23 +102,18 @@ def wait_for(address: str, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, bool, bool], Any]:
-    """What a controller saw in each case; AReaL takes seconds to import, so processes serve several cases."""
-    folder = tmp_path_factory.mktemp("job")
-    found = {}
-    with servers(folder, [True, True, False, False]) as (addresses, logs):
-        owner_of, consumer_of = {True: addresses[0], False: addresses[2]}, {True: addresses[1], False: addresses[3]}
-        for is_on in (True, False):
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """What a controller saw in each case, by the case; and what the import of AReaL said with the switch on."""
+    folder, found = tmp_path_factory.mktemp("job"), {}
+    with Family(folder, True) as on, Family(folder, False) as off:
+        family_of = {True: on, False: off}
+        owner_of = {is_on: family.serve() for is_on, family in family_of.items()}
+        consumer_of = {is_on: family.serve() for is_on, family in family_of.items()}
+        for is_on, family in family_of.items():
             cases = [case for case in CASES if case[2] is is_on]
-            pairs = json.dumps([[owner_of[case[0]], consumer_of[case[1]]] for case in cases])
-            command = [sys.executable, str(JOB / "controller.py"), pairs, str(NUM_ROWS), str(NUM_TOKENS)]
-            done = subprocess.run(
-                command, env=environment(is_on), cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S
-            )
-            assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in logs)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-            found |= {case: json.loads(line) for case, line in zip(cases, lines, strict=True)}
-        found |= {"log": logs[0].read_text()}  # type: ignore[dict-item]
+            answers = family.control([[owner_of[case[0]][0], consumer_of[case[1]][0]] for case in cases])
+            found |= dict(zip(cases, answers, strict=True))
+        found["said"] = on.said
     return found
 
 
@@ -140,9 +157,8 @@ def test_frames_are_binary_and_the_owner_reads_its_own_without_a_request(seen: A
 
 
 def test_one_line_of_the_log_says_what_was_replaced(seen: Any) -> None:
-    said = [line for line in seen["log"].splitlines() if " uses gpu_cache " in line]
-    assert len(said) == 1
-    assert "INFO: AReaL 1.0.4 uses gpu_cache " in said[0]
+    (said,) = [line for line in seen["said"].splitlines() if " uses gpu_cache " in line]
+    assert "INFO: AReaL 1.0.4 uses gpu_cache " in said
 
 
 def test_the_doctor_tells_a_server_with_the_switch_from_one_without(seen: Any) -> None:

@@ -15,9 +15,9 @@ import signal
 import sys
 
 # All that the programs import; a fork then runs them as `python -m` would.
-for name in ("areal.infra.rpc.guard.app", "areal.infra.rpc.guard.data_blueprint", "areal.infra.rpc.guard.engine_blueprint"):
-    importlib.import_module(name)
-importlib.import_module("areal.infra.controller")
+SHARED = ("rpc.guard.app", "rpc.guard.data_blueprint", "rpc.guard.engine_blueprint", "controller")
+for name in SHARED:
+    importlib.import_module(f"areal.infra.{name}")
 
 
 def run(program: str, log: str, *arguments: str) -> None:
