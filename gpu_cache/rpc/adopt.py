@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 VARIABLE = "GPU_CACHE_AREAL"
@@ -178,7 +178,7 @@ class _Finder:
             AdoptError: It is not one that was checked.
         """
         if not self._has_looked:
-            importlib.util.find_spec("areal")
+            self._areal(None, None)
         return self._found
 
     def adapt_rtensor(self, module: ModuleType) -> None:
@@ -358,7 +358,12 @@ def _users_of_areal() -> list[str]:
 
 
 def _is_areals(value: object) -> bool:
-    home = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", "")
+    """Whether AReaL defines a module, a class, a function, or an object's class; asks no object, which may answer."""
+    kind = type(value)
+    if issubclass(kind, ModuleType):
+        home = vars(value).get("__name__")
+    else:
+        home = value.__module__ if issubclass(kind, type) or kind is FunctionType else kind.__module__
     return isinstance(home, str) and home.partition(".")[0] == "areal"
 
 

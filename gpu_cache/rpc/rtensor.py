@@ -193,8 +193,7 @@ class RTensor:
 
         Args:
             obj: A tensor, or dicts, lists and tuples of them; anything else passes through.
-            node_addr: Address under which this process serves them. From then on it reads its own shards without a
-                request.
+            node_addr: Address under which this process serves them. It reads its own ones without a request.
         Raises:
             TypeError: A tensor that does not travel; says where in `obj` it is, and what to do.
         """

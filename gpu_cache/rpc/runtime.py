@@ -48,6 +48,7 @@ class Runtime:
         self.cache = gpu_cache.TensorCache(config, broken=answer_error)
         self.clearer = StepClearer()
         self.own_addresses: set[str] = set()  # of servers in this process
+        self.noted_addresses: set[str] = set()  # that handles of this process's store name
         # Guards _backend, _is_chosen_here.
         self._lock = threading.Lock()
         self._backend: RTensorBackend | None = None
@@ -106,11 +107,14 @@ class Runtime:
         shards = {key: handle.shard for key, handle in handles.items()}
         expected = {key: handle.data for key, handle in handles.items()}
         remote = source_of(self.backend, shards, expected)
-        if not self.own_addresses:
+        own = {key for key, info in shards.items() if self._is_own(key, info.node_addr)}
+        if not own:
             return remote
-        own = {key for key, info in shards.items() if info.node_addr in self.own_addresses}
         local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
         return NodesSource({key: local if key in own else remote for key in shards})
+
+    def _is_own(self, key: Hashable, address: str) -> bool:
+        return address in self.own_addresses or (address in self.noted_addresses and key in self.store)
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
@@ -125,14 +129,18 @@ class Runtime:
         self.own_addresses.add(address)
 
     def note_owner(self, address: str) -> None:
-        """Learn an address of this process from the handles that it makes, if they are of its store."""
+        """Learn an address of this process from the handles that it makes, if they are of its store.
+
+        It is only said to be this process's: shards that the store does not have are asked for there all the same.
+        """
         backend = self.backend
         if address and isinstance(backend, HttpRTensorBackend) and backend.shards is self.store:
-            self.own_addresses.add(address)
+            self.noted_addresses.add(address)
 
     def remove_own_address(self, address: str) -> None:
         """The server at this address has stopped."""
         self.own_addresses.discard(address)
+        self.noted_addresses.discard(address)
 
     def replace_cache(self, config: gpu_cache.CacheConfig) -> None:
         """Go on with an empty cache; what waits for shards of the old one fails."""

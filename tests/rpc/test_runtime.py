@@ -29,7 +29,9 @@ from gpu_cache.rpc.rtensor import (
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import asked_once, delete, nothing_forgotten, remote
+from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, frames_of, whole
+from tests.support.free_ports import free_ports
 from tests.support.threads import run_threads
 
 
@@ -271,3 +273,18 @@ def test_clearing_everywhere_reaches_this_processs_own_server(server: ServerHand
     report = asyncio.run(RTensor.clear_everywhere(handles, [clear_fetch_buffer]))
     assert report.is_complete
     assert (buffer_stats()["num_entries"], storage_stats()["num_tensors"]) == (0, 0)
+
+
+def test_an_owner_reads_what_it_remotized_without_a_request() -> None:
+    (port,) = free_ports(1)  # nobody answers there
+    handle = RTensor.remotize(torch.arange(5.0), f"127.0.0.1:{port}")
+    assert torch.equal(handle.to_local(), torch.arange(5.0))
+
+
+def test_a_shard_that_is_not_here_is_asked_for_at_an_address_that_remotize_was_given() -> None:
+    owner = FakeOwner()
+    owner.store["there"] = torch.ones(3)
+    with rpc_server.start(owner=owner) as server:
+        here = RTensor.remotize(torch.zeros(3), server.address)
+        there = remote(server.address, "there", torch.ones(3))
+        assert [tensor.sum() for tensor in RTensor.localize([here, there])] == [0, 3]
