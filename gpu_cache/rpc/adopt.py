@@ -334,7 +334,7 @@ def _undo(mode: str | None) -> None:
 def _check_is_early() -> None:
     early = [name for name in (*SERVED, _CODEC, _LAUNCHER) if name in sys.modules and not _is_ours(sys.modules[name])]
     if early:
-        users = ", ".join(_users_of_areal()) or "nobody that is still to be seen"
+        users = ", ".join(_users_of_areal()) or "no module that is loaded now"
         raise AdoptError(
             f"gpu_cache.adopt() comes too late: {' and '.join(early)} {'is' if len(early) == 1 else 'are'} imported "
             f"already, and used by {users}. Call it before the first import of areal, or start the program with "
