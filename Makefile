@@ -39,7 +39,7 @@ test: $(READY)
 areal: $(READY)
 	@$(PY) scripts/areal_venv.py; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/test_areal_*.py
+	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/beside_areal
 
 bench: $(READY)
 	$(PY) scripts/benchmark.py $(ARGS)

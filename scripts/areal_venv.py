@@ -1,7 +1,7 @@
 """Make a virtual environment that has AReaL, this project's wheel, and the packages of the interpreter that runs this.
 
 `make areal` runs the tests marked `areal` in it. What comes from the package index is installed once, until
-tests/areal_requirements.txt changes; the wheel is built each time. Exit 3: the index cannot be reached.
+tests/beside_areal/requirements.txt changes; the wheel is built each time. Exit 3: the index cannot be reached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-REQUIREMENTS = ROOT / "tests" / "areal_requirements.txt"
+REQUIREMENTS = ROOT / "tests" / "beside_areal" / "requirements.txt"
 AREAL = "areal==1.0.4"
 UNREACHABLE = 3
 # pip says this where it has found no index, or nothing in it.

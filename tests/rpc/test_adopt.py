@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PTH = (ROOT / "gpu_cache_areal.pth").read_text().strip()
 
 # An editable install of a checkout brings its own `areal`.

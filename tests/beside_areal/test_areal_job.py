@@ -18,7 +18,7 @@ import pytest
 from tests.support.free_ports import free_ports
 
 pytestmark = pytest.mark.areal
-JOB = Path(__file__).parent / "areal_job"
+JOB = Path(__file__).parent / "job"
 NUM_ROWS, NUM_TOKENS = 4, 20_000
 PAYLOAD_BYTES = NUM_ROWS * (NUM_TOKENS * (1 + 8 + 4 + 2) + 4)
 DEADLINE_S = 120.0
