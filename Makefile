@@ -13,11 +13,12 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: help demo test areal check bench plot screenshots clean
+.PHONY: help demo test scripts areal check bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make test   run the tests"
+	@echo "make scripts  run the tests of whole scripts: demo, benchmark, soak, README's commands"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
 	@echo "make check  lint, format, types, import ranks"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
@@ -40,6 +41,9 @@ areal: $(READY)
 	@$(PY) scripts/areal_venv.py; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
 	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/beside_areal
+
+scripts: $(READY)
+	$(PY) -m pytest -m "scripts and not slow and not stress" $(ARGS)
 
 bench: $(READY)
 	$(PY) scripts/benchmark.py $(ARGS)

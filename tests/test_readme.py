@@ -99,6 +99,7 @@ def test_every_block_is_of_a_known_kind() -> None:
     assert len(COMMANDS) >= 4
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize(("script", "output"), SCRIPTS, ids=range(len(SCRIPTS)))
 def test_python_runs_and_prints_what_it_says(script: str, output: str | None, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(script)
@@ -106,6 +107,7 @@ def test_python_runs_and_prints_what_it_says(script: str, output: str | None, tm
     assert printed == output or output is None
 
 
+@pytest.mark.scripts
 @pytest.mark.parametrize(("command", "output"), COMMANDS, ids=[command for command, _ in COMMANDS])
 def test_a_command_runs_and_prints_what_it_says(command: str, output: str) -> None:
     printed = run(["bash", "-c", command], ROOT)

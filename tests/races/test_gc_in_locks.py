@@ -252,9 +252,10 @@ def sections_of(name: str) -> set[Place]:
     """The critical sections that a device of this name leads to."""
     unused = {"host": {STAGING, CUDA_POOLS}, "fake cuda": set[str]()}.get(name, {CUDA_POOLS})
     found = {place for place in critical_sections("gpu_cache", but="gpu_cache/rpc") if place[0] not in unused}
-    if name != "staged host":
+    if name == "simulated":
         return found
-    lines, first = inspect.getsourcelines(staging.StagingRing._exchange)  # its copies are done at once: no slot is busy
+    # Copies of the others may be done at once; then no slot is busy.
+    lines, first = inspect.getsourcelines(staging.StagingRing._exchange)
     return found - {(STAGING, line) for line in range(first, first + len(lines))}
 
 

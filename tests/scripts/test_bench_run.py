@@ -22,6 +22,8 @@ from bench.trainer import Trainer
 from gpu_cache.rpc import RTensor
 from tests.support.bench_rows import KEYS, paths_of
 
+pytestmark = pytest.mark.scripts
+
 # Five trajectories of W1, a few of the others, up to 10,000 entries.
 SMALL = ["--fraction", "0.01", "--rounds", "1"]
 _WORKLOADS = ["W1", "W3", "W5", "W4"]  # W2 has the rows of W3

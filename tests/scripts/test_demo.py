@@ -21,6 +21,8 @@ import train_demo
 from demo import policy, report, rollouts, session, task, trajectory
 from demo.learner import Learner
 
+pytestmark = pytest.mark.scripts
+
 BYTE_KEYS = {"read_bytes", "wire_bytes", "served_bytes", "saved_bytes", "uncached_read_bytes", "uncached_wire_bytes"}
 OTHER_KEYS = {
     "device", "workers", "seed", "reward_first", "reward_last", "rewards", "steps", "trajectories", "shards",

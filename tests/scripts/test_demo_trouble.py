@@ -25,6 +25,8 @@ from demo.recovery import OnDeath, Recovery
 from demo.rollouts import WorkerDiedError, Workers
 from demo.session import NUM_READS, Outcome, Plan, Session
 
+pytestmark = pytest.mark.scripts
+
 PROMPTS = 4
 SHARDS = 6 * 8 * PROMPTS  # of a batch: six tensors of each answer, eight answers to a prompt
 BATCH_BYTES = 7_000  # about; but each takes 512 bytes of a pool or more

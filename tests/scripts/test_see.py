@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.scripts
+
 ROOT = Path(__file__).parents[2]
 TRAINER = """
 import os, sys, time, torch

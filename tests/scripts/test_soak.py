@@ -30,6 +30,8 @@ from gpu_cache.rpc.rtensor import RTensor
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
 from gpu_cache.rpc.store import ShardStore
 
+pytestmark = pytest.mark.scripts
+
 DEADLINE_S = 120
 SEED = 3
 
