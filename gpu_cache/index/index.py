@@ -125,6 +125,11 @@ class ShardIndex:
         return self._shared.is_closed
 
     @property
+    def looks_for_writes(self) -> bool:
+        """Whether shards that a reader wrote into are dropped, or raise."""
+        return self._mutations.is_on
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is cached or on its way."""
         return not any(self._shared.tables)

@@ -60,6 +60,7 @@ class Fetch:
         self._index = engines.index  # of the level that shards are to come to, once that is known
         self._may_overflow, self._keep = may_overflow, keep
         self._hands_out, self._holding, self._prefer = hands_out, holding, prefer
+        self._withheld: list[Hashable] = []  # arrived, and written into by another reader before this call had them
 
     @property
     def _left_s(self) -> float:
@@ -110,7 +111,7 @@ class Fetch:
             self.finish()
 
     def complete(self, keys: Sequence[Hashable], source: ShardSource, *, may_lack: bool = False) -> Engine:
-        """Begin, and wait for every shard; retry those whose other call failed.
+        """Begin, and wait for every shard; retry those whose other call failed, or that another reader wrote into.
 
         With `may_lack` some may fail: the log tells which, and `hand_out` lacks them.
         """
@@ -119,7 +120,11 @@ class Fetch:
             try:
                 engine = self.begin(keys, source)
                 self.wait()
-                return engine
+                self._withheld = self._written()
+                if not self._withheld:
+                    return engine
+                if time.monotonic() >= self.deadline:
+                    raise self._combined(dict.fromkeys(self._withheld, self._late()))
             except FetchError as error:
                 if not self.has_lost_joins or time.monotonic() >= self.deadline:
                     if not may_lack or not error.failures or engine is None:
@@ -172,9 +177,9 @@ class Fetch:
             raise self._combined(failures)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
-        """A tensor of every shard, by key; after `wait`."""
-        others = self._others()
-        arrived = {entry.key: entry.copy for entry in self._entries() if entry.copy and entry.key not in others}
+        """A tensor of every shard that is as the caller expects, by key; after `wait`."""
+        but = {*self._others(), *self._withheld}
+        arrived = {entry.key: entry.copy for entry in self._entries() if entry.copy and entry.key not in but}
         return {**self.claim.hits, **self._index.lend(arrived)} if arrived else dict(self.claim.hits)
 
     def host_completions(self) -> Iterable[Completion]:
@@ -292,6 +297,12 @@ class Fetch:
         expected = self.claim.expected
         others = {one.key: one.promise for one in arrived if not one.is_tensor_of(expected.get(one.key))}
         return {**self.claim.refused, **{key: found for key, found in others.items() if found is not None}}
+
+    def _written(self) -> list[Hashable]:
+        """Shards that arrived, and that another caller of their fetch wrote into meanwhile."""
+        if not self._index.looks_for_writes:
+            return []
+        return [entry.key for entry in self._entries() if entry.is_changed]
 
     def _failures(self) -> dict[Hashable, BaseException]:
         expected = self.claim.expected

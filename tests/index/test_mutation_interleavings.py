@@ -11,6 +11,7 @@ import torch
 
 from gpu_cache import CacheClosedError, FetchError
 from gpu_cache.device.host import HostDevice
+from gpu_cache.transfer.fetch import Fetch
 from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, WaitingSource, eventually
 from tests.support.sources import DictSource, same_bytes
@@ -192,3 +193,40 @@ def test_many_threads_that_read_and_write_all_get_the_original() -> None:
     check_books(stage, num_entries=2)
     gc.collect()
     stage.check_nothing_lost()
+
+
+@pytest.mark.parametrize("late", ["claims", "joins"])
+@pytest.mark.parametrize("is_over", [False, True], ids=["in time", "too late"])
+def test_a_caller_gets_no_bytes_that_another_caller_of_the_fetch_wrote(
+    stage: Stage, late: str, is_over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_waiting, has_written, wait = threading.Event(), threading.Event(), Fetch.wait
+
+    def wait_until_written(fetch: Fetch) -> None:
+        is_late = not is_waiting.is_set() and bool(fetch.claim.joined if late == "joins" else fetch.claim.claimed)
+        if is_late:
+            is_waiting.set()
+        wait(fetch)
+        if is_late:
+            assert has_written.wait(PATIENCE_S)
+            fetch.deadline = 0.0 if is_over else fetch.deadline
+
+    monkeypatch.setattr(Fetch, "wait", wait_until_written)
+    first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
+    stage.at("before a read")
+    second = in_background(lambda: stage.cache.get_many(["a"], DictSource(SHARDS, NODE)))
+    eventually(lambda: stage.cache.buffer_stats()["joined"] and is_waiting.is_set())
+    stage.open_gates()
+    prompt, slow = (first, second) if late == "joins" else (second, first)
+    (held,) = prompt.result(PATIENCE_S)
+    held.zero_()
+    has_written.set()
+    if is_over:
+        with pytest.raises(FetchError, match=r"not here within 60\.0 s"):
+            slow.result(PATIENCE_S)
+    else:
+        eventually(lambda: slow.done() or len(stage.source.readers) > 1)
+        stage.open_gates()
+        (tensor,) = slow.result(PATIENCE_S)
+        assert same_bytes(tensor, SHARDS["a"])
+        assert tensor.data_ptr() != held.data_ptr()
