@@ -383,12 +383,14 @@ class ShardIndex:
             if not all(self._can_evict_locked(one, held) for one in victims):
                 return False
             self._ledger.evicted([one.entry for one in victims], is_low=self._is_low(self._entries))
+            gone = []
             for entry, *_ in victims:
                 is_copy = not (entry.is_changed or (held and self._is_in_use_locked(entry)))
                 if is_copy and (refuge := refuges.get(entry.key)) is not None:
                     self._sink_locked(entry, refuge)
                 else:
-                    self._drop_all_locked([entry])
+                    gone.append(entry)
+            self._drop_all_locked(gone)
             return True
 
     def missing(
@@ -706,30 +708,33 @@ class ShardIndex:
         """Whether the index knows this entry still: it was not cleared, evicted or refetched."""
         return self._entries.get(entry.key) is entry
 
-    def _drop_all_locked(self, entries: Iterable[Entry]) -> dict[Entry, bool]:
+    def _drop_all_locked(self, entries: Collection[Entry]) -> dict[Entry, bool]:
         """Forget entries, at both levels; PENDING ones keep flying, for those who wait.
 
         Returns:
             The READY ones, and whether each was at the lower level. They must not die under the lock.
         """
         dropped: dict[Entry, bool] = {}
-        for entry in entries:
-            for table in self._shared.tables:
+        for table in self._shared.tables:
+            is_low = self._is_low(table)
+            for entry in entries:
                 one = table.get(entry.key)
-                if one is not None and one.generation == entry.generation:
-                    if one.state is State.READY:
-                        dropped[one] = self._is_low(table)
-                    self._forget_locked(one)
+                if one is None or one.generation != entry.generation:
+                    continue
+                del table[one.key]
+                if one.state is State.READY:
+                    dropped[one] = is_low
+                one.state = State.GONE
+        for entry in entries:
             entry.state = State.GONE
+        self._ledger.dropped(dropped)
         return dropped
 
     def _forget_locked(self, entry: Entry) -> None:
-        """Forget an entry, where it is."""
+        """Forget an entry that is not READY, where it is."""
         for table in self._shared.tables:
             if table.get(entry.key) is entry:
                 del table[entry.key]
-                if entry.state is State.READY:
-                    self._ledger.dropped(entry, is_low=self._is_low(table))
         entry.state = State.GONE
 
     def _held_locked(self, holding: Holding) -> list[Entry]:

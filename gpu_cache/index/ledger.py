@@ -73,11 +73,11 @@ class SourceTally:
         self._resident_bytes += nbytes
         self._births[born] = self._births.get(born, 0) + num_entries
 
-    def remove(self, born: float, nbytes: int) -> None:
-        """An entry is cached no more."""
-        self._num_entries -= 1
+    def remove(self, born: float, num_entries: int, nbytes: int) -> None:
+        """Entries are cached no more."""
+        self._num_entries -= num_entries
         self._resident_bytes -= nbytes
-        if (left := self._births[born] - 1) > 0:
+        if (left := self._births[born] - num_entries) > 0:
             self._births[born] = left
         else:
             del self._births[born]
@@ -200,14 +200,20 @@ class Ledger:
         kept = [entry.nbytes for entry in entries if entry.is_kept]
         self._survivors.add(epoch, len(entries) - len(kept), nbytes - sum(kept))
 
-    def dropped(self, entry: Entry, *, is_low: bool) -> None:
-        """A READY entry is indexed no more."""
-        del self.births[entry.key]
-        self._host_entries -= is_low
-        self.ready_bytes -= entry.nbytes
-        self._sources[entry.node].remove(entry.born, entry.nbytes)
-        if not entry.is_kept:
-            self._survivors.add(entry.epoch, -1, -entry.nbytes)
+    def dropped(self, entries: Mapping[Entry, bool]) -> None:
+        """READY entries are indexed no more; those that map to true were in the host tier."""
+        sums: dict[tuple[str, float, int, bool], list[int]] = {}
+        for entry in entries:
+            del self.births[entry.key]
+            count = sums.setdefault((entry.node, entry.born, entry.epoch, entry.is_kept), [0, 0])
+            count[0] += 1
+            count[1] += entry.nbytes
+        self._host_entries -= sum(entries.values())
+        for (node, born, epoch, is_kept), (num_entries, nbytes) in sums.items():
+            self.ready_bytes -= nbytes
+            self._sources[node].remove(born, num_entries, nbytes)
+            if not is_kept:
+                self._survivors.add(epoch, -num_entries, -nbytes)
 
     def moved(self, number: int) -> None:
         """So many READY entries went to the host tier; of a negative number, to the device."""
