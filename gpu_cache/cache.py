@@ -261,7 +261,7 @@ class TensorCache:
         """Copy a host tensor into the pool and index it under `key`.
 
         Args:
-            key: Shard id. A key that is cached already keeps what it has.
+            key: Shard id. A key that is cached already keeps what it has, unless a reader wrote into that.
             tensor: In host memory, any dtype and shape.
             node: The source that it counts for, and that `clear_node` names.
             timeout_s: Longest wait for a staging buffer, in seconds.
@@ -270,9 +270,12 @@ class TensorCache:
         Raises:
             CacheFullError: No room even after evicting every entry that nobody holds; nothing was changed.
             FetchTimeoutError: It was not its turn in time; see `CacheConfig.max_inflight_bytes`.
+            MutatedError: A reader wrote into what is cached, and `config.on_mutation` is "error".
+            TypeError: Not a tensor.
             ValueError: Not a dense tensor in host memory.
         """
         engine = self._lazy.open()
+        self._check_bytes([key])
         if engine.device.is_capturing():
             raise TransferError(f"cannot put {key!r} during CUDA graph capture")
         deadline = time.monotonic() + self._limit_s(timeout_s)

@@ -251,12 +251,19 @@ class ShardIndex:
         return lent
 
     def reserve(self, key: Hashable, deadline: float = 0.0) -> Entry | None:
-        """A claim on one key that counts as no look-up; None if the key has an entry. `deadline` as of a `Claim`."""
+        """A claim on one key that counts as no look-up; None if the key has an entry. `deadline` as of a `Claim`.
+
+        What a reader wrote into is dropped first. Raises `MutatedError` as `claim` does.
+        """
+        entry, changed = None, list[Entry]()
         with self._lock:
-            if any(key in table for table in self._shared.tables):
-                return None
-            entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
-            return self._entries.setdefault(key, entry)
+            if self._mutations.is_on:
+                self._drop_changed_locked([key], {}, changed)
+            if not self._at_locked(key):
+                entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
+                self._entries[key] = entry
+        self._mutations.tell(changed)
+        return entry
 
     def publish(self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None) -> list[Entry]:
         """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.

@@ -17,7 +17,7 @@ import gpu_cache
 from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer
 from gpu_cache.rpc.clearing import StepClearer
-from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, on_host, promises_of, source_of
+from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, promises_of, source_of
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
@@ -159,9 +159,7 @@ class Runtime:
         found = dict(self.store.get_many(keys)[0])
         missing = "Failed to fetch shard {} from {}: this process owned it, and does not have it any more"
         return [
-            on_host(found[key].tensor)
-            if key in found
-            else ShardMissingError(missing.format(key, shards[key].node_addr))
+            found[key].tensor if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
             for key in keys
         ]
 

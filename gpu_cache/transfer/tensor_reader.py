@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -16,7 +16,8 @@ class TensorReader:
     Args:
         node: Where they come from, for messages.
         keys: What will be loaded.
-        load: Called once, by the draining thread; a tensor or an exception for each key, in order.
+        load: Called once, by the draining thread; a tensor or an exception for each key, in order. What is no dense
+            tensor in host memory fails alone.
         on_cancel: Makes a blocked `load` fail, where that is possible.
     """
 
@@ -28,7 +29,7 @@ class TensorReader:
         on_cancel: Callable[[], None] | None = None,
     ) -> None:
         self.node, self.keys = node, keys
-        self.failures: Mapping[Hashable, Exception] = {}
+        self.failures: dict[Hashable, Exception] = {}
         self._load, self._on_cancel = load, on_cancel
         self._is_loaded = False
         self._left: list[torch.Tensor] = []  # bytes not yet read, each (n,) uint8, last first
@@ -41,10 +42,17 @@ class TensorReader:
         loaded = self._load()
         if len(loaded) != len(self.keys):
             raise FetchError(f"{self.node} returned {len(loaded)} shards for {len(self.keys)} requested")
-        found = {k: t for k, t in zip(self.keys, loaded, strict=True) if isinstance(t, torch.Tensor)}
-        self.failures = {k: e for k, e in zip(self.keys, loaded, strict=True) if isinstance(e, Exception)}
-        self._left = [host_bytes(t) for t in reversed(found.values()) if t.numel()]
-        return [ShardSpec(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in found.items()]
+        specs: list[ShardSpec] = []
+        for key, one in zip(self.keys, loaded, strict=True):
+            tensor = _checked(key, one)
+            if isinstance(tensor, Exception):
+                self.failures[key] = tensor
+                continue
+            specs.append(ShardSpec(key, tensor.dtype, tuple(tensor.shape)))
+            if tensor.numel():
+                self._left.append(host_bytes(tensor))
+        self._left.reverse()
+        return specs
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Copy the next bytes; a tensor may be read in pieces, a buffer never spans two."""
@@ -64,13 +72,18 @@ class TensorReader:
         self._left = []
 
 
-def host_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a host tensor in C order, `(nbytes,)` uint8: an alias where it is contiguous, else a copy.
+def _checked(key: Hashable, one: object) -> torch.Tensor | Exception:
+    """What was loaded, if it can be copied from; else why not."""
+    if isinstance(one, Exception):
+        return one
+    if not isinstance(one, torch.Tensor):
+        return TypeError(f"shard {key!r} is a {type(one).__name__}: a Tensor is expected")
+    if one.device.type != "cpu" or one.layout is not torch.strided:
+        return ValueError(f"shard {key!r}: need a dense tensor in host memory, got {one.layout} on {one.device}")
+    return one
 
-    Raises:
-        ValueError: Not a dense tensor in host memory.
-    """
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        raise ValueError(f"need a dense tensor in host memory, got {tensor.layout} on {tensor.device}")
+
+def host_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a host tensor in C order, `(nbytes,)` uint8: an alias where it is contiguous, else a copy."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8)

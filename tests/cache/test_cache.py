@@ -202,6 +202,12 @@ def test_a_put_shard_is_found(cache: TensorCache) -> None:
     assert cache.clear_node("here") == 1
 
 
+def test_put_refuses_what_is_no_tensor(cache: TensorCache) -> None:
+    with pytest.raises(TypeError, match="shard 'a' is a list: a Tensor is expected"):
+        cache.put("a", [1, 2])  # type: ignore[arg-type]
+    assert cache.put("a", torch.ones(2))
+
+
 def test_put_refuses_what_has_no_room_and_changes_nothing(cache: TensorCache) -> None:
     assert cache.put("a", torch.zeros(4 << 20, dtype=torch.uint8))
     held = cache.get("a")

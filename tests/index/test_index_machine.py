@@ -131,6 +131,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS))
     def reserve(self, key: str) -> None:
+        self.lose_written([key])
         entry = self.index.reserve(key)
         assert (entry is None) == (key in self.standing)
         if entry is not None:

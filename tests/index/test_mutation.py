@@ -252,6 +252,32 @@ def test_get_of_a_written_shard_is_a_miss(
     assert figures(cache, "mutations", "misses", "requested") == (1, 0, 0)
 
 
+def test_put_takes_the_place_of_a_written_shard(cache: TensorCache, caplog: pytest.LogCaptureFixture) -> None:
+    cache.put("p", torch.arange(5))
+    got = cache.get("p")
+    assert got is not None
+    got.add_(1)
+    assert cache.put("p", torch.arange(7))
+    found = cache.get("p")
+    assert found is not None
+    assert same_bytes(found, torch.arange(7))
+    assert same_bytes(got, torch.arange(1, 6))
+    assert "shard 'p'" in caplog.text
+    assert figures(cache, "mutations", "num_entries") == (1, 1)
+
+
+def test_put_on_a_written_shard_is_an_error_where_that_is_the_policy() -> None:
+    cache = on_host(on_mutation="error")
+    cache.put("p", torch.arange(5))
+    got = cache.get("p")
+    assert got is not None
+    got.add_(1)
+    with pytest.raises(MutatedError, match="'p'"):
+        cache.put("p", torch.arange(5))
+    cache.clear(["p"])
+    assert cache.put("p", torch.arange(5))
+
+
 def test_a_capture_is_told_that_it_cannot_be_fetched(tmp_path: Path, source: DictSource) -> None:
     cuda = FakeCuda()
     device = cuda_device(cuda, tmp_path)

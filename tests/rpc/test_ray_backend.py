@@ -164,16 +164,13 @@ def test_an_id_that_is_no_reference_keeps_none_of_the_others(ray: FakeRay) -> No
 def test_tensors_on_a_device_come_through_the_host(ray: FakeRay) -> None:
     """As Ray gives back what was put; the cache takes tensors from host memory only."""
 
-    class Elsewhere:
-        device = torch.device("cuda")
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
 
-        def detach(self) -> Elsewhere:
-            return self
-
-        def cpu(self) -> torch.Tensor:
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
             return torch.ones(4)
 
-    ref = ray.put(Elsewhere())
+    ref = ray.put(torch.zeros(4).as_subclass(Elsewhere))
     handle = RTensor(TensorShardInfo(ref, ""), torch.empty(4, device="meta"))
     with pytest.raises(FetchError):
         RTensor.localize(RTensor(TensorShardInfo(ObjectRef(), ""), torch.empty(4, device="meta")))

@@ -143,6 +143,19 @@ def test_a_users_backend_that_fails_is_quoted(backend: UsersBackend) -> None:
     assert torch.equal(RTensor.localize(handle(1)), backend.tensors["s1"])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"), [([0.0, 1.0], "not list"), (None, "not NoneType"), (torch.ones(2).to_sparse(), "sparse")]
+)
+def test_what_is_no_tensor_fails_alone(backend: UsersBackend, wrong: Any, named: str) -> None:
+    backend.tensors["s1"] = wrong
+    handles = [handle(n) for n in range(3)]
+    with pytest.raises(gpu_cache.FetchError, match="1 of 3 shards failed: 's1'") as caught:
+        RTensor.localize(handles)
+    assert named in str(caught.value.failures["s1"])
+    assert [tensor.tolist() for tensor in RTensor.localize([handles[0], handles[2]])] == [[0.0], [2.0] * 3]
+    assert len(backend.fetched) == 1, "the others are cached"
+
+
 def test_results_are_paired_with_requests_strictly(backend: UsersBackend) -> None:
     backend.fetch = lambda shards: [torch.ones(1)]  # type: ignore[method-assign]
     with pytest.raises(FetchError, match="node-a:1, node-b:1 returned 1 shards for 2 requested"):

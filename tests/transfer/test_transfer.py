@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -125,8 +126,17 @@ def test_a_reader_of_tensors_may_be_read_in_pieces() -> None:
     assert reader.next_specs() is None
 
 
-def test_a_reader_of_tensors_refuses_a_wrong_count_and_a_tensor_elsewhere() -> None:
+def test_a_reader_of_tensors_refuses_a_wrong_count() -> None:
     with pytest.raises(RuntimeError, match="n:1 returned 1 shards for 2 requested"):
         TensorReader("n:1", ["a", "b"], lambda: [torch.zeros(1)]).next_specs()
-    with pytest.raises(ValueError, match="need a dense tensor in host memory"):
-        TensorReader("n:1", ["a"], lambda: [torch.zeros(1, device="meta")]).next_specs()
+
+
+def test_what_is_no_dense_tensor_in_host_memory_fails_alone() -> None:
+    loaded: Any = [torch.zeros(1, device="meta"), "text", ValueError("lost"), torch.zeros(2)]
+    reader = TensorReader("n:1", list("abcd"), lambda: loaded)
+    assert [spec.key for spec in reader.next_specs() or ()] == ["d"]
+    assert [str(reader.failures[key]) for key in "abc"] == [
+        "shard 'a': need a dense tensor in host memory, got torch.strided on meta",
+        "shard 'b' is a str: a Tensor is expected",
+        "lost",
+    ]

@@ -16,7 +16,14 @@ import torch
 
 from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
 from gpu_cache.process import OwnThread
-from gpu_cache.rpc.shard import ShardTimeoutError, ShardUnreachableError, TensorShardInfo, answer_error, promise_of
+from gpu_cache.rpc.shard import (
+    ShardAnswerError,
+    ShardTimeoutError,
+    ShardUnreachableError,
+    TensorShardInfo,
+    answer_error,
+    promise_of,
+)
 
 ResultT = TypeVar("ResultT")
 
@@ -141,11 +148,17 @@ class CallSource:
             return list(loaded)  # the reader says so
         return [self._as_promised(key, one) for key, one in zip(keys, loaded, strict=True)]
 
-    def _as_promised(self, key: Hashable, one: torch.Tensor | Exception) -> torch.Tensor | Exception:
-        promise = self._promises.get(key)
-        if promise is None or isinstance(one, Exception) or (one.dtype, one.shape) == promise[:2]:
+    def _as_promised(self, key: Hashable, one: object) -> torch.Tensor | Exception:
+        """The shard in host memory, where the cache takes it from; or why it is no use. The others are."""
+        if isinstance(one, Exception):
             return one
-        return answer_error(key, promise, (one.dtype, one.shape, promise[2]))
+        if not isinstance(one, torch.Tensor):
+            kind = type(one).__name__
+            return ShardAnswerError(f"Failed to fetch shard {key} from {self._node}: a Tensor is expected, not {kind}")
+        promise = self._promises.get(key)
+        if promise is not None and (one.dtype, one.shape) != promise[:2]:
+            return answer_error(key, promise, (one.dtype, one.shape, promise[2]))
+        return one if one.is_cpu else one.detach().cpu()
 
 
 class NodesSource:
@@ -171,7 +184,7 @@ def source_of(
         return backend.source(shards, expected)
 
     def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
-        return [on_host(tensor) for tensor in backend.fetch([shards[key] for key in keys])]
+        return backend.fetch([shards[key] for key in keys])
 
     nodes = sorted({info.node_addr for info in shards.values()})
     named = ", ".join(nodes[:_NAMED_NODES]) + (", ..." if len(nodes) > _NAMED_NODES else "")
@@ -214,8 +227,3 @@ def _delete_now(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -
 
     OwnThread(run, "areal-clear").start()
     outcome.result(_TAKE_BACK_S)
-
-
-def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory, where the cache takes it from."""
-    return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()

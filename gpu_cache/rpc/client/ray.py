@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache.rpc.client.backend import CallSource, on_host, promises_of
+from gpu_cache.rpc.client.backend import CallSource, promises_of
 from gpu_cache.rpc.shard import ShardClearError, ShardFetchError, ShardMissingError, ShardTimeoutError, TensorShardInfo
 from gpu_cache.rpc.wire.serialization import check_stored
 
@@ -83,13 +83,13 @@ class RayRTensorBackend:
     def _load(self, keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor | Exception]:
         deadline = time.monotonic() + timeout_s * _SHARE_OF_ALL
         try:
-            return [on_host(tensor) for tensor in self._ray.get(list(keys), timeout=timeout_s * _SHARE_OF_ALL)]
+            return list(self._ray.get(list(keys), timeout=timeout_s * _SHARE_OF_ALL))
         except self._ray.exceptions.RayError:
             return [self._load_one(key, deadline) for key in keys]
 
-    def _load_one(self, key: Hashable, deadline: float) -> torch.Tensor | Exception:
+    def _load_one(self, key: Hashable, deadline: float) -> Any:
         try:
-            return on_host(self._ray.get(key, timeout=max(_SHORTEST_S, deadline - time.monotonic())))
+            return self._ray.get(key, timeout=max(_SHORTEST_S, deadline - time.monotonic()))
         except self._ray.exceptions.GetTimeoutError as error:
             return ShardTimeoutError(f"Failed to fetch shard {key!r} from ray: {error!r}")
         except self._ray.exceptions.RayError as error:

@@ -332,7 +332,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gpu_cache.rpc.server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address or name to bind (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="port; 0, the default, takes a free one")
+    _add_access(parser)
+    _add_limits(parser)
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    for flag in _IGNORED_FLAGS:
+        parser.add_argument(flag, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """Flags that say who may ask."""
     parser.add_argument("--token-file", type=Path, help=f"file with the clients' token (default: ${TOKEN_VARIABLE})")
+    parser.add_argument(
+        "--allow-unauthenticated",
+        action="store_true",
+        help=f"serve other hosts without token (or {ALLOW_VARIABLE}=1)",
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name under which clients may ask a server bound to the loopback; may be repeated",
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Flags that bound requests, connections and the age of shards."""
     parser.add_argument(
         "--max-body-bytes",
         type=parse_size,
@@ -346,16 +372,10 @@ def _parser() -> argparse.ArgumentParser:
         help="answers with tensors at once; clients beyond are told to come back (default: %(default)s)",
     )
     parser.add_argument(
-        "--allow-unauthenticated",
-        action="store_true",
-        help=f"serve other hosts without token (or {ALLOW_VARIABLE}=1)",
-    )
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a further name under which clients may ask a server bound to the loopback; may be repeated",
+        "--max-connections",
+        type=int,
+        default=DEFAULT_MAX_CONNECTIONS,
+        help="connections at once; beyond, those that are silent make room (default: %(default)s)",
     )
     parser.add_argument(
         "--shard-ttl",
@@ -373,16 +393,6 @@ def _parser() -> argparse.ArgumentParser:
             default=f"{default:g}",
             help=f'longest wait for {what}; "inf" for none (default: %(default)s)',
         )
-    parser.add_argument(
-        "--max-connections",
-        type=int,
-        default=DEFAULT_MAX_CONNECTIONS,
-        help="connections at once; beyond, those that are silent make room (default: %(default)s)",
-    )
-    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
-    for flag in _IGNORED_FLAGS:
-        parser.add_argument(flag, help=argparse.SUPPRESS)
-    return parser
 
 
 def _log_ignored(options: Mapping[str, object]) -> None:
