@@ -13,7 +13,7 @@ import torch
 
 from gpu_cache import process
 from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode, seconds
-from gpu_cache.device.modes import eager
+from gpu_cache.device.modes import HANDOUT, eager, profiled
 from gpu_cache.device.protocol import Device, Stream
 from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
 from gpu_cache.index.entry import Entry, Promise
@@ -22,15 +22,13 @@ from gpu_cache.index.mutation import Mutations
 from gpu_cache.index.scope import Scope, ScopeVariable
 from gpu_cache.pool.block import TrimReport
 from gpu_cache.pool.lease import AliasCounter, aliases_of
-from gpu_cache.ranges import HANDOUT, profiled
 from gpu_cache.report.counters import BufferStats, buffer_stats_of
 from gpu_cache.report.publish import Publisher
 from gpu_cache.report.schema import EntryInfo, SourceStats
 from gpu_cache.source import NO_SOURCE, ShardSource
 from gpu_cache.transfer.checksum import check_bytes
 from gpu_cache.transfer.engine import Engine, LazyEngine
-from gpu_cache.transfer.fetch import Fetch
-from gpu_cache.transfer.task import put_one
+from gpu_cache.transfer.fetch import Fetch, ReaderTask, put_one
 
 _HOST = torch.device("cpu")  # where the host tier's tensors are
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
@@ -284,7 +282,7 @@ class TensorCache:
             return False
         if (holding := self._scope.get()) is not None:
             self._index.adopt(holding, [entry])
-        return put_one(entry, tensor, node, self._index, engine.transfer, deadline, self._lazy.tasks)
+        return put_one(entry, tensor, node, self._index, engine.transfer, deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
@@ -389,7 +387,7 @@ class TensorCache:
         self._refuse_capture("close")
         process.unregister(self)
         dropped = self._index.close()
-        tasks = list(self._lazy.tasks)
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel(CacheClosedError())
         for task in tasks:
@@ -420,6 +418,7 @@ class TensorCache:
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
         # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
+        self._tasks: set[ReaderTask] = set()  # readers that are being drained
         self._publisher = Publisher(index, self._lazy)
         self._lazy.on_open = self._publisher.touch
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
@@ -453,6 +452,7 @@ class TensorCache:
             raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
         return Fetch(
             self._lazy,
+            self._tasks,
             limit_s,
             may_overflow=not is_prefetch,
             keep=keep,

@@ -62,11 +62,6 @@ def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
     return min(found, LONGEST_S)
 
 
-def aligned(nbytes: int) -> int:
-    """`nbytes` rounded up to a whole number of alignment units."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 SizeT = TypeVar("SizeT", int, int | None)
 
 

@@ -85,7 +85,7 @@ def check_accounts(cache: TensorCache) -> None:
     engine = cache._engine
     if engine is None or cache._is_closed:
         return
-    _settled(lambda: not cache._lazy.tasks)
+    _settled(lambda: not cache._tasks)
     assert len(cache._index) == sum(map(len, cache._index._shared.tables)), "an entry is still PENDING"
     for pool in engine._pools:
         accounts = pool.accounts()

@@ -1,4 +1,4 @@
-"""Torch's modes and transforms, kept away from what is built here."""
+"""Torch's state around our code: modes and transforms, which are kept away from it, and the profiler, which sees it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.autograd.profiler as torch_profiler
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import mode_stack_state_for_pre_dispatch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -59,3 +60,20 @@ def plain_tensors() -> contextlib.AbstractContextManager[object]:
 def _without_modes() -> Iterator[None]:
     with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
         yield
+
+
+WAIT = "gpu_cache.wait"  # a call, for shards that are on their way
+HANDOUT = "gpu_cache.handout"
+FETCH = "gpu_cache.fetch"  # a fetching thread, for the network; so the following
+STAGE = "gpu_cache.stage"  # for a staging buffer
+COPY = "gpu_cache.copy"
+
+
+def profiled(name: str) -> contextlib.AbstractContextManager[object]:
+    """A range of that name in a profiler's trace around what the caller does next; nothing while no profiler runs.
+
+    Torch's profiler records the thread that started it. Work of fetch threads is in a trace only if it was made with
+    `experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`.
+    """
+    # Torch's flag for the whole process: `_profiler_enabled()` speaks of the calling thread, and takes twice as long.
+    return torch.profiler.record_function(name) if torch_profiler._is_profiler_enabled else _NO_CHANGE

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 
-from gpu_cache.config import aligned
+from gpu_cache.config import ALIGNMENT
 from gpu_cache.device.protocol import Arena, Event
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.freelist import FreeList
@@ -98,6 +98,11 @@ class TrimReport:
 
     def __bool__(self) -> bool:
         return self.freed_bytes > 0
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to a whole number of alignment units."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:

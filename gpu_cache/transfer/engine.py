@@ -22,7 +22,6 @@ from gpu_cache.reaper import Reaper
 from gpu_cache.transfer.host_tier import HostTier
 from gpu_cache.transfer.inflight import InflightBudget
 from gpu_cache.transfer.staging import StagingRing
-from gpu_cache.transfer.task import ReaderTask
 from gpu_cache.transfer.transfer import Transfer
 
 logger = logging.getLogger(__name__)
@@ -169,7 +168,6 @@ class LazyEngine:
         index: See `Engine`.
     Attributes:
         current: The engine, once there is one.
-        tasks: Readers that are being drained.
         index: As given.
         on_open: Called whenever a call of the cache opens the engine.
     Thread-safety: any thread.
@@ -182,7 +180,6 @@ class LazyEngine:
         # Guards `current` and _is_final.
         self._lock = threading.Lock()
         self._is_final = self._has_warned = False
-        self.tasks: set[ReaderTask] = set()
         self.on_open: Callable[[], object] = lambda: None
 
     def open(self) -> Engine:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Hashable, Iterator
 import pytest
 
 from gpu_cache import FetchError, TensorCache
-from gpu_cache.config import aligned
 from gpu_cache.device.protocol import Arena
+from gpu_cache.pool.block import aligned
 from tests.support.sim_accounts import Ledger, check_accounts, check_lookups, nbytes_of
 from tests.support.sim_device import SimDevice
 from tests.support.sim_script import Step

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from gpu_cache.config import GIB, MIB, CacheConfig, aligned, parse_size, variable
+from gpu_cache.config import GIB, MIB, CacheConfig, parse_size, variable
+from gpu_cache.pool.block import aligned
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from gpu_cache.index.ledger import Sources, Tally, capped
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
-from gpu_cache.transfer.task import MeteredReader
+from gpu_cache.transfer.fetch import MeteredReader
 from gpu_cache.transfer.tensor_reader import TensorReader
 
 

@@ -179,7 +179,7 @@ def test_an_owner_that_hangs_is_waited_for_no_longer(cache: TensorCache, source:
     with pytest.raises(FetchError, match="not here within 0.1 s .*" + DROPPED.format("'a'")):
         cache.get_many(["a"], source, timeout_s=0.05)
     readers[0].gate.set()
-    eventually(lambda: not cache._lazy.tasks)
+    eventually(lambda: not cache._tasks)
     assert figures(cache, "mutations", "num_entries", "fetch_errors") == (1, 0, 1)
 
 

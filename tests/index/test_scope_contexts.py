@@ -126,7 +126,7 @@ def test_threads_in_scopes_of_their_own_leave_nothing(plain: TensorCache) -> Non
                     future.result(30)
 
     run_threads([lambda first=first: steps(first) for first in range(6)])
-    while plain._lazy.tasks:
+    while plain._tasks:
         threading.Event().wait(0.001)
     assert len(plain) == 0
     assert device_bytes(plain) == 0

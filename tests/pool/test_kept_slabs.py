@@ -14,8 +14,7 @@ from gpu_cache import CacheConfig, TensorCache, reaper
 from gpu_cache.config import MIB
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
-from gpu_cache.pool.high_water import IDLE_S, NUM_STEPS, HighWater
-from gpu_cache.pool.slab import SlabPool
+from gpu_cache.pool.slab import IDLE_S, NUM_STEPS, HighWater, SlabPool
 from tests.pool.test_slab import check, pool_of, shards_in, taken_from
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda

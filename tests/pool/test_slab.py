@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_cache.config import MIB, CacheConfig, aligned
+from gpu_cache.config import MIB, CacheConfig
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.pool import lease
-from gpu_cache.pool.block import Copy, Range
+from gpu_cache.pool.block import Copy, Range, aligned
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.lease import Lease
 from gpu_cache.pool.slab import SlabPool

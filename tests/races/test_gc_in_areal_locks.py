@@ -13,7 +13,6 @@ from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.rpc import clearing, runtime, store
 from gpu_cache.rpc.client import connection
-from gpu_cache.rpc.client import pool as connection_pool
 from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache.rpc.server import expiry, requests
 from gpu_cache.rpc.server import main as rpc_server
@@ -38,7 +37,7 @@ def quick_collections() -> Iterator[None]:
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """What the locks collect that are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, requests, connection, connection_pool):
+    for module in (runtime, store, clearing, expiry, requests, connection):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
@@ -66,7 +65,7 @@ def use_everything() -> None:
         reader.cancel()
         reader.close()
         backend._connections.wake()
-        backend._connections.make_room(connection_pool.Place())
+        backend._connections.make_room(connection.Place())
         backend._connections.forget(server.address)
         backend.close()
     set_backend(None)

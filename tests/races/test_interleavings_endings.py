@@ -70,7 +70,7 @@ def test_the_range_of_a_late_call_stays_taken_until_its_read_has_returned(
     with pytest.raises(FetchError, match="need 30,208 bytes"):
         stage.cache.prefetch(["c"], other).result(PATIENCE_S)
     reader.release(1000)
-    eventually(lambda: not stage.cache._lazy.tasks)
+    eventually(lambda: not stage.cache._tasks)
     assert "a" not in stage.cache
     after = stage.cache.get_many(["c"], other)[0]
     assert is_in_pool(stage, after)
@@ -107,7 +107,7 @@ def test_a_late_call_keeps_what_had_arrived_and_gives_up_the_rest(
     assert set(error.failures) == ({"d"} if gate == "before specs" else {"b", "c", "d"})
     assert set(stage.cache.keys()) == {"a", "b", "c", "d"} - set(error.failures)
     stage.open_gates()
-    eventually(lambda: not stage.cache._lazy.tasks)
+    eventually(lambda: not stage.cache._tasks)
     assert set(stage.cache.keys()) == {"a", "b", "c", "d"} - set(error.failures), "what is late is not cached"
     del error, late
     stage.check_nothing_lost()
@@ -152,7 +152,7 @@ def test_closing_ends_every_call_and_takes_no_range_from_under_a_read(
         reader.release(1000)
     assert all(isinstance(call.exception(PATIENCE_S), CacheClosedError) for call in calls)
     assert len(stage.source.readers) == 1
-    eventually(lambda: not stage.cache._lazy.tasks)
+    eventually(lambda: not stage.cache._tasks)
     calls.clear()
     gc.collect()
     eventually(lambda: not any(pool.accounts().values()))

@@ -106,7 +106,7 @@ class Town:
     def _check_nothing_leaked(self) -> None:
         """No range, slot or thread of the fetch is left."""
         cache = runtime.current().cache
-        eventually(lambda: not cache._lazy.tasks)
+        eventually(lambda: not cache._tasks)
         eventually(lambda: "gpu-cache-fetch" not in [thread.name for thread in threading.enumerate()])
         cache.synchronize()
         assert cache._engine is not None

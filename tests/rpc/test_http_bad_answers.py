@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.client.connection import ConnectionPool
 from gpu_cache.rpc.wire.serialization import tensor_to_json
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.bad_frames import BAD_FRAMES, PAIR, A, B

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from gpu_cache.rpc.client.connection import NodeConnection
-from gpu_cache.rpc.client.pool import ConnectionPool
+from gpu_cache.rpc.client.connection import ConnectionPool, NodeConnection
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (

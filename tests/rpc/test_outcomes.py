@@ -129,7 +129,7 @@ def test_an_owner_that_is_too_slow_is_told_from_one_that_is_gone(serve: Callable
     failures = failed(pair(server.address), timeout_s=0.2).failures
     assert all(isinstance(error, FetchTimeoutError) for error in failures.values())
     assert all(server.address in str(error) for error in failures.values())
-    eventually(lambda: not runtime.current().cache._lazy.tasks)
+    eventually(lambda: not runtime.current().cache._tasks)
     assert {count["fetch_errors_by_reason"]["timeout"] for count in runtime.current().cache.source_stats().values()}
 
 
@@ -269,7 +269,7 @@ def test_a_backend_that_hangs_is_waited_for_no_longer_than_the_call_says(
     assert all(isinstance(error, FetchTimeoutError) for error in caught.value.failures.values())
     assert all("node-a:1" in str(error) for error in caught.value.failures.values())
     del caught
-    eventually(lambda: not runtime.current().cache._lazy.tasks)
+    eventually(lambda: not runtime.current().cache._tasks)
     assert stuck.num_returned == 0, "everything of ours has ended; the call has not"
     stuck.go.set()
     eventually(lambda: "areal-call" not in [thread.name for thread in threading.enumerate()])
@@ -284,7 +284,7 @@ def test_closing_does_not_wait_for_a_backend_that_hangs(stuck: StuckBackend) -> 
     eventually(lambda: stuck.fetched)
     began = time.monotonic()
     runtime.current().cache.close()
-    assert not runtime.current().cache._lazy.tasks
+    assert not runtime.current().cache._tasks
     assert time.monotonic() - began < 4, "its patience with reads that were cut off is 5 s"
     assert future.exception(60) is not None
 

@@ -11,8 +11,8 @@ import torch
 
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
 from gpu_cache.rpc.client.http import HttpRTensorBackend
-from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.rtensor import RTensor, ShardLostError, ShardMissingError, get_backend
 from gpu_cache.rpc.server import main as rpc_server

@@ -78,7 +78,7 @@ def test_turns_staging_buffers_joins_and_puts_are_waited_for_without_a_limit(sca
         in_background(lambda: cache.get_many(["b"], quick, timeout_s=1e10)),
         in_background(lambda: cache.put("c", torch.ones(3), timeout_s=math.inf)),
     ]
-    eventually(lambda: len(cache._lazy.tasks) == 3)
+    eventually(lambda: len(cache._tasks) == 3)
     readers[0].gate.set()
     assert [fetch.result(LONG_S) is not None for fetch in fetches] == [True] * 4
     assert cache.get_many(["a", "b", "c"], quick)[2].tolist() == [1.0] * 3

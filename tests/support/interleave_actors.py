@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec, TensorCache
-from gpu_cache.transfer.fetch import Fetch
-from gpu_cache.transfer.task import MeteredReader, ReaderTask
+from gpu_cache.transfer.fetch import Fetch, MeteredReader, ReaderTask
 
 PATIENCE_S = 30.0
 

@@ -257,7 +257,7 @@ class Interleaving:
         accounts = self._cache._engine.pool.accounts()
         assert accounts["free"] == accounts["reserved"], accounts
         assert self._cache._index.is_empty
-        assert not self._cache._lazy.tasks
+        assert not self._cache._tasks
 
 
 _WEIGHTS = {

@@ -68,7 +68,7 @@ class Stage:
 
     def check_nothing_lost(self) -> None:
         """Cleared, the cache is as if nothing had ever been asked for."""
-        eventually(lambda: not self.cache._lazy.tasks)
+        eventually(lambda: not self.cache._tasks)
         self.cache.clear()
         gc.collect()  # errors that the test caught
         engine = self.cache._engine

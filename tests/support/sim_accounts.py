@@ -9,8 +9,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import numpy as np
 
 from gpu_cache import FetchError, TensorCache
-from gpu_cache.config import ALIGNMENT, aligned
-from gpu_cache.pool.block import Slab
+from gpu_cache.config import ALIGNMENT
+from gpu_cache.pool.block import Slab, aligned
 from gpu_cache.pool.slab import SlabPool
 from tests.support.sim_device import SimDevice
 from tests.support.sim_shards import contents

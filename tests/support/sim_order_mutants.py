@@ -14,9 +14,8 @@ from gpu_cache.pool.slab import SlabPool
 from gpu_cache.source import ShardReader
 from gpu_cache.transfer.engine import Engine
 from gpu_cache.transfer.inflight import Turn
-from gpu_cache.transfer.runs import Piece
 from gpu_cache.transfer.staging import Slot, StagingRing
-from gpu_cache.transfer.transfer import Transfer
+from gpu_cache.transfer.transfer import Piece, Transfer
 from tests.support.sim_mutant import Mutants
 
 ORDER_MUTANTS = Mutants()

@@ -109,7 +109,7 @@ def get_late(world: World) -> None:
     world.await_moves()
     if readers:
         late = {key for key in readers[0].keys if contents()[key].numel()}
-        if futures := [task.done for task in list(world.cache._lazy.tasks)]:  # else there were empty shards only
+        if futures := [task.done for task in list(world.cache._tasks)]:  # else there were empty shards only
             world.fly(Flight(futures[0], readers[0], [], set(), late))
 
 

@@ -245,7 +245,7 @@ class World:
 
     def await_moves(self) -> None:
         """What comes back from the host tier has no gate: let it come."""
-        for task in list(self.cache._lazy.tasks):
+        for task in list(self.cache._tasks):
             if isinstance(task.reader, ResidentReader):
                 task.done.result(20)
 

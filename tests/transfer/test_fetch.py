@@ -150,7 +150,7 @@ def test_a_thread_that_cannot_start_leaves_nothing_pending(cache: TensorCache, m
         with pytest.raises(RuntimeError, match="no threads left"):
             cache.get_many(["a"], Source(lambda _: [reader]))
     assert reader.num_closed == 1
-    assert not cache._lazy.tasks
+    assert not cache._tasks
     assert_empty(cache)
 
 
@@ -168,11 +168,11 @@ def test_a_late_call_gives_up_but_its_range_waits_for_the_read(cache: TensorCach
     other = DictSource({"b": torch.full((40_000,), 2, dtype=torch.uint8)})
     (tensor,) = cache.get_many(["b"], other)
     readers[0].gate.set()
-    next(iter(cache._lazy.tasks)).done.result(30) if cache._lazy.tasks else None
+    next(iter(cache._tasks)).done.result(30) if cache._tasks else None
     assert bool((tensor == 2).all()), "late bytes must not land in another's range"
     assert "a" not in cache
     del tensor
-    for task in list(cache._lazy.tasks):
+    for task in list(cache._tasks):
         task.done.result(30)
     assert_empty(cache)
 
@@ -195,7 +195,7 @@ def test_a_joiner_of_a_call_that_gave_up_asks_for_itself(cache: TensorCache) -> 
         thread.join(30)
     readers[0].gate.set()
     assert source.asked == [["a"], ["a"]]
-    for task in list(cache._lazy.tasks):
+    for task in list(cache._tasks):
         task.done.result(30)
     assert_empty(cache)
 
@@ -305,6 +305,6 @@ def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: Tenso
                 assert all(same_bytes(tensor, tensors[key]) for key, tensor in zip(wanted, got, strict=True))
 
     run_threads([lambda seed=seed: work(seed) for seed in range(6)])
-    for task in list(cache._lazy.tasks):
+    for task in list(cache._tasks):
         task.done.result(30)
     assert_empty(cache)

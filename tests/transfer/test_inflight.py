@@ -16,8 +16,8 @@ from gpu_cache import CacheClosedError, CacheConfig, FetchError, FetchTimeoutErr
 from gpu_cache.device.host import HostDevice
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.transfer import inflight
+from gpu_cache.transfer.fetch import ReaderTask
 from gpu_cache.transfer.inflight import InflightBudget, Turn
-from gpu_cache.transfer.task import ReaderTask
 from tests.support.interleave_actors import in_background
 from tests.support.interleave_stage import eventually
 from tests.support.sources import DictSource, gated
@@ -239,7 +239,7 @@ def test_who_waits_in_vain_gives_up_in_time_and_leaves_nothing(cache: TensorCach
             cache.get_many(list(SMALL), DictSource(SMALL), timeout_s=0.1)
         assert all(isinstance(error, FetchTimeoutError) for error in caught.value.failures.values())
         eventually(lambda: waiting(cache) == 0)
-        eventually(lambda: len(cache._lazy.tasks) == 1)
+        eventually(lambda: len(cache._tasks) == 1)
         let_go()
         assert torch.equal(cache.get_many(["s2"], DictSource(SMALL))[0], SMALL["s2"])
 

@@ -193,7 +193,7 @@ def test_random_operations_under_a_pool_a_tenth_of_the_working_set(
     assert stats["evictions"] > num_operations // 2
     assert stats["fetch_errors"] <= stats["misses"] // 20
     cache.clear()
-    while cache._lazy.tasks:
+    while cache._tasks:
         pass
     cache.clear()
     cache.trim()

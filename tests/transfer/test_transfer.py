@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_cache import ShardSpec, TensorReader
-from gpu_cache.config import aligned
+from gpu_cache.pool.block import aligned
 from gpu_cache.pool.completion import Completion
-from gpu_cache.transfer.runs import Run, pack, windows
+from gpu_cache.transfer.transfer import Run, pack, windows
 
 
 def specs_of(*lengths: int) -> list[ShardSpec]:

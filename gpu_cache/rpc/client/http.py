@@ -13,8 +13,8 @@ import torch
 from gpu_cache import FetchError, ShardReader, ShardSpec
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.rpc.clearing import in_own_thread
+from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
 from gpu_cache.rpc.client.deleter import HttpDeleter
-from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.requester import CLEAR, DEFAULT_MAX_UNKNOWN_BYTES, FETCH, HttpSettings, Requester, Route
 from gpu_cache.rpc.shard import TensorShardInfo
