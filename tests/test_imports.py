@@ -24,7 +24,7 @@ RANKS = [
 ]
 RANKS_OF_RPC = [
     {"shard", "tokens", "trimming"},
-    {"wire"},
+    {"wire", "segments"},
     {"store", "clearing"},
     {"client"},
     {"runtime", "views"},

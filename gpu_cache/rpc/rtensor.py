@@ -448,22 +448,25 @@ def _check_all_travel(obj: Any) -> None:
 
 def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
     """The containers with handles in the place of tensors, which the backend has."""
+    trimmed = map_leaves(obj, _DICT_OR_TENSOR, _trimmed)
+    # All at once, so that they lie side by side. Each is let go as it is stored.
+    copies = runtime.current().copies(collect_leaves(trimmed, torch.Tensor))[::-1]
     stored: list[Any] = []
 
-    def to_handle(leaf: Any) -> Any:
-        if isinstance(leaf, dict):
-            return {key: map_leaves(value, _DICT_OR_TENSOR, to_handle) for key, value in trim_padding(leaf).items()}
-        stored.append(backend.store(_owned_copy(leaf)))
+    def to_handle(leaf: torch.Tensor) -> RTensor:
+        stored.append(backend.store(copies.pop()))
         meta = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
         return RTensor(TensorShardInfo(stored[-1], node_addr), meta)
 
     try:
-        return map_leaves(obj, _DICT_OR_TENSOR, to_handle)
+        return map_leaves(trimmed, torch.Tensor, to_handle)
     except BaseException:
         take_back(backend, node_addr, stored)
         raise
 
 
-def _owned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense copy in host memory: what the owner serves must not change when the caller's tensor does."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+def _trimmed(leaf: Any) -> Any:
+    """A tensor as it is; a dict, to any depth, without trailing padding."""
+    if not isinstance(leaf, dict):
+        return leaf
+    return {key: map_leaves(value, _DICT_OR_TENSOR, _trimmed) for key, value in trim_padding(leaf).items()}

@@ -21,7 +21,7 @@ from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
-from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.store import ShardStore, owned_copy
 
 
 class Handle(Protocol):
@@ -121,8 +121,9 @@ class Runtime:
         return self.cache.clear([shard_id for shard_id in shard_ids if _can_be_id(shard_id)])
 
     def trim(self) -> bool:
-        """Give the cache's unused memory back; whether any was."""
-        return bool(self.cache.trim())
+        """Give unused memory of cache and store back; whether any was."""
+        is_trimmed = self.store.segments.trim()
+        return bool(self.cache.trim()) or is_trimmed
 
     def add_own_address(self, address: str) -> None:
         """Serve handles with this address from the store, without a request."""
@@ -136,6 +137,13 @@ class Runtime:
         backend = self.backend
         if address and isinstance(backend, HttpRTensorBackend) and backend.shards is self.store:
             self.noted_addresses.add(address)
+
+    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Dense copies of what is to be stored, in the store's memory if the backend keeps shards in this process."""
+        backend = self.backend
+        if isinstance(backend, HttpRTensorBackend) and backend.shards is not None:
+            return backend.shards.copies(tensors)
+        return [owned_copy(tensor) for tensor in tensors]
 
     def remove_own_address(self, address: str) -> None:
         """The server at this address has stopped."""

@@ -6,12 +6,14 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from gpu_cache.rpc.segments import Segments
 from gpu_cache.rpc.wire.frame import OwnedShard
+from gpu_cache.rpc.wire.records import record_of
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -24,11 +26,13 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
 
     Args:
         now: Seconds, monotonic; shards are dated by it.
+        segments: Where copies are made, so that other processes of this host can map them.
     Thread-safety: any thread.
     """
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic, segments: Segments | None = None) -> None:
         self._now = now
+        self.segments = Segments() if segments is None else segments
         # Guards _entries, _total_bytes.
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, OwnedShard] = OrderedDict()  # in the order of their dates
@@ -39,12 +43,26 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         """Keep a tensor as it is, without a copy; replaces what the id named before."""
         entry = OwnedShard(tensor)
         entry.number(next(self._numbers))
+        self._describe(entry)
         with self._lock:
             previous = self._entries.pop(shard_id, None)
             entry.stored_at = self._now()
             self._entries[shard_id] = entry
             self._total_bytes += entry.nbytes - (previous.nbytes if previous else 0)
         # `previous` may be the last reference; it dies here, outside the lock.
+
+    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Dense copies in host memory, to be put here: what is served must not change when the originals do.
+
+        They lie side by side where other processes of this host can map them, as far as there is such memory.
+        """
+        memories = iter(self.segments.take([tensor.nbytes for tensor in tensors if tensor.nbytes]))
+        return [owned_copy(tensor, next(memories) if tensor.nbytes else None) for tensor in tensors]
+
+    def find(self, shard_ids: Iterable[Hashable]) -> list[OwnedShard | None]:
+        """Look up several shards at one moment, as `get_many`; None for each that is not here."""
+        with self._lock:
+            return list(map(self._entries.get, shard_ids))
 
     def get_many(self, shard_ids: Iterable[KeyT]) -> tuple[list[tuple[KeyT, OwnedShard]], list[KeyT]]:
         """Look up several shards at one moment: either all are from before a concurrent `remove`, or all from after.
@@ -82,7 +100,10 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
                 if entry is not None:
                     removed.append(entry)
                     self._total_bytes -= entry.nbytes
-        return len(removed)
+        entry, num_removed = None, len(removed)
+        removed.clear()  # their memory is free when it is looked at
+        self.segments.settle(ends_step=num_removed > 0)
+        return num_removed
 
     def remove_stored_before(self, moment: float) -> list[tuple[Hashable, int]]:
         """Forget what was stored before a moment of this store's clock; returns ids and bytes, oldest first.
@@ -95,7 +116,10 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
                 removed.append(oldest)
                 del self._entries[oldest[0]]
                 self._total_bytes -= oldest[1].nbytes
-        return [(shard_id, entry.nbytes) for shard_id, entry in removed]
+        sizes = [(shard_id, entry.nbytes) for shard_id, entry in removed]
+        removed.clear()
+        self.segments.settle(ends_step=bool(sizes))
+        return sizes
 
     def stats(self) -> dict[str, int]:
         """`num_tensors` and `total_bytes`, of one moment. Kept as they change: asking costs nothing."""
@@ -107,6 +131,15 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         with self._lock:
             dropped, self._entries, self._total_bytes = self._entries, OrderedDict(), 0
         dropped.clear()
+        self.segments.settle(ends_step=True)
+
+    def _describe(self, entry: OwnedShard) -> None:
+        """Say where it is, if other processes can map it."""
+        if entry.memory is None or entry.tensor.dtype is not entry.dtype:
+            return
+        place = self.segments.locate(entry.tensor.data_ptr(), entry.nbytes) if entry.nbytes else (0, 0)
+        if place is not None:
+            entry.record = record_of(entry.dtype, entry.shape, *place)
 
     def __getitem__(self, shard_id: Hashable) -> torch.Tensor:
         with self._lock:
@@ -137,6 +170,14 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
 
     def __repr__(self) -> str:
         return "ShardStore(num_tensors={num_tensors:,}, total_bytes={total_bytes:,})".format(**self.stats())
+
+
+def owned_copy(tensor: torch.Tensor, memory: Any = None) -> torch.Tensor:
+    """A dense copy in host memory; in the memory given, an array of as many bytes, or else in its own."""
+    if memory is None:
+        plain = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return plain.resolve_conj().resolve_neg()
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _not_found(shard_id: object) -> KeyError:

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_cache.rpc import rtensor, runtime
+from gpu_cache.rpc import store as store_module
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import RTensor, RTensorBackend, set_backend, storage_stats, store
 from gpu_cache.rpc.store import ShardStore
@@ -266,13 +267,13 @@ def test_our_backends_take_back_what_they_stored(
 def test_a_copy_that_finds_no_memory_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[torch.Tensor] = []
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
+    def copy(tensor: torch.Tensor, memory: object = None) -> torch.Tensor:
         if len(copies) == 3:
             raise MemoryError
         copies.append(tensor.clone())
         return copies[-1]
 
-    monkeypatch.setattr(rtensor, "_owned_copy", copy)
+    monkeypatch.setattr(store_module, "owned_copy", copy)
     with pytest.raises(MemoryError):
         RTensor.remotize(BATCH, "me:1")
     assert (len(copies), storage_stats()) == (3, NOTHING)

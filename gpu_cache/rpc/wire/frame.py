@@ -31,6 +31,7 @@ from gpu_cache import ShardSpec
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.wire.records import ELSEWHERE
 from gpu_cache.rpc.wire.serialization import DTYPES, check_travels, checked_shape, host_bytes
 
 
@@ -46,10 +47,12 @@ class OwnedShard:
         text: Its dtype and shape, as a frame's header has them.
         memory: Its bytes, if it is dense and in host memory; else None.
         stored_at: When, by the clock of its store.
+        record: What the owner says of it to processes of this host.
     """
 
     __slots__ = (
-        "_fault", "_number", "_serial", "_version", "dtype", "memory", "nbytes", "shape", "stored_at", "tensor", "text",
+        "_fault", "_number", "_serial", "_version", "dtype", "memory", "nbytes", "record", "shape", "stored_at",
+        "tensor", "text",
     )  # fmt: skip
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -57,7 +60,7 @@ class OwnedShard:
         self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
         self.text, self._fault = "", ""
         self.memory: memoryview | None = None
-        self.stored_at = 0.0
+        self.stored_at, self.record = 0.0, ELSEWHERE
         self._number, self._version, self._serial = 0, _version(tensor), ""
         try:
             check_travels(tensor)

@@ -1,0 +1,195 @@
+"""What an owner says of its shards to a process of the same host: a record of 64 bytes for each.
+
+    8 bytes: place in the segment | 4: the segment's number | 1: dtype | 1: dimensions | 2: none | 6 * 8: the shape
+
+All little-endian. Records are made when a shard is stored; an answer is their concatenation. A shard that no record
+describes (in plain memory, or of more than six dimensions) has the record ELSEWHERE, and travels over HTTP.
+
+A message is a header of 24 bytes and what it announces. Requests: FETCH with ids, RELEASE. Answers: HELLO once, with
+the server's incarnation; SEGMENTS, with descriptors, as they come to be needed; RECORDS.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.wire.serialization import DTYPES
+
+# A header of HTTP answers: the host's boot, and the path of the socket.
+MEMORY_HEADER = "X-Shard-Memory"
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+_RECORD = struct.Struct("<QIBBxx6Q")
+RECORD_BYTES = _RECORD.size
+_KIND_AT = 12  # in a record: dtype and shape
+_KIND_BYTES = RECORD_BYTES - _KIND_AT
+_MAX_DIMS = 6
+_ABSENT, _ELSEWHERE, _EMPTY = 0xFFFFFFFF, 0xFFFFFFFE, 0  # in the place of a segment's number
+_FIELDS = np.dtype({"names": ["place", "segment"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": 64})
+_DTYPES = list(DTYPES.values())  # new ones go to its end
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+
+HEADER = struct.Struct("<4sIIIQ")
+_MAGIC = b"gcm1"
+FETCH, RELEASE, HELLO, SEGMENTS, RECORDS = range(1, 6)
+SEGMENT = struct.Struct("<IxxxxQ")
+NUMBER = struct.Struct("<I")
+MAX_IDS = 65_536
+MAX_IDS_BYTES = 4 << 20
+MAX_DESCRIPTORS = 253  # SCM_MAX_FD of Linux
+MAX_SEGMENTS = 65_536
+_SEPARATOR = "\0"
+
+
+class Header(NamedTuple):
+    """The beginning of a message.
+
+    Attributes:
+        kind: Of the message.
+        number: FETCH: ids; SEGMENTS: segments; RECORDS: records.
+        more: FETCH: how long the shards may have to be held, in milliseconds; RECORDS: the segments that there are.
+        nbytes: Of what follows.
+    """
+
+    kind: int
+    number: int
+    more: int
+    nbytes: int
+
+    def encoded(self) -> bytes:
+        """Its 24 bytes."""
+        return HEADER.pack(_MAGIC, self.kind, self.number, self.more, self.nbytes)
+
+    @classmethod
+    def decoded(cls, text: bytes | bytearray | memoryview) -> Header:
+        """Read one; raises `WireError` if it is none."""
+        magic, kind, number, more, nbytes = HEADER.unpack(text)
+        if magic != _MAGIC:
+            raise WireError(f"{bytes(text)!r} begins no message")
+        return cls(kind, number, more, nbytes)
+
+
+class Found(NamedTuple):
+    """One shard of an answer.
+
+    Attributes:
+        segment: The number of its segment; 0 where it has no bytes.
+        place: Of its bytes there.
+        dtype: Its dtype.
+        shape: Its shape.
+        nbytes: Its length.
+    """
+
+    segment: int
+    place: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Answer(NamedTuple):
+    """What an owner says of shards that it was asked for.
+
+    Attributes:
+        found: In shared memory, in the order asked for.
+        absent: It does not have these.
+        elsewhere: It has these, and they travel over HTTP.
+    """
+
+    found: dict[Hashable, Found]
+    absent: list[Hashable]
+    elsewhere: list[Hashable]
+
+
+def record_of(dtype: torch.dtype, shape: Sequence[int], segment: int, place: int) -> bytes:
+    """The record of a shard; ELSEWHERE if there is none for it."""
+    code, dims = _CODES.get(dtype), len(shape)
+    if code is None or dims > _MAX_DIMS:
+        return ELSEWHERE
+    return _RECORD.pack(place, segment, code, dims, *shape, *(0,) * (_MAX_DIMS - dims))
+
+
+ABSENT = _RECORD.pack(0, _ABSENT, *(0,) * 8)
+ELSEWHERE = _RECORD.pack(0, _ELSEWHERE, *(0,) * 8)
+
+
+def segments_in(records: bytes) -> list[int]:
+    """The numbers of the segments that records name."""
+    numbers = np.unique(np.frombuffer(records, _FIELDS)["segment"]).tolist()
+    return [number for number in numbers if number not in (_ABSENT, _ELSEWHERE, _EMPTY)]
+
+
+def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
+    """What an owner says of these shards.
+
+    Raises:
+        WireError: It is no such answer.
+    """
+    if len(records) != len(ids) * RECORD_BYTES:
+        raise WireError(f"{len(records):,} bytes of records for {len(ids):,} shards")
+    fields = np.frombuffer(records, _FIELDS)
+    kinds: dict[bytes, tuple[torch.dtype, tuple[int, ...], int]] = {}
+    answer = Answer({}, [], [])
+    at = _KIND_AT - RECORD_BYTES
+    for key, segment, place in zip(ids, fields["segment"].tolist(), fields["place"].tolist(), strict=True):
+        at += RECORD_BYTES
+        if segment >= _ELSEWHERE:
+            (answer.absent if segment == _ABSENT else answer.elsewhere).append(key)
+            continue
+        described = records[at : at + _KIND_BYTES]
+        if (kind := kinds.get(described)) is None:
+            kind = kinds[described] = _kind_of(described)
+        answer.found[key] = Found(segment, place, *kind)
+    return answer
+
+
+def _kind_of(described: bytes) -> tuple[torch.dtype, tuple[int, ...], int]:
+    code, dims, *shape = struct.unpack("<BBxx6Q", described)
+    if code >= len(_DTYPES) or dims > _MAX_DIMS:
+        raise WireError(f"a record of dtype {code} and {dims} dimensions")
+    dtype, shape = _DTYPES[code], shape[:dims]
+    return dtype, tuple(shape), math.prod(shape) * dtype.itemsize
+
+
+def joined_ids(ids: Sequence[object]) -> bytes | None:
+    """Ids as a request has them; None where they cannot be in one."""
+    if not all(type(one) is str for one in ids):
+        return None
+    try:
+        text = _SEPARATOR.join(ids).encode()  # type: ignore[arg-type]
+    except UnicodeEncodeError:
+        return None
+    is_plain = text.count(0) == max(len(ids) - 1, 0) and len(text) <= MAX_IDS_BYTES and len(ids) <= MAX_IDS
+    return text if is_plain else None
+
+
+def split_ids(text: bytes | bytearray, count: int) -> list[str]:
+    """The ids of a request; raises `WireError` if they are others in number, or no text."""
+    try:
+        ids = text.decode().split(_SEPARATOR)
+    except UnicodeDecodeError as error:
+        raise WireError(f"ids that are no text: {error}") from error
+    if len(ids) != count:
+        raise WireError(f"{len(ids):,} ids where {count:,} are announced")
+    return ids
+
+
+def announced(path: str) -> str:
+    """What an owner says of its socket in HTTP answers; "" if it has none."""
+    return f"{boot_id()} {path}" if path else ""
+
+
+def boot_id() -> str:
+    """The same in all processes of one running system, whatever their namespaces; "" where it does not say."""
+    try:
+        with open(_BOOT_ID) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
