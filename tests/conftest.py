@@ -18,6 +18,8 @@ import torch
 
 from gpu_cache import process, reaper
 from gpu_cache.cache import TensorCache
+from tests.support.clocks import Clock
+from tests.support.fake_cuda import FakeCuda
 
 _OUR_THREADS = ("gpu-cache-", "areal-")
 _PATIENCE_S = 0.1  # most end by themselves; a collection takes as long
@@ -59,6 +61,22 @@ def frozen_heap() -> None:
     """Let collections look only at what a module's tests make: all of torch takes a quarter of a second each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def no_reaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the reaper from giving memory back between two looks of a test."""
+    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ def test_the_cache_has_never_heard_of_handles() -> None:
             assert not found, path.name
 
 
-def test_the_tool_reads_what_needs_no_torch() -> None:
+def test_the_tool_imports_only_modules_without_torch() -> None:
     allowed = {f"gpu_cache.{name}" for name in OF_THE_TOOL}
     for name in [name for name in MODULES if name.startswith("gpu_cache.smi.")]:
         assert {other for other in IMPORTS[name] if not other.startswith("gpu_cache.smi.")} <= allowed, name

@@ -177,7 +177,9 @@ def test_too_long_an_answer_is_refused(address: str, monkeypatch: pytest.MonkeyP
     assert ask(address, "POST", "/data/batch", {"shard_ids": ["b"] * 4}).status == 413
 
 
-def test_what_areals_tests_patch_is_called_for_each_id(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_function_that_areals_tests_patch_is_called_for_each_id(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object) -> Any:
         raise RuntimeError("broken on purpose")
 

@@ -156,7 +156,7 @@ def test_frames_are_binary_and_the_owner_reads_its_own_without_a_request(seen: A
     assert "incarnation" not in seen[NOWHERE]["health"]
 
 
-def test_one_line_of_the_log_says_what_was_replaced(seen: Any) -> None:
+def test_one_line_of_the_log_names_the_replaced_modules(seen: Any) -> None:
     (said,) = [line for line in seen["said"].splitlines() if " uses gpu_cache " in line]
     assert "INFO: AReaL 1.0.4 uses gpu_cache " in said
 

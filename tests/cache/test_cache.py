@@ -2,44 +2,20 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpu_cache import CacheClosedError, CacheConfig, CacheFullError, FetchError, TensorCache, TransferError
-from gpu_cache.device.host import HostDevice
+from gpu_cache import CacheClosedError, CacheFullError, FetchError, TensorCache, TransferError
 from gpu_cache.report.counters import BufferStats
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
+from tests.support.mutation_scene import CONFIG
+from tests.support.scoped import device_bytes
 from tests.support.sources import DictSource, gated, same_bytes, some_tensors
 from tests.support.threads import run_threads
-
-CONFIG = CacheConfig(
-    slab_bytes="2MiB", pool_bytes="8MiB", prealloc_bytes=0, staging_slots=2, staging_slot_bytes="256KiB",
-    run_bytes="64KiB",
-)  # fmt: skip
-
-
-@pytest.fixture(params=["host", "staged host", "fake cuda"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    """A cache of 8 MiB on each kind of device."""
-    if request.param == "fake cuda":
-        device = cuda_device(FakeCuda(), tmp_path)
-        cache = TensorCache(CONFIG, device=device)
-        yield cache
-        cache.close()
-        device.fence_streams()
-        assert not device._cuda.violations
-    else:
-        yield TensorCache(CONFIG, device=HostDevice(stages=request.param == "staged host"))
-
-
-def device_bytes(cache: TensorCache) -> int:
-    cache.synchronize()
-    return cache.buffer_stats()["device_bytes"]
 
 
 def test_shards_are_fetched_once_and_come_back_bit_for_bit(cache: TensorCache) -> None:
@@ -202,13 +178,13 @@ def test_a_put_shard_is_found(cache: TensorCache) -> None:
     assert cache.clear_node("here") == 1
 
 
-def test_put_refuses_what_is_no_tensor(cache: TensorCache) -> None:
+def test_put_refuses_an_object_that_is_no_tensor(cache: TensorCache) -> None:
     with pytest.raises(TypeError, match="shard 'a' is a list: a Tensor is expected"):
         cache.put("a", [1, 2])  # type: ignore[arg-type]
     assert cache.put("a", torch.ones(2))
 
 
-def test_put_refuses_what_has_no_room_and_changes_nothing(cache: TensorCache) -> None:
+def test_put_refuses_a_tensor_without_room_and_changes_nothing(cache: TensorCache) -> None:
     assert cache.put("a", torch.zeros(4 << 20, dtype=torch.uint8))
     held = cache.get("a")
     with pytest.raises(CacheFullError, match="need 6,291,456 bytes"):
@@ -342,7 +318,7 @@ def test_repr_names_device_and_entries(cache: TensorCache) -> None:
     assert repr(cache).startswith(("TensorCache(cpu, ShardIndex(1 ready", "TensorCache(cuda:1, ShardIndex(1 ready"))
 
 
-def test_capture_hands_out_only_what_the_host_saw_arrive(tmp_path: Path) -> None:
+def test_capture_hands_out_only_shards_that_the_host_saw_arrive(tmp_path: Path) -> None:
     cuda = FakeCuda()
     device = cuda_device(cuda, tmp_path)
     cache = TensorCache(CONFIG, device=device)

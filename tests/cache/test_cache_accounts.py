@@ -213,7 +213,7 @@ def test_cooked_books_are_seen(world: World, cook: Callable[[TensorCache], None]
         look(world)
 
 
-def test_a_ledger_counts_what_came() -> None:
+def test_a_ledger_counts_shards_that_came() -> None:
     ledger = Ledger()
     ledger.ask(["shard-0", "shard-3"])
     with ledger.receiving(["shard-0", "shard-3"]):

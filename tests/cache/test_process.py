@@ -122,7 +122,7 @@ print("end")
     assert time.monotonic() - began < 60
 
 
-def test_exit_waits_for_what_a_cache_that_is_gone_gives_back() -> None:
+def test_exit_waits_for_memory_that_a_dropped_cache_gives_back() -> None:
     """A thread that the interpreter ends amid torch's code aborts the process; 1,500 shards did in every other run."""
     code = """
 import time, torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
@@ -17,18 +17,6 @@ from tests.support.mutation_scene import CONFIG
 from tests.support.sources import DictSource, gated, same_bytes
 
 TIERED = CacheConfig(device="cpu", prealloc_bytes=0, pool_bytes=1 << 20, slab_bytes=1 << 20, host_tier_bytes=1 << 20)
-
-
-@pytest.fixture(params=["host", "staged host", "fake cuda"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    if request.param == "fake cuda":
-        device = cuda_device(FakeCuda(), tmp_path)
-        cache = TensorCache(CONFIG, device=device)
-        yield cache
-        cache.close()
-        assert not device._cuda.violations
-    else:
-        yield TensorCache(CONFIG, device=HostDevice(stages=request.param == "staged host"))
 
 
 def source_of(node: str = "node-a:1", offset: int = 0) -> DictSource:
@@ -89,7 +77,7 @@ def test_a_useless_shard_is_none_where_that_is_wanted(cache: TensorCache, caplog
     assert "[2 of 3 shards failed: 'a', 'b'; the others are cached]" in caplog.text
 
 
-def test_a_prefetch_of_what_is_otherwise_fails(cache: TensorCache) -> None:
+def test_a_prefetch_fails_if_the_shard_is_not_as_promised(cache: TensorCache) -> None:
     source = source_of()
     cache.get_many(["a"], source)
     for name in "ab":

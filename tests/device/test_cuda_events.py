@@ -15,7 +15,7 @@ from gpu_cache import CacheConfig, TensorCache, reaper
 from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.device.protocol import Arena, Pinned, Stream
 from gpu_cache.pool.fence import StreamFence
-from tests.support.cuda_devices import checked_device, cuda_device, in_thread
+from tests.support.cuda_devices import cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
 from tests.support.sources import DictSource
 
@@ -25,13 +25,8 @@ CAPTURING, COPY, BATCH = "cudaStreamIsCapturing", "cudaMemcpyAsync", "cudaMemcpy
 
 
 @pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture
-def gpu(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:
-    yield from checked_device(cuda, tmp_path)
+def gpu(gpu: CudaDevice, cuda: FakeCuda) -> Iterator[CudaDevice]:
+    yield gpu
     cuda.check_last_error()
 
 

@@ -13,18 +13,8 @@ import pytest
 import torch
 
 from gpu_cache.device.cuda import CudaDevice
-from tests.support.cuda_devices import CUDA_1, checked_device, cuda_device
+from tests.support.cuda_devices import CUDA_1, cuda_device
 from tests.support.fake_cuda import MIB, FakeCuda
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture
-def gpu(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:
-    yield from checked_device(cuda, tmp_path)
 
 
 def test_a_private_arena_goes_back_to_the_driver_an_ordinary_one_to_torch(gpu: CudaDevice, cuda: FakeCuda) -> None:
@@ -74,7 +64,7 @@ def test_running_out_of_memory_destroys_no_pool_behind_our_back(gpu: CudaDevice,
     assert (cuda.reserved(1), cuda.num_pools) == (0, 0)
 
 
-def test_a_private_arena_does_not_use_what_torch_has_cached(gpu: CudaDevice) -> None:
+def test_a_private_arena_does_not_use_torchs_cached_memory(gpu: CudaDevice) -> None:
     gpu.release_arena(gpu.arena(40 * MIB, private=False))
 
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,19 +11,8 @@ import torch
 from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.device.cudart import CudaRuntime
 from gpu_cache.device.protocol import Arena
-from tests.support.cuda_devices import CUDA_1, RUNTIME, checked_device, cuda_device, in_thread
+from tests.support.cuda_devices import CUDA_1, RUNTIME, cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture
-def gpu(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:
-    yield from checked_device(cuda, tmp_path)
-
 
 # Streams.
 

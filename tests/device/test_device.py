@@ -20,16 +20,6 @@ from tests.support.gpu_scene import SLACK_BYTES, is_about
 
 
 @pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture
-def gpu(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:
-    yield from checked_device(cuda, tmp_path)
-
-
-@pytest.fixture
 def torchs(tmp_path: Path) -> Iterator[CudaDevice]:
     """A device whose runtime library lacks a function, so that it uses torch's own events and copies."""
     yield from checked_device(FakeCuda(missing=("cudaEventRecord",)), tmp_path)
@@ -212,7 +202,7 @@ def test_streams_of_our_own_are_not_among_those_that_torch_deals_out_by_default(
     assert not ours & theirs
 
 
-def test_identity_is_what_nvml_calls_the_device(gpu: CudaDevice, tmp_path: Path) -> None:
+def test_identity_is_nvmls_name_of_the_device(gpu: CudaDevice, tmp_path: Path) -> None:
     assert gpu.identity().uuid == "GPU-0000-1"
     assert gpu.identity().pci_bus_id == "00000000:3C:00.0"
     assert cuda_device(FakeCuda(binds_last_error=False), tmp_path).identity().pci_bus_id == ""
@@ -276,7 +266,7 @@ def test_real_failed_registration_leaves_no_error(real: CudaDevice) -> None:
 
 
 @pytest.mark.gpu
-def test_real_capture_survives_what_another_thread_does(real: CudaDevice) -> None:
+def test_real_capture_survives_another_threads_calls(real: CudaDevice) -> None:
     event, arena = real.record(real.new_stream()), real.arena(4 * MIB)
     data = torch.zeros(4, device=real.torch_device)
     graph = torch.cuda.CUDAGraph()

@@ -163,7 +163,7 @@ PATHS = [by_wire, by_frame, by_remotize, by_own_store, by_travelling_handles, by
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("mode", MODES)
-def test_tensors_are_what_they_should_be_in_any_mode(mode: str, path: Callable[[], dict[str, torch.Tensor]]) -> None:
+def test_tensors_are_plain_in_any_mode(mode: str, path: Callable[[], dict[str, torch.Tensor]]) -> None:
     with MODES[mode]():
         found = path()
     for name, tensor in TENSORS.items():

@@ -55,7 +55,7 @@ def test_auto_is_the_host_for_good_under_torch_memory_saver(cuda: Any) -> None:
     assert "TMS_INIT_ENABLE" in placed.reason
 
 
-def test_cpu_is_the_host_whatever_there_is() -> None:
+def test_cpu_is_the_host_on_every_machine() -> None:
     placed = choose("cpu", UntouchableCuda())
 
     assert isinstance(placed.device, HostDevice)

@@ -7,7 +7,6 @@ import torch
 
 from gpu_cache import TensorCache
 from tests.support.cuda_devices import in_thread
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_scene import GPU, MIB, filled, is_all, small_cache
 from tests.support.sources import DictSource, same_bytes, some_tensors
 

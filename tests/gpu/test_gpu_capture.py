@@ -10,7 +10,6 @@ import torch
 
 from gpu_cache import TensorCache, TransferError
 from tests.support.cuda_devices import in_thread
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_process import run_python
 from tests.support.gpu_scene import (
     GPU,
@@ -65,7 +64,7 @@ def test_a_captured_read_is_replayed(cache: TensorCache, total: torch.Tensor) ->
     assert [replayed(graph, total), replayed(graph, total)] == [5, 10]
 
 
-def test_a_replay_reads_what_its_caller_keeps_while_the_cache_moves_on(cache: TensorCache, total: torch.Tensor) -> None:
+def test_a_replay_reads_its_callers_tensor_while_the_cache_moves_on(cache: TensorCache, total: torch.Tensor) -> None:
     kept = fetch(cache, "a", 5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -93,7 +92,7 @@ REFUSED: dict[str, Callable[[TensorCache], object]] = {
 
 
 @pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
-def test_a_capture_refuses_what_would_copy_or_wait_and_goes_on(
+def test_a_capture_refuses_copies_and_waits_and_goes_on(
     cache: TensorCache, total: torch.Tensor, call: Callable[[TensorCache], object]
 ) -> None:
     shard = fetch(cache, "a", 5)
@@ -139,7 +138,7 @@ def test_a_drop_during_a_capture_frees_the_bytes_after_it(cache: TensorCache, to
 
 
 @pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
-def test_a_capture_survives_what_other_threads_do_with_the_cache(total: torch.Tensor, mode: str) -> None:
+def test_a_capture_survives_other_threads_calls(total: torch.Tensor, mode: str) -> None:
     cache = small_cache(pool_bytes=6 * SHARD_BYTES)
     load_kernels()
     kept = fetch(cache, "kept", 5)

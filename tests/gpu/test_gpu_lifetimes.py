@@ -15,7 +15,6 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from gpu_cache import TensorCache
 from gpu_cache.pool.lease import Lease
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_scene import GPU, SHARD_BYTES, filled, small_cache
 from tests.support.sources import DictSource
 
@@ -102,7 +101,7 @@ def test_a_block_is_its_shard_and_nothing_else(cache: TensorCache) -> None:
         shard.resize_(2000)
 
 
-def test_backward_frees_what_was_saved_for_it_on_the_autograd_thread(cache: TensorCache, witness: Witness) -> None:
+def test_backward_frees_its_saved_tensors_on_the_autograd_thread(cache: TensorCache, witness: Witness) -> None:
     factor = weight()
     loss = (factor * floats(cache)).sum()
     assert held_bytes(cache) == 4096
@@ -161,7 +160,7 @@ class Saved(torch.autograd.Function):
         return grads[0] * shard, None
 
 
-def test_a_users_function_frees_what_it_saved(cache: TensorCache, witness: Witness) -> None:
+def test_a_users_function_frees_its_saved_tensors(cache: TensorCache, witness: Witness) -> None:
     loss = Saved.apply(weight(), floats(cache)).sum()
     assert held_bytes(cache) == 4096
     loss.backward()

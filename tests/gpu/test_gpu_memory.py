@@ -7,7 +7,6 @@ import torch
 
 from gpu_cache import TensorCache
 from tests.support.cuda_devices import in_thread
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_process import run_python
 from tests.support.gpu_scene import (
     GPU,
@@ -70,7 +69,7 @@ def test_with_the_same_batches_torch_takes_no_memory_from_the_third_step_on() ->
     assert seen[2:] == [seen[1]] * 4
 
 
-def test_trim_gives_the_preallocated_slabs_back_too_and_spares_what_torch_keeps() -> None:
+def test_trim_gives_the_preallocated_slabs_back_too_and_spares_torchs_memory() -> None:
     cache = rehearsed(roomy_cache(prealloc_bytes=2 * SLAB_BYTES))
     cached_by_torch = torch.empty(SLAB_BYTES, dtype=torch.uint8, device=GPU)
     del cached_by_torch
@@ -83,7 +82,7 @@ def test_trim_gives_the_preallocated_slabs_back_too_and_spares_what_torch_keeps(
     assert not cache.trim()
 
 
-def test_offload_gives_all_back_but_what_is_held_and_that_when_it_dies() -> None:
+def test_offload_gives_held_blocks_back_when_they_die_and_the_rest_at_once() -> None:
     cache = rehearsed(roomy_cache(prealloc_bytes=2 * SLAB_BYTES))
     cache.trim()
     before = steady_free_bytes()
@@ -139,7 +138,7 @@ def test_a_batch_on_the_host_is_pinned_and_takes_nothing_of_the_device() -> None
     assert stats["h2d_bytes"] - first["h2d_bytes"] == SLAB_BYTES
 
 
-def test_close_gives_everything_back_but_what_is_held_and_that_when_it_dies() -> None:
+def test_close_gives_held_blocks_back_when_they_die_and_the_rest_at_once() -> None:
     rehearsed(roomy_cache()).close()
     before = steady_free_bytes()
     cache = roomy_cache(prealloc_bytes=SLAB_BYTES)

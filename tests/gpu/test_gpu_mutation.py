@@ -36,7 +36,7 @@ def test_after_a_write_on_a_side_stream_others_get_the_original(ready: ReadyMode
     assert source.asked == [["a", "b"], ["a", "b"], ["c"]]
 
 
-def test_checksums_see_what_the_counter_misses() -> None:
+def test_checksums_see_writes_that_the_counter_misses() -> None:
     tensors = {"a": torch.randn(100)}
     cache, source = TensorCache(CacheConfig(device="cuda", prealloc_bytes=0, debug_checksum=True)), DictSource(tensors)
     cache.get_many(["a"], source)[0].data.zero_()

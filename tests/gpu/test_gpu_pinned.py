@@ -13,18 +13,11 @@ import torch
 from gpu_cache import TensorCache
 from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.device.hostmem import host_memory
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_scene import GPU, LONG_CYCLES, MIB, fetch, is_all, keep_busy, load_kernels, small_cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("failures_stay_alone")]
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-
-
-@pytest.fixture
-def device() -> CudaDevice:
-    torch.cuda.init()
-    return CudaDevice(GPU.index)
 
 
 def last_errors(device: CudaDevice) -> list[int]:

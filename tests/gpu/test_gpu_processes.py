@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.support.cuda_devices import in_thread
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_process import run_python
 from tests.support.gpu_scene import GPU, MIB, fetch, is_all, small_cache
 

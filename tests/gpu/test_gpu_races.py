@@ -11,7 +11,6 @@ import torch
 
 from gpu_cache import TensorCache
 from tests.support.gpu_consumers import Consumers
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_race import NEW, OLD, Outcome, Touch, consumers, late_reader, nothing, outside_stream, race
 from tests.support.gpu_scene import GPU, LONG_CYCLES, MIB, fence_off, fetch, is_all, load_kernels, small_cache
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_process import run_python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("failures_stay_alone")]

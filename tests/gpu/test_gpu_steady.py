@@ -11,7 +11,6 @@ import torch
 
 from gpu_cache import CacheConfig, TensorCache, stats_delta
 from gpu_cache.device.cuda import CudaDevice
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_process import run_python
 from tests.support.gpu_scene import GPU, MIB, fetch, free_bytes, is_about, small_cache
 from tests.support.sources import DictSource, same_bytes, some_tensors

@@ -12,7 +12,6 @@ from gpu_cache.config import ReadyMode
 from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.pool.completion import Completion
 from tests.support.cuda_devices import in_thread
-from tests.support.gpu_fixtures import failures_stay_alone  # noqa: F401
 from tests.support.gpu_race import NEW, OLD, consumers, late_copy
 from tests.support.gpu_scene import (
     GPU,
@@ -27,12 +26,6 @@ from tests.support.gpu_scene import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("failures_stay_alone")]
-
-
-@pytest.fixture
-def device() -> CudaDevice:
-    torch.cuda.init()
-    return CudaDevice(GPU.index)
 
 
 def test_every_stream_that_torch_deals_out_is_fenced(device: CudaDevice) -> None:
@@ -67,7 +60,7 @@ def test_a_consumer_waits_for_a_copy_that_starts_late(ready: ReadyMode) -> None:
     assert [outcome.has_waited for outcome in outcomes] == [ready == "host"] * len(outcomes)
 
 
-def test_without_that_wait_a_consumer_reads_what_was_there_before() -> None:
+def test_without_that_wait_a_consumer_reads_stale_bytes() -> None:
     load_kernels(*consumers())
     with mock.patch.object(Completion, "wait_on", return_value=None):
         assert any(late_copy(small_cache(), stream, "stream").is_corrupt for stream in consumers())

@@ -156,7 +156,7 @@ def test_an_entry_that_its_call_has_yet_to_hand_out_is_no_victim() -> None:
     assert [one.entry for one in index.candidates()] == list(claim.claimed.values())
 
 
-def test_what_a_call_that_joined_has_yet_to_hand_out_is_no_victim() -> None:
+def test_a_shard_that_a_joiner_has_yet_to_hand_out_is_no_victim() -> None:
     """Moved to the host tier, it would be handed out there."""
     index = index_of()
     claim, joining = index.claim(["a"]), index.claim(["a"])
@@ -167,7 +167,7 @@ def test_what_a_call_that_joined_has_yet_to_hand_out_is_no_victim() -> None:
     assert len(index.candidates()) == 1
 
 
-def test_what_rises_is_no_victim_before_all_who_await_it_have_it() -> None:
+def test_a_rising_shard_is_no_victim_before_all_waiters_have_it() -> None:
     index, _ = tiered_index()
     claim, joining = index.claim(["a"]), index.claim(["a"])
     index.publish([landing(claim.claimed["a"])], "", None)
@@ -177,7 +177,7 @@ def test_what_rises_is_no_victim_before_all_who_await_it_have_it() -> None:
     assert sorted(str(one.entry.key) for one in index.candidates()) == ["a", "b"]
 
 
-def test_a_copy_of_what_was_written_to_or_is_held_is_no_refuge() -> None:
+def test_a_written_or_held_shard_is_not_kept_below() -> None:
     held: set[int] = set()
     index = index_of(held)
     below = index.add_level()
@@ -267,7 +267,7 @@ def test_a_block_that_died_under_its_entry_takes_the_entry_along() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_repr_shows_what_is_there(count: int) -> None:
+def test_repr_counts_entries(count: int) -> None:
     index = index_of()
     cached(index, *KEYS[:count])
     index.claim(["z"])
@@ -306,7 +306,7 @@ def test_a_shard_below_is_copied_by_one_call_and_joined_by_others() -> None:
     assert (index.report()["device_entries"], index.report()["host_entries"]) == (2, 0)
 
 
-def test_the_lower_level_hands_out_what_either_has_or_awaits() -> None:
+def test_the_lower_level_hands_out_shards_of_both_levels() -> None:
     index, below = tiered_index()
     rising = index.claim(["a", "c"])
     found = below.claim(["a", "b", "c", "d"])
@@ -320,7 +320,7 @@ def test_the_lower_level_hands_out_what_either_has_or_awaits() -> None:
     assert (stats["hits"], stats["host_hits"], stats["joined"], stats["misses"]) == (1, 2, 3, 4)
 
 
-def test_what_follows_rises_when_it_landed_unless_it_is_awaited_below() -> None:
+def test_a_following_shard_rises_when_it_landed_unless_it_is_awaited_below() -> None:
     index, below = tiered_index()
     for key, is_awaited in (("c", True), ("d", False)):
         coming = below.claim([key])
@@ -338,7 +338,7 @@ def test_what_follows_rises_when_it_landed_unless_it_is_awaited_below() -> None:
     assert (index.report()["host_cleared"], index.report()["cleared"]) == (2, 4)
 
 
-def test_a_clear_wins_over_what_rises() -> None:
+def test_a_clear_wins_over_a_rising_shard() -> None:
     index, below = tiered_index()
     (entry,) = index.claim(["a"]).claimed.values()
     assert [one.key for one in index.remove(["a"])] == ["a"]
@@ -350,7 +350,7 @@ def test_a_clear_wins_over_what_rises() -> None:
     assert not below.has("a")
 
 
-def test_a_clear_wins_over_what_follows() -> None:
+def test_a_clear_wins_over_a_following_shard() -> None:
     index, below = tiered_index()
     coming, follower = below.claim(["c"]), index.claim(["c"])
     assert index.remove_node(None) != []
@@ -378,7 +378,7 @@ def test_a_write_while_it_rises_harms_only_the_calls_that_wait(policy: MutationP
     assert (below.has("a"), index.has("a")) == (False, is_ignored)
 
 
-def test_what_could_not_rise_stays_below() -> None:
+def test_a_shard_that_could_not_rise_stays_below() -> None:
     index, below = tiered_index()
     for give_up in ("abort", "deliver"):
         (entry,) = index.claim(["a"]).claimed.values()

@@ -14,19 +14,7 @@ from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
 from gpu_cache.transfer.fetch import MeteredReader
 from gpu_cache.transfer.tensor_reader import TensorReader
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.support.clocks import Clock
 
 
 @pytest.fixture
@@ -163,7 +151,7 @@ def test_a_kept_shard_is_no_leak(index: ShardIndex) -> None:
     assert index.stats()["outlived_bytes"] == 0
 
 
-def test_sizes_of_what_was_cached(index: ShardIndex) -> None:
+def test_sizes_of_cached_shards_are_counted(index: ShardIndex) -> None:
     fetch(index, "a", "b", nbytes=4096)
     fetch(index, "c", nbytes=4097)
     sizes = index.report()["histograms"]["entry_size_bytes"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpu_cache import FetchError, MutatedError, TensorCache, TransferError
-from gpu_cache.device.host import HostDevice
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
@@ -25,23 +24,6 @@ from tests.support.mutation_scene import CONFIG, UNSEEN, WRITES, figures, on_hos
 from tests.support.sources import DictSource, gated, same_bytes
 
 DROPPED = "cached copies of {} were dropped, as a reader wrote into them: clone a tensor before writing into it"
-
-
-@pytest.fixture(params=["host", "staged host", "fake cuda"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    if request.param == "fake cuda":
-        device = cuda_device(FakeCuda(), tmp_path)
-        cache = TensorCache(CONFIG, device=device)
-        yield cache
-        cache.close()
-        assert not device._cuda.violations
-    else:
-        yield TensorCache(CONFIG, device=HostDevice(stages=request.param == "staged host"))
-
-
-@pytest.fixture
-def source() -> DictSource:
-    return DictSource({name: torch.randn(100) for name in "abc"})
 
 
 # Fetched again.
@@ -191,7 +173,7 @@ def test_others_that_fail_beside_it_fail_as_ever(cache: TensorCache, source: Dic
     assert figures(cache, "mutations", "fetch_errors", "misses", "hits") == (1, 1, 3, 1)
 
 
-def test_a_call_that_tries_again_drops_what_was_written_meanwhile(
+def test_a_retry_drops_shards_written_meanwhile(
     cache: TensorCache, source: DictSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first look-up joins a fetch that fails; before its second one another call fetches that shard, and writes."""

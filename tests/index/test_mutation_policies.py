@@ -16,12 +16,7 @@ from tests.support.mutation_scene import SETTINGS, UNSEEN, WRITES, figures, on_h
 from tests.support.sources import DictSource, same_bytes, some_tensors
 
 
-@pytest.fixture
-def source() -> DictSource:
-    return DictSource({name: torch.randn(100) for name in "abc"})
-
-
-def test_an_error_names_what_was_written_to_and_changes_nothing(source: DictSource) -> None:
+def test_an_error_names_the_written_shard_and_changes_nothing(source: DictSource) -> None:
     cache = on_host(on_mutation="error")
     cache.put("p", torch.arange(5))
     cache.get_many(["a", "p"], source)[0].fill_(7)
@@ -49,7 +44,7 @@ def test_an_error_lets_a_prefetch_be(source: DictSource) -> None:
     assert cache.prefetch(["a", "b"], source).result(5) == 1
 
 
-def test_ignored_writes_are_what_others_read(source: DictSource, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_callers_read_ignored_writes(source: DictSource, caplog: pytest.LogCaptureFixture) -> None:
     cache = on_host(on_mutation="ignore")
     cache.get_many(["a"], source)[0].fill_(7)
     assert torch.equal(cache.get_many(["a"], source)[0], torch.full((100,), 7.0))

@@ -7,9 +7,7 @@ import dataclasses
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,30 +18,9 @@ from gpu_cache.rpc import runtime
 from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, fetch_buffer_stats, scope
 from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import remote
-from tests.support.cuda_devices import cuda_device
-from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_owner import FakeOwner
 from tests.support.scoped import CONFIG, SOURCE, device_bytes, fetch, fetch_and_fail, names
 from tests.support.sources import DictSource, gated
-
-
-@pytest.fixture(params=["staged host", "fake cuda"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    if request.param == "fake cuda":
-        device = cuda_device(FakeCuda(), tmp_path)
-        cache = TensorCache(CONFIG, device=device)
-        yield cache
-        cache.close()
-        device.fence_streams()
-        assert not device._cuda.violations
-    else:
-        yield TensorCache(CONFIG, device=HostDevice(stages=True))
-
-
-@pytest.fixture
-def plain() -> TensorCache:
-    """Where the device makes no difference."""
-    return TensorCache(CONFIG, device=HostDevice())
 
 
 def test_shards_fetched_inside_go_at_the_end(cache: TensorCache) -> None:
@@ -195,7 +172,7 @@ def test_it_keeps_no_cache_and_no_shard_alive(plain: TensorCache) -> None:
     assert dead() is None
 
 
-def test_around_many_steps_it_remembers_only_what_is_cached(plain: TensorCache) -> None:
+def test_around_many_steps_it_remembers_only_cached_shards(plain: TensorCache) -> None:
     with plain.scope("training") as training:
         fetch(plain, "ab")
         for step in range(60):
@@ -208,7 +185,7 @@ def test_around_many_steps_it_remembers_only_what_is_cached(plain: TensorCache) 
     assert len(plain) == 0
 
 
-def test_ends_of_inner_scopes_make_no_leak_of_what_the_outer_one_holds(plain: TensorCache) -> None:
+def test_ends_of_inner_scopes_make_no_leak_of_the_outer_ones_shards(plain: TensorCache) -> None:
     with plain.scope("step"):
         fetch(plain, "a")
         for name in "bcde":

@@ -12,16 +12,9 @@ import threading
 import pytest
 
 from gpu_cache import TensorCache
-from gpu_cache.device.host import HostDevice
-from tests.support.scoped import CONFIG, device_bytes, fetch, names
+from tests.support.scoped import device_bytes, fetch, names
 from tests.support.sources import DictSource, some_tensors
 from tests.support.threads import run_threads
-
-
-@pytest.fixture
-def plain() -> TensorCache:
-    """Where the device makes no difference."""
-    return TensorCache(CONFIG, device=HostDevice())
 
 
 def test_tasks_inherit_it_and_threads_need_the_context(plain: TensorCache) -> None:
@@ -58,7 +51,7 @@ def test_tasks_side_by_side_have_scopes_of_their_own(plain: TensorCache) -> None
     assert len(plain) == 0
 
 
-def test_a_task_that_outlives_it_fetches_for_whoever_is_around(plain: TensorCache) -> None:
+def test_a_task_that_outlives_it_fetches_into_the_enclosing_scope(plain: TensorCache) -> None:
     async def late(may_go: asyncio.Event, keys: str) -> None:
         await may_go.wait()
         fetch(plain, keys)

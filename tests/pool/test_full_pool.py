@@ -134,7 +134,7 @@ def test_a_shard_whose_copy_is_under_way_goes_last(device: SimDevice) -> None:
     assert not any(key in cache for key in run_of("b"))
 
 
-def test_an_overflow_says_what_fills_the_pool(cache: TensorCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_overflow_names_the_fill_of_the_pool(cache: TensorCache, caplog: pytest.LogCaptureFixture) -> None:
     held = [cache.get_many(run_of(name), SOURCE) for name in "abcdef"]
     assert cache.buffer_stats()["overflows"] == 8
     with caplog.at_level(logging.WARNING):

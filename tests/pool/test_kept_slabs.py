@@ -10,31 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache, reaper
+from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import MIB
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.pool.slab import IDLE_S, NUM_STEPS, HighWater, SlabPool
 from tests.pool.test_slab import check, pool_of, shards_in, taken_from
+from tests.support.clocks import Clock
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource
+from tests.support.tier_scene import cache_on_fake
+
+pytestmark = pytest.mark.usefixtures("no_reaper")
 
 SLAB = 64 << 10
 CONFIG = CacheConfig(
     slab_bytes=SLAB, pool_bytes=8 * SLAB, prealloc_bytes=SLAB, staging_slots=2, staging_slot_bytes=SLAB, run_bytes=SLAB
 )
-
-
-class Clock:
-    """Stands still until a test moves it."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 # The mark.
@@ -101,12 +95,12 @@ def test_an_idle_minute_counts_as_a_step_and_a_quarter_of_an_hour_forgets_all() 
     clock = Clock()
     water = HighWater(clock)
     stepped(water, 8)
-    clock.now_s += IDLE_S - 1
+    clock.now += IDLE_S - 1
     water.pass_time(0)
     assert water.nbytes == 8
     for _ in range(NUM_STEPS):
         assert water.nbytes == 8
-        clock.now_s += IDLE_S
+        clock.now += IDLE_S
         water.pass_time(0)
     assert water.nbytes == 0
 
@@ -123,12 +117,6 @@ def test_after_a_lack_of_memory_some_steps_count_for_nothing() -> None:
 
 
 # Steps of a cache.
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No reaper that gives back between two looks."""
-    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)
 
 
 class Traffic:
@@ -152,11 +140,6 @@ class Traffic:
     @property
     def both(self) -> tuple[int, int]:
         return self.taken, self.released
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
 
 
 @pytest.fixture(params=["host", "staged host", "fake cuda", "simulated"])
@@ -219,7 +202,7 @@ def test_with_a_batch_that_is_held_until_the_next_one_is_there_neither(
     del held
 
 
-def test_batches_of_changing_length_take_what_the_longest_takes(
+def test_batches_of_changing_length_take_as_much_as_the_longest(
     cache: TensorCache, device: Device, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traffic = Traffic(device, monkeypatch)
@@ -293,14 +276,13 @@ def test_after_an_offload_nothing_is_kept(cache: TensorCache, cuda: FakeCuda) ->
 
 @pytest.fixture
 def gpu(cuda: FakeCuda, tmp_path: Path) -> Iterator[TensorCache]:
-    cache = TensorCache(CONFIG, device=cuda_device(cuda, tmp_path))
-    yield cache
-    cache.close()
-    assert not cuda.violations
+    yield from cache_on_fake(cuda, tmp_path, CONFIG)
 
 
 @pytest.mark.parametrize("counter", ["num_alloc_retries", "num_ooms"])
-def test_a_trainer_that_runs_short_of_memory_gets_what_is_kept(gpu: TensorCache, cuda: FakeCuda, counter: str) -> None:
+def test_a_trainer_that_runs_short_of_memory_gets_the_kept_slabs(
+    gpu: TensorCache, cuda: FakeCuda, counter: str
+) -> None:
     step(gpu, cuda, batch(5))
     setattr(cuda, counter, 1)
     for _ in range(NUM_STEPS - 1):
@@ -332,9 +314,9 @@ def look_for(pool: SlabPool, seconds: float) -> None:
     """Let so many seconds pass in which nothing is taken, the reaper looking now and then."""
     clock = pool._water._now
     assert isinstance(clock, Clock)
-    until = clock.now_s + seconds
-    while clock.now_s < until:
-        clock.now_s += IDLE_S / 3
+    until = clock.now + seconds
+    while clock.now < until:
+        clock.now += IDLE_S / 3
         pool._look_at = 0.0
         pool.drain()
 
@@ -345,7 +327,7 @@ def timed(pool: SlabPool) -> SlabPool:
     return pool
 
 
-def test_an_idle_process_gives_back_what_it_kept() -> None:
+def test_an_idle_process_gives_its_kept_slabs_back() -> None:
     pool = timed(pool_of(prealloc_bytes=MIB))
     for _ in range(2):
         for one in [taken_from(pool, MIB) for _ in range(3)]:
@@ -391,7 +373,7 @@ def test_a_full_pool_releases_no_slab_that_another_thread_has_just_freed(monkeyp
     assert traffic.both == (4, 0)
 
 
-def test_the_figures_say_what_is_kept(gpu: TensorCache, cuda: FakeCuda) -> None:
+def test_the_figures_count_kept_slabs(gpu: TensorCache, cuda: FakeCuda) -> None:
     step(gpu, cuda, batch(5))
     stats = gpu.buffer_stats()
     assert (stats["device_bytes"], stats["device_reserved_bytes"]) == (0, 5 * SLAB)

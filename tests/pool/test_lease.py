@@ -145,7 +145,7 @@ def test_a_storage_in_dead_cyclic_garbage_frees_nothing_while_a_view_lives() -> 
     assert block.is_freed
 
 
-def test_backward_frees_what_it_saved() -> None:
+def test_backward_frees_its_saved_tensors() -> None:
     block = Block()
     weight = torch.ones(8, 8, requires_grad=True)
     loss = (weight * block.hand_out()).sum()
@@ -165,7 +165,7 @@ def test_a_lease_may_fire_on_another_thread() -> None:
     assert block.is_freed
 
 
-def test_blocks_are_plain_whatever_mode_they_are_born_or_handed_out_in() -> None:
+def test_blocks_are_plain_in_every_autograd_mode() -> None:
     with torch.inference_mode():
         block = Block()
         (first,) = aliases_of([block.base])  # type: ignore[list-item]
@@ -187,7 +187,7 @@ def test_a_scalar_and_a_single_byte_are_blocks_too() -> None:
     assert list(freed) == [scalar_lease, byte_lease]
 
 
-def test_the_counter_tells_who_is_held() -> None:
+def test_the_counter_tells_whether_a_block_is_held() -> None:
     counter, block = AliasCounter(), Block()
     assert block.base is not None
     assert not counter.is_held(block.base)

@@ -21,7 +21,7 @@ class ScarceDevice(TinyDevice):
         super().release_arena(arena)
 
 
-def test_overflow_takes_what_the_pool_does_not_use_from_a_device_without_room() -> None:
+def test_overflow_takes_unused_slabs_of_the_pool_on_a_full_device() -> None:
     pool = pool_of(ScarceDevice(2 * MIB), pool_bytes=2 * MIB, prealloc_bytes=2 * MIB)
     held = shards_in(pool, taken_from(pool, MIB), MIB)
     landings = shards_in(pool, pool.take_overflow(MIB), MIB)
@@ -33,7 +33,7 @@ def test_overflow_takes_what_the_pool_does_not_use_from_a_device_without_room() 
     assert len(held) == len(landings) == 1
 
 
-def test_overflow_waits_for_what_is_being_freed_before_it_gives_up() -> None:
+def test_overflow_waits_for_blocks_being_freed_before_it_gives_up() -> None:
     device = SimDevice()
     device.adversary.begin()
     pool = pool_of(device, pool_bytes=MIB, prealloc_bytes=MIB)
@@ -96,7 +96,7 @@ def test_one_slab_that_is_not_taken_back_strands_no_other() -> None:
     check(pool)
 
 
-def test_a_trim_says_what_went_and_what_is_held() -> None:
+def test_a_trim_reports_released_and_held_bytes() -> None:
     pool = pool_of(prealloc_bytes=2 * MIB)
     held = shards_in(pool, taken_from(pool, 512), 512)
     report = pool.trim()

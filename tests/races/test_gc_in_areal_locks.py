@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,19 +17,15 @@ from gpu_cache.rpc.server import expiry, requests
 from gpu_cache.rpc.server import main as rpc_server
 from tests.support.areal_fixtures import delete, remote
 from tests.support.fake_owner import FakeOwner
-from tests.support.interleave_actors import few_objects, in_background
+from tests.support.interleave_actors import in_background
 from tests.support.interleave_garbage import CollectingLock, Garbage, critical_sections
 from tests.support.sources import DictSource
 from tests.support.wire_tensors import same_bits
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 DEADLOCK_S = 60.0
 SPARE = {f"spare-{n}": torch.ones(1) for n in range(300)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import gc
 import itertools
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from gpu_cache.transfer import engine, inflight, staging, transfer
 from gpu_cache.transfer.inflight import Turn
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
-from tests.support.interleave_actors import few_objects, in_background
+from tests.support.interleave_actors import in_background
 from tests.support.interleave_garbage import CollectingLock, Garbage, Place, critical_sections
 from tests.support.interleave_stage import Stage, eventually
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, GatedReader, gated, same_bytes
 from tests.support.threads import run_threads
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 DEADLOCK_S = 60.0
 CONFIG = CacheConfig(
@@ -45,12 +47,6 @@ SMALL: dict[Hashable, torch.Tensor] = {f"stock-{n}": torch.full((8,), n % 256, d
 ALL = SHARDS | LARGE | SMALL
 SPARE: dict[Hashable, torch.Tensor] = {f"spare-{n}": torch.full((8,), n % 256, dtype=torch.uint8) for n in range(800)}
 STAGING, CUDA_POOLS = "gpu_cache/transfer/staging.py", "gpu_cache/device/private_pools.py"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
 
 
 class Workload:

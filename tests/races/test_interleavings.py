@@ -16,8 +16,10 @@ from gpu_cache.device.host import HostDevice
 from gpu_cache.index.entry import Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.block import Copy
-from tests.support.interleave_actors import Board, Getter, few_objects, watched
+from tests.support.interleave_actors import Board, Getter, watched
 from tests.support.interleave_program import Interleaving
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 BLOCK = 500  # interleavings a test
 BLOCKS = [0, 1, *(pytest.param(block, marks=pytest.mark.slow) for block in range(2, 5))]
@@ -34,12 +36,6 @@ CONFIGS = {
 }
 PLACES = ("before specs", "before a read", "after a read", "before the end", "while it moves")
 CLEARS = ("clear(keys)", "clear()", "clear_node(node)", "clear_node(node, keys)")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
 
 
 @pytest.fixture(autouse=True)

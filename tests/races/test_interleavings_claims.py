@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 from gpu_cache import FetchError
-from gpu_cache.device.host import HostDevice
 from gpu_cache.index.entry import Entry
-from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
+from tests.support.interleave_actors import PATIENCE_S, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, WaitingSource, eventually
 from tests.support.sources import DictSource, same_bytes
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
-
-
-@pytest.fixture(params=["direct", "staged"])
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    made = Stage(HostDevice(stages=request.param == "staged"))
-    yield made
-    made.open_gates()
-    made.check_nothing_lost()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -122,7 +109,7 @@ def test_a_joiner_of_a_claim_that_could_not_be_asked_for_asks_for_itself(stage: 
     assert stage.cache.keys() == ["b"]
 
 
-def test_a_call_that_asks_again_does_not_bring_back_what_was_cleared(stage: Stage) -> None:
+def test_a_retry_does_not_bring_cleared_shards_back(stage: Stage) -> None:
     first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
     reader = stage.at("before a read")
     second = in_background(lambda: stage.cache.get_many(["a", "b"], DictSource(SHARDS)))
@@ -156,7 +143,7 @@ def test_a_clear_between_the_failure_and_the_second_look_up_counts_too(
     assert stage.cache.keys() == []
 
 
-def test_a_call_that_asks_again_keeps_what_it_has(stage: Stage) -> None:
+def test_a_retry_keeps_shards_that_arrived(stage: Stage) -> None:
     first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
     reader = stage.at("before a read")
     own = DictSource(SHARDS)
@@ -171,7 +158,7 @@ def test_a_call_that_asks_again_keeps_what_it_has(stage: Stage) -> None:
     assert stats["requested"] == stats["hits"] + stats["joined"] + stats["misses"] == 4
 
 
-def test_without_a_clear_what_is_asked_for_again_is_cached(stage: Stage) -> None:
+def test_without_a_clear_a_retried_shard_is_cached(stage: Stage) -> None:
     first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
     reader = stage.at("after a read")
     second = in_background(lambda: stage.cache.get_many(["a"], DictSource(SHARDS)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,9 +13,11 @@ import pytest
 from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.transfer import transfer
-from tests.support.interleave_actors import PATIENCE_S, Board, SteppedReader, few_objects, in_background
+from tests.support.interleave_actors import PATIENCE_S, Board, SteppedReader, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, eventually
 from tests.support.sources import DictSource, same_bytes
+
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 DEATHS = [SystemExit, KeyboardInterrupt, MemoryError]
 
@@ -99,12 +101,6 @@ ON_THE_DEVICE = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def one_window_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "_DIRECT_SLOTS", 4)
@@ -158,7 +154,7 @@ def assert_usable(cache: TensorCache, lost: set[str]) -> None:
 @pytest.mark.parametrize("kind", DEATHS)
 @pytest.mark.parametrize("stages", [False, True], ids=["direct", "staged"])
 @pytest.mark.parametrize(("place", "arrived"), IN_THE_READER.items())
-def test_a_thread_that_dies_in_its_reader_tells_those_who_wait(
+def test_a_thread_that_dies_in_its_reader_tells_all_waiters(
     place: str, arrived: str, stages: bool, kind: type[BaseException]
 ) -> None:
     death = Death(place, kind)
@@ -167,7 +163,7 @@ def test_a_thread_that_dies_in_its_reader_tells_those_who_wait(
 
 @pytest.mark.parametrize("kind", DEATHS)
 @pytest.mark.parametrize(("place", "arrived"), ON_THE_DEVICE.items())
-def test_a_thread_that_dies_in_a_call_of_the_device_tells_those_who_wait(
+def test_a_thread_that_dies_in_a_call_of_the_device_tells_all_waiters(
     place: str, arrived: str, kind: type[BaseException]
 ) -> None:
     device = DyingDevice(stages=True)
@@ -176,7 +172,7 @@ def test_a_thread_that_dies_in_a_call_of_the_device_tells_those_who_wait(
 
 
 @pytest.mark.parametrize("place", ["close", "failures"])
-def test_a_thread_that_dies_when_its_stream_has_broken_tells_those_who_wait(place: str) -> None:
+def test_a_thread_that_dies_when_its_stream_has_broken_tells_all_waiters(place: str) -> None:
     broken, death = Death("read_into 1", ConnectionResetError), Death(place, SystemExit)
     reader = DyingReader(broken, death)
     check_death(Stage(HostDevice(), CONFIG), reader, broken if place == "close" else death, "a")

@@ -15,18 +15,14 @@ from gpu_cache import CacheClosedError, FetchError, cache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.transfer import transfer
 from tests.cache.test_process import run_python
-from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
+from tests.support.interleave_actors import PATIENCE_S, in_background
 from tests.support.interleave_stage import CONFIG, GATES, SHARDS, Stage, eventually, late_call
 from tests.support.sources import DictSource, same_bytes
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
+
 ONE_SHARD = dataclasses.replace(CONFIG, pool_bytes=32 << 10, slab_bytes=32 << 10)
 ROOMY = dataclasses.replace(CONFIG, pool_bytes=256 << 10)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +90,7 @@ def test_the_slot_of_a_late_call_stays_taken_until_its_read_has_returned(time_is
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_late_call_keeps_what_had_arrived_and_gives_up_the_rest(
+def test_a_late_call_keeps_arrived_shards_and_gives_up_the_rest(
     device: HostDevice, gate: str, time_is_up: threading.Event
 ) -> None:
     stage = Stage(device, ROOMY)

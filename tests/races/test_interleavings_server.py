@@ -17,10 +17,10 @@ import torch
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, get_backend
+from gpu_cache.rpc.rtensor import RTensor
 from gpu_cache.rpc.wire.serialization import tensor_to_json
 from gpu_cache.transfer import transfer
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import fault_servers, http_backend, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import entry
 from tests.support.fault_server import (
     Exchange,
@@ -126,12 +126,6 @@ class Town:
         assert [set(asked.shard_ids) for asked in self.bad.asked[num_asked:]] == ([lost] if lost else [])
 
 
-def http_backend() -> HttpRTensorBackend:
-    backend = get_backend()
-    assert isinstance(backend, HttpRTensorBackend)
-    return backend
-
-
 @pytest.fixture(params=["into the pool", "through staging"], autouse=True)
 def placed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Received straight into the pool's memory, or into staging buffers and copied; no pause before another try."""
@@ -168,7 +162,7 @@ def complete_after(num_body_bytes: int) -> list[str]:
     return [name for name, end in ends.items() if num_body_bytes >= end]
 
 
-def test_an_answer_that_ends_at_any_byte_brings_what_came_before_it(town: Town) -> None:
+def test_an_answer_that_ends_at_any_byte_brings_the_shards_before_it(town: Town) -> None:
     for num_sent in [*range(0, HEAD_BYTES, 3), *range(HEAD_BYTES, len(ANSWER))]:
         town.bad.script = [sending(ANSWER[:num_sent]), hanging_up]
         town.bad.asked.clear()
@@ -195,7 +189,7 @@ SLOW: dict[str, tuple[Step, list[str]]] = {
 
 
 @pytest.mark.parametrize(("step", "arrived"), SLOW.values(), ids=SLOW)
-def test_an_answer_that_comes_too_slowly_brings_what_came_in_time(town: Town, step: Step, arrived: list[str]) -> None:
+def test_a_slow_answer_brings_the_shards_that_came_in_time(town: Town, step: Step, arrived: list[str]) -> None:
     town.bad.script, cache = [step], runtime.current().cache
     with late_call() as is_up:
         in_background(
@@ -289,7 +283,7 @@ def test_an_owner_that_vanishes_costs_its_shards_and_comes_back_empty_and_then_f
     assert "the owner does not have it" in town.check_fault()
 
 
-def test_an_owner_that_comes_back_empty_in_mid_answer_has_lost_what_had_not_arrived(town: Town) -> None:
+def test_an_owner_that_comes_back_empty_in_mid_answer_has_lost_the_rest(town: Town) -> None:
     with_settings(http_backend(), retry_pause_s=0.5)  # so long it may take to come back
     town.bad.script = [sending(ANSWER[: FIRST_BYTES + 2], lambda exchange: exchange.wait())]
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import collections
 import itertools
-import logging
 import statistics
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, reaper
+from gpu_cache import CacheConfig
 from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutant import Mutant
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
 from tests.support.sim_order_mutants import ORDER_MUTANTS
-from tests.support.sim_program import fault_of, few_objects
+from tests.support.sim_program import fault_of
 from tests.support.sim_script import random_script
 from tests.support.sim_steps import WEIGHTS
 from tests.support.sim_tier_mutants import TIER_MUTANTS
 from tests.support.sim_world import CONFIG, SMALL_SLOTS, TIERED
+
+pytestmark = pytest.mark.usefixtures("quiet_simulation")
 
 MUTANTS = [*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS]
 MAX_PROGRAMS = 200
@@ -32,16 +33,6 @@ KINDS = (
     "cleared on its way", "was written to",
 )  # fmt: skip
 HEADER = f"{'mutant':<52} seen  programs  mostly as"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    """Broken caches say much."""
-    logging.disable(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patched, few_objects():
-        patched.setattr(reaper, "PERIOD_S", 3600.0)  # it would look when the clock says so, between two looks of ours
-        yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,13 +13,15 @@ from gpu_cache.config import ReadyMode
 from tests.support.sim_accounts import check_accounts
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
-from tests.support.sim_program import Program, SimFaultError, few_objects, run_script, run_seed
+from tests.support.sim_program import Program, SimFaultError, run_script, run_seed
 from tests.support.sim_script import Script, random_script
 from tests.support.sim_shards import contents
 from tests.support.sim_steps import WEIGHTS
 from tests.support.sim_world import CONFIG, SMALL_SLOTS, TIERED
 from tests.support.sources import DictSource
 from tests.support.threads import run_threads
+
+pytestmark = pytest.mark.usefixtures("quiet_simulation")
 
 BLOCK = 25  # programs a test
 NUM_BLOCKS = 4  # of each configuration
@@ -37,16 +37,6 @@ CONFIGS = {
     "small host tier": dataclasses.replace(TIERED, host_tier_bytes=24 << 10, reuse_fence="noted"),
     "one run a slot": SMALL_SLOTS,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    """Small pools overflow, and each cache says so once."""
-    logging.disable(logging.WARNING)
-    with pytest.MonkeyPatch.context() as patched, few_objects():
-        patched.setattr(reaper, "PERIOD_S", 3600.0)  # it would look when the clock says so, between two looks of ours
-        yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

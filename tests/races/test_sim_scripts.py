@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from gpu_cache import reaper
 from tests.support.sim_order_mutants import ORDER_MUTANTS
-from tests.support.sim_program import SimFaultError, few_objects, run_script, run_seed
+from tests.support.sim_program import SimFaultError, run_script, run_seed
 from tests.support.sim_script import NUM_STEPS, REST, Choices, Script, Step, random_script, scripts, shortened
 from tests.support.sim_steps import STEPS, WEIGHTS
+
+pytestmark = pytest.mark.usefixtures("quiet_simulation")
 
 DRAWN = settings(
     max_examples=80,
@@ -25,16 +23,6 @@ DRAWN = settings(
 )
 MAX_WITNESS = 8  # steps of a minimal program, letting go of everything not counted
 MUTANTS = {mutant.title: mutant for mutant in ORDER_MUTANTS}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    """Small pools overflow, and broken caches say much."""
-    logging.disable(logging.ERROR)
-    with pytest.MonkeyPatch.context() as patched, few_objects():
-        patched.setattr(reaper, "PERIOD_S", 3600.0)  # it would look when the clock says so, between two looks of ours
-        yield
-    logging.disable(logging.NOTSET)
 
 
 def break_it(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +96,7 @@ def test_choices_that_no_number_makes_are_the_simplest() -> None:
     assert (choices.choice("abc"), choices.sample("abc", 2), choices.happens(99)) == ("a", ["a", "b"], False)
 
 
-def test_a_shortened_script_keeps_what_it_fails_by() -> None:
+def test_a_shortened_script_keeps_its_failing_steps() -> None:
     script = Script.of("get 1; drop; read 2; drop; clear 3")
     shorter = shortened(script, lambda one: {"get", "clear"} <= {step.name for step in one})
     assert repr(shorter) == "Script.of('get 1; clear 3')"

@@ -289,7 +289,7 @@ def test_two_processes_of_one_pid_do_not_meet(folder: Path) -> None:
     both[1].remove()
 
 
-def test_a_new_process_removes_what_ended_long_ago(folder: Path) -> None:
+def test_a_new_process_removes_reports_of_long_dead_processes(folder: Path) -> None:
     folder.mkdir()
     dead, recent, alive, stopped = (f"actor-{rank}-9-00000{rank}" for rank in range(4))
     living = files_in(folder, alive)

@@ -168,7 +168,7 @@ assert areal.infra.RTensor is handle and handle.__module__ == "areal.infra.rpc.r
     printed(site, code)
 
 
-def test_a_call_that_comes_too_late_says_what_was_imported_and_by_whom(site: Path) -> None:
+def test_a_late_call_names_the_import_that_came_first(site: Path) -> None:
     (site / "users.py").write_text("from areal.infra.rpc import RTensor\n")
     code = """
 import users, gpu_cache, os

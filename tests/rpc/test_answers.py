@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from gpu_cache.rpc.server import answers
-from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.wire import serialization
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
@@ -19,17 +17,6 @@ from tests.support.fake_owner import FakeOwner
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as handle:
-        yield handle
 
 
 @pytest.mark.parametrize("dtype", WIRE_DTYPES, ids=str)

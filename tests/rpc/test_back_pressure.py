@@ -314,7 +314,7 @@ def test_a_client_that_takes_a_trickle_makes_no_progress(bytes_per_second: int) 
     assert places.stalled() == [(trickle.place, 9.0)]
 
 
-def test_a_place_is_kept_until_the_client_has_taken_what_was_sent_or_asks_again() -> None:
+def test_a_place_is_kept_until_the_client_has_taken_the_answer_or_asks_again() -> None:
     places = Turns(1, lambda: 0.0)
     left = [1 << 20]
     with places.take("a") as place:

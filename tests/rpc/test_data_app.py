@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
 import torch
 
-from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.wire import frame
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame, decode_frame
@@ -21,17 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 BATCH_MESSAGE = "Expected JSON body with string list field 'shard_ids'"
 LIST_MESSAGE = "'shard_ids' must be a list"
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as handle:
-        yield handle
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex128], ids=str)

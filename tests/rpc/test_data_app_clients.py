@@ -29,17 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 
 @pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as handle:
-        yield handle
-
-
-@pytest.fixture
 def without_collector() -> Iterator[None]:
     """What then dies is not in a cycle. Trainers switch the collector off."""
     gc.collect()

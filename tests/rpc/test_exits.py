@@ -152,7 +152,7 @@ def test_a_closed_cache_looks_at_the_device_no_more(
     assert len(looks) == num_looks
 
 
-def test_at_exit_the_reaper_looks_once_more_and_leaves_what_is_held(cache: TensorCache) -> None:
+def test_at_exit_the_reaper_looks_once_more_and_leaves_held_blocks(cache: TensorCache) -> None:
     (held,) = cache.get_many(["a"], DictSource({"a": torch.ones(10)}))
     cache.close()
     assert [thread.name for thread in our_threads()] == ["gpu-cache-reaper"], "it waits for the tensor"

@@ -23,22 +23,10 @@ from gpu_cache.rpc.server.expiry import ShardExpiry, parse_seconds
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 from gpu_cache.rpc.wire.serialization import serialize_value
+from tests.support.clocks import Clock
 from tests.support.fake_owner import FakeOwner
 
 MIB = 1 << 20
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
@@ -71,15 +59,15 @@ def test_older_shards_are_dropped_and_counted(store: ShardStore, clock: Clock) -
     evicted: list[Any] = []
     expiry = expiry_of(store, clock, evicted)
     store["first"] = torch.ones(3)
-    clock.seconds += 4
+    clock.now += 4
     store["second"] = torch.ones(5)
-    clock.seconds += 6
+    clock.now += 6
     assert expiry.sweep() == 0, "exactly as old as it may be"
-    clock.seconds += 0.5
+    clock.now += 0.5
     assert expiry.sweep() == 1
     assert (list(store), evicted) == (["second"], ["first"])
     assert store.stats() == {"num_tensors": 1, "total_bytes": 20}
-    clock.seconds += 100
+    clock.now += 100
     assert expiry.sweep() == 1
     assert (expiry.num_shards, expiry.nbytes, len(store)) == (2, 32, 0)
     assert repr(expiry) == "ShardExpiry(ttl_s=10, 2 shards of 32 bytes dropped)"
@@ -90,9 +78,9 @@ def test_a_shard_that_is_stored_again_is_young_again(store: ShardStore, clock: C
     expiry = expiry_of(store, clock, [])
     for name in "abc":
         store[name] = torch.ones(1)
-    clock.seconds += 8
+    clock.now += 8
     store["a"] = torch.zeros(2)
-    clock.seconds += 8
+    clock.now += 8
     assert expiry.sweep() == 2
     assert (list(store), store["a"].tolist()) == (["a"], [0.0, 0.0])
 
@@ -101,15 +89,15 @@ def test_shards_cleared_before_do_not_count(store: ShardStore, clock: Clock) -> 
     expiry = expiry_of(store, clock, [])
     store["a"] = torch.ones(1)
     store.remove(["a"])
-    clock.seconds += 100
+    clock.now += 100
     assert (expiry.sweep(), expiry.num_shards) == (0, 0)
 
 
-def test_a_sweep_looks_at_what_it_drops_and_one_more(store: ShardStore, clock: Clock) -> None:
+def test_a_sweep_looks_at_dropped_shards_and_one_more(store: ShardStore, clock: Clock) -> None:
     """However many there are."""
     for number in range(1000):
         store[number] = torch.ones(1)
-        clock.seconds += 1
+        clock.now += 1
     looks = 0
 
     class Counting(type(store._entries)):  # type: ignore[misc]
@@ -123,19 +111,19 @@ def test_a_sweep_looks_at_what_it_drops_and_one_more(store: ShardStore, clock: C
     assert looks == 4
 
 
-def test_one_line_a_minute_says_what_was_dropped(
+def test_one_line_a_minute_counts_dropped_shards(
     store: ShardStore, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     expiry = expiry_of(store, clock, [])
     for number in range(30):
         store[f"shard-{number}"] = torch.ones(1)
-        clock.seconds += 5
+        clock.now += 5
         expiry.sweep()
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert lines[0].startswith("dropped 1 shards of 4 bytes that were not cleared for 10 s (--shard-ttl), 'shard-0'")
     assert lines[1].startswith("dropped 12 shards of 48 bytes")
     assert len(lines) == 3
-    clock.seconds += 60
+    clock.now += 60
     expiry.sweep()
     assert "30 so far" in caplog.records[-1].getMessage(), "nothing goes unsaid"
 

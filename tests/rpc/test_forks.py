@@ -137,7 +137,7 @@ def test_an_owner_learns_that_a_consumer_was_killed_whose_child_lives() -> None:
             assert sock.fileno() == -1, "its thread reads until the connection ends"
 
 
-def test_a_child_drops_what_it_inherited_without_harm_to_its_files_or_its_parents_connections() -> None:
+def test_a_child_drops_inherited_connections_without_harm_to_its_files_or_its_parent() -> None:
     with fault_servers() as serve:
         server = serve(whole(frames_of(SHARDS)))
         done = subprocess.run(

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from gpu_cache.rpc.client.connection import NodeConnection
-from tests.support.areal_fixtures import ask, fault_servers, nothing_forgotten
+from tests.support.areal_fixtures import ask
 from tests.support.fault_server import FaultServer, Step, cut, dripping, reply, whole
 
 TEXT = bytes(range(256)) * 4000
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 def in_buffers(view: memoryview) -> list[memoryview]:
@@ -56,7 +50,7 @@ def test_a_body_is_read_in_pieces_and_to_its_end(serve: Callable[..., FaultServe
     connection.close()
 
 
-def test_a_body_that_ends_early_leaves_what_is_missing(serve: Callable[..., FaultServer]) -> None:
+def test_a_body_that_ends_early_leaves_the_missing_shards(serve: Callable[..., FaultServer]) -> None:
     connection = NodeConnection(serve(cut(reply(TEXT), 50_000)).address)
     answer = ask(connection)
     body = bytearray(len(TEXT))
@@ -103,7 +97,7 @@ def test_headers_or_a_body_without_an_end_are_a_fault(serve: Callable[..., Fault
 
 
 @pytest.mark.parametrize("answer", [CHUNKED, reply(b"hello world")], ids=["chunks", "length"])
-def test_a_limit_bounds_what_is_read(serve: Callable[..., FaultServer], answer: bytes) -> None:
+def test_a_limit_bounds_the_bytes_read(serve: Callable[..., FaultServer], answer: bytes) -> None:
     connection = NodeConnection(serve(whole(answer)).address)
     assert ask(connection).read_rest(7) == b"hello w"
     assert not connection.can_be_reused

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,36 +16,12 @@ from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError, TensorShardInfo
 from gpu_cache.rpc.store import ShardStore
-from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, with_settings
+from tests.support.areal_fixtures import delete
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, frames_of, hanging_up, json_of, refusal, reply, whole
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as server:
-        yield server
-
-
-@pytest.fixture
-def backend() -> Iterator[HttpRTensorBackend]:
-    backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0)
-    yield backend
-    backend.close()
 
 
 def infos(address: str, *shard_ids: Any) -> list[TensorShardInfo]:
@@ -102,7 +78,7 @@ def test_every_bfloat16_arrives_bit_for_bit(
     assert same_bits(backend.fetch(infos(address, "every"))[0], every)
 
 
-def test_results_are_in_order_whoever_owns_them_and_however_often_they_are_asked_for(
+def test_results_are_in_order_over_owners_and_repeats(
     backend: HttpRTensorBackend, serve: Callable[..., FaultServer]
 ) -> None:
     tensors = {f"s{number}": torch.tensor([number]) for number in range(90)}

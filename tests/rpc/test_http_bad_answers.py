@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from gpu_cache.rpc.client.connection import ConnectionPool
 from gpu_cache.rpc.wire.serialization import tensor_to_json
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.bad_frames import BAD_FRAMES, PAIR, A, B
 from tests.support.fault_server import FaultServer, frames_of, json_of, reply, whole
 from tests.support.reading import drained, failure, reader_of
 from tests.support.wire_tensors import same_bits
 
 OCTETS = "application/octet-stream"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 @pytest.mark.parametrize("body", BAD_FRAMES.values(), ids=BAD_FRAMES.keys())

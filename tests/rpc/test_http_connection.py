@@ -5,21 +5,15 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from gpu_cache.rpc.client.connection import NodeConnection, split_address
-from tests.support.areal_fixtures import ask, asked_once, fault_servers, full_listener, nothing_forgotten
+from tests.support.areal_fixtures import ask, asked_once, full_listener
 from tests.support.fault_server import FaultServer, Step, hanging_up, reply, silent, whole
 
 TEXT = bytes(range(256)) * 4000
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 @pytest.mark.parametrize(
@@ -126,7 +120,7 @@ def test_a_silence_ends_a_request(serve: Callable[..., FaultServer], step: Step)
 
 
 @pytest.mark.parametrize("num_sent", [0, 10, 1000], ids=["no answer", "in its headers", "in its body"])
-def test_cancelling_ends_what_is_under_way(serve: Callable[..., FaultServer], num_sent: int) -> None:
+def test_cancelling_ends_calls_under_way(serve: Callable[..., FaultServer], num_sent: int) -> None:
     server = serve(lambda exchange: (exchange.send(reply(TEXT)[:num_sent]), exchange.wait()))
     connection = NodeConnection(server.address)
     errors: list[BaseException] = []

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from gpu_cache.errors import failure_reason
 from gpu_cache.rpc.client.http import HttpRTensorBackend
-from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.shard import (
     ShardAnswerError,
@@ -19,33 +18,9 @@ from gpu_cache.rpc.shard import (
     ShardRefusedError,
     ShardUnreachableError,
 )
-from tests.support.areal_fixtures import delete, fault_servers, full_listener, nothing_forgotten, with_settings
+from tests.support.areal_fixtures import delete, full_listener, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, hanging_up, refusal, reply, silent, whole
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as server:
-        yield server
-
-
-@pytest.fixture
-def backend() -> Iterator[HttpRTensorBackend]:
-    backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0)
-    yield backend
-    backend.close()
 
 
 def test_deleting_returns_the_owners_statistics(

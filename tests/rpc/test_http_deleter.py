@@ -5,60 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.clearing import ClearReport, StepClearer
 from gpu_cache.rpc.client.http import HttpRTensorBackend
-from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, fetch_buffer_stats, set_backend
-from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, fetch_buffer_stats
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.shard import ShardClearError
-from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import (
+    DONE,
+    THREE,
+    delete,
+    end_step,
+    handles,
+    with_settings,
+)
 from tests.support.fake_owner import FakeOwner
-from tests.support.fault_server import Asked, FaultServer, hanging_up, refusal, reply, whole
+from tests.support.fault_server import Asked, FaultServer, hanging_up, refusal, whole
 
-DONE = reply(b'{"status": "ok", "cleared_count": 1}', content_type="application/json")
-THREE = torch.ones(3)  # of 12 bytes
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[HttpRTensorBackend]:
-    """This process's, which does not wait for long."""
-    backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0, delete_timeout_s=0.2)
-    set_backend(backend)
-    yield backend
-    backend.close()
-
-
-def handles(address: str, *shard_ids: Any) -> list[RTensor]:
-    return [remote(address, shard_id, THREE) for shard_id in shard_ids]
-
-
-def end_step(obj: Any, *consumers: Any, clearer: StepClearer | None = None) -> ClearReport:
-    return asyncio.run(RTensor.clear_everywhere(obj, consumers, clearer=clearer))
+pytestmark = pytest.mark.usefixtures("hasty_backend")
 
 
 def refusing(*bad: str, status: int = 500) -> Callable[[Asked], bytes]:
@@ -98,7 +67,7 @@ def test_an_owner_that_refuses_everything_is_not_asked_for_ever(
     assert caught.value.shard_ids == ids
 
 
-def test_an_owner_that_dies_half_way_keeps_what_it_was_not_told(
+def test_an_owner_that_dies_half_way_keeps_shards_that_it_was_not_told_to_drop(
     serve: Callable[..., FaultServer], backend: HttpRTensorBackend
 ) -> None:
     server = serve(whole(refusal(413, "too long")), whole(DONE), hanging_up)

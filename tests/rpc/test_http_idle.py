@@ -19,8 +19,6 @@ from tests.support.areal_fixtures import (
     ask,
     asked_once,
     delete,
-    fault_servers,
-    nothing_forgotten,
     remote,
     with_settings,
 )
@@ -41,12 +39,6 @@ SHARDS = {name: patterned(torch.int16, 50, seed=seed) for seed, name in enumerat
 GOOD = whole(frames_of(SHARDS))
 NEVER_S = 1e6  # a pause after a fault that no deadline leaves time for: whoever counts one fails
 LATER = whole(reply(b"later", "503 Busy", Retry_After="0"))
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
 from gpu_cache.rpc.shard import ShardAnswerError, ShardMissingError, ShardRefusedError
 from gpu_cache.rpc.wire.serialization import tensor_to_json
-from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import delete, remote, with_settings
 from tests.support.fault_server import (
     Answer,
     FaultServer,
@@ -39,12 +39,6 @@ CHUNKED = f"HTTP/1.1 200 OK\r\nContent-Type: {OCTETS}\r\nTransfer-Encoding: chun
 IN_SOCKETS = 32 << 20  # what the kernel may take of a flood before the client hangs up
 SHARD = patterned(torch.float32, 1024, seed=1)  # 4 kB
 OTHERS = {name: patterned(torch.int16, 7, seed=seed) for seed, name in enumerate("abcdefg")}
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 def of_bytes(length: int) -> torch.Tensor:

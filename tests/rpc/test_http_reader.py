@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ import torch
 from gpu_cache.rpc.client import requester as http_requester
 from gpu_cache.rpc.client.connection import ConnectionPool
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
     FaultServer,
     cut,
@@ -31,12 +30,6 @@ A, B = patterned(torch.float32, 3, 2, seed=1), patterned(torch.int16, 5, seed=2)
 PAIR = {"a": A, "b": B}
 MANY = {f"s{number}": torch.tensor([number]) for number in range(200)}
 OCTETS = "application/octet-stream"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 def test_first_few_are_asked_for_then_many(serve: Callable[..., FaultServer]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from gpu_cache.rpc.client.connection import ConnectionPool, NodeConnection
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten
 from tests.support.fault_server import (
     FaultServer,
     Step,
@@ -40,12 +39,6 @@ BODY = frame(SHARDS)
 NUM_DATA_BYTES = sum(tensor.nbytes for tensor in SHARDS.values())
 HEADER_BYTES = len(BODY) - NUM_DATA_BYTES
 SERVING = by("one", frames_of(SHARDS))
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 SERVING_BYTES = reply(BODY, X_Shard_Incarnation="one")

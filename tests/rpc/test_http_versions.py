@@ -8,7 +8,7 @@ import json
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.shard import ShardAnswerError, ShardFetchError
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import Frame
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import remote, with_settings
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import (
     Answer,
@@ -43,12 +43,6 @@ from tests.support.reading import drained, drained_by_windows, reader_of
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 def bytes_of(*seeds: int, length: int = 1000) -> dict[str, torch.Tensor]:
@@ -297,7 +291,7 @@ NUM_EXAMPLES = [pytest.param(200, id="short"), pytest.param(5_000, id="long", ma
 
 
 @pytest.mark.parametrize("num_examples", NUM_EXAMPLES)
-def test_whatever_happens_between_two_answers_each_shard_is_of_one_version(num_examples: int) -> None:
+def test_each_shard_is_of_one_version_across_answers(num_examples: int) -> None:
     @settings(deadline=None, max_examples=num_examples, database=None)
     @given(
         kinds=st.lists(KINDS, min_size=1, max_size=4),

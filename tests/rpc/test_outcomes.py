@@ -17,7 +17,6 @@ from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import requester as http_requester
 from gpu_cache.rpc.client.requester import NUM_TRIES, back_off_s
 from gpu_cache.rpc.rtensor import (
-    HttpRTensorBackend,
     RTensor,
     ShardAnswerError,
     ShardFetchError,
@@ -26,13 +25,12 @@ from gpu_cache.rpc.rtensor import (
     ShardTimeoutError,
     ShardUnreachableError,
     buffer_stats,
-    get_backend,
     set_backend,
 )
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import OwnedShard
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import http_backend, nothing_forgotten, remote, with_settings
 from tests.support.bad_frames import BAD_FRAMES, PAIR
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import (
@@ -59,15 +57,7 @@ BODY = frame(PAIR)
 @pytest.fixture(autouse=True)
 def on_the_host() -> None:
     runtime.configure(device="cpu", staging_slots=2, staging_slot_bytes="64KiB", run_bytes="64KiB")
-    backend = get_backend()
-    assert isinstance(backend, HttpRTensorBackend)
-    with_settings(backend, retry_pause_s=0.0)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
+    with_settings(http_backend(), retry_pause_s=0.0)
 
 
 def pair(address: str) -> dict[str, RTensor]:

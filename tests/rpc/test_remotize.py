@@ -243,7 +243,7 @@ def make_http() -> RTensorBackend:
 
 @pytest.mark.parametrize("make", [make_http, lambda: RayRTensorBackend(FakeRay())], ids=["http", "ray"])
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_our_backends_take_back_what_they_stored(
+def test_our_backends_fetch_their_own_shards(
     make: Callable[[], Any], error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = make()

@@ -12,11 +12,10 @@ import torch
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
-from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.client.reader import HttpReader
-from gpu_cache.rpc.rtensor import RTensor, ShardLostError, ShardMissingError, get_backend
+from gpu_cache.rpc.rtensor import RTensor, ShardLostError, ShardMissingError
 from gpu_cache.rpc.server import main as rpc_server
-from tests.support.areal_fixtures import delete, fault_servers, nothing_forgotten, remote
+from tests.support.areal_fixtures import delete, http_backend, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, by, cut, frame, frames_of, json_of, whole
 from tests.support.interleave_actors import in_background
@@ -30,18 +29,6 @@ PAIR = {"a": torch.arange(300), "b": torch.full((5,), 2.5)}
 @pytest.fixture(autouse=True)
 def on_the_host() -> None:
     runtime.configure(device="cpu", staging_slots=2, staging_slot_bytes="64KiB", run_bytes="64KiB")
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
-
-
-def http_backend() -> HttpRTensorBackend:
-    backend = get_backend()
-    assert isinstance(backend, HttpRTensorBackend)
-    return backend
 
 
 def idle_connections() -> int:
@@ -111,7 +98,7 @@ def test_in_mid_body_an_owner_is_killed_and_comes_back_with_some_of_its_shards(
 
 
 @pytest.mark.parametrize("num_sent", [0, 1, 300 * 8, 300 * 8 + 1])
-def test_in_mid_body_an_owner_that_is_back_empty_has_lost_what_did_not_arrive(
+def test_an_owner_that_is_back_empty_in_mid_body_has_lost_the_rest(
     serve: Callable[..., FaultServer], num_sent: int
 ) -> None:
     header_bytes = len(frame(PAIR)) - 300 * 8 - 20
@@ -135,7 +122,7 @@ def test_bytes_read_in_vain_are_asked_for_again(serve: Callable[..., FaultServer
     assert server.wanted == [["a", "b"], ["b"], ["a"]]
 
 
-def test_a_server_that_does_not_say_who_it_is_has_lost_nothing(serve: Callable[..., FaultServer]) -> None:
+def test_a_server_without_an_incarnation_has_lost_nothing(serve: Callable[..., FaultServer]) -> None:
     server = serve(whole(frames_of({"a": PAIR["a"]})), whole(frames_of({})))
     node = NodeState()
     drained(reader_of(server.address, ["a"], node=node))

@@ -30,11 +30,6 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(rpc_server.ALLOW_VARIABLE, raising=False)
 
 
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
 def status(address: str, path: str, token: str | None = None, method: str = "GET", body: bytes | None = None) -> int:
     connection = http.client.HTTPConnection(address, timeout=30)
     try:

@@ -9,7 +9,6 @@ import json
 import pickle
 import uuid
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -45,14 +44,6 @@ from tests.support.users_backend import UsersBackend, handle
 Pair = namedtuple("Pair", "left right")
 
 
-@pytest.fixture
-def backend() -> Iterator[UsersBackend]:
-    backend = UsersBackend()
-    set_backend(backend)
-    yield backend
-    set_backend(None)
-
-
 def test_the_names_that_users_import() -> None:
     assert set(rtensor.__all__) >= {
         "RTensor", "TensorShardInfo", "RTensorBackend", "HttpRTensorBackend", "RayRTensorBackend", "get_backend",
@@ -74,7 +65,7 @@ def test_the_fields_are_upstreams() -> None:
     assert (info, info == TensorShardInfo(shard_id="a", node_addr="node-a:1")) == (info, True)
 
 
-def test_a_handle_has_the_properties_of_its_data(backend: UsersBackend) -> None:
+def test_a_handle_has_the_properties_of_its_data(users_backend: UsersBackend) -> None:
     found = remote("node-a:1", "s3", torch.empty(2, 2, dtype=torch.bfloat16))
     assert (found.shape, found.dtype, found.device.type, found.ndim) == ((2, 2), torch.bfloat16, "meta", 2)
     found = handle(3)
@@ -82,22 +73,22 @@ def test_a_handle_has_the_properties_of_its_data(backend: UsersBackend) -> None:
     assert (found.shape, found.dtype, found.device.type, found.ndim) == ((4,), torch.float32, "cpu", 1)
 
 
-def test_to_local_fetches_once_and_keeps_the_tensor(backend: UsersBackend) -> None:
+def test_to_local_fetches_once_and_keeps_the_tensor(users_backend: UsersBackend) -> None:
     first, second = handle(3), handle(3)
     tensor = first.to_local()
-    assert torch.equal(tensor, backend.tensors["s3"])
+    assert torch.equal(tensor, users_backend.tensors["s3"])
     assert first.to_local() is first.data is tensor
     assert second.to_local().data_ptr() == tensor.data_ptr()
-    assert backend.fetched == [[TensorShardInfo("s3", "node-a:1")]]
+    assert users_backend.fetched == [[TensorShardInfo("s3", "node-a:1")]]
 
 
-def test_data_that_is_here_is_not_looked_up(backend: UsersBackend) -> None:
+def test_data_that_is_here_is_not_looked_up(users_backend: UsersBackend) -> None:
     data = torch.ones(3)
     assert RTensor(TensorShardInfo("nowhere", ""), data).to_local() is data
-    assert (backend.fetched, buffer_stats()["requested"]) == ([], 0)
+    assert (users_backend.fetched, buffer_stats()["requested"]) == ([], 0)
 
 
-def test_localize_rebuilds_the_containers(backend: UsersBackend) -> None:
+def test_localize_rebuilds_the_containers(users_backend: UsersBackend) -> None:
     other = object()
     nest = {
         "a": [handle(0), (handle(1), other)],
@@ -112,52 +103,55 @@ def test_localize_rebuilds_the_containers(backend: UsersBackend) -> None:
     assert found is not nest
     assert found["a"] is not nest["a"]
     got = [found["a"][0], found["a"][1][0], found["p"].left, found["p"].right["x"]]
-    assert all(torch.equal(tensor, backend.tensors[f"s{number}"]) for number, tensor in enumerate(got))
+    assert all(torch.equal(tensor, users_backend.tensors[f"s{number}"]) for number, tensor in enumerate(got))
     assert nest["p"].left.data is found["p"].left
-    assert torch.equal(RTensor.localize(handle(5)), backend.tensors["s5"])
+    assert torch.equal(RTensor.localize(handle(5)), users_backend.tensors["s5"])
     assert RTensor.localize(other) is other
     assert RTensor.localize([]) == []
 
 
-def test_localize_asks_once_for_distinct_misses_in_order(backend: UsersBackend) -> None:
+def test_localize_asks_once_for_distinct_misses_in_order(users_backend: UsersBackend) -> None:
     RTensor.localize([handle(1), handle(4)])
     nest = [handle(3), handle(1), handle(0), handle(3), handle(4), handle(6, "node-c:1"), handle(0)]
     found = RTensor.localize(nest)
-    assert [[info.shard_id for info in shards] for shards in backend.fetched] == [["s1", "s4"], ["s3", "s0", "s6"]]
+    assert [[info.shard_id for info in shards] for shards in users_backend.fetched] == [
+        ["s1", "s4"],
+        ["s3", "s0", "s6"],
+    ]
     assert [len(tensor) - 1 for tensor in found] == [3, 1, 0, 3, 4, 6, 0]
 
 
-def test_localize_works_inside_a_running_loop(backend: UsersBackend) -> None:
+def test_localize_works_inside_a_running_loop(users_backend: UsersBackend) -> None:
     async def scenario() -> torch.Tensor:
         return RTensor.localize(handle(2))
 
-    assert torch.equal(asyncio.run(scenario()), backend.tensors["s2"])
+    assert torch.equal(asyncio.run(scenario()), users_backend.tensors["s2"])
 
 
-def test_a_users_backend_that_fails_is_quoted(backend: UsersBackend) -> None:
-    backend.fault = OSError("no route to node-a")
+def test_a_users_backend_that_fails_is_quoted(users_backend: UsersBackend) -> None:
+    users_backend.fault = OSError("no route to node-a")
     with pytest.raises(FetchError, match=r"no route to node-a \[2 of 2 shards failed: 's1', 's2'") as caught:
         RTensor.localize([handle(1), handle(2)])
-    assert caught.value.failures == {"s1": backend.fault, "s2": backend.fault}
-    backend.fault = None
-    assert torch.equal(RTensor.localize(handle(1)), backend.tensors["s1"])
+    assert caught.value.failures == {"s1": users_backend.fault, "s2": users_backend.fault}
+    users_backend.fault = None
+    assert torch.equal(RTensor.localize(handle(1)), users_backend.tensors["s1"])
 
 
 @pytest.mark.parametrize(
     ("wrong", "named"), [([0.0, 1.0], "not list"), (None, "not NoneType"), (torch.ones(2).to_sparse(), "sparse")]
 )
-def test_what_is_no_tensor_fails_alone(backend: UsersBackend, wrong: Any, named: str) -> None:
-    backend.tensors["s1"] = wrong
+def test_an_object_that_is_no_tensor_fails_alone(users_backend: UsersBackend, wrong: Any, named: str) -> None:
+    users_backend.tensors["s1"] = wrong
     handles = [handle(n) for n in range(3)]
     with pytest.raises(gpu_cache.FetchError, match="1 of 3 shards failed: 's1'") as caught:
         RTensor.localize(handles)
     assert named in str(caught.value.failures["s1"])
     assert [tensor.tolist() for tensor in RTensor.localize([handles[0], handles[2]])] == [[0.0], [2.0] * 3]
-    assert len(backend.fetched) == 1, "the others are cached"
+    assert len(users_backend.fetched) == 1, "the others are cached"
 
 
-def test_results_are_paired_with_requests_strictly(backend: UsersBackend) -> None:
-    backend.fetch = lambda shards: [torch.ones(1)]  # type: ignore[method-assign]
+def test_results_are_paired_with_requests_strictly(users_backend: UsersBackend) -> None:
+    users_backend.fetch = lambda shards: [torch.ones(1)]  # type: ignore[method-assign]
     with pytest.raises(FetchError, match="node-a:1, node-b:1 returned 1 shards for 2 requested"):
         RTensor.localize([handle(1), handle(2, "node-b:1")])
     assert fetch_buffer_stats() == {"num_entries": 0}
@@ -170,17 +164,17 @@ def test_anything_with_a_fetch_will_do(make: Any) -> None:
     set_backend(None)
 
 
-def test_prefetching_needs_no_waiting(backend: UsersBackend) -> None:
+def test_prefetching_needs_no_waiting(users_backend: UsersBackend) -> None:
     RTensor.localize(handle(1))
     coming = RTensor.prefetch([handle(1), handle(2), {"x": handle(3)}, handle(2)])
     found = RTensor.localize([handle(2), handle(3)])
     assert [len(tensor) for tensor in found] == [3, 4]
     assert coming.result(30) == 2
-    assert len(backend.fetched) == 2
+    assert len(users_backend.fetched) == 2
     assert RTensor.prefetch([]).result(30) == 0
 
 
-def test_remotize_stores_copies_and_leaves_handles(backend: UsersBackend) -> None:
+def test_remotize_stores_copies_and_leaves_handles(users_backend: UsersBackend) -> None:
     set_backend(None)
     source = torch.arange(12.0).view(3, 4).requires_grad_()
     found = RTensor.remotize({"t": source.t(), "deep": [(source, "text"), None], "p": Pair(1, source)}, "me:1")
@@ -199,7 +193,7 @@ def test_remotize_stores_copies_and_leaves_handles(backend: UsersBackend) -> Non
     assert RTensor.remotize(made, "me:1") is made
 
 
-def test_remotize_trims_padding(backend: UsersBackend) -> None:
+def test_remotize_trims_padding(users_backend: UsersBackend) -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
     found = RTensor.remotize([{"attention_mask": mask, "ids": torch.arange(8).view(2, 4), "r": torch.ones(2)}], "")[0]
     assert {name: tuple(made.shape) for name, made in found.items()} == {
@@ -207,7 +201,7 @@ def test_remotize_trims_padding(backend: UsersBackend) -> None:
         "ids": (2, 2),
         "r": (2,),
     }
-    assert torch.equal(backend.tensors[found["ids"].shard.shard_id], torch.tensor([[0, 1], [4, 5]]))
+    assert torch.equal(users_backend.tensors[found["ids"].shard.shard_id], torch.tensor([[0, 1], [4, 5]]))
 
 
 def test_ids_are_collected_by_node_and_flat() -> None:
@@ -217,9 +211,9 @@ def test_ids_are_collected_by_node_and_flat() -> None:
     assert (RTensor.collect_shards("none"), flatten_shard_ids(None)) == ({}, [])
 
 
-def test_a_localized_handle_stays_small_on_the_wire(backend: UsersBackend) -> None:
-    backend.tensors["large"] = torch.ones(1 << 20)
-    large = remote("node-a:1", "large", backend.tensors["large"])
+def test_a_localized_handle_stays_small_on_the_wire(users_backend: UsersBackend) -> None:
+    users_backend.tensors["large"] = torch.ones(1 << 20)
+    large = remote("node-a:1", "large", users_backend.tensors["large"])
     before = len(pickle.dumps(large)), len(json.dumps(serialize_value(large)))
     large.to_local()
     after = pickle.dumps(large), json.dumps(serialize_value(large))
@@ -232,7 +226,7 @@ def test_a_localized_handle_stays_small_on_the_wire(backend: UsersBackend) -> No
     assert nested["x"][0].shard == large.shard
 
 
-def test_a_copy_within_the_process_keeps_the_values(backend: UsersBackend) -> None:
+def test_a_copy_within_the_process_keeps_the_values(users_backend: UsersBackend) -> None:
     found = handle(3)
     tensor = found.to_local()
     shallow, deep = copy.copy(found), copy.deepcopy({"x": found})["x"]
@@ -242,7 +236,7 @@ def test_a_copy_within_the_process_keeps_the_values(backend: UsersBackend) -> No
     assert deep.shard == found.shard
 
 
-def test_the_cache_is_cleared_by_ids_or_flushed(backend: UsersBackend) -> None:
+def test_the_cache_is_cleared_by_ids_or_flushed(users_backend: UsersBackend) -> None:
     RTensor.localize([handle(number) for number in range(5)])
     assert fetch_buffer_stats() == {"num_entries": 5}
     assert clear_fetch_buffer(["s0", "unknown", "s1", "s0"]) == 2
@@ -252,18 +246,18 @@ def test_the_cache_is_cleared_by_ids_or_flushed(backend: UsersBackend) -> None:
     assert fetch_buffer_stats() == {"num_entries": 0}
 
 
-def test_clearing_batches_never_flushes(backend: UsersBackend) -> None:
+def test_clearing_batches_never_flushes(users_backend: UsersBackend) -> None:
     RTensor.localize([handle(number) for number in range(3)])
     assert [clear_batches(), clear_batches(None), clear_batches([]), clear_batches(())] == [0, 0, 0, 0]
     assert clear_batches(["s0", "unknown"]) == 1
     assert fetch_buffer_stats() == {"num_entries": 2}
 
 
-def test_clearing_a_node_evicts_first_and_then_deletes(backend: UsersBackend) -> None:
+def test_clearing_a_node_evicts_first_and_then_deletes(users_backend: UsersBackend) -> None:
     RTensor.localize([handle(1), handle(2)])
     assert asyncio.run(RTensor.clear_node("node-a:1", ["s1", "unknown"])) == {"deleted": 2}
-    assert backend.deleted == [("node-a:1", ["s1", "unknown"])]
-    backend.fault = OSError("gone")
+    assert users_backend.deleted == [("node-a:1", ["s1", "unknown"])]
+    users_backend.fault = OSError("gone")
     with pytest.raises(OSError, match="gone"):
         asyncio.run(RTensor.clear_node("node-a:1", ["s2"]))
     assert fetch_buffer_stats() == {"num_entries": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +12,10 @@ import torch
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, buffer_stats, get_backend, set_backend
+from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, buffer_stats, set_backend
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import http_backend, remote, with_settings
 from tests.support.bad_frames import BAD_FRAMES, PAIR
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, Step, cut, frame, frames_of, hanging_up, refusal, reply, whole
@@ -34,15 +34,7 @@ def placed(request: pytest.FixtureRequest) -> None:
     runtime.configure(config)
     if request.param == "through staging":
         runtime.current().cache = TensorCache(config, device=HostDevice(stages=True))
-    backend = get_backend()
-    assert isinstance(backend, HttpRTensorBackend)
-    with_settings(backend, retry_pause_s=0.0)
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
+    with_settings(http_backend(), retry_pause_s=0.0)
 
 
 def pair(address: str) -> list[RTensor]:
@@ -107,7 +99,7 @@ def check_other_shards(server: FaultServer) -> None:
     assert torch.equal(remote(server.address, "c", torch.arange(7)).to_local(), torch.arange(7))
 
 
-def test_a_fault_leaves_what_was_cached_before(serve: Callable[..., FaultServer]) -> None:
+def test_a_fault_leaves_earlier_shards_cached(serve: Callable[..., FaultServer]) -> None:
     server = serve(whole(frames_of({"c": torch.arange(7)})), cut(reply(BODY), len(BODY) - 1))
     kept = remote(server.address, "c", torch.arange(7)).to_local()
     check_failure(server.address)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, FetchError, MutatedError, TensorCache
-from gpu_cache.device.host import HostDevice
+from gpu_cache import FetchError, MutatedError
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.rtensor import RTensor, buffer_stats
 from gpu_cache.rpc.server import main as rpc_server
@@ -20,25 +17,11 @@ from tests.support.sources import same_bytes
 TENSORS = {"a": torch.randn(50, 20), "b": torch.arange(300)}
 
 
-@pytest.fixture(params=["into the pool", "through staging"])
-def placed(request: pytest.FixtureRequest) -> None:
-    runtime.configure(device="cpu")
-    if request.param == "through staging":
-        config = CacheConfig(staging_slots=2, staging_slot_bytes="4MiB", run_bytes="1MiB")
-        runtime.current().cache = TensorCache(config, device=HostDevice(stages=True))
-
-
 @pytest.fixture
 def owner() -> FakeOwner:
     owner = FakeOwner()
     owner.store.update(TENSORS)
     return owner
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as server:
-        yield server
 
 
 def localized(server: ServerHandle) -> dict[str, torch.Tensor]:

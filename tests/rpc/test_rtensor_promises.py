@@ -71,7 +71,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 @pytest.mark.parametrize("is_cached", [False, True], ids=["fetched", "cached"])
-def test_a_handle_never_gets_what_it_does_not_promise(way: Way, wrong: torch.Tensor, is_cached: bool) -> None:
+def test_a_handle_never_gets_other_bytes_than_promised(way: Way, wrong: torch.Tensor, is_cached: bool) -> None:
     if is_cached:
         assert same_bytes(way.handle("a", RIGHT).to_local(), RIGHT)
     bad, good = way.handle("a", wrong), way.handle("b", RIGHT)
@@ -236,7 +236,7 @@ def four_owners() -> Iterator[list[tuple[str, dict[str, torch.Tensor]]]]:
         yield [*found, ("127.0.0.1:1", {})]
 
 
-def test_whatever_is_asked_a_handle_gets_what_it_promises_or_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_handle_gets_its_promised_bytes_or_nothing(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     with four_owners() as owners:
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, FetchError, TensorCache
-from gpu_cache.device.host import HostDevice
-from gpu_cache.rpc import runtime
+from gpu_cache import FetchError
 from gpu_cache.rpc.rtensor import RTensor, buffer_stats, fetch_buffer_stats
-from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.shard import collect_leaves
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote
+from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import Exchange, FaultServer, frame, frames_of, hanging_up, json_of, reply, whole
 from tests.support.sources import same_bytes
@@ -28,32 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 Sample = namedtuple("Sample", "prompt answer")
 MIB = 1 << 20
-
-
-@pytest.fixture(params=["into the pool", "through staging"])
-def placed(request: pytest.FixtureRequest) -> None:
-    """Received straight into the pool's memory, or into staging buffers and copied, as on a GPU."""
-    runtime.configure(device="cpu")
-    if request.param == "through staging":
-        config = CacheConfig(staging_slots=2, staging_slot_bytes="4MiB", run_bytes="1MiB")
-        runtime.current().cache = TensorCache(config, device=HostDevice(stages=True))
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as server:
-        yield server
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
 
 
 def named(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -159,7 +130,7 @@ def test_a_partial_hit_asks_only_for_the_misses(serve: Callable[..., FaultServer
     assert server.wanted == [["shard-4", "shard-1"], ["shard-0", "shard-2", "shard-3"]]
 
 
-def test_results_are_paired_with_ids_whatever_their_order(serve: Callable[..., FaultServer]) -> None:
+def test_results_are_paired_with_ids_in_any_order(serve: Callable[..., FaultServer]) -> None:
     tensors = named([torch.full((5,), float(number)) for number in range(9)])
     backwards = lambda asked: reply(frame({name: tensors[name] for name in reversed(asked.shard_ids)}))  # noqa: E731
     server = serve(whole(backwards))

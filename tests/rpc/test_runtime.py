@@ -42,7 +42,7 @@ def server() -> Iterator[ServerHandle]:
         yield server
 
 
-def test_it_is_made_once_whoever_comes_first() -> None:
+def test_concurrent_first_callers_make_one_runtime() -> None:
     found: list[runtime.Runtime] = []
     run_threads([lambda: found.append(runtime.current())] * 20)
     assert len(set(map(id, found))) == 1

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import base64
-import json
 import struct
-from typing import Any
 
 import pytest
 import torch
 
 from gpu_cache.rpc.wire import serialization
-from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value, tensor_from_json, tensor_to_json
-from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
+from gpu_cache.rpc.wire.serialization import serialize_value, tensor_from_json, tensor_to_json
+from tests.support.wire_tensors import WIRE_DTYPES, encoded, patterned, raw_bytes, same_bits, through_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-
-def through_json(value: object) -> Any:
-    return deserialize_value(json.loads(json.dumps(serialize_value(value))))
-
-
-def encoded(shape: list[Any], dtype: str = "torch.uint8", data: object = "AAAA") -> dict[str, Any]:
-    return {"type": "tensor", "data": data, "shape": shape, "dtype": dtype}
 
 
 @pytest.mark.parametrize("dtype", WIRE_DTYPES, ids=str)

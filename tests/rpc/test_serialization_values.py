@@ -13,6 +13,7 @@ import torch
 
 from gpu_cache.rpc.wire import serialization
 from gpu_cache.rpc.wire.serialization import deserialize_value, register_dataclass, serialize_value
+from tests.support.wire_tensors import encoded, through_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -42,14 +43,6 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serialization, "_path_of_class", {})
     register_dataclass(RTENSOR, Handle)
     register_dataclass(SHARD_INFO, Info)
-
-
-def through_json(value: object) -> Any:
-    return deserialize_value(json.loads(json.dumps(serialize_value(value))))
-
-
-def encoded(shape: list[Any], dtype: str = "torch.uint8", data: object = "AAAA") -> dict[str, Any]:
-    return {"type": "tensor", "data": data, "shape": shape, "dtype": dtype}
 
 
 def test_containers_and_plain_values_pass_with_tuples_as_lists() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
@@ -20,38 +19,17 @@ from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import RTensor, fetch_buffer_stats, set_backend
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
-from tests.support.areal_fixtures import fault_servers, nothing_forgotten, remote, with_settings
+from tests.support.areal_fixtures import (
+    DONE,
+    THREE,
+    end_step,
+    handles,
+    with_settings,
+)
 from tests.support.fake_owner import FakeOwner
-from tests.support.fault_server import FaultServer, hanging_up, reply, silent, whole
+from tests.support.fault_server import FaultServer, hanging_up, silent, whole
 
-DONE = reply(b'{"status": "ok", "cleared_count": 1}', content_type="application/json")
-THREE = torch.ones(3)  # of 12 bytes
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., FaultServer]]:
-    with nothing_forgotten(), fault_servers() as start:
-        yield start
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def backend() -> Iterator[HttpRTensorBackend]:
-    """This process's, which does not wait for long."""
-    backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0, delete_timeout_s=0.2)
-    set_backend(backend)
-    yield backend
-    backend.close()
+pytestmark = pytest.mark.usefixtures("hasty_backend")
 
 
 @pytest.fixture
@@ -60,14 +38,6 @@ def opened() -> Iterator[threading.Event]:
     gate = threading.Event()
     yield gate
     gate.set()
-
-
-def handles(address: str, *shard_ids: Any) -> list[RTensor]:
-    return [remote(address, shard_id, THREE) for shard_id in shard_ids]
-
-
-def end_step(obj: Any, *consumers: Any, clearer: StepClearer | None = None) -> ClearReport:
-    return asyncio.run(RTensor.clear_everywhere(obj, consumers, clearer=clearer))
 
 
 def test_shards_of_a_dead_owner_go_along_with_the_next_step(server: ServerHandle, owner: FakeOwner) -> None:
@@ -247,7 +217,7 @@ def test_a_time_out_of_the_consumers_own_is_quoted(serve: Callable[..., FaultSer
     assert str(report.failures[0].error) == "its own"
 
 
-def test_whatever_a_consumer_raises_is_a_failure(serve: Callable[..., FaultServer]) -> None:
+def test_any_exception_of_a_consumer_is_a_failure(serve: Callable[..., FaultServer]) -> None:
     address = serve(whole(DONE)).address
     for error in (StopIteration("x"), SystemExit(3), KeyboardInterrupt()):
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from threading import Lock
 from typing import Any
 
@@ -10,23 +10,17 @@ import pytest
 import torch
 
 from gpu_cache.rpc import rtensor, runtime
-from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, remove, set_backend, store
+from gpu_cache.rpc.rtensor import RTensor, clear_fetch_buffer, remove, store
 from tests.support.threads import run_threads
 from tests.support.users_backend import UsersBackend, handle
 
 MAPPINGS = [(rtensor._fetch_buffer, rtensor._fetch_buffer_lock), (rtensor._storage, rtensor._storage_lock)]
 
 
-@pytest.fixture
-def backend() -> Iterator[UsersBackend]:
-    backend = UsersBackend()
-    set_backend(backend)
-    yield backend
-    set_backend(None)
-
-
 @pytest.mark.parametrize(("mapping", "lock"), MAPPINGS, ids=["cache", "store"])
-def test_each_is_a_mapping_also_for_who_holds_its_lock(mapping: MutableMapping[Any, torch.Tensor], lock: Lock) -> None:
+def test_each_is_a_mapping_also_while_the_caller_holds_its_lock(
+    mapping: MutableMapping[Any, torch.Tensor], lock: Lock
+) -> None:
     """As upstream's tests do."""
     with lock:
         mapping["x"] = torch.arange(3)
@@ -44,7 +38,7 @@ def test_each_is_a_mapping_also_for_who_holds_its_lock(mapping: MutableMapping[A
 
 
 @pytest.mark.parametrize(("mapping", "lock"), MAPPINGS, ids=["cache", "store"])
-def test_what_is_not_there_is_a_key_error(mapping: MutableMapping[Any, torch.Tensor], lock: Lock) -> None:
+def test_an_absent_shard_is_a_key_error(mapping: MutableMapping[Any, torch.Tensor], lock: Lock) -> None:
     with pytest.raises(KeyError, match="x"):
         mapping["x"]
     with pytest.raises(KeyError, match="x"):
@@ -53,7 +47,7 @@ def test_what_is_not_there_is_a_key_error(mapping: MutableMapping[Any, torch.Ten
         del mapping["x"]
 
 
-def test_locks_are_never_taken_by_our_own_code(backend: UsersBackend) -> None:
+def test_locks_are_never_taken_by_our_own_code(users_backend: UsersBackend) -> None:
     with rtensor._fetch_buffer_lock, rtensor._storage_lock:
         RTensor.localize(handle(1))
         store("mine", torch.ones(4))
@@ -63,10 +57,10 @@ def test_locks_are_never_taken_by_our_own_code(backend: UsersBackend) -> None:
     assert runtime.current().cache.keys() == []
 
 
-def test_a_shard_that_was_put_into_the_buffer_is_no_miss(backend: UsersBackend) -> None:
+def test_a_shard_that_was_put_into_the_buffer_is_no_miss(users_backend: UsersBackend) -> None:
     rtensor._fetch_buffer["s1"] = torch.tensor([8.0, 9.0])
     assert torch.equal(handle(1).to_local(), torch.tensor([8.0, 9.0]))
-    assert backend.fetched == []
+    assert users_backend.fetched == []
 
 
 def test_the_buffer_holds_a_copy() -> None:
@@ -78,11 +72,11 @@ def test_the_buffer_holds_a_copy() -> None:
     assert not rtensor._fetch_buffer["x"].requires_grad
 
 
-def test_what_cannot_be_a_key_is_not_in_the_buffer() -> None:
+def test_an_unhashable_id_is_not_in_the_buffer() -> None:
     assert ["x"] not in rtensor._fetch_buffer
 
 
-def test_popping_beside_who_clears_never_fails() -> None:
+def test_popping_beside_a_clear_never_fails() -> None:
     def put_and_pop() -> None:
         for _ in range(100):
             rtensor._fetch_buffer["x"] = torch.ones(3)

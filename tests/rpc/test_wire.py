@@ -15,15 +15,11 @@ from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire import frame as frames
 from gpu_cache.rpc.wire.frame import Frame, decode_frame, header_nbytes, parse_header, serials_of
-from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
+from tests.support.wire_tensors import WIRE_DTYPES, framed, patterned, raw_bytes, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 UNNAMED_DTYPES = {torch.complex32, torch.complex128, torch.float8_e8m0fnu}
-
-
-def encoded(*items: tuple[str, torch.Tensor]) -> bytes:
-    return b"".join(Frame(items))
 
 
 def header_of(frame: bytes) -> dict[str, Any]:
@@ -34,21 +30,21 @@ def header_of(frame: bytes) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", [(3, 5), (), (0,), (2, 0, 3), (70_000,)], ids=str)
 def test_every_dtype_and_shape_arrives_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = patterned(dtype, *shape)
-    arrived = decode_frame(encoded(("a shard", tensor)))
+    arrived = decode_frame(framed(("a shard", tensor)))
     assert list(arrived) == ["a shard"]
     assert same_bits(arrived["a shard"], tensor)
 
 
 def test_a_frame_of_all_dtypes_arrives_bit_for_bit() -> None:
     items = [(f"{dtype}/{seed}", patterned(dtype, 2, seed, seed=seed)) for seed in range(3) for dtype in WIRE_DTYPES]
-    arrived = decode_frame(encoded(*items))
+    arrived = decode_frame(framed(*items))
     assert arrived.keys() == dict(items).keys()
     assert [shard_id for shard_id, tensor in items if not same_bits(arrived[shard_id], tensor)] == []
 
 
 def test_all_bfloat16_patterns_arrive_bit_for_bit() -> None:
     tensor = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    assert same_bits(decode_frame(encoded(("x", tensor)))["x"], tensor)
+    assert same_bits(decode_frame(framed(("x", tensor)))["x"], tensor)
 
 
 @pytest.mark.parametrize("columns", [6, 40_000], ids=["joined", "uncopied"])
@@ -56,7 +52,7 @@ def test_memory_order_gradients_and_lazy_conjugation_do_not_show(columns: int) -
     tensor = patterned(torch.complex64, 4, columns)
     views = [tensor.t(), tensor[:, ::2], tensor[1:3, 2], tensor[3:, 1::columns], tensor.conj(), tensor.conj().imag]
     views.append(torch.nn.Parameter(torch.arange(float(columns))))
-    arrived = decode_frame(encoded(*((str(index), view) for index, view in enumerate(views))))
+    arrived = decode_frame(framed(*((str(index), view) for index, view in enumerate(views))))
     for index, view in enumerate(views):
         assert same_bits(arrived[str(index)], view.detach().resolve_conj().resolve_neg()), index
     assert not arrived["6"].requires_grad
@@ -67,7 +63,7 @@ def test_the_safetensors_library_reads_what_we_write(dtype: torch.dtype) -> None
     if dtype not in SAFETENSORS_DTYPES.values():
         pytest.skip(f"this release of safetensors has no name for {dtype}")
     first, second = patterned(dtype, 3, 5), patterned(dtype, 2, seed=1)
-    loaded = load(encoded(("x", first), ("y", second)))
+    loaded = load(framed(("x", first), ("y", second)))
     assert loaded.keys() == {"0", "1"}
     assert same_bits(loaded["0"], first)
     assert same_bits(loaded["1"], second)
@@ -76,7 +72,7 @@ def test_the_safetensors_library_reads_what_we_write(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", sorted(UNNAMED_DTYPES, key=str), ids=str)
 def test_a_dtype_without_a_name_is_raw_bytes_to_the_safetensors_library(dtype: torch.dtype) -> None:
     tensor = patterned(dtype, 2, 3)
-    frame = encoded(("x", torch.ones(1)), ("y", tensor))
+    frame = framed(("x", torch.ones(1)), ("y", tensor))
     assert load(frame)["1"].numpy().tobytes() == raw_bytes(tensor)
     raw = json.loads(header_of(frame)["__metadata__"]["raw"])
     assert raw == {"1": [str(dtype).removeprefix("torch."), [2, 3]]}
@@ -101,7 +97,7 @@ def test_bytes_are_packed_widest_dtype_first_and_in_request_order_within_one() -
         ("f1", patterned(torch.float32, 1, seed=1)),
         ("l0", patterned(torch.int64, 1)),
     ]
-    frame = encoded(*items)
+    frame = framed(*items)
     begins = {item[0]: header_of(frame)[str(index)]["data_offsets"][0] for index, item in enumerate(items)}
     by_place = sorted(begins, key=begins.__getitem__)
     assert by_place[:2] == ["c0", "l0"]
@@ -113,9 +109,7 @@ def test_bytes_are_packed_widest_dtype_first_and_in_request_order_within_one() -
 
 
 def test_entries_describe_the_shards_in_the_order_of_their_bytes() -> None:
-    frame = encoded(
-        ("half", patterned(torch.float16, 2, 2)), ("none", torch.empty(0)), ("raw", torch.ones(1).cdouble())
-    )
+    frame = framed(("half", patterned(torch.float16, 2, 2)), ("none", torch.empty(0)), ("raw", torch.ones(1).cdouble()))
     start = 8 + header_nbytes(frame[:8], len(frame))
     entries = parse_header(frame[8:start], len(frame) - start)
     assert [(each.key, each.dtype, each.shape, each.nbytes) for each in entries] == [
@@ -128,7 +122,7 @@ def test_entries_describe_the_shards_in_the_order_of_their_bytes() -> None:
 def test_ids_are_opaque() -> None:
     ids = ["0", "1", "__metadata__", "", "ids", 'quote"\\\n', "späť/%2F 🙂", "\ud800"]
     items = [(shard_id, torch.tensor([number])) for number, shard_id in enumerate(ids)]
-    arrived = decode_frame(encoded(*items))
+    arrived = decode_frame(framed(*items))
     assert {shard_id: tensor.item() for shard_id, tensor in arrived.items()} == dict(zip(ids, range(8), strict=True))
 
 
@@ -172,7 +166,7 @@ def test_a_shard_made_under_inference_mode_has_a_serial_too() -> None:
 
 
 def test_a_frame_without_an_owner_tells_no_serials() -> None:
-    assert serials_in(encoded(("a", torch.ones(3)))) == {}
+    assert serials_in(framed(("a", torch.ones(3)))) == {}
     (_, numbered), *_ = stored(a=torch.ones(3)).get_many(["a"])[0]
     mixed = b"".join(Frame([("a", numbered), ("b", torch.ones(2))]))
     assert serials_in(mixed) == {}
@@ -181,18 +175,18 @@ def test_a_frame_without_an_owner_tells_no_serials() -> None:
 
 @pytest.mark.parametrize("text", ["", "1.0", "1.0 2.0 3.0", "1.0  2.0", " "])
 def test_serials_for_other_shards_are_none(text: str) -> None:
-    frame = encoded(("a", torch.ones(3)), ("b", torch.ones(2)))
+    frame = framed(("a", torch.ones(3)), ("b", torch.ones(2)))
     header = header_of(frame)
     header["__metadata__"]["serials"] = text
     assert serials_of(json.dumps(header).encode()) == {}
 
 
-def test_a_header_is_known_again_whatever_the_serials_are() -> None:
+def test_a_header_is_recognised_with_other_serials() -> None:
     tensors = {"a": torch.ones(3), "b": torch.ones(2), "raw": torch.ones(1).cdouble()}
     specs = [ShardSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     foreseen = frames.Layout(list(tensors), specs, [frames.described(s.dtype, s.shape, s.nbytes) for s in specs])
     store = stored(**tensors)
-    for frame in (encoded(*tensors.items()), sent_by(store, *tensors)):
+    for frame in (framed(*tensors.items()), sent_by(store, *tensors)):
         header, length = frame[8 : 8 + header_nbytes(frame[:8], len(frame))], foreseen.payload_nbytes
         assert foreseen.is_of(header, length)
         assert not foreseen.is_of(header, length + 1)
@@ -205,7 +199,7 @@ def test_a_header_is_known_again_whatever_the_serials_are() -> None:
 
 
 def test_an_empty_frame_is_a_frame() -> None:
-    assert decode_frame(encoded()) == {}
+    assert decode_frame(framed()) == {}
 
 
 def test_the_length_is_known_before_the_parts_are_made() -> None:
@@ -234,7 +228,7 @@ def test_a_frame_keeps_its_tensors_after_they_left_the_store() -> None:
 
 
 def test_arrived_tensors_are_writable_and_have_memory_of_their_own() -> None:
-    buffer = bytearray(encoded(("x", torch.arange(3)), ("y", torch.arange(3))))
+    buffer = bytearray(framed(("x", torch.arange(3)), ("y", torch.arange(3))))
     arrived = decode_frame(buffer)
     buffer[-48:] = bytes(48)
     arrived["x"] += 1

@@ -15,13 +15,10 @@ from hypothesis import strategies as st
 from gpu_cache import ShardSpec
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.wire import frame as wire
-from gpu_cache.rpc.wire.frame import Frame, decode_frame, header_nbytes, parse_header
+from gpu_cache.rpc.wire.frame import decode_frame, header_nbytes, parse_header
+from tests.support.wire_tensors import framed
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-
-def encoded(*items: tuple[str, torch.Tensor]) -> bytes:
-    return b"".join(Frame(items))
 
 
 def entry(dtype: Any = "U8", shape: Any = (4,), begin: Any = 0, end: Any = 4) -> dict[str, Any]:
@@ -160,7 +157,7 @@ def test_more_tensors_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch
 )
 def test_a_frame_of_another_length_is_refused(damage: Callable[[bytes], bytes]) -> None:
     with pytest.raises(WireError):
-        decode_frame(damage(encoded(("x", torch.ones(3)))))
+        decode_frame(damage(framed(("x", torch.ones(3)))))
 
 
 JSON = st.recursive(
@@ -201,7 +198,7 @@ def test_only_wire_errors_escape_from_any_bytes(text: bytes, data_nbytes: int) -
 
 @given(at=st.integers(0, 200), value=st.integers(0, 255))
 def test_a_frame_with_one_byte_changed_is_refused_or_has_the_same_length(at: int, value: int) -> None:
-    frame = bytearray(encoded(("x", torch.ones(3)), ("y", torch.zeros(2, dtype=torch.int16))))
+    frame = bytearray(framed(("x", torch.ones(3)), ("y", torch.zeros(2, dtype=torch.int16))))
     frame[at % len(frame)] = value
     try:
         arrived = decode_frame(frame)

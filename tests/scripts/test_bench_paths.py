@@ -108,7 +108,7 @@ def device_paths(workload: Workload, trainers: Trainers) -> dict[str, Path]:
     return {path.name: path for path in gpu_paths(workload, trainers, Original(workload), part, link)}
 
 
-def test_paths_of_a_gpu_bring_what_they_should(device_paths: dict[str, Path], workload: Workload) -> None:
+def test_paths_of_a_gpu_bring_the_right_bytes(device_paths: dict[str, Path], workload: Workload) -> None:
     assert list(device_paths) == DEVICE_PATHS
     courses = run_rounds(list(device_paths.values()), Plan(2, 2, 0), a_meter(), lambda name: None)
     found = {row["path"]: row for row in rows("W1", workload.nbytes, courses)}

@@ -60,7 +60,7 @@ def test_a_row_that_was_not_run_has_no_figures() -> None:
     assert {verdict.words for verdict in targets.verdicts([], is_host=False)} == {"not measured"}
 
 
-def test_tables_show_targets_beside_figures_and_what_only_a_gpu_has() -> None:
+def test_tables_show_targets_beside_figures_and_rows_that_need_a_gpu() -> None:
     found, workload = full_rows(), make_workload("W1", 1 / 512)
     own = [row for row in found if row["workload"] == "W1"]
     own += [skipped_row("W1", Path.unavailable("own", "not here"))]
@@ -109,7 +109,7 @@ def test_the_chart_is_drawn_as_png_and_svg_the_same_each_time(tmp_path: FilePath
 
 
 @pytest.mark.parametrize("left_out", ["W1", "W3", "W4"])
-def test_a_chart_is_drawn_of_what_was_measured(left_out: str, tmp_path: FilePath) -> None:
+def test_a_chart_is_drawn_of_the_measurements(left_out: str, tmp_path: FilePath) -> None:
     rows = [row for row in full_rows() if row["workload"] != left_out]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert plot_benchmark.main([str(tmp_path / "rows.json"), "-o", str(tmp_path / "chart")]) == 0

@@ -73,12 +73,12 @@ def test_steps_trajectories_and_shards_are_counted(two_runs: Runs) -> None:
         assert len(figures["rewards"]) == figures["steps"]
 
 
-def test_bytes_over_the_wire_are_what_the_servers_sent(two_runs: Runs) -> None:
+def test_bytes_over_the_wire_equal_the_servers_count(two_runs: Runs) -> None:
     for figures in two_runs:
         assert figures["wire_bytes"] == figures["served_bytes"] > 0
 
 
-def test_saved_bytes_are_what_the_same_batches_cost_without_the_cache(two_runs: Runs) -> None:
+def test_saved_bytes_equal_the_cost_of_the_same_batches_without_the_cache(two_runs: Runs) -> None:
     a, b = two_runs
     assert a["rewards"][0] == b["rewards"][0], "equal seeds must bring equal batches"
     assert a["wire_bytes"] + a["saved_bytes"] == b["wire_bytes"] + b["saved_bytes"] + b["uncached_wire_bytes"]
@@ -202,7 +202,7 @@ def test_the_policy_is_small() -> None:
     assert Learner(torch.device("cpu"), 0).num_parameters < 1_000_000
 
 
-def test_a_fresh_policy_is_uniform_over_what_an_answer_may_contain() -> None:
+def test_a_fresh_policy_is_uniform_over_an_answers_tokens() -> None:
     logprobs = policy.Policy()(some_prompts(4).token_ids)
     allowed = [*range(10), task.STOP]
     assert torch.allclose(logprobs[..., allowed].exp(), torch.tensor(1 / 11))
@@ -247,7 +247,7 @@ def test_trajectories_are_cut_to_their_length_and_padded_back() -> None:
     assert whole.is_answer.sum() == (samples.lengths - prompts.lengths).sum()
 
 
-def test_an_update_makes_what_paid_likelier() -> None:
+def test_an_update_makes_rewarded_answers_likelier() -> None:
     learner = Learner(torch.device("cpu"), 0)
     prompts = some_prompts(8).repeated(learner._config.group_rows)
     batch = trajectory.trajectories(

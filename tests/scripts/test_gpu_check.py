@@ -478,7 +478,7 @@ def test_a_run_that_crashes_says_what_it_did_before(folder: Path) -> None:
     assert (run.fault, run.is_ok) == ("pytest ended with status -6", False)
 
 
-def test_a_run_that_hangs_is_killed_with_what_it_started() -> None:
+def test_a_hanging_run_is_killed_with_its_children() -> None:
     hanging = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     reader, writer = os.pipe()
     fault = suite._run([sys.executable, "-c", hanging], dict(os.environ), writer, 1.0)

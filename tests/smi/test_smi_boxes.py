@@ -17,12 +17,6 @@ WIDTHS = pytest.mark.parametrize("width", [80, 100])
 
 
 @pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
-
-
-@pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
     """Without a driver."""
     with machine(tmp_path, monkeypatch, capsys, FakeNvml(failure=12)) as made:
@@ -97,7 +91,7 @@ def styles(node: Machine) -> dict[str, set[str]]:
     return found
 
 
-def test_red_are_hung_leak_and_errors_yellow_what_is_old_dim_the_dead(node: Machine) -> None:
+def test_hung_leak_and_errors_are_red_old_is_yellow_dead_is_dim(node: Machine) -> None:
     add_trainers(node.folder)
     found = styles(node)
     assert found["red"] == {"LEAK", "HUNG", "17"}

@@ -15,18 +15,13 @@ from typing import Any
 import pytest
 
 from gpu_cache.smi import leaks
-from tests.support.smi_machine import Machine, add_trainers, machine, matches_golden
+from tests.support.smi_machine import Machine, add_trainers, matches_golden
 from tests.support.smi_reports import report
+
+pytestmark = pytest.mark.usefixtures("patient")
 
 WIDTHS = pytest.mark.parametrize("width", [80, 100])
 MIB = 1 << 20
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    monkeypatch.setattr(leaks, "ANSWER_TIMEOUT_S", 30.0)  # a machine may be busy
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 def leak(number: int, **changes: Any) -> dict[str, Any]:
@@ -150,7 +145,7 @@ def names(node: Machine) -> set[str]:
     return {path.name.rpartition("-")[0] for path in node.folder.path.iterdir()}
 
 
-def test_gc_removes_what_the_dead_left(node: Machine) -> None:
+def test_gc_removes_reports_of_dead_processes(node: Machine) -> None:
     add_trainers(node.folder)
     node.folder.write("actor-9-1-ffffff", "{")
     (node.folder.path / "actor-6-41879-0a1b2c.leaks.json").touch()
@@ -163,7 +158,7 @@ def test_gc_removes_what_the_dead_left(node: Machine) -> None:
     assert names(node) == {f"actor-{rank}-{41873 + rank}" for rank in (0, 1, 2, 3, 4, 5, 7)}
 
 
-def test_gc_spares_who_took_its_lock_meanwhile(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_spares_a_process_that_took_its_lock_meanwhile(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     path = node.folder.add(report(6), is_alive=False)
     look = node.observer.look
 

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,6 @@ from tests.support.smi_reports import report
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = pytest.mark.parametrize("width", [80, 100])
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 def tool(*arguments: str, folder: Path, script: str = "-m gpu_cache.smi") -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ from tests.support.smi_reports import NOW, TIB, report
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 def parsed(text: str) -> Samples:
@@ -192,7 +185,7 @@ def scrape(port: int, text: str) -> tuple[str, str]:
         return head, body
 
 
-def test_the_exporter_speaks_openmetrics_to_those_who_ask(node: Machine) -> None:
+def test_the_exporter_speaks_openmetrics_on_request(node: Machine) -> None:
     with exposition.serving(node.look, "127.0.0.1", 0) as port:
         asked = "GET /metrics HTTP/1.1\nHost: localhost\nAccept: application/openmetrics-text; version=1.0.0\n\n"
         head, body = scrape(port, asked)
@@ -296,7 +289,7 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
     return targets + [variable["definition"] for variable in dashboard["templating"]["list"][1:]]
 
 
-def test_the_dashboard_asks_for_what_there_is() -> None:
+def test_the_dashboard_asks_for_exported_metrics() -> None:
     dashboard = json.loads((DASHBOARDS / "grafana.json").read_text())
     asked = asked_for("\n".join(expressions(dashboard)))
     assert asked <= names_of()
@@ -318,7 +311,7 @@ def test_the_dashboard_has_its_rows_and_variables() -> None:
             assert label in labels | {"instance"}, expression
 
 
-def test_alerts_ask_for_what_there_is() -> None:
+def test_alerts_ask_for_exported_metrics() -> None:
     text = (DASHBOARDS / "alerts.yml").read_text()
     assert asked_for(text) <= names_of()
     assert len(re.findall(r"^      - alert: ", text, re.M)) == 5

@@ -17,7 +17,7 @@ from gpu_cache.smi import locks
 from gpu_cache.smi.folder import folders, read_folders
 from gpu_cache.smi.node import Observer
 from gpu_cache.smi.nvml import Nvml
-from tests.support.smi_machine import Machine, add_trainers, machine
+from tests.support.smi_machine import Machine, add_trainers
 from tests.support.smi_nvml import FakeNvml
 from tests.support.smi_reports import NOW, report
 
@@ -28,12 +28,6 @@ fcntl.flock(lock, fcntl.LOCK_EX)
 print("ready", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_without_the_python_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (devices.code, devices.problem) == (12, "No module named 'pynvml'")
 
 
-def test_the_real_package_has_what_is_asked_of_it() -> None:
+def test_the_real_package_has_every_name_that_the_tool_uses() -> None:
     pynvml = importlib.import_module("pynvml")
     asked = [name for name in dir(FakeNvml) if name.startswith("nvml")]
     assert [name for name in asked if not hasattr(pynvml, name)] == []

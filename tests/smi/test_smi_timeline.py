@@ -7,24 +7,17 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gpu_cache.smi import recording, timeline
 from tests.support import smi_recording
-from tests.support.smi_machine import Machine, add_trainers, machine
+from tests.support.smi_machine import Machine, add_trainers
 from tests.support.smi_recording import LEAK_MIB, MIB, SOURCES, samples
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DRAW_S = 60
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 def test_a_recording_is_a_line_for_each_look(node: Machine, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,16 +10,10 @@ from gpu_cache import units
 from gpu_cache.smi import figures
 from gpu_cache.smi.leaks import short_dtype, short_key
 from gpu_cache.smi.sources import host_of, quantile_of
-from tests.support.smi_machine import Machine, machine
+from tests.support.smi_machine import Machine
 from tests.support.smi_reports import report
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 @pytest.mark.parametrize(

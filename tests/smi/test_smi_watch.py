@@ -25,7 +25,7 @@ from gpu_cache.smi import graphs, history
 from gpu_cache.smi.frame import Size, frame
 from gpu_cache.smi.history import History
 from gpu_cache.smi.view import MIN_INTERVAL_S, View
-from tests.support.smi_machine import Machine, add_trainers, machine, matches_golden
+from tests.support.smi_machine import Machine, add_trainers, matches_golden
 from tests.support.smi_reports import DEAD_S, NOW, dead_trainer, report, trainers
 
 ROOT = Path(__file__).parents[2]
@@ -33,12 +33,6 @@ WIDE = Size(100, 40)
 SIZES = pytest.mark.parametrize("size", [Size(80, 30), WIDE], ids=["80", "100"])
 # GB fetched in each second of a step, over and over.
 STEP_GB = [0, 0, 2, 10, 11, 9, 0, 0, 0, 0, 0, 0]
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Machine]:
-    with machine(tmp_path, monkeypatch, capsys) as made:
-        yield made
 
 
 def a_minute(node: Machine, seconds: int = 60) -> History:
@@ -141,7 +135,7 @@ def test_a_filter_is_typed() -> None:
     assert pressed(*"/a\x01b").filter == "ab"
 
 
-def test_what_is_shown_follows_sort_and_filter(node: Machine) -> None:
+def test_rows_follow_sort_and_filter(node: Machine) -> None:
     add_trainers(node.folder)
 
     def shown(*keys: str) -> list[int | None]:

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from gpu_cache.rpc.clearing import ClearReport, StepClearer
 from gpu_cache.rpc.client.connection import HttpAnswer, NodeConnection
 from gpu_cache.rpc.client.http import HttpRTensorBackend
-from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo
-from tests.support.fault_server import FaultServer
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, get_backend
+from tests.support.fault_server import FaultServer, reply
 
 LONG_S = 60.0  # a time-out that no test lives to see
+DONE = reply(b'{"status": "ok", "cleared_count": 1}', content_type="application/json")
+THREE = torch.ones(3)  # of 12 bytes
 
 
 @contextlib.contextmanager
@@ -71,6 +74,22 @@ def remote(address: str, shard_id: str, like: torch.Tensor) -> RTensor:
 def with_settings(backend: HttpRTensorBackend, **settings: Any) -> HttpRTensorBackend:
     backend._settings = dataclasses.replace(backend._settings, **settings)
     return backend
+
+
+def http_backend() -> HttpRTensorBackend:
+    """This process's backend."""
+    backend = get_backend()
+    assert isinstance(backend, HttpRTensorBackend)
+    return backend
+
+
+def handles(address: str, *shard_ids: Any) -> list[RTensor]:
+    """Handles of shards of 12 bytes."""
+    return [remote(address, shard_id, THREE) for shard_id in shard_ids]
+
+
+def end_step(obj: Any, *consumers: Any, clearer: StepClearer | None = None) -> ClearReport:
+    return asyncio.run(RTensor.clear_everywhere(obj, consumers, clearer=clearer))
 
 
 def delete(backend: HttpRTensorBackend, address: str, *shard_ids: Any) -> Any:

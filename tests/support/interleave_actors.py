@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import queue
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -217,16 +216,6 @@ def watched() -> Iterator[None]:
         patched.setattr(Fetch, "wait", watched_wait)
         patched.setattr(ReaderTask, "_run_noted", watched_run)
         yield
-
-
-@contextlib.contextmanager
-def few_objects() -> Iterator[None]:
-    """Collect garbage only where a test asks for it, and look only at what it made."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def in_background(call: Callable[[], Any]) -> Future[Any]:

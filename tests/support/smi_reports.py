@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
@@ -105,77 +106,85 @@ def source(entries: int, resident_mib: int, fetched: float, speed: float, latenc
     }
 
 
+_FIGURES: dict[str, Any] = {
+    "num_entries": 1536,
+    "num_tensors": 1536,
+    "total_bytes": (12288 + 7680) * MIB,
+    "device_bytes": 12288 * MIB,
+    "device_reserved_bytes": 20480 * MIB,
+    "device_capacity_bytes": 20480 * MIB,
+    "device_peak_bytes": 14000 * MIB,
+    "device_largest_free_bytes": 7000 * MIB,
+    "pinned_bytes": 128 * MIB,
+    "pinned_capacity_bytes": 2048 * MIB,
+    "is_pinned": 1,
+    "pinned_wait_seconds": 3.5,
+    "host_bytes": 7680 * MIB,
+    "host_capacity_bytes": 65536 * MIB,
+    "requested": 15_348_000,
+    "hits": 14_857_000,
+    "joined": 1_000,
+    "misses": 490_000,
+    "cleared": 400_000,
+    "cleared_bytes": 3 * TIB,
+    "evictions": 12,
+    "evicted_bytes": 96 * MIB,
+    "fetches": 61_000,
+    "fetch_bytes": 4_120_000_000_000,
+    "fetch_busy_seconds": 361.2,
+    "copies": 61_000,
+    "h2d_bytes": 4_120_000_000_000,
+    "h2d_busy_seconds": 171.0,
+    "oldest_entry_age_seconds": 37.8,
+    "clears": 260,
+}
+_RATES: dict[str, Any] = {
+    "fetch_bytes_per_second": 11.4e9,
+    "fetch_window_age_seconds": 2.5,
+    "fetch_bytes_per_wall_second": 1.9e9,
+    "h2d_bytes_per_second": 24.1e9,
+    "h2d_window_age_seconds": 2.5,
+    "h2d_bytes_per_wall_second": 1.9e9,
+    "evictions_per_second": 0.0,
+    "pinned_wait_seconds_per_second": 0.0002,
+    "overflows": 0,
+    "alloc_failures": 0,
+}
+_IDENTITY: dict[str, Any] = {
+    "schema_version": 1,
+    "seq": 5421,
+    "unix_time": NOW - 0.41,
+    "start_time": NOW - 5421,
+    "hostname": "gpu-a-017",
+    "role": "actor",
+    "device": "cuda:0",
+    "gpu_name": "NVIDIA H200",
+    "version": "0.1.0",
+    "config": {"pool_bytes": 20480 * MIB},
+    "histograms": {
+        "fetch_duration_seconds": {"counts": [0, 0, 0, 600, 400, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "sum": 4.5},
+        "entry_size_bytes": {"counts": [0, 0, 10, 500, 1026, 0, 0, 0, 0, 0], "sum": 12288 * MIB},
+    },
+    "survivors": [],
+    "outlived_max_clears": 0,
+    "sources": {},
+}
+
+
 def report(index: int, **changes: Any) -> dict[str, Any]:
     """That of actor/0, on another GPU, with changes; keys of `rates_10s` may be given by their own name."""
-    figures = {
-        "num_entries": 1536,
-        "num_tensors": 1536,
-        "total_bytes": (12288 + 7680) * MIB,
-        "device_bytes": 12288 * MIB,
-        "device_reserved_bytes": 20480 * MIB,
-        "device_capacity_bytes": 20480 * MIB,
-        "device_peak_bytes": 14000 * MIB,
-        "device_largest_free_bytes": 7000 * MIB,
-        "pinned_bytes": 128 * MIB,
-        "pinned_capacity_bytes": 2048 * MIB,
-        "is_pinned": 1,
-        "pinned_wait_seconds": 3.5,
-        "host_bytes": 7680 * MIB,
-        "host_capacity_bytes": 65536 * MIB,
-        "requested": 15_348_000,
-        "hits": 14_857_000,
-        "joined": 1_000,
-        "misses": 490_000,
-        "cleared": 400_000,
-        "cleared_bytes": 3 * TIB,
-        "evictions": 12,
-        "evicted_bytes": 96 * MIB,
-        "fetches": 61_000,
-        "fetch_bytes": 4_120_000_000_000,
-        "fetch_busy_seconds": 361.2,
-        "copies": 61_000,
-        "h2d_bytes": 4_120_000_000_000,
-        "h2d_busy_seconds": 171.0,
-        "oldest_entry_age_seconds": 37.8,
-        "clears": 260,
-    }
-    rates = {
-        "fetch_bytes_per_second": 11.4e9,
-        "fetch_window_age_seconds": 2.5,
-        "fetch_bytes_per_wall_second": 1.9e9,
-        "h2d_bytes_per_second": 24.1e9,
-        "h2d_window_age_seconds": 2.5,
-        "h2d_bytes_per_wall_second": 1.9e9,
-        "evictions_per_second": 0.0,
-        "pinned_wait_seconds_per_second": 0.0002,
-        "overflows": 0,
-        "alloc_failures": 0,
-    }
-    identity = {
-        "schema_version": 1,
-        "seq": 5421,
-        "unix_time": NOW - 0.41,
+    own_rates = {key: changes.pop(key) for key in list(changes) if key in _RATES}
+    made = {**buffer_stats_of(_FIGURES), **_IDENTITY, **_place(index), "rates_10s": _RATES | own_rates} | changes
+    return copy.deepcopy(made)
+
+
+def _place(index: int) -> dict[str, Any]:
+    return {
         "pid": FIRST_PID + index,
-        "start_time": NOW - 5421,
-        "hostname": "gpu-a-017",
-        "role": "actor",
         "rank": index,
-        "device": "cuda:0",
         "gpu_uuid": uuid(index),
         "pci_bus_id": f"0000:{index:02x}:00.0",
-        "gpu_name": "NVIDIA H200",
-        "version": "0.1.0",
-        "config": {"pool_bytes": 20480 * MIB},
-        "histograms": {
-            "fetch_duration_seconds": {"counts": [0, 0, 0, 600, 400, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], "sum": 4.5},
-            "entry_size_bytes": {"counts": [0, 0, 10, 500, 1026, 0, 0, 0, 0, 0], "sum": 12288 * MIB},
-        },
-        "survivors": [],
-        "outlived_max_clears": 0,
-        "sources": {},
     }
-    own_rates = {key: changes.pop(key) for key in list(changes) if key in rates}
-    return {**buffer_stats_of(figures), **identity, "rates_10s": rates | own_rates} | changes
 
 
 # Of ranks 0 to 5 and 7: pool in MiB, entries, hit ratio, fetch and h2d GB/s, age of the oldest.

@@ -28,14 +28,20 @@ SHARDS: dict[Hashable, torch.Tensor] = {
 KINDS = ["host", "staged host", "simulated", "fake cuda"]
 
 
-def cache_on(kind: str, tmp_path: Path, config: CacheConfig = CONFIG) -> Iterator[TensorCache]:
+def cache_on_fake(cuda: FakeCuda, tmp_path: Path, config: CacheConfig) -> Iterator[TensorCache]:
+    """A cache on a fake GPU, for a fixture: says at the end what the fake found wrong."""
+    device = cuda_device(cuda, tmp_path)
+    cache = TensorCache(config, device=device)
+    yield cache
+    cache.close()
+    device.fence_streams()
+    assert not cuda.violations
+
+
+def cache_on(kind: str, tmp_path: Path, config: CacheConfig) -> Iterator[TensorCache]:
     """A cache on one of `KINDS`, for a fixture: says at the end what the device found wrong."""
     if kind == "fake cuda":
-        device = cuda_device(FakeCuda(), tmp_path)
-        cache = TensorCache(config, device=device)
-        yield cache
-        cache.close()
-        assert not device._cuda.violations
+        yield from cache_on_fake(FakeCuda(), tmp_path, config)
     elif kind == "simulated":
         simulated = SimDevice(seed=3)
         cache = TensorCache(config, device=simulated)

@@ -1,10 +1,15 @@
-"""Tensors of every dtype that travels, and a comparison by bits."""
+"""Tensors of every dtype that travels, their forms on the wire, and a comparison by bits."""
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import torch
+
+from gpu_cache.rpc.wire.frame import Frame
+from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value
 
 WIRE_DTYPES = [
     torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32,
@@ -28,3 +33,16 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and raw_bytes(one) == raw_bytes(other)
+
+
+def through_json(value: object) -> Any:
+    return deserialize_value(json.loads(json.dumps(serialize_value(value))))
+
+
+def encoded(shape: list[Any], dtype: str = "torch.uint8", data: object = "AAAA") -> dict[str, Any]:
+    """A tensor as JSON, right or wrong."""
+    return {"type": "tensor", "data": data, "shape": shape, "dtype": dtype}
+
+
+def framed(*items: tuple[str, torch.Tensor]) -> bytes:
+    return b"".join(Frame(items))

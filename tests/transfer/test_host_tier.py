@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +11,7 @@ from gpu_cache import FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, same_bytes
-from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, parked, run_of
-
-
-@pytest.fixture
-def source() -> DictSource:
-    return DictSource(SHARDS)
-
-
-@pytest.fixture(params=KINDS)
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    yield from cache_on(request.param, tmp_path)
+from tests.support.tier_scene import CONFIG, KIB, SHARDS, fill, parked, run_of
 
 
 def test_an_evicted_shard_comes_back_without_a_fetch(cache: TensorCache, source: DictSource) -> None:
@@ -43,7 +31,7 @@ def test_an_evicted_shard_comes_back_without_a_fetch(cache: TensorCache, source:
     assert stats["total_bytes"] == 24 * 2000
 
 
-def test_the_tier_drops_what_was_used_longest_ago(cache: TensorCache, source: DictSource) -> None:
+def test_the_tier_drops_the_least_recently_used_shard(cache: TensorCache, source: DictSource) -> None:
     fill(cache, source, "abcdefghijkl")
     fill(cache, source, "l")
     assert parked(cache) == {key for name in "abcdefgh" for key in run_of(name)}
@@ -129,7 +117,7 @@ def test_nothing_is_waited_for_where_there_is_room_in_the_tier(source: DictSourc
     assert device.faults == []
 
 
-def test_a_clear_wins_over_what_is_on_its_way_back(source: DictSource) -> None:
+def test_a_clear_wins_over_a_shard_on_its_way_back(source: DictSource) -> None:
     cache = TensorCache(CONFIG, device=SimDevice())
     fill(cache, source, "abcdef")
     claim = cache._index.claim(["a0"])

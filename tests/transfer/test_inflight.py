@@ -79,7 +79,7 @@ def test_no_reader_overtakes_one_that_waits() -> None:
     assert budget.stats()["inflight_wait_seconds"] > 0
 
 
-def test_what_one_leaves_may_be_enough_for_several() -> None:
+def test_one_release_may_serve_several_waiters() -> None:
     budget = InflightBudget(10)
     first, *others = [Holder(budget, nbytes) for nbytes in (10, 3, 3, 3, 3)]
     assert not any(has_it(*others))
@@ -89,7 +89,7 @@ def test_what_one_leaves_may_be_enough_for_several() -> None:
         holder.let_go()
 
 
-def test_what_is_larger_than_the_budget_is_granted_alone() -> None:
+def test_a_request_larger_than_the_budget_is_granted_alone() -> None:
     budget = InflightBudget(10)
     first, huge, after = Holder(budget, 1), Holder(budget, 1000), Holder(budget, 1)
     assert has_it(huge, after) == [False, False]
@@ -100,7 +100,7 @@ def test_what_is_larger_than_the_budget_is_granted_alone() -> None:
     after.let_go()
 
 
-def test_who_waits_too_long_says_so_in_numbers_and_lets_the_next_one_by() -> None:
+def test_a_waiter_that_gives_up_says_so_in_numbers_and_lets_the_next_one_by() -> None:
     budget = InflightBudget(10)
     first, late, after = Holder(budget, 6), Holder(budget, 1000, timeout_s=0.1), Holder(budget, 4)
     error = late.done.exception(LONG_S)
@@ -114,7 +114,7 @@ def test_who_waits_too_long_says_so_in_numbers_and_lets_the_next_one_by() -> Non
     after.let_go()
 
 
-def test_who_is_given_up_leaves_the_queue() -> None:
+def test_an_abandoned_waiter_leaves_the_queue() -> None:
     budget = InflightBudget(10)
     first, given_up, after = Holder(budget, 6), Holder(budget, 5), Holder(budget, 4)
     given_up.turn.is_given_up = True
@@ -233,7 +233,7 @@ def one_that_holds_all(cache: TensorCache) -> Iterator[Callable[[], None]]:
     let_go()
 
 
-def test_who_waits_in_vain_gives_up_in_time_and_leaves_nothing(cache: TensorCache) -> None:
+def test_a_waiter_gives_up_in_time_and_leaves_nothing(cache: TensorCache) -> None:
     with one_that_holds_all(cache) as let_go:
         with pytest.raises(FetchError) as caught:
             cache.get_many(list(SMALL), DictSource(SMALL), timeout_s=0.1)

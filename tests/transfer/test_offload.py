@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, TensorCache, TransferError, TrimReport, reaper
+from gpu_cache import CacheConfig, TensorCache, TransferError, TrimReport
 from gpu_cache.config import MIB
 from gpu_cache.device.cuda import CudaDevice
-from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource
+from tests.support.tier_scene import cache_on_fake
+
+pytestmark = pytest.mark.usefixtures("no_reaper")
 
 CONFIG = CacheConfig(
     slab_bytes=MIB, pool_bytes=4 * MIB, prealloc_bytes=2 * MIB, staging_slots=2, staging_slot_bytes=MIB, run_bytes=MIB
@@ -24,22 +26,8 @@ SOURCE = DictSource(SHARDS)
 
 
 @pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No reaper that gives back between two looks."""
-    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)
-
-
-@pytest.fixture
 def cache(cuda: FakeCuda, tmp_path: Path) -> Iterator[TensorCache]:
-    cache = TensorCache(CONFIG, device=cuda_device(cuda, tmp_path))
-    yield cache
-    cache.close()
-    assert not cuda.violations
+    yield from cache_on_fake(cuda, tmp_path, CONFIG)
 
 
 def reserved(cuda: FakeCuda, cache: TensorCache) -> int:
@@ -79,7 +67,7 @@ def test_a_slab_whose_shard_is_held_stays_and_goes_when_it_is_let_go(cuda: FakeC
     assert reserved(cuda, cache) == 0
 
 
-def test_offload_waits_for_what_reads() -> None:
+def test_offload_waits_for_readers() -> None:
     device = SimDevice()
     device.adversary.begin()
     cache = TensorCache(CONFIG, device=device)

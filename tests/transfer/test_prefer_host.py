@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,17 +13,12 @@ from gpu_cache.device.host import HostDevice
 from gpu_cache.errors import MutatedError, TransferError
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, same_bytes
-from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, cache_on, fill, is_in, on_host, parked, run_of
+from tests.support.tier_scene import CONFIG, KIB, KINDS, SHARDS, fill, is_in, on_host, parked, run_of
 
 
 @pytest.fixture
 def source() -> DictSource:
     return DictSource({**SHARDS, "empty": torch.empty(0, 3)})
-
-
-@pytest.fixture(params=KINDS)
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    yield from cache_on(request.param, tmp_path)
 
 
 def test_missing_shards_are_received_on_the_host_and_take_nothing_of_the_device(
@@ -207,7 +200,7 @@ def test_the_other_policies_hold_there_too(source: DictSource) -> None:
     assert parked(lax) == set()
 
 
-def test_checksums_see_what_torch_does_not_count(source: DictSource) -> None:
+def test_checksums_see_writes_that_torch_does_not_count(source: DictSource) -> None:
     cache = TensorCache(dataclasses.replace(CONFIG, debug_checksum=True), device=HostDevice(stages=True))
     (tensor,) = cache.get_many(["a1"], source, prefer="host")
     tensor.numpy()[0] = -1
@@ -215,7 +208,7 @@ def test_checksums_see_what_torch_does_not_count(source: DictSource) -> None:
     assert len(source.asked) == 2
 
 
-def test_a_capture_gets_what_is_in_the_tier_and_nothing_else(source: DictSource) -> None:
+def test_a_capture_gets_shards_of_the_tier_and_nothing_else(source: DictSource) -> None:
     device = SimDevice()
     cache = TensorCache(CONFIG, device=device)
     on_host(cache, source, "a")
@@ -230,7 +223,7 @@ def test_a_capture_gets_what_is_in_the_tier_and_nothing_else(source: DictSource)
     assert device.faults == []
 
 
-def test_offload_leaves_it_and_close_leaves_what_is_held(cache: TensorCache, source: DictSource) -> None:
+def test_offload_leaves_the_tier_and_close_leaves_held_shards(cache: TensorCache, source: DictSource) -> None:
     held = on_host(cache, source, "ab")[:2]
     fill(cache, source, "c")
     cache.offload()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,7 @@ from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, GatedReader, gated, same_bytes
 from tests.support.tier_scene import (
     CONFIG,
-    KINDS,
     SHARDS,
-    cache_on,
     fill,
     is_in,
     on_host,
@@ -32,16 +29,6 @@ from tests.support.tier_scene import (
     stands,
     wait_for_joins,
 )
-
-
-@pytest.fixture
-def source() -> DictSource:
-    return DictSource(SHARDS)
-
-
-@pytest.fixture(params=KINDS)
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TensorCache]:
-    yield from cache_on(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -70,7 +57,7 @@ class Gate:
         self._gate.set()
 
 
-def test_who_writes_while_it_is_copied_harms_only_who_waited(source: DictSource) -> None:
+def test_a_write_during_the_copy_harms_only_its_waiters(source: DictSource) -> None:
     device = SimDevice()
     cache = TensorCache(CONFIG, device=device)
     (held,) = cache.get_many(["a1"], source, prefer="host")
@@ -86,7 +73,7 @@ def test_who_writes_while_it_is_copied_harms_only_who_waited(source: DictSource)
 
 
 @pytest.mark.parametrize("prefers", ["device", "host"])
-def test_who_joins_a_fetch_for_the_other_place(cache: TensorCache, source: DictSource, prefers: str) -> None:
+def test_a_call_joins_a_fetch_for_the_other_tier(cache: TensorCache, source: DictSource, prefers: str) -> None:
     """A call for the device copies what came to the host; one for the host takes what came to the device."""
     first, second = ("host", "device") if prefers == "device" else ("device", "host")
     readers = gated(source)
@@ -174,7 +161,7 @@ def test_a_storage_that_is_swapped_while_it_is_copied(staged: TensorCache, sourc
     assert len(others) == 3
 
 
-def test_a_block_that_died_and_is_known_still_is_not_cached_as_what_took_its_place(
+def test_a_dead_block_is_not_cached_as_its_successor(
     staged: TensorCache, source: DictSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (held,) = staged.get_many(["b1"], source, prefer="host")
@@ -201,7 +188,7 @@ def test_a_block_that_died_and_is_known_still_is_not_cached_as_what_took_its_pla
     assert same_bytes(staged.get_many(["b1"], source)[0], SHARDS["b1"])
 
 
-def test_what_died_while_it_was_evicted_is_copied_from_where_its_bytes_went(source: DictSource) -> None:
+def test_a_shard_that_died_during_its_eviction_is_copied_from_its_new_place(source: DictSource) -> None:
     cache = TensorCache(CONFIG, device=HostDevice())
     fill(cache, source, "a")
     engine = cache._lazy.open()
@@ -217,7 +204,7 @@ def test_what_died_while_it_was_evicted_is_copied_from_where_its_bytes_went(sour
     pool.abandon(taken)
 
 
-def test_what_is_in_the_tier_waits_for_nobodys_copy(staged: TensorCache, source: DictSource) -> None:
+def test_a_hit_in_the_tier_waits_for_no_copy(staged: TensorCache, source: DictSource) -> None:
     (held,) = staged.get_many(["b1"], source, prefer="host")
     gate = Gate(staged)
     copying = in_background(lambda: staged.get_many(["b1"], source))
@@ -229,7 +216,7 @@ def test_what_is_in_the_tier_waits_for_nobodys_copy(staged: TensorCache, source:
     assert parked(staged) == {"b1"}
 
 
-def test_what_came_to_the_other_place_is_no_failure(staged: TensorCache, source: DictSource) -> None:
+def test_a_shard_that_landed_in_the_other_tier_is_no_failure(staged: TensorCache, source: DictSource) -> None:
     readers = gated(source)
     fetching = in_background(lambda: staged.get_many(["a0"], source, prefer="host"))
     stands(readers, 1)
@@ -258,7 +245,7 @@ def test_no_call_goes_on_beyond_its_time(staged: TensorCache, source: DictSource
     assert len(fetching.result(10)) == 1
 
 
-def test_a_prefetch_brings_what_there_is_room_for(staged: TensorCache, source: DictSource) -> None:
+def test_a_prefetch_brings_the_shards_that_fit(staged: TensorCache, source: DictSource) -> None:
     held = on_host(staged, source, "a")
     with pytest.raises(FetchError, match=r"raise host_tier_bytes \(GPU_CACHE_HOST_TIER_BYTES\)") as caught:
         staged.prefetch([key for name in "bcdefghi" for key in run_of(name)], source, prefer="host").result(10)
@@ -295,7 +282,7 @@ def test_a_written_shard_is_not_copied_back(staged: TensorCache, source: DictSou
     assert (parked(staged), staged.buffer_stats()["mutations"]) == (set(), 1)
 
 
-def test_a_forked_child_may_read_what_the_host_cached_for_itself(source: DictSource) -> None:
+def test_a_forked_child_may_read_a_held_host_shard(source: DictSource) -> None:
     cache = TensorCache(CONFIG, device=HostDevice())
     (held,) = cache.get_many(["b1"], source, prefer="host")
     pid = os.fork()
@@ -323,9 +310,7 @@ def follow(cache: TensorCache, source: DictSource, readers: list[GatedReader]) -
     return fetching, following
 
 
-def test_a_call_for_the_device_fetches_what_another_failed_to_bring_to_the_host(
-    staged: TensorCache, source: DictSource
-) -> None:
+def test_a_call_for_the_device_retries_a_failed_fetch_for_the_host(staged: TensorCache, source: DictSource) -> None:
     def fail() -> None:
         raise FetchError("the connection broke")
 

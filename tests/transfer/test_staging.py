@@ -61,7 +61,7 @@ def test_a_waiter_gets_the_slot_that_comes_back() -> None:
     assert got == [slot]
 
 
-def test_closing_wakes_the_waiting_and_frees_what_comes_back() -> None:
+def test_closing_wakes_waiters_and_frees_returned_slots() -> None:
     ring = host_ring(CacheConfig(staging_slots=1, staging_slot_bytes=MIB, run_bytes=4096))
     slot = ring.acquire(1.0)
     errors: list[Exception] = []

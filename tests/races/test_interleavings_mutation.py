@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,24 +11,12 @@ import torch
 from gpu_cache import CacheClosedError, FetchError
 from gpu_cache.device.host import HostDevice
 from gpu_cache.transfer.fetch import Fetch
-from tests.support.interleave_actors import PATIENCE_S, few_objects, in_background
+from tests.support.interleave_actors import PATIENCE_S, in_background
 from tests.support.interleave_stage import GATES, NODE, SHARDS, Stage, WaitingSource, eventually
 from tests.support.sources import DictSource, same_bytes
 from tests.support.threads import run_threads
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    with few_objects():
-        yield
-
-
-@pytest.fixture(params=["direct", "staged"])
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    made = Stage(HostDevice(stages=request.param == "staged"))
-    yield made
-    made.open_gates()
-    made.check_nothing_lost()
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def written(stage: Stage) -> torch.Tensor:
@@ -46,7 +33,7 @@ def check_books(stage: Stage, **expected: int) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_who_comes_second_waits_for_the_first_ones_refetch(stage: Stage, gate: str) -> None:
+def test_a_second_caller_waits_for_the_first_ones_refetch(stage: Stage, gate: str) -> None:
     old = written(stage)
     first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
     stage.at(gate)
@@ -63,7 +50,7 @@ def test_who_comes_second_waits_for_the_first_ones_refetch(stage: Stage, gate: s
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("clear", ["keys", "all", "node"])
-def test_what_is_cleared_while_it_is_fetched_again_does_not_come_back(stage: Stage, gate: str, clear: str) -> None:
+def test_a_shard_cleared_during_its_refetch_does_not_come_back(stage: Stage, gate: str, clear: str) -> None:
     old = written(stage)
     first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
     stage.at(gate)
@@ -81,9 +68,7 @@ def test_what_is_cleared_while_it_is_fetched_again_does_not_come_back(stage: Sta
 
 @pytest.mark.parametrize("gate", [*GATES, "before the end"])
 @pytest.mark.parametrize("is_cleared", [False, True])
-def test_a_refetch_that_breaks_off_fails_its_call_and_is_tried_again_by_who_waits(
-    stage: Stage, gate: str, is_cleared: bool
-) -> None:
+def test_a_broken_refetch_fails_its_call_and_joiners_retry(stage: Stage, gate: str, is_cleared: bool) -> None:
     old = written(stage)
     first = in_background(lambda: stage.cache.get_many(["a"], stage.source))
     reader = stage.at(gate)
@@ -163,7 +148,7 @@ def test_a_caller_with_less_patience_gives_up_alone(stage: Stage) -> None:
     check_books(stage, mutations=1)
 
 
-def test_a_call_that_fails_in_part_still_tells_what_changed(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_call_that_fails_in_part_still_warns_of_writes(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     written(stage)
     with pytest.raises(FetchError):
         stage.cache.get_many(["a", "zz"], DictSource(SHARDS, NODE))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on a real GPU."""
+"""The GPU that tests use; a failed test does not fail the next."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import traceback
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+from gpu_cache.device.cuda import CudaDevice
+from tests.support.gpu_scene import GPU
 
 
 @pytest.fixture
@@ -26,3 +30,9 @@ def failures_stay_alone() -> Iterator[None]:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             assert frame.f_locals is not None  # a look at the dict brings it up to date, up to Python 3.12
         error = error.__cause__ or error.__context__
+
+
+@pytest.fixture
+def device() -> CudaDevice:
+    torch.cuda.init()
+    return CudaDevice(GPU.index)
