@@ -86,7 +86,7 @@ class TensorCache:
         return buffer_stats_of(self._index.stats(), {} if self._engine is None else self._engine.stats())
 
     def source_stats(self) -> dict[str, SourceStats]:
-        """What came from each source node and what of it is cached; "local" is this process, as for `put`."""
+        """Figures by source node: fetched shards, and cached ones. "local" is this process, as for `put`."""
         return self._index.report()["sources"]  # type: ignore[no-any-return]
 
     def entries(self, oldest: int = 10) -> list[EntryInfo]:
@@ -150,12 +150,12 @@ class TensorCache:
         """Hand out the tensors of `keys`, fetching those that are not cached.
 
         Each tensor aliases the cache's memory: zero copy, `storage_offset()` 0, a storage of exactly the shard's
-        bytes. It stays valid for as long as any alias of it lives, cleared or not. Do not write into it: others that
-        hold it read what was written. A later call sees the write by torch's version counter and does as
-        `config.on_mutation` says: by default the shard is dropped, and is an ordinary miss, so that the caller gets the
-        original bytes in a fresh block. The counter misses writes through
-        `.data`, numpy, DLPack, fused optimisers, collectives and kernels of one's own, which `config.debug_checksum`
-        sees, and counts those that change nothing, such as `add_(0)`, which cost a fetch.
+        bytes. It stays valid for as long as any alias of it lives, cleared or not. Do not write into it: other
+        holders read the written bytes. A later call sees the write by torch's version counter and does as
+        `config.on_mutation` says. By default the cache drops the shard, which is an ordinary miss then: the caller gets
+        the original bytes in a fresh block. The counter misses writes through `.data`, numpy, DLPack, fused optimisers,
+        collectives and kernels of one's own; `config.debug_checksum` sees them. It counts writes that change nothing,
+        such as `add_(0)`: each costs a fetch.
 
         Args:
             keys: Shard ids; one that repeats is looked up once and gives aliases of one block.
@@ -163,13 +163,13 @@ class TensorCache:
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`; `math.inf`: no limit.
             ready: Overrides `config.ready` for this call.
             keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
-            prefer: "host": what is not on the device by now is received into the host tier, and handed out there, in
-                pinned memory, without taking memory of the device. Clone what forked processes are to read: pinned
-                memory is not theirs.
+            prefer: "host": the cache receives shards that are not on the device into the host tier, and hands them out
+                there, in pinned memory. They take no memory of the device. Clone tensors that forked processes are to
+                read: pinned memory is not theirs.
             on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
-            expected: Dtype, shape and owner by key, where known. A shard that is of another dtype or shape fails, and
-                stays cached for others; one cached for another owner is a miss, and the fetched one takes its place.
-                None for an owner: any.
+            expected: Dtype, shape and owner by key, where known. A shard of another dtype or shape fails, and
+                stays cached for other callers. One cached for another owner is a miss, and the fetched one takes its
+                place. None for an owner: any.
         Returns:
             One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that there is no
             room for come all the same, uncached.
@@ -200,7 +200,7 @@ class TensorCache:
                 engine.settle(fetch.host_completions(), "host")  # no stream waits where the host reads
                 engine.settle(fetch.completions(), ready or self.config.ready)
                 tensors = fetch.hand_out()
-            self._check_bytes(keys, only_new=True)  # before anybody has what came
+            self._check_bytes(keys, only_new=True)  # before any caller has new bytes
         finally:
             fetch.finish()
         if may_lack and not tensors.keys() >= set(keys):
@@ -212,7 +212,7 @@ class TensorCache:
     def get(self, key: Hashable) -> torch.Tensor | None:
         """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up but for a host hit.
 
-        What a reader wrote into is dropped, with a warning, and is a miss.
+        The cache drops a shard that a reader wrote into, with a warning; the look-up is a miss.
 
         Raises:
             CacheClosedError: The cache is closed.
@@ -241,7 +241,7 @@ class TensorCache:
     ) -> Future[int]:
         """Begin to fetch the missing ones of `keys`, and return at once. Arguments as for `get_many`.
 
-        What is on its way to the device for another call comes there, also if this one prefers the host.
+        A shard on its way to the device for another call comes there, also if this call prefers the host.
 
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
@@ -266,7 +266,7 @@ class TensorCache:
         Returns:
             Whether this call cached it (False: it was there, another thread is loading it, or a clear came between).
         Raises:
-            CacheFullError: No room even after evicting every entry that nobody holds; nothing was changed.
+            CacheFullError: No room even after evicting every entry that no reader holds; nothing was changed.
             FetchTimeoutError: It was not its turn in time; see `CacheConfig.max_inflight_bytes`.
             MutatedError: A reader wrote into what is cached, and `config.on_mutation` is "error".
             TypeError: Not a tensor.
@@ -299,13 +299,13 @@ class TensorCache:
     def scope(self, name: str = "") -> Scope:
         """A `with` at whose end everything is dropped that was fetched inside, as by `clear`, also if its body raises.
 
-        Fetched means by `get_many`, `prefetch` or `put`, and not with `keep=True`. What was cached before, or is on
-        its way for somebody else, is a hit and stays. Scopes nest: a shard belongs to the innermost one that its fetch
-        began in. A prefetch under way at the end is not cached when it lands. Tensors stay valid while held.
+        Fetched means by `get_many`, `prefetch` or `put`, and not with `keep=True`. A shard that was cached before,
+        or is on its way for another call, is a hit and stays. Scopes nest: a shard belongs to the innermost one that
+        its fetch began in. A prefetch under way at the end is not cached when it lands. Tensors stay valid while held.
 
-        Inside are the calls of this context: asyncio tasks started within are, other threads only if they run in a
-        copy of it (`asyncio.to_thread`, `contextvars.copy_context().run`). What such a task fetches after the end
-        belongs to the next scope around that is still open, or to none.
+        Calls of this context are inside, and so are asyncio tasks started within. Other threads are inside only in a
+        copy of the context (`asyncio.to_thread`, `contextvars.copy_context().run`). Shards that such a task fetches
+        after the end belong to the next scope around that is still open, or to none.
 
         Args:
             name: For messages, as in "step 17".
@@ -346,10 +346,10 @@ class TensorCache:
     def offload(self) -> TrimReport:
         """Give the device's memory back, as for an engine that shares it: every slab is freed.
 
-        What is cached moves to the host tier; where that is off or full, it goes, as does what somebody holds, who may
-        be writing into it. What is handed out stays valid; its slabs stay too, until the last alias of a shard in them
-        is gone. What is on its way lands after all, so let fetches end first. Waits for the work that was enqueued
-        before.
+        Cached shards move to the host tier; if that is off or full, the cache drops them. It also drops shards that a
+        reader holds, as that reader may be writing into them. Tensors in use stay valid, and so do their slabs, until
+        the last alias of a shard in them is gone. Shards on their way still land, so let fetches end first. Waits for
+        the work that was enqueued before.
 
         Returns:
             How much was given back, and how much is held.

@@ -24,7 +24,7 @@ ALIGNMENT = 512
 ReadyMode = Literal["host", "stream"]
 ReuseFence = Literal["all", "noted"]
 Prefer = Literal["device", "host"]
-OnError = Literal["raise", "none"]  # what a call makes of shards that did not arrive
+OnError = Literal["raise", "none"]  # a call raises for shards that did not arrive, or returns None for them
 MutationPolicy = Literal["refetch", "error", "ignore"]
 
 
@@ -47,7 +47,7 @@ def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
 
     Args:
         value: A number, or its text.
-        name: Of the argument, for the message; "": the caller adds it.
+        name: The argument's name, for the message; "": the caller adds it.
         least: The shortest that makes sense.
     Raises:
         ValueError: Not a number, NaN, or less than `least`.
@@ -98,17 +98,17 @@ class CacheConfig:
         staging_slot_bytes: Bytes of one such buffer.
         run_bytes: The most bytes of consecutive shards that are placed and copied together.
         fetch_timeout_s: Longest wait of one call for its shards, in seconds; "inf" means no limit.
-        max_inflight_bytes: The most bytes that are being received at once, over all nodes and all calls; whoever comes
-            later waits for its turn. A window (a staging buffer's bytes; without staging, two) that is larger is
+        max_inflight_bytes: The most bytes that are being received at once, over all nodes and all calls; a later
+            reader waits for its turn. A window (a staging buffer's bytes; without staging, two) that is larger is
             received alone.
         ready: "host": tensors are handed out when the host has seen their copies done, safe on every stream and
             thread; "stream": at once, the caller's current stream waits instead.
         reuse_fence: "all": freed bytes are reused after all work enqueued before on any stream of torch's; "noted":
             only on the default stream and streams that asked for a shard or were named to `record_stream`.
         stats: Whether to write reports for `gpu-cache-smi`. None: yes, unless GPU_CACHE_STATS says no.
-        role: What the process is, for those reports. None: GPU_CACHE_ROLE, else the program's name.
+        role: The process's role in those reports. None: GPU_CACHE_ROLE, else the program's name.
         rank: Which of its kind. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
-        on_mutation: What becomes of a shard that a reader wrote into, when it is next asked for. "refetch": the cache
+        on_mutation: The cache's answer to the next call for a shard that a reader wrote into. "refetch": the cache
             drops it, and it is an ordinary miss; "error": `MutatedError`; "ignore": nothing.
         debug_checksum: Whether to look at every byte at each hand-out, for writes that torch does not count. Slow.
         host_tier_bytes: The most of pinned host memory for evicted shards, and for those asked for with

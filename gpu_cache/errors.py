@@ -23,7 +23,7 @@ class CacheFullError(GpuCacheError, MemoryError):
         capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
         reserved: Bytes that the pool has taken from a device without room; None: it is the pool that is full.
         setting: Which one is `capacity`.
-        why: What is in the way and what helps, if the pool knows better than that clearing does.
+        why: The obstacle and the remedy, if the pool knows a better one than clearing.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class FetchError(GpuCacheError, RuntimeError):
     """A shard did not arrive.
 
     Args:
-        message: What happened, naming shard, address and numbers.
+        message: The failure in words, with shard, address and numbers.
         failures: Cause by shard key, for a call that asked for several shards. The others are cached.
     Attributes:
         reason: The word under which it is counted; "": as its cause is, see `failure_reason`.

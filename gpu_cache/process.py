@@ -52,8 +52,8 @@ class OwnThread(threading.Thread):
     process aborts. So whatever may run torch's code in a thread of its own does so in one of these.
 
     Args:
-        work: What the thread runs.
-        name: Of the thread.
+        work: The function that the thread runs.
+        name: The thread's name.
         ask_to_end: Makes `work` return soon. Called at exit; must not block.
         is_server: Whether `work` needs executors, which Python ends before anything else: it ends first.
     """
@@ -174,7 +174,7 @@ def _end_servers() -> None:
 
 
 def _end_all() -> None:
-    """At exit. Whatever interrupts it, a thread that is left does not abort the process."""
+    """At exit. A thread that is left does not abort the process, even if this is interrupted."""
     try:
         _close_all()
         _end_threads(_own_threads(), _THREADS_S)

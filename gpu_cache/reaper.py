@@ -87,7 +87,7 @@ class Reaper:
             self.awake.clear()  # before looking: what is handed out from here on sets it again
             is_last = self._is_ended.is_set()
             is_idle = self._reap()
-            if is_last:  # what is left of tensors goes with the process
+            if is_last:  # remaining tensors go with the process
                 return
             self._drop_husks()
             if is_idle and self._is_retired.is_set():

@@ -31,8 +31,8 @@ class ShardReader(Protocol):
     """One connection to one node, drained by one thread; only `cancel` may be called from another.
 
     The stream comes in parts (one answer of the node each): `next_specs`, then `read_into` until every byte of the
-    part was read, then `next_specs` again, until that returns None. Whatever the node said or failed to say about a
-    key is in the specs, in `failures`, or in an exception, which ends the stream and fails every key not yet read.
+    part was read, then `next_specs` again, until that returns None. Each key
+    is in the specs or in `failures`, or an exception ends the stream and fails every key not yet read.
 
     A reader may have `num_received`, the bytes that came over its connection so far, or None; any thread asks for it.
     Without it a read that takes longer than a second counts as stalled while readers of other nodes wait.

@@ -12,16 +12,16 @@ import torch
 
 from gpu_cache.pool.block import Copy
 
-# What a caller was told of a shard, or what a shard is: dtype, shape, and owner; None: any owner, or an unknown one.
+# Dtype, shape and owner of a shard, as a caller was promised them or as they are. None: any owner, or an unknown one.
 Promise: TypeAlias = tuple[torch.dtype, tuple[int, ...], str | None]
 
 
 class State(enum.Enum):
-    """Of an entry, as its key's waiters see it."""
+    """An entry's state, as its key's waiters see it."""
 
     PENDING = enum.auto()  # a call is fetching it
     READY = enum.auto()  # its tensor can be handed out
-    GONE = enum.auto()  # cleared, evicted or failed; whoever holds the entry object still owns its tensor
+    GONE = enum.auto()  # cleared, evicted or failed; holders of the entry object still own its tensor
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -57,8 +57,8 @@ class Flight:
 class Entry:
     """One generation of a key, at one level: a cleared and refetched key has a new one, a moved one keeps it.
 
-    The index lock guards every field. Who awaits an entry may read `copy` and `flight.error` without it once it is
-    settled: what is awaited moves to no other level.
+    The index lock guards every field. A waiter may read `copy` and `flight.error` without it once the entry is
+    settled: an awaited entry moves to no other level.
     """
 
     key: Hashable
@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Of the shard; 0 before it landed."""
+        """The shard's bytes; 0 before it landed."""
         return 0 if self.copy is None else self.copy.nbytes
 
     @property
@@ -110,7 +110,7 @@ class Entry:
 
 @dataclasses.dataclass(slots=True)
 class Claim:
-    """What a look-up of several keys found, by key. `hits` are aliases already, safe to read after `completions`."""
+    """The result of a look-up of several keys, by key. `hits` are aliases already, safe to read after `completions`."""
 
     hits: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
     completions: dict[Any, bool] = dataclasses.field(default_factory=dict)  # of the hits; whether they are on the host
@@ -126,7 +126,7 @@ class Claim:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Holding:
-    """What was fetched inside a scope, as keys by generation. Guarded by the index lock."""
+    """Keys fetched inside a scope, by generation. Guarded by the index lock."""
 
     outer: Holding | None = None
     keys: dict[int, Hashable] = dataclasses.field(default_factory=dict)

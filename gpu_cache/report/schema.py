@@ -61,7 +61,7 @@ class Histograms(TypedDict):
 
 
 class Rates(TypedDict):
-    """What happened in the WINDOW_S before the report, except where it says "busy".
+    """Rates over the WINDOW_S before the report, except where it says "busy".
 
     A busy rate divides by the seconds with a transfer under way, in the latest window that had one. None: no transfer.
     """

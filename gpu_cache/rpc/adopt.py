@@ -27,7 +27,7 @@ _LOGGING = "areal.utils.logging"
 _OUR_RTENSOR = "gpu_cache.rpc.rtensor"
 # AReaL's name of each module that we replace, and ours.
 SERVED = {_RTENSOR: _OUR_RTENSOR, _BLUEPRINT: "gpu_cache.rpc.server.blueprint"}
-# What AReaL's launchers hand on to processes on other nodes, beside their own list.
+# AReaL's launchers hand these on to processes on other nodes, beside their own list.
 _FORWARDED = "GPU_CACHE_"
 _FORWARDED_TOO = ("AREAL_RPC_TOKEN",)
 
@@ -126,10 +126,10 @@ class Found:
     """An AReaL that can be imported.
 
     Args:
-        folder: Of the package.
+        folder: The package's folder.
     Attributes:
         version: As its metadata has it.
-        faults: What keeps us from replacing its modules; empty if nothing does.
+        faults: Reasons not to replace its modules; empty if there are none.
         has_ray: Whether its handles may be of Ray's object store.
     """
 
@@ -217,7 +217,7 @@ class _Finder:
     def _beyond(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None
     ) -> importlib.machinery.ModuleSpec | None:
-        """What the other finders find."""
+        """The spec that the other finders find."""
         for finder in sys.meta_path:
             find = getattr(finder, "find_spec", None)
             if finder is not self and find is not None and (spec := find(name, path, target)) is not None:
@@ -281,7 +281,7 @@ def _areals_logger() -> logging.Logger:
     """A logger of AReaL's: its log shows no others."""
     try:
         made: logging.Logger = importlib.import_module(_LOGGING).getLogger("gpu_cache")
-    except (ImportError, AttributeError):  # of an AReaL that is forced
+    except (ImportError, AttributeError):  # a forced AReaL may lack the name
         return logging.getLogger(__name__)
     return made
 
@@ -378,7 +378,7 @@ def _is_checkouts(folder: Path) -> bool:
 
 
 def _version_of(folder: Path) -> str:
-    """What the name of its metadata beside it says; a checkout has none."""
+    """The version in the name of the metadata beside it; a checkout has none."""
     found = next(iter(folder.parent.glob("areal-*.dist-info")), None)
     return "(a checkout)" if found is None else found.name.removeprefix("areal-").removesuffix(".dist-info")
 
@@ -408,7 +408,7 @@ def _functions(node: ast.stmt) -> Iterator[str]:
 
 
 def _faults_of(module: str, found: set[str] | None) -> Iterator[str]:
-    """What a module of AReaL's lacks, or has beyond what we have in its place."""
+    """Names that a module of AReaL's lacks, or has beyond those of ours."""
     if found is None:
         yield f"{module} is missing"
         return

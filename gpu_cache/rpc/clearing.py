@@ -51,7 +51,7 @@ class ClearReport:
         num_shards: Distinct shards that were to be cleared.
         owners: Each reached owner's statistics after the clear, by address.
         num_consumers: Consumers that were told.
-        failures: What could not be cleared, by whom, and why.
+        failures: The shards that were not cleared, by consumer or owner, and why.
         num_retried: Shards of the step before that were named to an owner or consumer once more.
         given_up: Failures that were the second for their shards. These shards are not named again.
     """
@@ -65,7 +65,7 @@ class ClearReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everybody was told."""
+        """Whether every owner and consumer was told."""
         return not self.failures
 
 
@@ -76,7 +76,7 @@ class _Debt:
         self.fresh = {_key(one.shard_id): one for one in fresh}
         self.old = {_key(one.shard_id): one for one in old}
         for key in self.old:
-            self.fresh.pop(key, None)  # it was failed before, whoever asks for it again
+            self.fresh.pop(key, None)  # it failed before, and stays failed in this step
 
     @property
     def shard_ids(self) -> list[Any]:
@@ -93,12 +93,12 @@ class _Debt:
 
 @dataclasses.dataclass(eq=False)
 class _Target:
-    """Whom to tell of what: a consumer, or the owner at the address `who`."""
+    """Shards to tell one party of: a consumer, or the owner at the address `who`."""
 
     who: str
     debt: _Debt
     consumer: Consumer | None = None
-    is_in_call: bool = False  # of the consumer
+    is_in_call: bool = False  # whether the consumer is being called
 
     async def clear(self, clear_node: ClearNode, timeout_s: float) -> Any:
         try:
@@ -146,7 +146,7 @@ class StepClearer:
 
     @property
     def num_owed(self) -> int:
-        """Shards that go along with the next step's, counted for everybody who failed to clear them."""
+        """Shards that go along with the next step's, counted for every party that failed to clear them."""
         with self._lock:
             return sum(map(len, (*self._owed_by_owners.values(), *(owed for _, owed in self._owed_by_consumers))))
 
@@ -194,7 +194,7 @@ class StepClearer:
     def _targets(
         self, shards: Mapping[str, Sequence[SizedId]], consumers: Sequence[Consumer], everything: Sequence[SizedId]
     ) -> list[_Target]:
-        """Whom to tell of what; takes what is owed."""
+        """The parties to tell, each with its shards; takes those owed from earlier steps."""
         with self._lock:
             by_owners, self._owed_by_owners = self._owed_by_owners, {}
             by_consumers, self._owed_by_consumers = self._owed_by_consumers, []

@@ -71,7 +71,7 @@ def _switch() -> list[Finding]:
 
 
 def _imported(name: str) -> Finding:
-    """Whose module a process gets under AReaL's name."""
+    """The package whose module a process gets under AReaL's name."""
     try:
         module = importlib.import_module(name)
     except ImportError as error:

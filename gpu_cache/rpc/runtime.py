@@ -47,7 +47,7 @@ class Runtime:
         self.store = ShardStore() if store is None else store
         self.cache = gpu_cache.TensorCache(config, broken=answer_error)
         self.clearer = StepClearer()
-        self.own_addresses: set[str] = set()  # of servers in this process
+        self.own_addresses: set[str] = set()  # addresses of servers in this process
         self.noted_addresses: set[str] = set()  # that handles of this process's store name
         # Guards _backend, _is_chosen_here.
         self._lock = threading.Lock()

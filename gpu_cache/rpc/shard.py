@@ -52,9 +52,9 @@ class ShardClearError(ShardFetchError):
     """An owner was not told to delete some shards, or refused.
 
     Args:
-        message: What happened.
-        shard_ids: What it may still have.
-        statistics: What it said after the others; empty if nothing.
+        message: The failure in words.
+        shard_ids: The shards that the owner may still have.
+        statistics: The owner's figures after the other deletions; empty if it sent none.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ def leaf_paths(obj: object, leaf_type: type[LeafT], path: str) -> Iterator[tuple
         for key, child in obj.items():
             yield from leaf_paths(child, leaf_type, f"{path}[{key!r}]")
     elif isinstance(obj, _CONTAINERS):
-        fields = getattr(obj, "_fields", None)  # of a named tuple
+        fields = getattr(obj, "_fields", None)  # only a named tuple has them
         for number, child in enumerate(cast(Iterable[object], obj)):
             yield from leaf_paths(child, leaf_type, f"{path}.{fields[number]}" if fields else f"{path}[{number}]")
 

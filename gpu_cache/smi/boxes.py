@@ -16,7 +16,7 @@ from gpu_cache.smi.problems import Problem
 from gpu_cache.units import DASH
 
 DEVICES, PROCESSES, SOURCES = "gpu", "proc", "source"
-_CELLS = (25, 23, 26, 20)  # of the device box; the last is left out at 78 characters
+_CELLS = (25, 23, 26, 20)  # widths in the device box; the last is left out at 78 characters
 _HEADS = (
     " GPU  Name               ",
     "  GPU-Mem Used / Total ",

@@ -120,7 +120,7 @@ class Exporter:
             pass  # the client went away, is too slow, or says too much
         finally:
             self._serving.pop(task, None)
-            writer.transport.abort()  # what was to be sent is sent, or is not wanted
+            writer.transport.abort()  # the answer is sent, or the client does not want it
 
     def _drop_first(self) -> None:
         """Drop one client for each that comes; a look that has not begun is not taken."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu_cache.report import schema as report
 
-_MAX_BYTES = 4 << 20  # of a file, which may be of any writer
+_MAX_BYTES = 4 << 20  # the longest file to read: any process may have written it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def folders(environ: Mapping[str, str], uid: int, root: Path = Path("/")) -> lis
         return [root / path.relative_to("/") for path in report.directories({}, uid)]
     patterns = ("dev/shm/gpu_cache-*", "tmp/gpu_cache-*", "proc/[0-9]*/root/dev/shm/gpu_cache-*")
     found = [Path(path) for pattern in patterns for path in sorted(glob.glob(str(root / pattern)))]
-    return [path for path in found if not path.is_symlink()]  # anybody may put one there
+    return [path for path in found if not path.is_symlink()]  # any user may put one there
 
 
 def read_folders(paths: Iterable[Path]) -> list[ReportFile]:

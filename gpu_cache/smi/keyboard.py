@@ -14,7 +14,7 @@ class Keyboard:
     """Keys as they are pressed.
 
     Args:
-        descriptor: Of a terminal.
+        descriptor: A terminal's descriptor.
     """
 
     def __init__(self, descriptor: int) -> None:

@@ -70,7 +70,7 @@ _COLUMNS: list[Column[Answer]] = [
 
 
 def screen(process: Process, answer: Answer, *, is_wide: bool, width: int, shows_all: bool) -> list[str]:
-    """Who, the oldest entries, and where they come from."""
+    """The process, its oldest entries, and where they come from."""
     leaks = _leaks(answer)
     num = figures.integer(answer, "outlived_entries") or len(leaks)
     nbytes = units.mib(figures.number(answer, "outlived_bytes"), "MiB")

@@ -20,7 +20,7 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
 
     Args:
         arguments: Without the program's name.
-        observer: Of the machine; a test's own.
+        observer: Looks at the machine; tests pass their own.
     Returns:
         The exit code.
     Raises:

@@ -23,7 +23,7 @@ class Problem:
 
     Attributes:
         code: Stable, so that scripts need not parse English.
-        text: What it is; words joined by a no-break space stay together.
+        text: The problem in words; words joined by a no-break space stay together.
         action: The command to run next, with a word before it; "" for none.
         is_named: Whether the screen puts GPU and pid before the text, which else names its subject itself.
     """

@@ -24,7 +24,7 @@ class Process:
         report_age_s: Since the report was written.
         is_alive: Whether its lock is held.
         host_pid: As seen from here; None if it cannot be known.
-        gpu: What NVML knows of its GPU.
+        gpu: Its GPU, as NVML knows it.
     """
 
     file: ReportFile

@@ -57,7 +57,7 @@ def test_bytes_are_held_from_the_read_on_then_quarantined_then_free(world: World
     world.get([KEY], "stream", world.streams[1])
     world.read(world.held[0])
     world.cache.clear()
-    assert look(world) == (0, ROOM, 0), "somebody has it"
+    assert look(world) == (0, ROOM, 0), "a caller holds it"
     world.held.clear()
     world.cache.clear()
     assert look(world) == (0, 0, ROOM), "a kernel reads it"

@@ -84,7 +84,7 @@ def test_scopes_nest(plain: TensorCache) -> None:
             fetch(plain, "cd")
             plain.clear(["a"])
             fetch(plain, "a")
-        assert names(plain.keys()) == "b", "a was fetched anew inside"
+        assert names(plain.keys()) == "b", "a was fetched again inside"
     assert len(plain) == 0
 
 
@@ -108,7 +108,7 @@ def test_a_scope_is_of_one_cache(plain: TensorCache) -> None:
     assert (len(plain), names(other.keys())) == (0, "c")
 
 
-@pytest.mark.parametrize("waits", [False, True], ids=["nobody waits", "somebody waits"])
+@pytest.mark.parametrize("waits", [False, True], ids=["no waiter", "a waiter"])
 def test_a_prefetch_under_way_is_not_cached_when_it_lands(cache: TensorCache, waits: bool) -> None:
     source = DictSource(SOURCE.tensors)
     readers = gated(source)

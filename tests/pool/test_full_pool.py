@@ -39,7 +39,7 @@ def cache(request: pytest.FixtureRequest) -> TensorCache:
 
 @pytest.fixture
 def device() -> Iterator[SimDevice]:
-    """On which nothing is done before somebody waits for it."""
+    """A device that does nothing before a thread waits for it."""
     device = SimDevice()
     device.adversary.begin()
     yield device
@@ -126,7 +126,7 @@ def test_a_shard_whose_copy_is_under_way_goes_last(device: SimDevice) -> None:
             cache._index._entries[key].copy.completion.wait_host()
     cache._index._entries["a0"].copy.completion._event = device.record(
         device.pooled[1]
-    )  # not done before somebody waits
+    )  # not done before a thread waits
     for key in ("a1", "a2", "a3"):
         cache._index._entries[key].copy.completion = cache._index._entries["a0"].copy.completion
     fill(cache, "e")

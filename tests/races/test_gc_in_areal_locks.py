@@ -42,7 +42,7 @@ def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
 
 
 def use_everything() -> None:
-    """Store, fetch from a server and from this process, lose a connection, clear, and start anew."""
+    """Store, fetch from a server and from this process, lose a connection, clear, and start again."""
     owner, own = FakeOwner(), runtime.current().store
     with rpc_server.start(owner=owner) as server:
         owner.store.update({"a": torch.arange(5), "b": torch.ones(2)})

@@ -128,7 +128,7 @@ def check_death(stage: Stage, reader: DyingReader, death: Death, arrived: str) -
     began = time.monotonic()
     call = in_background(lambda: cache.get_many(["a", "b", "c"], Source(reader), timeout_s=PATIENCE_S))
     error = call.exception(PATIENCE_S)
-    assert time.monotonic() - began < PATIENCE_S / 3, "nobody told those who wait"
+    assert time.monotonic() - began < PATIENCE_S / 3, "the waiters were not told"
     assert death.has_come
     if lost:
         assert isinstance(error, FetchError)

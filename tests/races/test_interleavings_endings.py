@@ -143,7 +143,7 @@ def test_closing_ends_every_call_and_takes_no_range_from_under_a_read(
     assert stage.cache._engine is not None
     pool = stage.cache._engine.pool
     if not is_cut:
-        assert calls[1].exception(PATIENCE_S) is not None, "nobody waits for the deaf"
+        assert calls[1].exception(PATIENCE_S) is not None, "close waits for no deaf reader"
         assert (pool.accounts()["held"] > 0) == (gate != "before specs")
         reader.release(1000)
     assert all(isinstance(call.exception(PATIENCE_S), CacheClosedError) for call in calls)

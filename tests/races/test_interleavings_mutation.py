@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def written(stage: Stage) -> torch.Tensor:
-    """A shard that somebody holds and wrote into."""
+    """A shard that a caller holds and wrote into."""
     (tensor,) = stage.cache.get_many(["a"], DictSource(SHARDS, NODE))
     return tensor.zero_()
 

@@ -113,7 +113,7 @@ class Town:
         accounts = cache._engine.pool.accounts()
         num_blocks = len(set(cache.keys()) - {"none"})
         assert (accounts["pending"], accounts["quarantined"]) == (0, 0)
-        assert accounts["held"] == num_blocks * 512, "a range belongs to nobody"
+        assert accounts["held"] == num_blocks * 512, "a range belongs to no shard"
         assert cache.buffer_stats()["pinned_bytes"] == 0
         assert len(cache._index._entries) == len(cache), "a shard is still PENDING"
 

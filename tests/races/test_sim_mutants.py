@@ -62,12 +62,12 @@ def series_that_see(config: CacheConfig, enough: int) -> Iterator[tuple[int, str
 def test_a_mutant_is_seen(mutant: Mutant, enough: int, monkeypatch: pytest.MonkeyPatch, table: list[str]) -> None:
     if not torch.__version__.startswith(mutant.torch):
         table.append(f"{mutant.title:<52} skipped: harmless on torch {torch.__version__}")
-        pytest.skip(f"harms nobody on torch {torch.__version__}, only on {mutant.torch}x")
+        pytest.skip(f"does no harm on torch {torch.__version__}, only on {mutant.torch}x")
     calls: list[None] = []
     monkeypatch.setattr(mutant.owner, mutant.name, mutant.replacement(calls))
     config = TIERED if mutant in TIER_MUTANTS else SMALL_SLOTS if mutant.name == "abandon" else CONFIG
     seen = list(series_that_see(config, enough))
-    assert calls, "the fault is somebody else's"
+    assert calls, "the fault is another mutant's"
     assert len(seen) >= MIN_SEEN, f"seen in {len(seen)} of {len(BASES)} series"
     counts, faults = zip(*seen, strict=True)
     assert set(faults) <= set(KINDS)

@@ -20,7 +20,7 @@ KEY = "shard-7"  # of 4,096 bytes
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    """With a shard that somebody holds; no stream gets on of its own accord."""
+    """With a shard that a caller holds; no stream gets on of its own accord."""
     made = World()
     made.device.adversary.begin()
     made.get([KEY], "host", made.streams[0])

@@ -1,4 +1,4 @@
-"""The end of a step: everybody is told, at once, and who fails keeps nobody else from it."""
+"""The end of a step: all owners and consumers are told at once; one that fails keeps no other from it."""
 
 from __future__ import annotations
 

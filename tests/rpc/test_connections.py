@@ -1,4 +1,4 @@
-"""Connections that say little, slowly or nothing: they deny nobody, and each of their waits has an end."""
+"""Connections that say little, slowly or nothing: they deny no other client, and each of their waits has an end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process with few file descriptors: it waits for its own, gives idle ones up, and blames nobody else."""
+"""A process with few file descriptors: it waits for its own, gives idle ones up, and blames no owner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that nobody clears are dropped after a while, if the owner was told so; and counted."""
+"""An owner drops and counts shards that no client clears in time, if it was told to."""
 
 from __future__ import annotations
 

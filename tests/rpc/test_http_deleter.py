@@ -1,4 +1,4 @@
-"""Clears with ids that an owner refuses, or that nobody can be told of: they keep none of the others."""
+"""Clears with ids that an owner refuses, or whose owner is out of reach: the clear drops all other ids."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ from tests.support.wire_tensors import patterned, same_bits
 
 SHARDS = {name: patterned(torch.int16, 50, seed=seed) for seed, name in enumerate("abcdef")}
 GOOD = whole(frames_of(SHARDS))
-NEVER_S = 1e6  # a pause after a fault that no deadline leaves time for: whoever counts one fails
+NEVER_S = 1e6  # a pause after a fault that no deadline leaves time for: a fetch that counts one fails
 LATER = whole(reply(b"later", "503 Busy", Retry_After="0"))
 
 

@@ -169,7 +169,7 @@ def test_the_backends_own_fetch_begins_again_too(serve: Callable[..., FaultServe
     backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0)
     got = backend.fetch([TensorShardInfo(name, server.address) for name in old])
     assert same_bits(got[0], old["s0"])
-    assert same_bits(got[1], new["s1"]), "which nobody promised to be as long as before"
+    assert same_bits(got[1], new["s1"]), "no handle promised its old length"
     backend.close()
 
 

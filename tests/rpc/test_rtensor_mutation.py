@@ -25,7 +25,7 @@ def owner() -> FakeOwner:
 
 
 def localized(server: ServerHandle) -> dict[str, torch.Tensor]:
-    """By handles that come anew, as with each message."""
+    """By new handles, as with each message."""
     return RTensor.localize({key: remote(server.address, key, tensor) for key, tensor in TENSORS.items()})  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""What a handle says of its shard holds on every way that a shard takes: nobody gets another owner's or other bytes."""
+"""A handle's promise holds on every way that a shard takes: no caller gets another owner's or other bytes."""
 
 from __future__ import annotations
 

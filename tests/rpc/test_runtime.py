@@ -1,4 +1,4 @@
-"""What a process has one of: made once, made anew, and made afresh in a child."""
+"""The one runtime of a process: made once, replaced by `configure`, made afresh in a child."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_clearing_everywhere_reaches_this_processs_own_server(server: ServerHand
 
 
 def test_an_owner_reads_what_it_remotized_without_a_request() -> None:
-    (port,) = free_ports(1)  # nobody answers there
+    (port,) = free_ports(1)  # no server answers there
     handle = RTensor.remotize(torch.arange(5.0), f"127.0.0.1:{port}")
     assert torch.equal(handle.to_local(), torch.arange(5.0))
 

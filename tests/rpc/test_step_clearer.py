@@ -1,4 +1,4 @@
-"""Step after step is cleared, over real sockets, whoever is dead, silent or hangs."""
+"""Step after step is cleared, over real sockets, with owners dead, silent or hanging."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("hasty_backend")
 
 @pytest.fixture
 def opened() -> Iterator[threading.Event]:
-    """A gate that is open in the end, so that whoever hangs does not do so for ever."""
+    """A gate that opens in the end, so that no consumer hangs for ever."""
     gate = threading.Event()
     yield gate
     gate.set()

@@ -118,7 +118,7 @@ def test_a_killed_worker_is_restarted_and_its_shards_are_reported_lost(workers: 
     assert len(outcome.step_rewards) == 4
     cached = outcome.cached
     assert cached.wire_bytes == cached.served_bytes
-    assert cached.read_bytes == NUM_READS * cached.wire_bytes, "nobody read what was lost"
+    assert cached.read_bytes == NUM_READS * cached.wire_bytes, "no trainer read the lost shard"
     # If the step before was cleared while its owner was dead, that was made up for when it was back.
     assert outcome.num_retried_clears in (0, SHARDS // 2)
     assert table_of(outcome)["shards lost with them"] == str(SHARDS // 2)

@@ -154,7 +154,7 @@ def test_a_trainer_that_ends_leaves_nothing(trainer: Trainer) -> None:
     trainer.folder.rmdir()
     deadline = time.monotonic() + 20
     while not trainer.folder.exists():
-        assert time.monotonic() < deadline, "it makes the directory anew"
+        assert time.monotonic() < deadline, "it makes the directory again"
         time.sleep(0.02)
     assert trainer.process.stdin is not None
     trainer.process.stdin.close()

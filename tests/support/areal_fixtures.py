@@ -27,14 +27,14 @@ THREE = torch.ones(3)  # of 12 bytes
 
 @contextlib.contextmanager
 def nothing_forgotten() -> Iterator[None]:
-    """Collect the garbage made within: a socket that nobody closed warns then, and a warning is an error."""
+    """Collect the garbage made within: a socket left open warns then, and a warning is an error."""
     yield
     gc.collect()
 
 
 @contextlib.contextmanager
 def full_listener() -> Iterator[tuple[str, int]]:
-    """An address at which nobody answers: its queue of connections is full."""
+    """An address that never answers: its queue of connections is full."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))

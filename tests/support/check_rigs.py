@@ -70,7 +70,7 @@ class FakeRig(Rig):
 
 
 class SimRig(Rig):
-    """The simulated device: streams run when somebody waits for them, those that were kept busy last.
+    """The simulated device: streams run when a thread waits for them, busy ones last.
 
     Attributes:
         device: Its `faults` name every race.

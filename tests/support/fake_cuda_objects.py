@@ -60,7 +60,7 @@ class FakeEvent:
         self.done_at_ms: float | None = None
 
     def record(self, stream: FakeStream) -> None:
-        assert self.stream is None, "recorded again: whoever waits for the first record is betrayed"
+        assert self.stream is None, "recorded again: waiters for the first record are betrayed"
         self._cuda.refuse_capture_of(stream, "record an outside event")
         self._cuda.contexts.add(stream.device.index)
         self.stream = stream

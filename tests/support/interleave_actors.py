@@ -22,7 +22,7 @@ PATIENCE_S = 30.0
 class Actor(Protocol):
     @property
     def is_still(self) -> bool:
-        """Whether it goes on only when somebody else does something."""
+        """Whether it goes on only when another actor does something."""
 
 
 class Board:
@@ -110,7 +110,7 @@ class SteppedReader:
             return
         self.gate = gate
         self._board.say()
-        assert self._go.acquire(timeout=PATIENCE_S), f"nobody released {self.node} {gate}"
+        assert self._go.acquire(timeout=PATIENCE_S), f"no test released {self.node} {gate}"
         if self._error is not None:
             raise self._error
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 GRANULE = 512  # bytes that share a record; blocks are aligned to it, so no two share one
-POISON = 0xDB  # what memory holds that nobody has written
+POISON = 0xDB  # the bytes of memory that no actor has written
 
 HOST = "host"
 Clock = dict[str, int]  # actor -> how much of its history is known
@@ -29,7 +29,7 @@ class Touch:
     what: str
 
     def is_before(self, clock: Clock) -> bool:
-        """Whether whoever has this clock comes after the access."""
+        """Whether an actor with this clock comes after the access."""
         return clock.get(self.actor, 0) >= self.at
 
 

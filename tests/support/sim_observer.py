@@ -63,7 +63,7 @@ def observe(cache: TensorCache, device: SimDevice) -> None:
 
 
 def _watch_give_backs(pool: SlabPool, device: SimDevice) -> None:
-    settle, settling = pool._settle, threading.Lock()  # nobody takes bytes between their give-back and the poison
+    settle, settling = pool._settle, threading.Lock()  # no thread takes bytes between their give-back and the poison
 
     def watched_settle(done: Any) -> None:
         with settling:

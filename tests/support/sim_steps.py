@@ -191,7 +191,7 @@ def read(world: World) -> None:
 
 @_step(4)
 def write(world: World) -> None:
-    """Write into a tensor in place, as nobody should."""
+    """Write into a tensor in place, against the rules."""
     held, choices = world.any_held(), world.choices
     if held is None or not len(held.expected) or world.device.captured is not None:
         return
@@ -219,7 +219,7 @@ def cross(world: World) -> None:
 
 @_step(3)
 def record_stream(world: World) -> None:
-    """Tell of a stream, often of one made outside of torch that nobody has seen."""
+    """Note a stream, often one made outside of torch that the cache has not seen."""
     if (held := world.any_held()) is None:
         return
     if world.choices.happens(40) and len(world.streams) < _MAX_STREAMS:
@@ -305,7 +305,7 @@ def trim(world: World) -> None:
 
 @_step(2)
 def offload(world: World) -> None:
-    """Give the device to somebody else, and mostly take it back."""
+    """Give the device's memory to another user, and mostly take it back."""
     report = world.cache.offload()
     world.say(f"{report.freed_bytes} went, {report.held_bytes} held")
     if world.choices.happens(80):

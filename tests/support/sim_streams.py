@@ -65,7 +65,7 @@ class SimStream:
 class Adversary:
     """Chooses, by a seed, which streams get on and how far, each time that the host looks away.
 
-    Each stream has a mood (stalled, slow, quick), drawn anew now and then; so one of them can lag for long.
+    Each stream has a mood (stalled, slow, quick), drawn again now and then; so one of them can lag for long.
     It also collects garbage, once a step, at a moment of its choice: within a device call or a critical section.
     """
 

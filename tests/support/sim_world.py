@@ -135,7 +135,7 @@ class World:
         return True
 
     def make_way(self, keys: list[Hashable]) -> None:
-        """These are about to be asked for: whoever is fetching one has to go on."""
+        """These are about to be asked for: every actor that fetches one has to go on."""
         if self.flight is not None and self.flight.keys.intersection(keys):
             self.land()
         if self.flight is not None:
@@ -162,7 +162,7 @@ class World:
         return (below := self.cache._index.below) is not None and below.has(key)
 
     def write(self, held: Held) -> None:
-        """Break the rules, when nobody else is at work: write on one stream, and let others read only there."""
+        """Break the rules, when no other actor is at work: write on one stream, and let others read only there."""
         self.device.synchronize_all()
         block = held.tensor.untyped_storage().data_ptr()
         values = (held.expected + self.choices.choice((1, 0, 77))) % 200

@@ -27,7 +27,7 @@ LONG_S = 60.0
 
 
 @pytest.fixture(autouse=True)
-def nobody_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_owner_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a test takes: its readers cannot tell what they received."""
     monkeypatch.setattr(inflight, "_STALLED_S", 1000.0)
 
@@ -257,7 +257,7 @@ def test_closing_ends_the_wait_for_a_turn(cache: TensorCache) -> None:
 
 
 class Broken:
-    """A reader of one shard of 64 KiB that fails at its read, or whose bytes nobody wants."""
+    """A reader of one shard of 64 KiB that fails at its read, or whose bytes no caller wants."""
 
     node, keys, failures = "broken:1", ("s9",), dict[Hashable, Exception]()
 

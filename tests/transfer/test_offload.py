@@ -1,4 +1,4 @@
-"""Device memory given to somebody else for a while."""
+"""Device memory given to another user for a while."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_a_call_for_the_device_takes_it_out_of_the_tier(cache: TensorCache, sour
 
 
 def test_a_shard_that_a_reader_holds_on_the_host_stays_there(cache: TensorCache, source: DictSource) -> None:
-    """Its holder may be writing while it is copied: then the copy is no original, and nobody else may get it."""
+    """Its holder may write during the copy: then the copy is no original, and no other caller may get it."""
     held = on_host(cache, source, "a")
     got = cache.get_many(run_of("a"), source)
     assert all(same_bytes(tensor, SHARDS[key]) for key, tensor in zip(run_of("a"), got, strict=True))
@@ -84,11 +84,11 @@ def test_a_shard_that_a_reader_holds_on_the_host_stays_there(cache: TensorCache,
     assert parked(cache) == set(run_of("a"))
     assert cache.buffer_stats()["overflows"] == 0
     held[0].fill_(7)
-    anew = cache.get_many(run_of("a"), source)
-    assert same_bytes(anew[0], SHARDS["a0"])
+    again = cache.get_many(run_of("a"), source)
+    assert same_bytes(again[0], SHARDS["a0"])
     assert source.asked == [run_of("a"), ["a0"]]
     assert parked(cache) == set(run_of("a")[1:]), "fetched again for the device"
-    del held, got, anew
+    del held, got, again
     fill(cache, source, "a")
     assert parked(cache) == set()
     assert len(source.asked) == 2

@@ -50,7 +50,7 @@ class Gate:
         return self._take(nbytes)
 
     def wait(self) -> None:
-        """Until somebody stands here."""
+        """Until a thread stands here."""
         assert self._arrived.wait(10)
 
     def open(self) -> None:
@@ -148,7 +148,7 @@ def test_memory_that_cannot_be_pinned_is_gone_without(source: DictSource) -> Non
 
 
 def test_a_storage_that_is_swapped_while_it_is_copied(staged: TensorCache, source: DictSource) -> None:
-    """As by a queue of torch.multiprocessing: the block dies, and somebody else's bytes come to its place."""
+    """As by a queue of torch.multiprocessing: the block dies, and another shard's bytes come to its place."""
     (held,) = staged.get_many(["b1"], source, prefer="host")
     gate = Gate(staged)
     copying = in_background(lambda: staged.get_many(["b1"], source))

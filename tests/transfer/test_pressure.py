@@ -73,7 +73,7 @@ def test_a_batch_of_eight_times_the_pool_comes_whole_and_leaves_nothing(address:
     assert stats["fetch_errors"] == 0
     assert stats["pinned_capacity_bytes"] <= staging_slots * MIB
     del batch
-    for number in range(NUM_SHARDS):  # one by one: nobody holds the others
+    for number in range(NUM_SHARDS):  # one by one: no caller holds the others
         assert RTensor.localize(handles(address)[number])[0] == number
     assert buffer_stats()["evictions"] > 0
     assert buffer_stats()["overflows"] == stats["overflows"]

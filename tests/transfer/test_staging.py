@@ -114,7 +114,7 @@ def test_receiving_goes_on_in_another_slot_while_one_is_copied_from(tmp_path: Pa
     second = copied_from(ring, device)
     assert second is not first
     assert first.guard is not None
-    assert not device.query(first.guard), "nobody waited"
+    assert not device.query(first.guard), "no thread waited"
     assert ring.acquire(1.0) is first, "both are in use, and it was given back first"
     assert ring.acquire(1.0) is second
     ring.release(first)

@@ -35,8 +35,8 @@ class BoundedCall(Generic[ResultT]):
     process waits for it a moment, and then ends without it.
 
     Args:
-        work: What to call.
-        who: Whom it asks, for messages.
+        work: The function to call.
+        who: The party that it asks, for messages.
         timeout_s: Longest wait, in seconds from now on.
     Thread-safety: `result` once; `cancel` from any thread.
     """
@@ -52,7 +52,7 @@ class BoundedCall(Generic[ResultT]):
         Raises:
             ShardTimeoutError: It had not returned in time.
             ShardUnreachableError: It was given up.
-            BaseException: Whatever it raised.
+            BaseException: Any exception that it raised.
         """
         OwnThread(self._run, "areal-call").start()
         concurrent.futures.wait([self._outcome], max(0.0, self._deadline - time.monotonic()))
@@ -127,7 +127,7 @@ class CallSource:
     Args:
         node: Where the tensors come from, for messages and `clear_node`.
         load: The call.
-        promises: What the shards should be; another one is refused before its bytes are copied.
+        promises: Promised dtypes and shapes; the reader refuses other shards before it copies their bytes.
         may_hang: Whether the call may last longer than it may take. Then a thread of its own makes it.
     """
 

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 from gpu_cache.process import forget_sockets, leave_to_parent
 from gpu_cache.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER
 
-_BYTES_RECEIVED = struct.Struct("@128xQ")  # of Linux's `struct tcp_info`
+_BYTES_RECEIVED = struct.Struct("@128xQ")  # in Linux's `struct tcp_info`
 ResultT = TypeVar("ResultT")
 
-_SHORTEST_S = 1e-3  # of a time-out: to the kernel, zero means none
-_LONGEST_S = 1e6  # what is longer is no limit, and the kernel's numbers end somewhere
+_SHORTEST_S = 1e-3  # the shortest time-out: to the kernel, zero means none
+_LONGEST_S = 1e6  # a longer time is no limit, and the kernel's numbers end somewhere
 
 
 class DeadlineSocket(socket.socket):
@@ -36,7 +36,7 @@ class DeadlineSocket(socket.socket):
     `http.client` reads through it like through any other.
 
     Attributes:
-        deadline: Of all calls together, as by `time.monotonic()`.
+        deadline: The end of all calls together, as by `time.monotonic()`.
         patience_s: The longest wait of one call, in seconds.
     Raises:
         TimeoutError: Either passed. By any call.
@@ -149,7 +149,7 @@ class HttpAnswer:
     Attributes:
         retry_after_s: How long the server asks to wait; None where it does not.
         incarnation: Which server answered; "" where it does not say.
-        unread_bytes: Of the body; -1 where it comes in chunks.
+        unread_bytes: Bytes of the body still to read; -1 where it comes in chunks.
     Raises:
         BrokenOffError: Nothing says where the body ends.
     """
@@ -193,7 +193,7 @@ class HttpAnswer:
         """Receive the next bytes of the body into buffers until all are full.
 
         Args:
-            left: The buffers, each with room for a byte or more, the next one last. What is full is taken away: after
+            left: The buffers, each with room for a byte or more, the next one last. Full buffers are taken away: after
                 a failure, this is what is still to come.
         Raises:
             ConnectionError: The body ended early.
@@ -279,7 +279,7 @@ class NodeConnection:
         Args:
             method: Such as "POST".
             path: Where to.
-            body: What is sent.
+            body: The bytes to send.
             headers: Further ones.
             deadline: As by `time.monotonic()`, for the body of the answer too.
             patience_s: The longest silence, in seconds.
@@ -460,7 +460,7 @@ class NodeState:
             Whether it is another than before: then nothing that was learnt of that one holds any more.
         """
         known = self._known
-        if not incarnation or incarnation in known:  # of the one before: an answer that was still on its way
+        if not incarnation or incarnation in known:  # a late answer of the incarnation before
             return False
         self._known = Restart(known.now, incarnation)  # one step: who reads it sees two that belong together
         if known.now:
@@ -496,9 +496,9 @@ class ConnectionPool:
         self._lock = threading.Lock()
         self._idle: list[NodeConnection] = []  # longest idle first
         self._is_closed = False
-        self._queue: dict[Place, threading.Condition] = {}  # of those who wait, the first one first; of _lock
+        self._queue: dict[Place, threading.Condition] = {}  # conditions of _lock, one for each waiter in order
         self._num_places = 0
-        self._ceiling: int | None = None  # of places, learnt when descriptors ran out; until none is taken
+        self._ceiling: int | None = None  # the most places, learnt when descriptors ran out; until none is taken
         leave_to_parent(self)
 
     def disown(self) -> object:

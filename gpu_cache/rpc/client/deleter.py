@@ -20,7 +20,7 @@ class RefusedError(ValueError):
 
     Attributes:
         may_be_one_id: Whether asking for fewer may help.
-        kind: Of the error that a caller gets.
+        kind: The class of the error that a caller gets.
     """
 
     def __init__(self, status: int, text: str) -> None:
@@ -33,7 +33,7 @@ class HttpDeleter:
     """One clear at one owner, in as few requests as it takes. One thread.
 
     Args:
-        requester: Of the owner's route for clears; its deadline is that of the whole clear.
+        requester: Asks the owner's route for clears; its deadline is that of the whole clear.
     """
 
     def __init__(self, requester: Requester) -> None:

@@ -1,4 +1,4 @@
-"""The Ray backend: shards in Ray's object store. Ray is optional; whoever picks this backend has imported it."""
+"""The Ray backend: shards in Ray's object store. Ray is optional: a caller that picks this backend has imported it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_cache.rpc.wire.serialization import check_stored
 
 # The share of a call's time in which all objects are got at once; the rest is to find out which of them are there.
 _SHARE_OF_ALL = 0.9
-_SHORTEST_S = 1e-3  # of a time-out: some versions of Ray take zero to mean none
+_SHORTEST_S = 1e-3  # the shortest time-out: some versions of Ray take zero to mean none
 
 
 class RayRTensorBackend:

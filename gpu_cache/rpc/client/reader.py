@@ -48,7 +48,7 @@ from gpu_cache.rpc.wire.serialization import MAX_RANK, tensor_from_json
 _SKIPPED_BYTES = 1 << 20  # at a time
 # Bytes that a header may have beside the promised ids and shapes: some owners write them with more space.
 _HEADER_SLACK_BYTES, _ENTRY_BYTES = 4096, 512
-_JSON_SLACK_BYTES = 4096  # of a tensor in JSON, beside its data
+_JSON_SLACK_BYTES = 4096  # bytes of a tensor in JSON, beside its data
 # Brackets and commas of a tensor in JSON. Each may become an object of a hundred bytes, and base64 has none of them.
 _MAX_MARKS = 4 * MAX_RANK
 
@@ -92,7 +92,7 @@ class Expectation:
     Args:
         keys: As they are asked for.
         promised: Meta tensors, where known.
-        max_unknown_bytes: Of what no handle promises: each shard, or all of one answer in JSON.
+        max_unknown_bytes: The most bytes of a shard that no handle promises, or of one whole answer in JSON.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class HttpReader:
     Args:
         keys: Shard ids, wanted from this node.
         expected: Meta tensors as the handles promise them, where known: nothing longer is read, and nothing else.
-        requester: Of the node, for `FETCH`.
+        requester: Asks the node's route `FETCH`.
         settings: Limits of a request.
     """
 
@@ -153,11 +153,11 @@ class HttpReader:
         self.node, self.keys = requester.address, keys
         self.failures: dict[Hashable, Exception] = {}
         self._expected, self._requester, self._settings = expected, requester, settings
-        self._node_state = requester.node  # what the node speaks is learnt here, and remembered by the backend
+        self._node_state = requester.node  # the reader learns the node's wire form here, and the backend remembers it
         self._left = list(reversed(keys))
         self._most = settings.max_binary_shards  # in one request; fewer once an answer was too long
-        self._expectation = Expectation((), {}, 0)  # of the request under way
-        self._body: FrameBody | None = None  # of a binary part
+        self._expectation = Expectation((), {}, 0)  # that of the request under way
+        self._body: FrameBody | None = None  # that of a binary part
         self._announced: Sequence[ShardSpec] = ()  # the shards of that part
         self._part_nbytes = self._num_read = 0  # its bytes, and those of reads that succeeded
         self._num_changes = 0  # parts in a row that were given up as the owner had other shards in the end
@@ -330,7 +330,7 @@ class HttpReader:
         """The same shards as before, behind the bytes that are known of the first one, or at its begin if it changed.
 
         Raises:
-            ShardFetchError: What is wanted has to be announced again.
+            ShardFetchError: The part broke off; `next_specs` announces wanted shards again.
         """
         shards, num_known, num_seen = broken.rest()
         if answer.status != 200:

@@ -95,10 +95,10 @@ class Requester:
     """Sends requests to one route of one node over one connection, trying again where that can help.
 
     Args:
-        address: Of the node.
-        route: Of the node's server.
+        address: The node's address.
+        route: The route on the node's server.
         pool: Where connections come from.
-        settings: What all requests have in common.
+        settings: Settings that all requests share.
         deadline: As by `time.monotonic()`, of all its requests together.
         node: Learns which server answers.
     Attributes:
@@ -133,7 +133,7 @@ class Requester:
         """Send one request, again after a fault, and return what `receive` makes of the answer.
 
         Args:
-            shard_ids: What the request is about.
+            shard_ids: The shards that the request names.
             receive: Reads the answer, whole or in part; its faults count as the request's.
             meanwhile: Called between request and answer, at each try.
         Raises:

@@ -44,7 +44,7 @@ _BODY_PROGRESS_BYTES = 64 << 10
 _PARSED_AT_ONCE_BYTES = 64 << 10  # a longer list is parsed by a thread, one at a time
 # Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
 _WRITE_BYTES = 1 << 20
-# What may wait in the transport (large parts by reference): it is sent without a turn of the loop for each write.
+# Bytes that may wait in the transport (large parts by reference): the loop sends them without a turn for each write.
 _AHEAD_BYTES = 8 << 20
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def make_app(
     """Build the application. It names its incarnation, a random id, in `/health` and in a header of every answer.
 
     Args:
-        owner: Whose shards to serve. Its methods are called on threads of the loop's executor.
-        token: What every route but `/health` asks for as `Authorization: Bearer`; None asks for nothing.
+        owner: The owner of the served shards. Its methods are called on threads of the loop's executor.
+        token: Every route but `/health` asks for it as `Authorization: Bearer`; None asks for nothing.
         rule: Under which names it may be asked, and from which web pages.
         connections: Learns what each connection is doing.
         body_timeout_s: The longest time in which 64 KiB of a request's body may come, or the rest of it.
@@ -103,7 +103,7 @@ class _Bodies:
     Args:
         connections: Learns which connection a body comes from.
         timeout_s: The longest time for each 64 KiB, or the rest.
-        max_nbytes: Of any body.
+        max_nbytes: The longest body.
     """
 
     def __init__(self, connections: Connections, timeout_s: float, max_nbytes: int) -> None:
@@ -156,7 +156,7 @@ class _Bodies:
 
 
 class _DataRoutes:
-    """The handlers. What may take long (encoding, decoding, the owner's methods) runs on a thread of the executor."""
+    """The handlers. Encoding, decoding and the owner's methods may take long: they run on threads of the executor."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _DataRoutes:
         self._bodies = bodies
         # Only the event loop's thread touches what follows.
         self._turns = turns
-        # Of complete answers.
+        # Counts complete answers.
         self._sent_payload_bytes = 0
         self._sent_body_bytes = 0
 
@@ -335,7 +335,7 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
         error.text, error.content_type = json.dumps({"status": "error", "message": error.text}), "application/json"
         raise
     except ConnectionError as error:
-        # The client went away. Nobody reads this answer; raised further, aiohttp would log a fault of ours. It keeps
+        # The client went away and reads no answer; raised further, aiohttp would log a fault of ours. It keeps
         # the error in a cycle with the request: without the traceback, our frames and their tensors are not in it.
         error.__traceback__ = None
         return _error(499, "client closed the connection")

@@ -34,7 +34,7 @@ from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
 __all__ = ["data_bp", "serialize_value"]
 
-# Of an answer given to the server at a time, each a copy: werkzeug takes nothing but `bytes`.
+# One chunk of an answer for the server. Each is a copy: werkzeug takes nothing but `bytes`.
 # Source: our measurement over loopback; from 256 KiB to 2 MiB the rate is the same.
 _PIECE_BYTES = 1 << 20
 # The longest time for one such piece, or for one of a request's body, in seconds.
@@ -170,7 +170,7 @@ class _Pieces:
     """An answer's bytes for a WSGI server. It has a place among those under way until it is sent, or given up.
 
     Args:
-        answer: What is sent.
+        answer: The answer to send.
         connection: Where it goes; None if the server does not tell.
     """
 
@@ -249,7 +249,7 @@ def _patience(connection: socket.socket | None) -> Iterator[None]:
 
 
 def _figures() -> dict[str, Any]:
-    """What our own server says in `/health`."""
+    """The figures that our own server reports in `/health`."""
     return {"incarnation": _incarnation, **runtime.current().store.stats(), **_sending.figures()}
 
 

@@ -47,13 +47,13 @@ class ShardExpiry:
     its end.
 
     Args:
-        store: Whose shards.
+        store: The shards to look at.
         ttl_s: How old they may get, in seconds.
         evict: Drops shards from the owner's own cache too.
         now: Seconds, monotonic, of the clock by which the store dates its shards.
     Attributes:
         num_shards: Dropped so far.
-        nbytes: Of these.
+        nbytes: The bytes of these shards.
     Thread-safety: any thread.
     """
 

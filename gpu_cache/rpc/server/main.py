@@ -38,7 +38,7 @@ ALLOW_VARIABLE = "AREAL_RPC_ALLOW_UNAUTHENTICATED"
 _GRACE_S = 2.5
 _ENDING_S = 0.5
 _BACKLOG = 4096
-_SHORTEST_S = 1e-3  # of a time limit
+_SHORTEST_S = 1e-3  # the shortest time limit
 _DESCRIPTORS = "/proc/self/fd"
 DEFAULT_MAX_CONNECTIONS = 8192
 DEFAULT_HEADER_TIMEOUT_S = 30.0
@@ -73,8 +73,8 @@ class ServerHandle:
     """A server on a thread of its own. A context manager: leaving it stops the server, as does the process's end.
 
     Args:
-        owner: Whose shards are served.
-        app: What to serve.
+        owner: The owner of the served shards.
+        app: The application to serve.
         connections: Keeps those of the application.
         listener: A listening socket; the server closes it.
         address: Where others find it.
@@ -181,28 +181,28 @@ def start(
         host: Address or name to bind. Behind a wildcard address the server cannot know what others call it; tell the
             runtime with `add_own_address`.
         port: 0 takes a free one.
-        token: What clients have to show; None takes it from `AREAL_RPC_TOKEN`. White space around it is dropped.
+        token: The token that clients must show; None takes it from `AREAL_RPC_TOKEN`. White space around it is dropped.
         max_body_bytes: The longest request body.
         max_concurrent_responses: Answers with tensors under way at once; clients beyond are told to come back.
         allow_unauthenticated: Serve other hosts without a token; `AREAL_RPC_ALLOW_UNAUTHENTICATED=1` says the same.
         allow_hosts: Names under which clients may ask a server that is bound to the loopback, beside the loopback's own
             and `host`; and the hosts whose web pages may ask any server. A page that points its name at this machine
             would else read and delete shards through a browser here.
-        shard_ttl_s: Drop shards that are older, in seconds or as text ("10m", "2h"): a backstop for those that nobody
-            clears. Longer than anything is meant to live, weights too. None: they stay.
+        shard_ttl_s: Drop shards that are older, in seconds or as text ("10m", "2h"): a backstop for those that no
+            client clears. Longer than anything is meant to live, weights too. None: they stay.
         header_timeout_s: The longest time for the header of a request, in seconds; `math.inf` for no limit, as below.
         body_timeout_s: The longest time for each 64 KiB of a request's body, or for the rest of it.
         idle_timeout_s: The longest time between two requests of one connection.
         max_connections: Connections at once. Beyond these, or where this process is about to run out of descriptors,
             the server closes the ones that it waited for longest. It raises this process's soft limit of descriptors.
-        owner: Whose shards; None means this process's runtime.
+        owner: The owner of the served shards; None means this process's runtime.
 
     Returns:
         The handle; the server already accepts connections.
 
     Raises:
         OSError: The address cannot be bound.
-        ValueError: Other hosts could reach the server, there is no token, and nobody said that this is meant; or the
+        ValueError: Other hosts could reach the server, there is no token, and `allow_unauthenticated` is off; or the
             token is not one line of printable ASCII, a limit is not positive, or `shard_ttl_s` is not a time.
     """
     _check_positive(max_concurrent_responses=max_concurrent_responses, max_connections=max_connections)

@@ -1,4 +1,4 @@
-"""What the `/data` routes ask of an owner, whatever HTTP server they run in."""
+"""The `/data` routes as calls on an owner, for any HTTP server."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gpu_cache.rpc.wire.serialization import tensor_from_text
 DEFAULT_MAX_BODY_BYTES = 1 << 30
 # Answers with tensors under way at once. Each may keep some MB in the transport; with more of them none is faster.
 DEFAULT_MAX_RESPONSES = 32
-# What a client that comes beyond that is told. Seconds are whole in the standard's header; ours says it exactly.
+# The answer to clients beyond the limit. Seconds are whole in the standard's header; ours says it exactly.
 COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: str(round(1000 * RETRY_AFTER_S))}
-# Of a list of shard ids. Parsing one keeps all other threads waiting: 30 ms for the longest.
+# The most bytes in a list of shard ids. Parsing one keeps all other threads waiting: 30 ms for the longest.
 MAX_IDS = 65_536
 MAX_IDS_BYTES = 4 << 20
 _MAX_IDS_COMMAS = 4 * MAX_IDS  # in ids too
-# Of a frame with one tensor.
+# The most bytes in the header of a frame with one tensor.
 _MAX_PUT_HEADER_BYTES = 64 << 10
 NO_IDS_TO_READ = "Expected JSON body with string list field 'shard_ids'"
 NO_IDS_TO_CLEAR = "'shard_ids' must be a list"
@@ -38,7 +38,7 @@ class DataOwner(Protocol):
 
     @property
     def store(self) -> ShardStore:
-        """What the routes serve."""
+        """The shards that the routes serve."""
 
     def evict(self, shard_ids: Sequence[str]) -> int:
         """Drop shards from this process's own cache; returns how many were there."""
@@ -51,9 +51,9 @@ class RefusedError(Exception):
     """A request that is answered by a refusal.
 
     Args:
-        status: Of the answer.
+        status: The answer's HTTP status.
         message: For the client.
-        headers: Of the answer.
+        headers: The answer's headers.
     """
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
@@ -98,7 +98,7 @@ class Sending:
                 self._sent_body_bytes += answer.nbytes if answer.status == 200 else 0
 
     def figures(self) -> dict[str, int]:
-        """What they came to, as `/health` says it."""
+        """The totals, as `/health` says them."""
         with self._lock:
             return {
                 "num_responses": self._num_taken,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable
 from types import TracebackType
 
-RETRY_AFTER_S = 0.05  # what a client that was refused is told
+RETRY_AFTER_S = 0.05  # the server asks a refused client to wait so long
 # A client that does not come back within this is forgotten. It waits up to half longer than it is told, and then some.
 _KEPT_S = 4 * RETRY_AFTER_S
 # A client that was first refused so long ago has a place kept for it.
@@ -104,7 +104,7 @@ class Place:
 
     Args:
         turns: Where it is from.
-        client: Whose it is.
+        client: The client that holds it.
         now: When it was taken.
     Attributes:
         is_sent: Whether all of the answer was sent, though the client may not have taken it.

@@ -130,13 +130,13 @@ class Layout:
 
     Args:
         ids: Distinct, in the order asked for.
-        shards: What they name.
-        texts: What `described` says of them.
-        serials: Of each shard, as the sender's store numbers them; none where it does not, and none for a reader.
+        shards: The shards that they name.
+        texts: Their descriptions, by `described`.
+        serials: Each shard's number in the sender's store; empty for a sender that numbers none, and for a reader.
     Attributes:
         indices: Places in the request, in the order of the bytes.
         header: With its length before it: a frame up to the bytes.
-        payload_nbytes: Of the bytes.
+        payload_nbytes: The length of all tensors' bytes.
     Raises:
         WireError: More shards than a frame has, too long a header, or a dtype that does not travel.
     """

@@ -242,7 +242,7 @@ def tensor_from_json(described: object, data: memoryview | None = None) -> torch
     Every number is checked before anything is allocated.
 
     Args:
-        described: What JSON says.
+        described: The JSON description.
         data: The base64, if it is not in `described`.
     Raises:
         ValueError: Not a tensor, or its shape, dtype and bytes do not fit together.
@@ -325,7 +325,7 @@ def check_stored(tensor: torch.Tensor) -> None:
     """Refuse what others could not fetch, if it was stored: what does not travel, and what has no values.
 
     Raises:
-        TypeError: What it is, and what to do.
+        TypeError: It is of another type; the message names it and the remedy.
     """
     check_travels(tensor)
     if tensor.is_meta:
