@@ -1,4 +1,4 @@
-"""What every test ends with: nothing pending, every byte accounted for, no thread left."""
+"""Every test ends with nothing pending, every byte accounted for, no thread left; fixtures of several folders."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class CudaDevice:
         pinned.tensor, pinned.view, pinned.is_pinned = NO_BYTES, memoryview(b""), False
 
     def new_stream(self) -> Stream:
-        # Not of priority 0, whose streams torch deals out to everybody in turn: sharing one would queue copies behind
+        # Not of priority 0, whose streams torch deals out to all callers in turn: sharing one would queue copies behind
         # a collective, or put them into a trainer's graph. A copy runs no sooner for its stream's priority.
         with self._here():
             return self._cuda.Stream(device=self.torch_device, priority=-2)

@@ -266,7 +266,7 @@ def pooled_streams(cuda: Any, device: torch.device) -> list[Any]:
     least, greatest = getattr(cuda.Stream, "priority_range", lambda: (0, -1))()
     for priority in range(greatest, least + 1):
         num_known = -1
-        # Whole rounds leave everybody else's turn as it was; a round without news shows that none was missed.
+        # Whole rounds leave every other caller's turn as it was; a round without news shows that none was missed.
         while num_known < len(found):
             num_known = len(found)
             dealt = [cuda.Stream(device=device, priority=priority) for _ in range(32)]

@@ -58,7 +58,7 @@ class EventSet:
 
     def __init__(self, handles: list[int], timing: bool, let_go: deque[tuple[list[int], bool, int]]) -> None:
         self.handles, self.timing, self._let_go = handles, timing, let_go
-        self.num_done = 0  # of the first ones; the worst that a race does is to ask twice
+        self.num_done = 0  # the first ones are done; the worst that a race does is to ask twice
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -86,7 +86,7 @@ class RawEvents:
         self._raw = raw
         self._idle: dict[bool, deque[int]] = {False: deque(), True: deque()}  # done and unreferenced, timed or not
         self._let_go: deque[tuple[list[int], bool, int]] = deque()  # unreferenced, with how many of them are done
-        self._handles: tuple[Sequence[Any], list[int]] = ((), [])  # of the streams that were last named
+        self._handles: tuple[Sequence[Any], list[int]] = ((), [])  # handles of the streams that were last named
 
     def record(self, stream: Any, *, timing: bool) -> EventSet:
         return self._record([stream.cuda_stream], timing)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str) -> str:
-    """What a fresh interpreter prints; it must end well and say nothing else."""
+    """The output of a fresh interpreter; it must end well and say nothing else."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Whatever keeps a shard alive on a GPU keeps its bytes; the last alias gives them back, on whatever thread it dies."""
+"""Every alias of a shard on a GPU keeps its bytes; the last one gives them back, on any thread."""
 
 from __future__ import annotations
 

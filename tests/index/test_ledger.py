@@ -1,4 +1,4 @@
-"""What the index counts: by source, by size, by clears survived; and why fetches failed."""
+"""The index's figures: by source, by size, by clears survived, and by reasons of failed fetches."""
 
 from __future__ import annotations
 

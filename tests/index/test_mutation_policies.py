@@ -1,4 +1,4 @@
-"""What becomes of shards that a reader wrote into, by policy; checksums, which see more; and what the log says."""
+"""Shards that a reader wrote into, by policy; checksums, which see more; and lines of the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scopes: what is fetched inside goes at the end, and nothing else does."""
+"""Scopes: their end drops shards fetched inside, and no others."""
 
 from __future__ import annotations
 

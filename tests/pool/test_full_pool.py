@@ -1,4 +1,4 @@
-"""What happens when the pool is full: who goes, in which order room is looked for, and what never happens."""
+"""A full pool: the victims, the order in which the cache looks for room, and promises that it keeps."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SPARE = {f"spare-{n}": torch.ones(1) for n in range(300)}
 
 @pytest.fixture
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
-    """What the locks collect that are made from here on."""
+    """Garbage that locks collect if they are made from here on."""
     garbage = Garbage()
     for module in (runtime, store, clearing, expiry, requests, connection):
         monkeypatch.setattr(module, "threading", garbage.threading())

@@ -246,7 +246,7 @@ def donor() -> TensorCache:
 
 @pytest.fixture
 def garbage(donor: TensorCache, monkeypatch: pytest.MonkeyPatch) -> Garbage:
-    """What the locks collect that are made from here on."""
+    """Garbage that locks collect if they are made from here on."""
     garbage = Garbage()
     for module in (index, inflight, publish, slab, staging, reaper, engine, transfer):
         monkeypatch.setattr(module, "threading", garbage.threading())

@@ -123,7 +123,7 @@ CONFIG = CacheConfig(
 
 
 def check_death(stage: Stage, reader: DyingReader, death: Death, arrived: str) -> None:
-    """Whoever waits is told at once, by shard; what arrived is cached; the next call asks for the rest."""
+    """All waiters are told at once, by shard; arrived shards are cached; the next call asks for the rest."""
     cache, lost = stage.cache, set("abc") - set(arrived)
     began = time.monotonic()
     call = in_background(lambda: cache.get_many(["a", "b", "c"], Source(reader), timeout_s=PATIENCE_S))

@@ -1,4 +1,4 @@
-"""What the doctor finds, of itself and of a server; with AReaL: tests/beside_areal."""
+"""The doctor's findings about this process and a server; with AReaL: tests/beside_areal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call says of each shard that did not arrive, and what it does with those that did."""
+"""Calls of which some shards do not arrive: each is named in the error, and the others are cached."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pair(address: str) -> dict[str, RTensor]:
 
 
 def failed(*args: Any, **kwargs: Any) -> FetchError:
-    """What localizing says; without the frames that led there."""
+    """The error of `localize`, without the frames that led there."""
     with pytest.raises(FetchError) as caught:
         RTensor.localize(*args, **kwargs)
     return caught.value.with_traceback(None)

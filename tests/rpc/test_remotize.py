@@ -1,4 +1,4 @@
-"""What can be stored for others, and what is refused: a call stores everything or nothing."""
+"""`remotize` stores every tensor of a container for others, or refuses and stores none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is cut off a batch, and what is left alone."""
+"""Trailing padding is cut off a batch, and nothing else."""
 
 from __future__ import annotations
 

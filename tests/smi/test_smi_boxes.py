@@ -82,7 +82,7 @@ def test_a_gpu_that_nvml_does_not_know_is_starred(node: Machine) -> None:
 
 
 def styles(node: Machine) -> dict[str, set[str]]:
-    """What is coloured in the boxes, by colour."""
+    """The coloured words in the boxes, by colour."""
     look = node.look()
     found: dict[str, set[str]] = {}
     for line in boxes.screen(look, ("gpu", "proc", "source"), True):

@@ -178,7 +178,7 @@ def test_it_serves_a_scrape(node: Machine) -> None:
 
 
 def scrape(port: int, text: str) -> tuple[str, str]:
-    """What is answered to a request written by hand: head and body."""
+    """The answer to a request written by hand: head and body."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         client.sendall(text.replace("\n", "\r\n").encode())
         head, _, body = b"".join(iter(lambda: client.recv(1 << 20), b"")).decode().partition("\r\n\r\n")

@@ -1,4 +1,4 @@
-"""What NVML tells, and what it does not."""
+"""The devices as NVML tells them, and without an NVML."""
 
 from __future__ import annotations
 

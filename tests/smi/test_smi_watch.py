@@ -36,7 +36,7 @@ STEP_GB = [0, 0, 2, 10, 11, 9, 0, 0, 0, 0, 0, 0]
 
 
 def a_minute(node: Machine, seconds: int = 60) -> History:
-    """Of the specification's trainers; the leaking one clears 40 seconds before the end."""
+    """A minute of the specification's trainers; the leaking one clears 40 seconds before the end."""
     past = History()
     paths = {}
     found = trainers()

@@ -1,4 +1,4 @@
-"""What tests of `areal` share: garbage that is looked at, connections that have asked, handles of other processes."""
+"""Shared by tests of the data plane: checked garbage, connections that have asked, handles of other processes."""
 
 from __future__ import annotations
 

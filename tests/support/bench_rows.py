@@ -15,7 +15,7 @@ from bench.meter import Cost, Meter
 from bench.paths import Path
 from bench.rounds import Course, rows
 
-# Of every row, by the issue that asked for them.
+# Targets of every row, by the issue that asked for them.
 KEYS = {
     "workload", "path", "seconds", "gb_per_s", "us_per_shard", "cpu_s_per_gb_client", "cpu_s_per_gb_server",
     "rss_growth_bytes", "ratio_raw", "ratio_json",
@@ -39,7 +39,7 @@ DEVICE_PATHS = [
     "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "upstream_cold", "upstream_second",
 ]  # fmt: skip
 _BATCH_PATHS = _beside_each("defaults/cold", "defaults/step")
-# Of each workload; those of W2 and W3 are the same.
+# Rows of each workload; those of W2 and W3 are the same.
 _LARGE_PATHS = [
     *("raw", "memcpy", "json", *_beside_each("defaults/cold"), "defaults/warm", "defaults/clear"),
     *(*_beside_each("defaults/step"), "tuned/cold"),
@@ -66,7 +66,7 @@ def a_meter() -> Meter:
 
 
 def cost(seconds: float, **more: Any) -> Cost:
-    """Of a call that took the client one second of CPU time, and the owner two."""
+    """The row of a call that took the client one second of CPU time, and the owner two."""
     return Cost(seconds, 1.0, 2.0, Allocated(), **more)
 
 

@@ -1,4 +1,4 @@
-"""What the GPU checks run on in tests: the fake of CUDA, and the simulated device where streams must lag."""
+"""Rigs on which tests run the GPU checks: the fake of CUDA, and the simulated device where streams must lag."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FakeRig(Rig):
     @contextmanager
     def capturing(self) -> Iterator[Any]:
         with self.cuda.capture(self.cuda.Stream(device=self.device.torch_device)):
-            yield SimpleNamespace(replay=lambda: None)  # what was captured has run already
+            yield SimpleNamespace(replay=lambda: None)  # captured work has run already
 
 
 class SimRig(Rig):

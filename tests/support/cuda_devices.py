@@ -37,7 +37,7 @@ def checked_device(cuda: FakeCuda, tmp_path: Path) -> Iterator[CudaDevice]:
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
-    """What a function returns in a thread that never chose a device."""
+    """The result of a function in a thread that never chose a device."""
     results: list[Any] = []
     errors: list[BaseException] = []
 

@@ -35,7 +35,7 @@ from tests.support.fault_server import Exchange, FaultServer, frame, reply, sile
 from tests.support.sources import DictSource
 
 PARALLEL = 3  # children at once
-_DEADLINE_S = 60.0  # of a child
+_DEADLINE_S = 60.0  # the longest life of a child
 _LARGE = torch.arange(1 << 20)  # 8 MiB
 _SMALL: dict[Hashable, torch.Tensor] = {number: torch.full((64,), number) for number in range(6000)}
 _kept: list[Any] = []  # alive until the interpreter ends

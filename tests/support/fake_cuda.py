@@ -1,8 +1,8 @@
 """A strict stand-in for `torch.cuda`: what `CudaDevice` uses of it, and an error wherever a GPU would misbehave.
 
 It has no attribute that `CudaDevice` should not use. Device memory is host memory, so that copies really happen;
-events become done when a test calls `advance`, or when they are synchronized. What a GPU would not report at the call
-(a pool destroyed at the wrong time, a context made on a foreign device) is noted, for tests to look at.
+events become done when a test calls `advance`, or when they are synchronized. Faults that a GPU would not report at
+the call (a pool destroyed at the wrong time, a context made on a foreign device) are noted, for tests to look at.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.fake_cuda_objects import (
 from tests.support.fake_cudart import FakeLibrary
 
 MIB = 1 << 20
-ALIGNMENT = 512  # of what torch's allocator hands out
+ALIGNMENT = 512  # torch's allocator aligns blocks so
 
 
 class FakeCuda:
@@ -71,7 +71,7 @@ class FakeCuda:
         self.num_priorities = 4
         self.turns: dict[tuple[int, int], int] = {}
         self.implicit_capture = False  # a stream that the default one would wait for is being captured
-        self.calls: Counter[str] = Counter()  # of this module, where they lead to some of the runtime
+        self.calls: Counter[str] = Counter()  # calls of this module that lead to some of the runtime
         self.thread = Thread()
         self.Stream = StreamType(self)
         self._device_bytes, self._pin_limit_bytes, self._backend = device_bytes, pin_limit_bytes, backend
@@ -81,7 +81,7 @@ class FakeCuda:
         self._blocks: dict[int, int] = {}  # addresses and lengths of device memory
         self.library = FakeLibrary(self, **library)
 
-    # What a test does to the device.
+    # A test's controls of the device.
 
     def advance(self, *streams: FakeStream) -> None:
         """Let the streams (none named: all) run as far as the events they wait for allow."""
@@ -114,7 +114,7 @@ class FakeCuda:
         """Bytes of a device that are not free to other processes."""
         return self._device_bytes - self.free_bytes[index]
 
-    # What the parts above ask.
+    # Answers to the parts above.
 
     def queue(self, stream: FakeStream) -> list[tuple[str, FakeEvent]]:
         return self._queues.setdefault(stream, [])
@@ -167,11 +167,11 @@ class FakeCuda:
         self.copies.append(stream)
 
     def check_last_error(self) -> None:
-        """What every kernel launch does."""
+        """The effect of every kernel launch."""
         if self.thread.sticky_error:
             raise RuntimeError(f"CUDA error {self.thread.sticky_error}, of some earlier call")
 
-    # What `torch` offers.
+    # The names of `torch`.
 
     def empty(self, nbytes: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         assert dtype == torch.uint8
@@ -218,7 +218,7 @@ class FakeCuda:
         elif (pool := pooled[0]()) is not None:
             pool.live.discard(pooled[1])
 
-    # What `torch.cuda` offers.
+    # The names of `torch.cuda`.
 
     def is_initialized(self) -> bool:
         return True
@@ -258,7 +258,7 @@ class FakeCuda:
         return self.current(device)
 
     def current_raw_stream(self, index: int) -> int:
-        """What `torch._C._cuda_getCurrentRawStream` tells."""
+        """The answer of `torch._C._cuda_getCurrentRawStream`."""
         return self.current(torch.device("cuda", index)).cuda_stream
 
     def current(self, device: torch.device) -> FakeStream:
@@ -315,7 +315,7 @@ class FakeCuda:
             module.cudaGetLastError = self._get_last_error
         return module
 
-    # What `libcudart` offers; see `FakeLibrary`.
+    # The names of `libcudart`; see `FakeLibrary`.
 
     def _exchange_capture_mode(self, argument: Any) -> int:
         self.contexts.add(self.thread.device)

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 GLOBAL, THREAD_LOCAL = 0, 1  # capture modes
 POOL_SIZE = 32
-BASE = 0x5573_0000_0000  # of the handles of streams: as on a GPU, longer than 32 bits
+BASE = 0x5573_0000_0000  # handles of streams begin here: as on a GPU, longer than 32 bits
 
 
 class Thread(threading.local):
-    """What CUDA and torch keep for each thread."""
+    """The state that CUDA and torch keep for each thread."""
 
     def __init__(self) -> None:
         self.device = 0

@@ -1,7 +1,7 @@
 """A strict stand-in for `libcudart`, as `ctypes` shows it: function pointers, so that types matter as they do there.
 
-A function whose argument types were not set gets handles cut to 32 bits, which no stream and no event has. What a GPU
-would not report at the call is a violation, for tests to look at. Calls are counted by name.
+A function whose argument types were not set gets handles cut to 32 bits, which no stream and no event has. A fault
+that a GPU would not report at the call is a violation, for tests to look at. Calls are counted by name.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class FakeLibrary:
         return 0
 
     def _asked(self, event: int) -> tuple[int, FakeEvent | None]:
-        """What a query or a wait by the host may say at once."""
+        """The immediate answer to a query or a wait by the host."""
         self._device()
         one = self.events.get(event)
         if one is None:

@@ -193,7 +193,7 @@ def raw_frame(header: Any, payload: bytes = b"") -> bytes:
 
 
 def frames_of(tensors: Mapping[str, torch.Tensor], first: int = 1) -> Answer:
-    """What a healthy owner of these tensors answers, numbered from `first` on; of no incarnation."""
+    """The answers of a healthy owner of these tensors, numbered from `first` on; it names no incarnation."""
 
     def answer(asked: Asked) -> bytes:
         if missing := [shard_id for shard_id in asked.shard_ids if shard_id not in tensors]:
@@ -215,7 +215,7 @@ def by(incarnation: str, answer: Answer) -> Answer:
 
 
 def json_of(tensors: Mapping[str, torch.Tensor]) -> Answer:
-    """What a server of upstream's answers, whatever a client says that it accepts."""
+    """The answers of a server of upstream's, for every `Accept`."""
 
     def answer(asked: Asked) -> bytes:
         described = [tensor_to_json(tensors[shard_id]) for shard_id in asked.shard_ids]

@@ -18,5 +18,5 @@ def corpus(*folders: str) -> pytest.MarkDecorator:
 
 
 def contents(folder: str) -> list[bytes]:
-    """What is in the files of a folder and its folders."""
+    """The bytes of all files in a folder and its folders."""
     return [path.read_bytes() for path in sorted((CORPUS / folder).rglob("*.*"))]

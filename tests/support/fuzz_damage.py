@@ -111,7 +111,7 @@ def _remove_or_double(holder: Any, key: Any, is_removed: bool) -> None:
 
 
 def _parts(holder: Any, depth: int = 0) -> list[tuple[Any, Any]]:
-    """Every place in a nest of dicts and lists, as its container and key; not deeper than anybody would look."""
+    """Every place in a nest of dicts and lists, as its container and key; not deeper than a reader would look."""
     keys: Sequence[Any] = list(holder) if isinstance(holder, dict) else range(len(holder))
     found = [(holder, key) for key in keys]
     for key in keys if depth < 8 else ():

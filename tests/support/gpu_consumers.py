@@ -22,7 +22,7 @@ class Consumers:
 
     Args:
         cache: Its pool is smaller than all shards together, so that bytes are reused all the time.
-        num_shards: Of 64 to 512 KiB, each with bytes of its own.
+        num_shards: The number of shards, of 64 to 512 KiB, each with bytes of its own.
         seconds: How long they read.
     """
 

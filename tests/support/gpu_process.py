@@ -13,10 +13,10 @@ _DEADLINE_S = 120
 
 
 def run_python(*arguments: str, complains: bool = False, **environ: str) -> str:
-    """What a fresh interpreter prints; it must end well and, unless it `complains`, say nothing of an error.
+    """The output of a fresh interpreter; it must end well and, unless it `complains`, write no error.
 
     Args:
-        arguments: Of the interpreter: `-c`, code; or `-m`, module and its arguments.
+        arguments: The interpreter's: `-c`, code; or `-m`, module and its arguments.
         complains: It may write of errors that it caught.
         environ: Variables besides this process's.
     """

@@ -1,4 +1,4 @@
-"""What runs on the device while shards are read, first and again: prints the profiler's names as JSON.
+"""Read shards, first and again, and print the profiler's names of the device's work as JSON.
 
 Run as a module of its own: the profiler stays attached to its process.
 """

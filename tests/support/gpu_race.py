@@ -24,7 +24,7 @@ Touch = Callable[[torch.Tensor, Any], object]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a reader.
+    """The end of a reader.
 
     Attributes:
         is_reused: The second shard got the bytes of the first.
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def nothing(block: torch.Tensor, stream: Any) -> None:
-    """What a consumer does that leaves it all to the cache."""
+    """Consume, and leave all order to the cache."""
 
 
 def late_reader(
@@ -81,7 +81,7 @@ def late_copy(cache: TensorCache, stream: Any, ready: ReadyMode, rig: Rig = REAL
     Args:
         cache: Its pool holds one shard; closed in the end.
         stream: Current when the shard is fetched.
-        ready: Who is to wait.
+        ready: The side that waits, host or stream.
         rig: Where the cache is.
     """
     address = fetch(cache, "old", OLD).data_ptr()

@@ -1,4 +1,4 @@
-"""What the tests on a real GPU share: small caches, shards of one value, streams that are busy for a while."""
+"""Shared by the tests on a real GPU: small caches, shards of one value, streams that are busy for a while."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1 << 20
 GPU = torch.device("cuda:0")
 # 0.1 s at an H100's fastest clock, 0.6 s at its slowest: far longer than the calls that race with it.
 LONG_CYCLES = 200_000_000
-# What free memory may move by without our doing: kernels that are loaded at their first launch, the driver's own.
+# Free memory may move so far without us: kernels load at their first launch, the driver takes its own.
 SLACK_BYTES = 16 * MIB
 SHARD_BYTES = 4 * MIB
 _REAPERS_ROUNDS_S = 0.1  # a few of them, in tests
@@ -138,7 +138,7 @@ class Rig:
     Tests of the scenes put a fake or a simulated device in its place.
 
     Attributes:
-        where: Of tensors that torch makes there.
+        where: The device of tensors that torch makes there.
         cuda: Torch's CUDA module.
         mib: Bytes that large sizes are multiples of; smaller on a fake.
         hurry: Divides how often something is repeated to be timed.
@@ -202,7 +202,7 @@ class Rig:
         with torch.cuda.graph(graph):
             yield graph
 
-    # What a consumer does.
+    # A consumer's steps.
 
     def consumers(self) -> Sequence[Any]:
         """Streams as consumers have them."""

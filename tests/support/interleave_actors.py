@@ -47,7 +47,7 @@ class SteppedReader:
     Args:
         node: Where the shards come from.
         parts: The keys of each part.
-        tensors: What they stand for.
+        tensors: The tensors behind the keys.
         board: Told whenever it stops.
     """
 
@@ -143,7 +143,7 @@ class Getter(threading.Thread):
     def __init__(self, board: Board) -> None:
         super().__init__(daemon=True)
         self.outcome: list[torch.Tensor] | BaseException | None = None
-        self.keys: Sequence[Hashable] = ()  # of the call under way
+        self.keys: Sequence[Hashable] = ()  # the keys of the call under way
         self._board = board
         self._pending: Sequence[Future[Any]] | None = None
         self._calls: queue.SimpleQueue[Callable[[], list[torch.Tensor]] | None] = queue.SimpleQueue()
@@ -166,7 +166,7 @@ class Getter(threading.Thread):
         self._calls.put(lambda: cache.get_many(keys, source))
 
     def take(self) -> list[torch.Tensor] | BaseException:
-        """What came of the call, which has ended."""
+        """The result of the call, which has ended."""
         outcome, self.outcome, self.keys = self.outcome, None, ()
         assert outcome is not None
         return outcome
@@ -226,7 +226,7 @@ def in_background(call: Callable[[], Any]) -> Future[Any]:
         try:
             result.set_result(call())
         except BaseException as error:
-            result.set_exception(error.with_traceback(None))  # whose frames would keep tensors
+            result.set_exception(error.with_traceback(None))  # its frames would keep tensors
 
     threading.Thread(target=run, daemon=True).start()
     return result

@@ -18,7 +18,7 @@ Place = tuple[str, int]  # file and line of a `with`
 
 
 class Garbage:
-    """What is to die in dead cycles.
+    """Objects that are to die in dead cycles.
 
     Attributes:
         stock: The only aliases of blocks, or other things; the last one dies next.
@@ -45,7 +45,7 @@ class Garbage:
             self.collected[place] += alive() is None
 
     def threading(self) -> Any:
-        """What stands in for the module `threading`: its locks collect garbage once they are held."""
+        """A stand-in for the module `threading`: its locks collect garbage once they are held."""
         locks = {
             "Lock": lambda: CollectingLock(threading.Lock(), self),
             "Condition": lambda lock: CollectingLock(threading.Condition(), self),
@@ -72,7 +72,7 @@ class CollectingLock:
 
 
 def _place() -> Place:
-    """Of the `with` that takes or gives back a lock."""
+    """The line of the `with` that takes or gives back a lock."""
     frame = sys._getframe(2)
     return str(Path(frame.f_code.co_filename).relative_to(ROOT)), frame.f_lineno
 

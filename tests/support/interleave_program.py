@@ -42,7 +42,7 @@ class Interleaving:
         cache: An empty one.
         getters: Idle ones.
         board: Theirs.
-        seed: Of the order.
+        seed: Chooses the order.
     """
 
     def __init__(self, cache: TensorCache, getters: Sequence[Getter], board: Board, seed: int) -> None:
@@ -197,7 +197,7 @@ class Interleaving:
         on_their_way = [reader for reader in self._source.readers if set(keys).intersection(reader.keys)]
         self.met.update((kind, r.gate or "while it moves") for r in on_their_way if not r.has_ended)
 
-    # What must hold.
+    # Invariants.
 
     def _collect(self) -> None:
         """Look at what calls that have ended brought."""

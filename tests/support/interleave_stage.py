@@ -26,15 +26,15 @@ SHARDS: dict[Hashable, torch.Tensor] = {
     name: torch.full((30_000,), number + 1, dtype=torch.uint8) for number, name in enumerate("abcd")
 }
 NODE = "node:1"
-GATES = ["before specs", "before a read", "after a read"]  # of a reader of one shard, in order
+GATES = ["before specs", "before a read", "after a read"]  # gates of a reader of one shard, in order
 
 
 class Stage:
-    """What a test of one interleaving needs.
+    """The stage of a test of one interleaving.
 
     Args:
         device: Where to cache.
-        config: Of the cache.
+        config: The cache's settings.
     """
 
     def __init__(self, device: HostDevice, config: CacheConfig = CONFIG) -> None:
@@ -98,7 +98,7 @@ class WaitingSource:
 
 @contextlib.contextmanager
 def late_call() -> Iterator[threading.Event]:
-    """Of the next call that waits for its shards the time is up when the event is set, not before."""
+    """The time of the next waiting call is up when the event is set, not before."""
     is_up, wait = threading.Event(), Fetch.wait
 
     def wait_in_vain(fetch: Fetch) -> None:

@@ -89,7 +89,7 @@ def _read_windows(
 
 
 def failure(server: FaultServer, *keys: str, **settings: Any) -> str:
-    """What fetching says; it names the shards and the address."""
+    """The error of a fetch; it names the shards and the address."""
     wanted = keys or ("a", "b")
     with pytest.raises(ShardFetchError) as caught:
         drained(reader_of(server.address, wanted, **settings))

@@ -1,4 +1,4 @@
-"""What the tests of scopes fetch."""
+"""Shards that the tests of scopes fetch."""
 
 from __future__ import annotations
 

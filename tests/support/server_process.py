@@ -32,7 +32,7 @@ class ServerProcess:
         assert self.address
 
     def kill(self) -> None:
-        """Without a word to anybody."""
+        """Without a word to any client."""
         self._process.send_signal(signal.SIGKILL)
         self._process.communicate(timeout=30)
 

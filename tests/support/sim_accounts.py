@@ -18,7 +18,7 @@ from tests.support.sim_shards import contents
 
 @dataclasses.dataclass(slots=True)
 class Ledger:
-    """What a program asked for, and what of it came: a model of the cache's counters, which it knows nothing of."""
+    """A program's requests and their results: a model of the cache's counters, which it never reads."""
 
     requested: int = 0
     arrived_bytes: int = 0

@@ -22,14 +22,14 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 class SimDevice(SimHost):
     """A `Device` in host memory with explicit queues; copies read their source when they run.
 
-    What it finds is in `faults`: two accesses of one granule, at least one of them a write, that nothing orders
+    Its findings are in `faults`: two accesses of one granule, at least one of them a write, that nothing orders
     (enqueuing, a stream's own order, record and wait, `query` that said yes, `synchronize`); and kernels that read
     other bytes than they should. The host is one actor, whatever the thread: what one thread saw done counts for
     all, as locks order them anyway; races of host threads with each other are not looked for. Also work on a stream
     while a graph is captured there, and queries, records and waits of a thread whose current stream is captured.
 
     Args:
-        seed: Of the adversary.
+        seed: The adversary's.
         num_pooled: Streams, besides the default one, that a fence of all streams covers.
     Thread-safety: any thread; one lock.
     """
@@ -89,7 +89,7 @@ class SimDevice(SimHost):
 
     @property
     def arena_bytes(self) -> int:
-        """Of the arenas that were not released."""
+        """Bytes of the arenas that were not released."""
         with self._lock:
             return sum(len(one.memory) for one in self._regions if one.name.startswith("arena") and not one.is_released)
 
@@ -228,7 +228,7 @@ class SimDevice(SimHost):
         self._refuse_capture(stream)
         with self._lock:
             stream.queue.append(Work(dict(self._host), run, blocker))
-            self._host[HOST] += 1  # what the host does from here on is not before it
+            self._host[HOST] += 1  # the host's later work is not before it
             self.adversary.drift(self._streams)
 
     def _refuse_capture(self, *used: SimStream) -> None:

@@ -1,4 +1,4 @@
-"""What is looked at in a cache on the simulated device: bytes that become free, and moments bad for a collection."""
+"""Looks into a cache on the simulated device: at bytes that become free, and at moments bad for a collection."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def observe(cache: TensorCache, device: SimDevice) -> None:
     """See bytes given back, and slots handed out for receiving: the host may write both from then on.
 
     Args:
-        cache: What is looked at.
+        cache: The cache to look at.
         device: That it is on.
     """
     engine = cache._lazy.open()

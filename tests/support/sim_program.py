@@ -14,14 +14,14 @@ from tests.support.sim_world import CONFIG, World
 
 
 class SimFaultError(AssertionError):
-    """What went wrong, and the steps that led there."""
+    """A fault, and the steps that led there."""
 
 
 class Program:
     """Plays the steps of a script; what comes of it is in the device's faults, and in the accounts.
 
     Args:
-        config: Of the cache; at least two staging slots.
+        config: The cache's settings; at least two staging slots.
     """
 
     def __init__(self, config: CacheConfig = CONFIG) -> None:
@@ -65,7 +65,7 @@ class Program:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Whatever goes wrong is told with the steps that led there."""
+        """Tell every fault with the steps that led there."""
         try:
             yield
         except Exception as error:
@@ -132,7 +132,7 @@ def run_seed(seed: int, config: CacheConfig = CONFIG, watch: Callable[[Program],
 
 
 def fault_of(script: Script, config: CacheConfig = CONFIG) -> str:
-    """What goes wrong when a script is run, in a line; "" if it runs well."""
+    """The fault of a script's run, in a line; "" if it runs well."""
     try:
         run_script(script, config)
     except SimFaultError as error:

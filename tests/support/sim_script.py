@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 NUM_STEPS = 60  # default-length programs missed two of ten planted bugs (design.md)
 REST = "rest"  # is left out when played: what shrinking leaves of a step that does not matter
-_NUM_NUMBERS = 14  # of a step; the first two are the adversary's
+_NUM_NUMBERS = 14  # numbers of a step; the first two are the adversary's
 
 _Option = TypeVar("_Option")
 
@@ -49,7 +49,7 @@ class Step:
 
 
 class Script(tuple[Step, ...]):
-    """The steps of a program, in order. What its repr shows makes a script that does the same."""
+    """The steps of a program, in order. Its repr makes a script that does the same."""
 
     def __repr__(self) -> str:
         return f"Script.of({'; '.join(map(str, self.effective))!r})"

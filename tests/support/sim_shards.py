@@ -1,4 +1,4 @@
-"""What programs on the simulated device deal with: shards, tensors handed out, readers that stop or break."""
+"""Objects of programs on the simulated device: shards, tensors handed out, readers that stop or break."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def prefetch(world: World) -> None:
     if readers:
         world.fly(Flight(future, readers[0], keys, set(keys)))
     else:
-        with contextlib.suppress(FetchError), world.ledger.receiving(keys):  # what is in the host tier may stay there
+        with contextlib.suppress(FetchError), world.ledger.receiving(keys):  # shards in the host tier may stay there
             future.result(20)
         world.await_moves()
 
@@ -290,7 +290,7 @@ def clear(world: World) -> None:
 def clear_all(world: World) -> None:
     if world.choices.happens(50):
         world.say("by node")
-        world.cache.clear_node(NODE)  # whose node is not known before it lands stays
+        world.cache.clear_node(NODE)  # a shard stays if its node is not known before it lands
         world.cache.clear_node("here")
         return
     world.cache.clear()

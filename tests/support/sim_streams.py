@@ -82,7 +82,7 @@ class Adversary:
         """Begin a step of a program.
 
         Args:
-            seed: Of what the streams do meanwhile; 0: nothing of their own accord.
+            seed: Chooses the streams' own progress; 0: none.
             collect_at: Number of the moment at which garbage is collected; 0: at none.
         """
         self._random.seed(seed)

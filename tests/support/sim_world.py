@@ -40,7 +40,7 @@ class World:
     """Deterministic: one thread is awake at a time. A fetch has one reader, whose thread the caller waits for.
 
     Args:
-        config: Of the cache; at least two staging slots.
+        config: The cache's settings; at least two staging slots.
     """
 
     def __init__(self, config: CacheConfig = CONFIG) -> None:
@@ -74,7 +74,7 @@ class World:
         self.held.clear()
         if (engine := self.cache._engine) is not None:
             engine.reaper._period_s = 0.001
-            # What a mutant made of the pool is not for its threads to give back.
+            # Its threads must not give back a pool that a mutant broke.
             engine.reaper._pool = SimpleNamespace(is_busy=False, drain=gc.collect, finish=gc.collect)
             engine.transfer.finish = gc.collect
         with contextlib.suppress(Exception):
@@ -154,7 +154,7 @@ class World:
         return {key for key in keys if (entry := self.entry_of(key)) and entry.is_changed}
 
     def entry_of(self, key: Hashable) -> Entry | None:
-        """What is cached of a key, on the device or in the host tier."""
+        """The cached copies of a key, on the device or in the host tier."""
         return next((entry for entry in self.cache._index._at_locked(key) if entry.copy is not None), None)
 
     def is_parked(self, key: Hashable) -> bool:
@@ -244,7 +244,7 @@ class World:
             self.source.wrap = lambda reader: reader
 
     def await_moves(self) -> None:
-        """What comes back from the host tier has no gate: let it come."""
+        """Let shards come back from the host tier: they have no gate."""
         for task in list(self.cache._tasks):
             if isinstance(task.reader, ResidentReader):
                 task.done.result(20)

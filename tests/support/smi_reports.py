@@ -187,7 +187,7 @@ def _place(index: int) -> dict[str, Any]:
     }
 
 
-# Of ranks 0 to 5 and 7: pool in MiB, entries, hit ratio, fetch and h2d GB/s, age of the oldest.
+# Ranks 0 to 5 and 7: pool in MiB, entries, hit ratio, fetch and h2d GB/s, age of the oldest.
 _RANKS = {
     0: (12288, 1536, 0.968, 11.4, 24.1, 38.2),
     1: (12304, 1538, 0.967, 11.2, 24.0, 38.1),
@@ -245,7 +245,7 @@ def _trainer(rank: int) -> dict[str, Any]:
 
 
 def _share(rank: int, address: str) -> dict[str, Any]:
-    """What a rank has of a source: an equal part; the leaking one what is left over, the hanging one only the slow."""
+    """A rank's part of a source: all have the same, the leaking one the rest too, the hanging one only the slow."""
     entries, resident, tib, speed, quantiles = _SOURCES[address]
     if rank == HANGING and address != SLOW_SOURCE:
         return source(0, 0, tib * TIB / 7, speed * 1e9, durations(*quantiles))

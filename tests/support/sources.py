@@ -30,7 +30,7 @@ class GatedReader:
     """Another reader that stops where a test says, until the test opens the gate.
 
     Args:
-        inner: What it delivers.
+        inner: The reader whose shards it delivers.
         gate_after: Reads that pass before one waits.
     """
 

@@ -65,7 +65,7 @@ def fill(cache: TensorCache, source: DictSource, names: str) -> None:
 
 
 def parked(cache: TensorCache) -> set[Hashable]:
-    """What is in the host tier."""
+    """The keys in the host tier."""
     below = cache._index.below
     assert below is not None
     return set(filter(below.has, cache.keys()))

@@ -37,7 +37,7 @@ def staged() -> TensorCache:
 
 
 class Gate:
-    """Whoever looks for room in the device's pool waits here."""
+    """Threads that look for room in the device's pool wait here."""
 
     def __init__(self, cache: TensorCache) -> None:
         self._arrived, self._gate = threading.Event(), threading.Event()
