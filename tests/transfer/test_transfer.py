@@ -131,7 +131,7 @@ def test_a_reader_of_tensors_refuses_a_wrong_count() -> None:
         TensorReader("n:1", ["a", "b"], lambda: [torch.zeros(1)]).next_specs()
 
 
-def test_what_is_no_dense_tensor_in_host_memory_fails_alone() -> None:
+def test_a_shard_that_is_no_dense_host_tensor_fails_alone() -> None:
     loaded: Any = [torch.zeros(1, device="meta"), "text", ValueError("lost"), torch.zeros(2)]
     reader = TensorReader("n:1", list("abcd"), lambda: loaded)
     assert [spec.key for spec in reader.next_specs() or ()] == ["d"]
