@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_cache.config import aligned
+from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
-from gpu_cache.pool.high_water import HighWater
+from gpu_cache.pool.slab import HighWater
 from gpu_cache.process import forget_sockets, leave_to_parent
 from gpu_cache.throttle import Throttle
 
