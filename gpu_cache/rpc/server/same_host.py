@@ -1,0 +1,441 @@
+"""Serves shards to other processes of this host: their places in shared memory, over a Unix socket.
+
+A connection holds the shards of its latest answer until its client releases them, asks for others, or is gone. One that
+holds them for longer than it may is closed first, and then its shards are let go: a client that finds its connection
+open after it has copied knows that the bytes were good.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import logging
+import math
+import os
+import secrets
+import selectors
+import socket
+import stat
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
+from gpu_cache.report.files import problem_of
+from gpu_cache.rpc.segments import is_wanted
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.frame import OwnedShard
+from gpu_cache.rpc.wire.records import (
+    ABSENT,
+    ELSEWHERE,
+    FETCH,
+    HEADER,
+    HELLO,
+    MAX_DESCRIPTORS,
+    MAX_IDS,
+    MAX_IDS_BYTES,
+    MEMORY_HEADER,
+    NUMBER,
+    RECORDS,
+    RELEASE,
+    SEGMENT,
+    SEGMENTS,
+    Header,
+    announced,
+    segments_in,
+    split_ids,
+)
+
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
+_MAX_PATH = 100  # bytes; the system takes 107
+_READ_BYTES = 256 << 10
+_PAUSE_S = 0.1  # without descriptors, until the next is accepted
+_BACKLOG = 256
+_SUFFIX = ".sock"
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of one client the server bears.
+
+    Attributes:
+        request_s: The longest time from a request's first byte to its last.
+        answer_s: The longest time in which a client may take an answer.
+        hold_s: The longest time for which a client may hold shards, whatever it asks for.
+        num_clients: Connections at once; beyond, the longest idle one is closed, or the new one.
+    """
+
+    request_s: float = 10.0
+    answer_s: float = 30.0
+    hold_s: float = 600.0
+    num_clients: int = 256
+
+
+class _Client:
+    """One connection. Only the server's thread touches it.
+
+    Attributes:
+        asked: Of a request that is not complete.
+        answers: What is still to be sent, with the descriptors that go with its first byte.
+        held: Shards of the latest answer.
+        hold_s: For how long they may be held once the answer is sent.
+        ends_at: When it is closed, as by `time.monotonic()`.
+        knows: Segments that it has descriptors of.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.asked = bytearray()
+        self.answers: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self.held: list[OwnedShard] = []
+        self.hold_s = 0.0
+        self.ends_at = math.inf
+        self.used_at = time.monotonic()
+        self.knows: set[int] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.asked or self.answers or self.held)
+
+
+class SameHostServer:
+    """Answers processes of this user, on a thread of its own.
+
+    Args:
+        store: Whose shards.
+        incarnation: Of the HTTP server beside it.
+        limits: What it bears.
+        folder: Where the socket is; None: a folder of this user alone.
+    Attributes:
+        path: Of the socket.
+    Raises:
+        OSError: There is no place for a socket.
+    """
+
+    def __init__(
+        self, store: ShardStore, incarnation: str, limits: Limits | None = None, folder: Path | None = None
+    ) -> None:
+        self._store, self._incarnation = store, incarnation
+        self._limits = limits or Limits()
+        self.path, self._listener = _listening(folder or _folder())
+        self._waking, self._wake = socket.socketpair()
+        self._clients: dict[int, _Client] = {}  # by descriptor
+        self._selector = selectors.DefaultSelector()
+        self._listens_at = 0.0  # from when on, as there were no descriptors
+        self._is_stopping = self._is_inherited = False
+        self.num_answers = self.num_refused = self.shared_bytes = 0  # since start; written by its thread
+        for sock in (self._listener, self._waking):
+            sock.setblocking(False)
+            self._selector.register(sock, selectors.EVENT_READ)
+        self._thread = OwnThread(self._run, "areal-rpc-memory", self._ask_to_stop)
+        self._thread.start()
+        leave_to_parent(self)
+
+    def __repr__(self) -> str:
+        return f"SameHostServer({self.path}, {len(self._clients)} clients)"
+
+    def stop(self) -> None:
+        """Close every connection, and remove the socket. Idempotent; any thread."""
+        if not self._is_inherited:
+            self._ask_to_stop()
+            self._thread.join()
+
+    def disown(self) -> object:
+        """Close all sockets in a forked child, which else keeps them open when the owner is gone."""
+        self._is_inherited = True
+        sockets = [self._listener, self._waking, self._wake, *(client.sock for client in self._clients.values())]
+        with contextlib.suppress(ValueError, KeyError):  # closed: it had stopped
+            forget_sockets([self._selector.fileno()])  # type: ignore[attr-defined]
+        forget_sockets(sock.fileno() for sock in sockets)
+        return self
+
+    def _ask_to_stop(self) -> None:
+        self._is_stopping = True
+        with contextlib.suppress(OSError):  # full: it will wake; closed: it has stopped
+            self._wake.send(b"x", socket.MSG_DONTWAIT)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._turn()
+        finally:
+            for client in list(self._clients.values()):
+                self._drop(client)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            for sock in (self._listener, self._waking, self._wake):
+                sock.close()
+            self._selector.close()
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(self._wait_s()):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj is not self._waking and (client := self._clients.get(key.fd)) is not None:
+                self._serve(client)
+        now = time.monotonic()
+        for client in [one for one in self._clients.values() if one.ends_at <= now]:
+            logger.warning("closed a connection on %s whose client was too slow", self.path)
+            self._drop(client)
+        if self._listens_at and self._listens_at <= now:
+            self._listens_at = 0.0
+            self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _wait_s(self) -> float | None:
+        ends = [client.ends_at for client in self._clients.values() if client.ends_at < math.inf]
+        ends += [self._listens_at] if self._listens_at else []
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # of a client that is gone; or there are no descriptors
+            if error.errno in _OUT_OF_DESCRIPTORS:
+                self._selector.unregister(self._listener)
+                self._listens_at = time.monotonic() + _PAUSE_S
+            return
+        if _user_of(sock) != os.geteuid() or not self._has_room():
+            self.num_refused += 1
+            sock.close()
+            return
+        sock.setblocking(False)
+        client = self._clients[sock.fileno()] = _Client(sock)
+        self._selector.register(sock, selectors.EVENT_READ)
+        try:
+            self._send(client, [(Header(HELLO, 0, 0, len(self._incarnation)), self._incarnation.encode(), ())])
+        except OSError:  # it is gone
+            self._drop(client)
+
+    def _has_room(self) -> bool:
+        """Whether there may be one more; the longest idle one makes room."""
+        if len(self._clients) < self._limits.num_clients:
+            return True
+        idle = min((one for one in self._clients.values() if one.is_idle), key=lambda one: one.used_at, default=None)
+        if idle is not None:
+            self._drop(idle)
+        return idle is not None
+
+    def _drop(self, client: _Client) -> None:
+        """Close a connection, and only then let go of what it holds."""
+        self._selector.unregister(client.sock)
+        del self._clients[client.sock.fileno()]
+        client.sock.close()
+        client.held = []
+        self._store.segments.settle()
+
+    def _serve(self, client: _Client) -> None:
+        """Send what is left of an answer, else read."""
+        client.used_at = time.monotonic()
+        try:
+            if client.answers:
+                self._flush(client)
+            else:
+                self._read(client)
+            self._parse(client)
+        except (OSError, WireError) as error:
+            if isinstance(error, WireError):
+                logger.warning("closed a connection on %s: %s", self.path, error)
+            self._drop(client)
+
+    def _read(self, client: _Client) -> None:
+        """Take what came; raises `OSError` if the client is gone."""
+        try:
+            part = client.sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return
+        if not part:
+            raise ConnectionResetError("the client is gone")
+        if not client.asked:
+            client.ends_at = min(client.ends_at, time.monotonic() + self._limits.request_s)
+        client.asked += part
+
+    def _parse(self, client: _Client) -> None:
+        """Answer requests that are complete, one at a time; raises `WireError` for what is none."""
+        while len(client.asked) >= HEADER.size and not client.answers:
+            request = Header.decoded(client.asked[: HEADER.size])
+            _check(request)
+            if len(client.asked) < (end := HEADER.size + request.nbytes):
+                return
+            body = client.asked[HEADER.size : end]
+            del client.asked[:end]
+            self._answer(client, request, body)
+
+    def _answer(self, client: _Client, request: Header, body: bytearray) -> None:
+        client.ends_at = math.inf
+        client.held = []
+        if request.kind == RELEASE:
+            self._store.segments.settle()
+            return
+        shards = self._store.find(split_ids(body, request.number) if request.number else [])
+        records = b"".join([ABSENT if shard is None else shard.record for shard in shards])
+        client.held = [shard for shard in shards if shard is not None and shard.record is not ELSEWHERE]
+        client.hold_s = min(request.more / 1000, self._limits.hold_s)
+        self.num_answers += 1
+        self.shared_bytes += sum(shard.nbytes for shard in client.held)
+        numbers = self._store.segments.numbers()
+        alive = b"".join(map(NUMBER.pack, numbers))
+        client.knows.intersection_update(numbers)
+        news = [number for number in segments_in(records) if number not in client.knows]
+        answer = Header(RECORDS, len(shards), len(numbers), len(alive) + len(records))
+        self._send(client, [*self._segments(client, news), (answer, alive + records, ())])
+
+    def _segments(self, client: _Client, numbers: Sequence[int]) -> Iterator[tuple[Header, bytes, Sequence[int]]]:
+        """Messages that bring descriptors, as many in each as the system lets through."""
+        client.knows.update(numbers)
+        found = self._store.segments.descriptors(numbers)
+        for at in range(0, len(found), MAX_DESCRIPTORS):
+            some = found[at : at + MAX_DESCRIPTORS]
+            listed = b"".join(SEGMENT.pack(number, nbytes) for number, nbytes, _ in some)
+            yield Header(SEGMENTS, len(some), 0, len(listed)), listed, [descriptor for _, _, descriptor in some]
+
+    def _send(self, client: _Client, messages: Sequence[tuple[Header, bytes, Sequence[int]]]) -> None:
+        for header, body, descriptors in messages:
+            client.answers.append((memoryview(header.encoded() + body), descriptors))
+        client.ends_at = time.monotonic() + self._limits.answer_s
+        self._flush(client)
+
+    def _flush(self, client: _Client) -> None:
+        """Send what the client takes now; its time to hold begins when it has taken all."""
+        while client.answers:
+            left, descriptors = client.answers[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            try:
+                count = client.sock.sendmsg([left], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                self._selector.modify(client.sock, selectors.EVENT_WRITE)
+                return
+            client.answers.popleft()
+            if count < len(left):
+                client.answers.appendleft((left[count:], ()))
+        client.ends_at = time.monotonic() + client.hold_s if client.held else math.inf
+        self._selector.modify(client.sock, selectors.EVENT_READ)
+
+
+class Offer:
+    """The server of one store that starts when it is first announced, for HTTP servers that are not ours.
+
+    Args:
+        incarnation: Of the HTTP server.
+    Thread-safety: any thread.
+    """
+
+    def __init__(self, incarnation: str) -> None:
+        self._incarnation = incarnation
+        self._lock = threading.Lock()  # Guards _served; held while a server starts, which no other lock waits for.
+        self._served: tuple[ShardStore, SameHostServer | None] | None = None
+
+    def server_of(self, store: ShardStore) -> tuple[SameHostServer | None, bool]:
+        """The server, None if there is none here; and whether this call started it."""
+        with self._lock:
+            if self._served is not None and self._served[0] is store:
+                return self._served[1], False
+            self._served = store, opened(store, self._incarnation)
+            return self._served[1], True
+
+
+def opened(store: ShardStore, incarnation: str) -> SameHostServer | None:
+    """A server for a store; None, with a line that says why, where there is no shared memory or no place for a socket."""
+    if not is_wanted():
+        return None
+    try:
+        return SameHostServer(store, incarnation)
+    except (OSError, ValueError) as error:
+        logger.info("processes of this host fetch over HTTP: no socket for shared memory (%s)", error)
+        return None
+
+
+def headers(server: SameHostServer | None) -> dict[str, str]:
+    """What an HTTP answer says of a server to clients of this host."""
+    return {} if server is None else {MEMORY_HEADER: announced(server.path)}
+
+
+def figures(store: ShardStore, server: SameHostServer | None) -> dict[str, Any]:
+    """What `/health` says of shared memory."""
+    told = None if server is None else server.path
+    served = {} if server is None else {"same_host_answers": server.num_answers, "same_host_bytes": server.shared_bytes}
+    return {"memory_socket": told, **served, **store.segments.stats()}
+
+
+def _check(request: Header) -> None:
+    """Raise `WireError` for a request that is none, or asks for too much."""
+    is_fetch = request.kind == FETCH and request.number <= MAX_IDS and request.nbytes <= MAX_IDS_BYTES
+    is_release = request.kind == RELEASE and not request.nbytes
+    if not (is_fetch or is_release):
+        raise WireError(
+            f"a request of kind {request.kind} for {request.number:,} shards, {request.nbytes:,} bytes long"
+        )
+
+
+def _user_of(sock: socket.socket) -> int:
+    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(user)
+
+
+def _folder(environ: Mapping[str, str] | None = None) -> Path:
+    """A folder that only this user enters, made if need be.
+
+    Raises:
+        OSError: There is none.
+    """
+    given = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
+    problems = []
+    for base in dict.fromkeys([given, tempfile.gettempdir(), "/tmp"]):
+        path = Path(base, f"gpu-cache-memory-{os.geteuid()}")
+        if not base or len(os.fsencode(path)) > _MAX_PATH - 40 or not os.path.isdir(base):
+            continue
+        try:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(0o700)
+            found = os.lstat(path)
+            problem = problem_of(found, None)
+            if problem is None and not stat.S_IMODE(found.st_mode) & 0o077:
+                return path
+            problems.append(f"{path} {problem or 'lets others in'}")
+        except OSError as error:
+            problems.append(str(error))
+    raise OSError(errno.EACCES, "; ".join(problems) or "there is no folder for a socket")
+
+
+def _listening(folder: Path) -> tuple[str, socket.socket]:
+    """A listening socket, which gets its name when it listens: whoever finds the name can connect."""
+    _remove_dead(folder)
+    name = f"{os.getpid()}-{secrets.token_hex(8)}"
+    hidden, path = folder / f".{name}", str(folder / f"{name}{_SUFFIX}")
+    if not path.isprintable() or not path.isascii() or len(path) > _MAX_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"{path} cannot be announced")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(hidden))
+        os.chmod(hidden, 0o600)
+        listener.listen(_BACKLOG)
+        os.rename(hidden, path)
+    except BaseException:
+        listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(hidden)
+        raise
+    return path, listener
+
+
+def _remove_dead(folder: Path) -> None:
+    """Remove sockets of owners that ended without a word: nobody listens there any more."""
+    for path in folder.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                os.unlink(path)
