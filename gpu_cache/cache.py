@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -26,9 +27,9 @@ from gpu_cache.report.counters import BufferStats, buffer_stats_of
 from gpu_cache.report.publish import Publisher
 from gpu_cache.report.schema import EntryInfo, SourceStats
 from gpu_cache.source import NO_SOURCE, ShardSource
-from gpu_cache.transfer.checksum import check_bytes
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.fetch import Fetch, ReaderTask, put_one
+from gpu_cache.transfer.tensor_reader import host_bytes
 
 _HOST = torch.device("cpu")  # where the host tier's tensors are
 _CLOSE_WAIT_S = 5.0  # how long `close` waits for reads that were cut off
@@ -191,14 +192,18 @@ class TensorCache:
         may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum)
         if may_be_plain and (hits := self._hits(keys, expected or {}, ready or self.config.ready)) is not None:
             return hits
-        fetch = self._fetch(limit_s, keep=keep, prefer=prefer, expected=expected)
+        fetch = Fetch(
+            self._lazy, self._tasks, limit_s, hands_out=True, keep=keep, holding=self._scope.get(), prefer=prefer,
+            expected=expected,
+        )  # fmt: skip
+        may_lack = on_error == "none"
         try:
             self._check_bytes(keys)
-            may_lack = on_error == "none"
             engine = fetch.complete(keys, source, may_lack=may_lack)
             with profiled(HANDOUT):
-                engine.settle(fetch.host_completions(), "host")  # no stream waits where the host reads
-                engine.settle(fetch.completions(), ready or self.config.ready)
+                if on_host := fetch.completions(on_host=True):
+                    engine.settle(on_host, "host")  # no stream waits where the host reads
+                engine.settle(fetch.completions(on_host=False), ready or self.config.ready)
                 tensors = fetch.hand_out()
             self._check_bytes(keys, only_new=True)  # before any caller has new bytes
         finally:
@@ -246,7 +251,11 @@ class TensorCache:
         Returns:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
-        fetch = self._fetch(self._limit_s(timeout_s), is_prefetch=True, keep=keep, prefer=prefer, expected=expected)
+        limit_s = self._limit_s(timeout_s)
+        fetch = Fetch(
+            self._lazy, self._tasks, limit_s, hands_out=False, keep=keep, holding=self._scope.get(), prefer=prefer,
+            expected=expected,
+        )  # fmt: skip
         try:
             fetch.begin(keys, source)
         except BaseException:
@@ -282,7 +291,7 @@ class TensorCache:
             return False
         if (holding := self._scope.get()) is not None:
             self._index.adopt(holding, [entry])
-        return put_one(entry, tensor, node, self._index, engine.transfer, deadline, self._tasks)
+        return put_one(entry, tensor, node, engine, deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
@@ -439,32 +448,18 @@ class TensorCache:
             engine.settle(found[1], ready)
         return found[0]
 
-    def _fetch(
-        self,
-        limit_s: float,
-        *,
-        is_prefetch: bool = False,
-        keep: bool = False,
-        prefer: Prefer = "device",
-        expected: Mapping[Hashable, Promise] | None = None,
-    ) -> Fetch:
-        if prefer not in ("device", "host"):
-            raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
-        return Fetch(
-            self._lazy,
-            self._tasks,
-            limit_s,
-            may_overflow=not is_prefetch,
-            keep=keep,
-            hands_out=not is_prefetch,
-            holding=self._scope.get(),
-            prefer=prefer,
-            expected=expected,
-        )
-
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:
-        if self.config.debug_checksum and (engine := self._engine) is not None:
-            check_bytes(self._index, engine, dict.fromkeys(keys), only_new=only_new)
+        """Take the checksums of cached shards that have none yet, and doubt those whose checksum is another by now.
+
+        Waits for their copies and copies them to the host, so it is slow; it sees what this thread's stream has written
+        by then. The next look-up finds what is in doubt. Does nothing during CUDA graph capture.
+        """
+        if not self.config.debug_checksum or (engine := self._engine) is None or engine.device.is_capturing():
+            return
+        found = [pair for pair in self._index.aliases(dict.fromkeys(keys)) if pair[0].checksum is None or not only_new]
+        engine.settle({one.completion: None for one, _ in found if one.completion is not None}, "host")
+        sums = [(one, zlib.crc32(host_bytes(alias.cpu()).numpy().data)) for one, alias in found]
+        self._index.compare_checksums(sums)
 
     def _refuse_capture(self, action: str) -> None:
         if (engine := self._engine) is not None and engine.device.is_capturing():

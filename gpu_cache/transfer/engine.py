@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from gpu_cache import process
-from gpu_cache.config import CacheConfig, Prefer, ReadyMode, described
+from gpu_cache.config import CacheConfig, ReadyMode, described
 from gpu_cache.device.placement import Placement, choose_device
 from gpu_cache.device.protocol import Device
 from gpu_cache.errors import CacheClosedError, TransferError
@@ -57,28 +57,24 @@ class Engine:
         below = None if self.tier is None else self.tier.transfer
         self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, inflight, below)
         self.fence.note(self.transfer.stream)
+        self._pools = [self.pool] if self.tier is None else [self.pool, self.tier.pool]
         self.reaper = Reaper(self, self.husks)
 
-    def level(self, prefer: Prefer) -> Engine | HostTier:
-        """Where a call places shards: `index` and `transfer` of that. A device that is the host needs no tier.
+    @property
+    def host_level(self) -> Engine | HostTier:
+        """Where calls that prefer the host place shards. A device that is the host needs no tier.
 
         Raises:
-            ValueError: The host is preferred, and the tier is off.
+            ValueError: The tier is off.
         """
-        if prefer == "device" or (self.tier is None and not self.device.stages):
-            return self
-        if self.tier is None:
+        if self.tier is None and self.device.stages:
             raise ValueError("prefer='host': the host tier is off; set host_tier_bytes (GPU_CACHE_HOST_TIER_BYTES)")
-        return self.tier
+        return self.tier or self
 
     @property
     def is_busy(self) -> bool:
         """Whether any byte of the pool is in use."""
         return any(pool.is_busy for pool in self._pools)
-
-    @property
-    def _pools(self) -> list[SlabPool]:
-        return [self.pool] if self.tier is None else [self.pool, self.tier.pool]
 
     def drain(self) -> None:
         """Free what can be freed now."""

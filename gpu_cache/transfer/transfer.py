@@ -5,18 +5,20 @@ A run is consecutive shards, placed as one range and copied by one call. A windo
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 
 from gpu_cache.config import ALIGNMENT, CacheConfig
-from gpu_cache.device.modes import COPY, STAGE, plain_tensors, profiled
+from gpu_cache.device.modes import COPY, FETCH, STAGE, plain_tensors, profiled
 from gpu_cache.device.protocol import Device, Event, Stream
 from gpu_cache.errors import CacheFullError
 from gpu_cache.pool.block import Copy, Range, aligned, empty_copies, stretches
@@ -36,16 +38,8 @@ class Run:
     specs: list[ShardSpec] = dataclasses.field(default_factory=list)
     offsets: list[int] = dataclasses.field(default_factory=list)
     nbytes: int = 0
-    place: Range | None = None
-
-    @property
-    def range(self) -> Range:
-        assert self.place is not None
-        return self.place
-
-    @property
-    def smallest_bytes(self) -> int:
-        return min(spec.nbytes for spec in self.specs)
+    most_bytes: float = math.inf  # the longest run that room could be made for when this was last looked at
+    range: Range = dataclasses.field(init=False)  # once it is placed
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -56,23 +50,17 @@ class Piece:
     start: int  # within the run
     nbytes: int
     at: int  # within the staging slot
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the run is complete with it."""
-        return self.start + self.nbytes == self.run.nbytes
+    is_last: bool  # the run is complete with it
 
     def arena_bytes(self) -> torch.Tensor:
         """Where it goes: `(nbytes,)` uint8 on the device."""
         begin = self.run.range.offset + self.start
         return self.run.range.slab.arena.tensor[begin : begin + self.nbytes]
 
-    def arena_view(self) -> memoryview:
-        """The same, of an arena in host memory."""
-        return memoryview(self.arena_bytes().numpy())  # type: ignore[arg-type]
-
-    def buffers(self, room: memoryview) -> Iterator[memoryview]:
-        """The shards' places within `room`, which is as long as the piece; alignment gaps are left out."""
+    def buffers(self, slot: memoryview | None) -> Iterator[memoryview]:
+        """The shards' places in a staging slot, or, without one, in an arena in host memory; no alignment gaps."""
+        arena = cast(Any, self.arena_bytes().numpy() if slot is None else None)
+        room = memoryview(arena) if slot is None else slot[self.at : self.at + self.nbytes]
         first = self.start  # only a run of one large shard is cut into pieces
         for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
             yield room[offset : offset - first + spec.nbytes]
@@ -111,29 +99,43 @@ def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
         yield run
 
 
-def windows(runs: Iterator[Run], slot_bytes: int) -> Iterator[list[Piece]]:
-    """Cut runs into pieces and fill windows of `slot_bytes` with them: what one slot takes and one read fills.
+class Backlog:
+    """The runs of a part that have yet to be received, cut into windows: what one slot takes and one read fills.
 
-    If the next run finds no room, there is a window of those before it first.
+    Args:
+        runs: In the order of their bytes.
+        window_bytes: The most bytes of a window.
+        place: Finds room for the first of the runs, which it may cut in two, and returns it.
     """
-    window: list[Piece] = []
-    used = 0
-    full: CacheFullError | None = None
-    try:
-        for run in runs:
-            for start in range(0, run.nbytes, slot_bytes):
-                nbytes = min(run.nbytes - start, slot_bytes)
-                if used + nbytes > slot_bytes:
-                    yield window
-                    window, used = [], 0
-                window.append(Piece(run, start, nbytes, used))
-                used += nbytes
-    except CacheFullError as error:
-        full = error
-    if window:
-        yield window
-    if full is not None:
-        raise full
+
+    def __init__(self, runs: Iterable[Run], window_bytes: int, place: Callable[[deque[Run]], Run]) -> None:
+        self._runs, self._window_bytes, self._place = deque(runs), window_bytes, place
+        self._start = 0  # of what is left of the first run
+        self.nbytes = sum(run.nbytes for run in self._runs)
+
+    def next_window(self) -> list[Piece]:
+        """Place as many runs as fill a window; if one finds no room, those before it are a window first."""
+        window: list[Piece] = []
+        room = self._window_bytes
+        while self._runs:
+            try:
+                run = self._place(self._runs)
+            except CacheFullError:
+                if not window:
+                    raise
+                break
+            left = run.nbytes - self._start
+            nbytes = min(left, self._window_bytes)
+            if nbytes > room:
+                break
+            window.append(Piece(run, self._start, nbytes, self._window_bytes - room, nbytes == left))
+            room -= nbytes
+            self._start += nbytes
+            if nbytes == left:
+                self._runs.popleft()
+                self._start = 0
+        self.nbytes -= self._window_bytes - room
+        return window
 
 
 logger = logging.getLogger(__name__)
@@ -259,19 +261,23 @@ class Transfer:
         """
         placed: dict[Run, None] = {}
         turn = turn or Turn(reader.node)
+        place = partial(self._place, placed, may_overflow)
+        resident = getattr(reader, "resident", None)
         try:
             with plain_tensors():  # once, as entering costs as much as three shards
-                resident = getattr(reader, "resident", None)
-                while (specs := reader.next_specs()) is not None:
+                while (specs := _next_specs(reader)) is not None:
                     sink.expect(specs)
-                    full = self._land_empty(specs, sink)
-                    runs = self._place_all(full, placed, may_overflow)
+                    full = [spec for spec in specs if spec.nbytes]
+                    if len(full) < len(specs):
+                        self._land_empty(specs, sink)
+                    runs = pack(full, self._run_bytes)
                     if resident is not None:
-                        self._copy_all(runs, resident, sink, placed)
+                        self._copy_all(deque(runs), place, resident, sink, placed)
                         continue
-                    with contextlib.closing(self._in_turn(full, runs, turn, deadline)) as granted:
-                        for window in granted:
-                            self._move(reader, window, sink, turn, deadline, placed)
+                    left = Backlog(runs, self._window_bytes, place)
+                    while left.nbytes:  # room is taken when the bytes may be on their way
+                        with self.inflight.granted(min(left.nbytes, self._window_bytes), turn, deadline):
+                            self._move(reader, left.next_window(), sink, turn, deadline, placed)
         finally:
             for run in placed:
                 self._pool.abandon(run.range)
@@ -284,18 +290,6 @@ class Transfer:
             self._staging.close()
         if self._below is not None:
             self._below.finish()
-
-    def _in_turn(
-        self, specs: Sequence[ShardSpec], runs: Iterator[Run], turn: Turn, deadline: float
-    ) -> Generator[list[Piece], None, None]:
-        """Windows, each when its bytes may be on their way: before room is taken for them, until the next is wanted."""
-        ready = windows(runs, self._window_bytes)
-        left = sum(aligned(spec.nbytes) for spec in specs)
-        while left:
-            with self.inflight.granted(min(left, self._window_bytes), turn, deadline):
-                window = next(ready)
-                yield window
-            left -= sum(piece.nbytes for piece in window)
 
     def _move(
         self,
@@ -326,17 +320,19 @@ class Transfer:
 
     def _copy_all(
         self,
-        runs: Iterator[Run],
+        runs: deque[Run],
+        place: Callable[[deque[Run]], Run],
         resident: Callable[[Sequence[ShardSpec]], list[Copy]],
         sink: Sink,
         placed: dict[Run, None],
     ) -> None:
         """Copy runs from another level, and land each when its copies are enqueued."""
-        for run in runs:
+        while runs:
+            run = place(runs)
             landings = self._pool.carve(run.range, run.specs, run.offsets)
             completion = self._copy_run(run, resident(run.specs))
             sink.land(landings, completion, is_overflow=run.range.slab.is_overflow)
-            del placed[run]
+            del placed[runs.popleft()]
 
     def _copy_run(self, run: Run, origins: Sequence[Copy]) -> Completion:
         """Enqueue the copies of a run, one for each stretch that lies in one piece at the other level."""
@@ -364,57 +360,54 @@ class Transfer:
             place = run.range.slab.arena.tensor[run.range.offset + offset :][: spec.nbytes]
             self._device.copy_async(place, origin.base.reshape(-1).view(torch.uint8), self.stream)
 
-    def _land_empty(self, specs: Sequence[ShardSpec], sink: Sink) -> list[ShardSpec]:
-        """Land those without bytes, which take no room; the others."""
-        if empty := [spec for spec in specs if not spec.nbytes]:
-            sink.land(empty_copies(empty, self._pool.torch_device), None, is_overflow=False)
-        return [spec for spec in specs if spec.nbytes]
+    def _land_empty(self, specs: Sequence[ShardSpec], sink: Sink) -> None:
+        """Land the shards without bytes, which take no room."""
+        empty = [spec for spec in specs if not spec.nbytes]
+        sink.land(empty_copies(empty, self._pool.torch_device), None, is_overflow=False)
 
-    def _place_all(self, specs: Sequence[ShardSpec], placed: dict[Run, None], may_overflow: bool) -> Iterator[Run]:
-        """Runs with their ranges, placed one by one as they are needed."""
-        for run in pack(specs, self._run_bytes):
-            for part in self._place(run, may_overflow, self._pool.capacity):
-                placed[part] = None
-                yield part
-
-    def _place(self, run: Run, may_overflow: bool, most_bytes: int) -> Iterator[Run]:
-        """Find room for a run, else for its halves; what fits nowhere goes outside the pool.
+    def _place(self, placed: dict[Run, None], may_overflow: bool, runs: deque[Run]) -> Run:
+        """Find room for the first of some runs, else for its halves, which take its place.
 
         Args:
-            run: Gets its range, or is cut.
-            may_overflow: Whether it may go outside.
-            most_bytes: The longest run that room could be made for when this was last looked at.
+            placed: The runs that have room; those of their bytes that no shard took are given back at the end.
+            may_overflow: Whether what fits nowhere goes outside the pool.
+            runs: The first of them is returned, and stays.
+        Raises:
+            CacheFullError: There is no room.
         """
-        run.place = self._pool.take(run.nbytes)
-        if run.place is None and run.nbytes <= most_bytes:
-            most_bytes = self._reclaim(run)
-        if run.place is None and len(run.specs) > 1 and most_bytes >= aligned(run.smallest_bytes):
-            middle = len(run.specs) // 2
-            for specs in (run.specs[:middle], run.specs[middle:]):
-                for half in pack(specs, run.nbytes):
-                    yield from self._place(half, may_overflow, most_bytes)
-            return
-        if run.place is None:
-            if not may_overflow:
-                raise self._pool.full(run.nbytes)
-            self._warn_of_overflow(run.nbytes, self._pool.shortage(run.nbytes))
-            run.place = self._pool.take_overflow(run.nbytes)
-        yield run
+        while (run := runs[0]) not in placed:
+            place = self._pool.take(run.nbytes) or self._reclaim(run)
+            if place is None and len(run.specs) > 1 and run.most_bytes >= _smallest(run):
+                runs.popleft()
+                runs.extendleft(reversed(_halves(run)))
+                continue
+            if place is None:
+                if not may_overflow:
+                    raise self._pool.full(run.nbytes)
+                self._warn_of_overflow(run.nbytes, self._pool.shortage(run.nbytes))
+                place = self._pool.take_overflow(run.nbytes)
+            run.range = place
+            placed[run] = None
+        return run
 
-    def _reclaim(self, run: Run) -> int:
-        """Find room among what was freed, else by evicting; the longest run that room could be made for.
+    def _reclaim(self, run: Run) -> Range | None:
+        """Find room among what was freed, else by evicting.
 
         In this order, as evicted bytes pass the same quarantine behind what is there: once they are reusable so is all
         that was freed before, and what is cached would have gone for nothing. Evicting comes before halving: cutting
         runs to fill holes leaves smaller holes, and each part is a copy of its own.
         """
-        most_bytes = self._pool.capacity
-        run.place = self._pool.take_freed(run.nbytes)
+        run.most_bytes = min(run.most_bytes, self._pool.capacity)
+        if run.nbytes > run.most_bytes:
+            return None
+        place = self._pool.take_freed(run.nbytes)
         for _ in range(_ATTEMPTS):
-            if run.place is not None or (most_bytes := self._make_room(run.nbytes)) < run.nbytes:
+            if place is not None or (most_bytes := self._make_room(run.nbytes)) < run.nbytes:
                 break
-            run.place = self._pool.take_freed(run.nbytes)
-        return most_bytes
+            place = self._pool.take_freed(run.nbytes)
+        if place is None:
+            run.most_bytes = most_bytes
+        return place
 
     def _warn_of_overflow(self, nbytes: int, shortage: Shortage) -> None:
         if self._overflow_warnings.setdefault(shortage.kind, Throttle()).opens():
@@ -426,16 +419,15 @@ class Transfer:
     def _receive(self, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float) -> Completion | None:
         """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""
         if self._staging is None:
-            reader.read_into([view for piece in window for view in piece.buffers(piece.arena_view())])
+            with profiled(FETCH):
+                reader.read_into([view for piece in window for view in piece.buffers(None)])
             return None
         with profiled(STAGE):
             slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            staged = slot.pinned.view
-            reader.read_into(
-                [view for piece in window for view in piece.buffers(staged[piece.at : piece.at + piece.nbytes])]
-            )
+            with profiled(FETCH):
+                reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
             started = self._device.record(self.stream, timing=True)
             copies = copies_of(window, slot.pinned.tensor)
             with profiled(COPY):
@@ -449,3 +441,22 @@ class Transfer:
                 self._staging.release(slot)
         self.copied.note(copies, started, guard)
         return Completion(self._device, guard)
+
+
+def _next_specs(reader: ShardReader) -> Sequence[ShardSpec] | None:
+    with profiled(FETCH):
+        return reader.next_specs()
+
+
+def _smallest(run: Run) -> int:
+    """Bytes that a run of its smallest shard takes."""
+    return aligned(min(spec.nbytes for spec in run.specs))
+
+
+def _halves(run: Run) -> list[Run]:
+    """Two runs of half its shards each, or more where one of those is longer than the run was."""
+    middle = len(run.specs) // 2
+    halves = [half for specs in (run.specs[:middle], run.specs[middle:]) for half in pack(specs, run.nbytes)]
+    for half in halves:
+        half.most_bytes = run.most_bytes
+    return halves

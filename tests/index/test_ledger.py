@@ -12,8 +12,6 @@ from gpu_cache.index.ledger import Sources, Tally, capped
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
-from gpu_cache.transfer.fetch import MeteredReader
-from gpu_cache.transfer.tensor_reader import TensorReader
 from tests.support.clocks import Clock
 
 
@@ -168,34 +166,3 @@ def test_a_value_on_an_edge_is_below_it_and_one_above_the_last_counts_too() -> N
 
 def test_the_table_of_survivors_ends_somewhere() -> None:
     assert capped([[20, 1, 10], [0, 9, 9], [3, 2, 5], [16, 1, 1]], 16) == [[3, 2, 5], [16, 2, 11]]
-
-
-def test_an_answer_is_timed_from_its_request_to_its_last_byte(clock: Clock) -> None:
-    told: list[tuple[str, float]] = []
-
-    def load() -> list[torch.Tensor | Exception]:
-        clock.now += 1
-        return [torch.ones(4), torch.ones(4)]
-
-    reader = MeteredReader(TensorReader("n:1", ["a", "b"], load), lambda *what: told.append(what), clock)
-    assert (reader.node, reader.keys, dict(reader.failures)) == ("n:1", ["a", "b"], {})
-    assert len(reader.next_specs() or ()) == 2
-    for _ in range(2):
-        reader.read_into([memoryview(bytearray(16))])
-        clock.now += 5  # the transfer is at work
-    assert told == []
-    assert reader.next_specs() is None
-    reader.cancel()
-    reader.close()
-    assert told == [("n:1", 6.0)]
-
-
-def test_an_answer_that_breaks_off_is_not_timed() -> None:
-    told: list[tuple[str, float]] = []
-    reader = MeteredReader(TensorReader("n:1", ["a"], lambda: [torch.ones(4)]), lambda *what: told.append(what))
-    reader.next_specs()
-    reader.read_into([memoryview(bytearray(16))])
-    with pytest.raises(IndexError):
-        reader.read_into([memoryview(bytearray(16))])
-    reader.close()
-    assert told == []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec, TensorCache
-from gpu_cache.transfer.fetch import Fetch, MeteredReader, ReaderTask
+from gpu_cache.transfer.fetch import Fetch, ReaderTask
 
 PATIENCE_S = 30.0
 
@@ -195,7 +195,7 @@ class Getter(threading.Thread):
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
     """Let getters say what they wait for, and readers when their thread is done."""
-    wait, run = Fetch.wait, ReaderTask._run_noted
+    wait, run = Fetch.wait, ReaderTask.run
 
     @functools.wraps(wait)
     def watched_wait(fetch: Fetch) -> None:
@@ -204,17 +204,16 @@ def watched() -> Iterator[None]:
         wait(fetch)
 
     @functools.wraps(run)
-    def watched_run(task: ReaderTask, *args: Any) -> None:
+    def watched_run(task: ReaderTask) -> None:
         try:
-            run(task, *args)
+            run(task)
         finally:
-            reader = task.reader._inner if isinstance(task.reader, MeteredReader) else task.reader
-            if isinstance(reader, SteppedReader):
-                reader.end()
+            if isinstance(task.reader, SteppedReader):
+                task.reader.end()
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Fetch, "wait", watched_wait)
-        patched.setattr(ReaderTask, "_run_noted", watched_run)
+        patched.setattr(ReaderTask, "run", watched_run)
         yield
 
 

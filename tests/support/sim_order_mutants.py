@@ -134,8 +134,7 @@ def _receive_marked(
     assert self._staging is not None
     slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
     try:
-        staged = slot.pinned.view
-        reader.read_into([v for piece in window for v in piece.buffers(staged[piece.at : piece.at + piece.nbytes])])
+        reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
         for number, piece in enumerate(window):
             if number == before:
                 slot.guard = self._device.record(self.stream, timing=True)

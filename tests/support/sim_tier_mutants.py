@@ -44,9 +44,9 @@ def _unfenced_back(original: Any, self: HostTier, device: Any, *args: Any) -> No
     self.pool._fence.note(self.transfer.stream)
 
 
-@_mutant("handed out on the host before the copy out ran", Fetch, "host_completions")
-def _early_on_host(original: Any, self: Fetch) -> Any:
-    return ()
+@_mutant("handed out on the host before the copy out ran", Fetch, "completions")
+def _early_on_host(original: Any, self: Fetch, *, on_host: bool) -> Any:
+    return () if on_host else original(self, on_host=False)
 
 
 @_mutant("a written shard that goes to the host tier", RoomMaker, "_evict")

@@ -6,12 +6,14 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gpu_cache import CacheClosedError, CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache
+from gpu_cache import CacheClosedError, CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache, TensorReader
 from gpu_cache.device.host import HostDevice
+from gpu_cache.transfer import fetch
 from tests.support.sources import DictSource, GatedReader, gated, same_bytes, some_tensors
 from tests.support.threads import run_threads
 
@@ -308,3 +310,34 @@ def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: Tenso
     for task in list(cache._tasks):
         task.done.result(30)
     assert_empty(cache)
+
+
+class TimedReader(TensorReader):
+    """Takes a second to answer, or to say that there is no more, and three seconds for each read."""
+
+    def __init__(self, clock: SimpleNamespace, fault: Exception | None) -> None:
+        super().__init__("n:1", ["a", "b"], lambda: [torch.zeros(8000, dtype=torch.uint8)] * 2)
+        self._clock, self._fault = clock, fault
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        self._clock.now += 1
+        return super().next_specs()
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        self._clock.now += 3
+        if self._fault is not None and len(self._left) == 1:
+            raise self._fault
+        super().read_into(buffers)
+
+
+@pytest.mark.parametrize(("fault", "told"), [(None, [("n:1", 7.0)]), (FetchError("broke off"), [])])
+def test_an_answer_is_timed_from_its_request_to_its_last_byte(
+    fault: Exception | None, told: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CacheConfig(device="cpu", staging_slot_bytes=4096, run_bytes=4096, stats=False)
+    cache, clock, noted = TensorCache(config), SimpleNamespace(now=time.monotonic()), list[tuple[str, float]]()
+    monkeypatch.setattr(fetch, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(cache._index, "note_answer", lambda node, seconds: noted.append((node, round(seconds, 6))))
+    source = SimpleNamespace(open=lambda keys, timeout_s: [TimedReader(clock, fault)])
+    cache.get_many(["a", "b"], source, on_error="none")
+    assert noted == told

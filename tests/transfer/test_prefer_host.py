@@ -239,4 +239,4 @@ def test_offload_leaves_the_tier_and_close_leaves_held_shards(cache: TensorCache
 
 def test_bytes_on_their_way_to_either_place_are_bounded_together(cache: TensorCache) -> None:
     engine = cache._lazy.open()
-    assert engine.level("host").transfer.inflight is engine.level("device").transfer.inflight
+    assert engine.host_level.transfer.inflight is engine.transfer.inflight

@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 from gpu_cache import ShardSpec, TensorReader
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.completion import Completion
-from gpu_cache.transfer.transfer import Run, pack, windows
+from gpu_cache.transfer.transfer import Backlog, Piece, Run, pack
 
 
 def specs_of(*lengths: int) -> list[ShardSpec]:
     return [ShardSpec(number, torch.uint8, (nbytes,)) for number, nbytes in enumerate(lengths)]
+
+
+def windows(specs: list[ShardSpec], run_bytes: int, slot_bytes: int) -> list[list[Piece]]:
+    """All windows of a part whose runs find room at once."""
+    left = Backlog(pack(specs, run_bytes), slot_bytes, lambda runs: runs[0])
+    found = []
+    while left.nbytes:
+        found.append(left.next_window())
+    return found
 
 
 def test_consecutive_shards_share_a_run_up_to_its_bytes() -> None:
@@ -34,7 +43,7 @@ def test_consecutive_shards_share_a_run_up_to_its_bytes() -> None:
 def test_windows_cover_every_byte_once_and_in_order(lengths: list[int], run_bytes: int, slot_bytes: int) -> None:
     specs = specs_of(*lengths)
     seen: list[tuple[Run, int, int]] = []
-    for window in windows(pack(specs, run_bytes), slot_bytes):
+    for window in windows(specs, run_bytes, slot_bytes):
         assert sum(piece.nbytes for piece in window) <= slot_bytes
         at = 0
         for piece in window:
@@ -49,7 +58,7 @@ def test_windows_cover_every_byte_once_and_in_order(lengths: list[int], run_byte
 
 
 def test_buffers_are_the_shards_places_without_the_gaps() -> None:
-    (window,) = windows(pack(specs_of(100, 600), 4096), 4096)
+    (window,) = windows(specs_of(100, 600), 4096, 4096)
     (piece,) = window
     room = memoryview(bytearray(range(256)) * 8)[: piece.nbytes]
     first, second = piece.buffers(room)
@@ -58,7 +67,7 @@ def test_buffers_are_the_shards_places_without_the_gaps() -> None:
 
 
 def test_a_large_shard_is_cut_into_pieces_whose_last_one_ends_it() -> None:
-    pieces = [piece for window in windows(pack(specs_of(10_000), 4096), 4096) for piece in window]
+    pieces = [piece for window in windows(specs_of(10_000), 4096, 4096) for piece in window]
     assert [(piece.start, piece.nbytes, piece.is_last) for piece in pieces] == [
         (0, 4096, False),
         (4096, 4096, False),
