@@ -82,15 +82,13 @@ class InflightBudget:
         self._queue: dict[Turn, None] = {}  # first come, first served
         self._next: Turn | None = None  # of the queue
         self._held: dict[Turn, tuple[int, float]] = {}  # bytes, and since when
-        self._held_by_node: Counter[str] = Counter()
-        self._nbytes = 0
         self._stalled: set[Turn] = set()  # of those that hold bytes
         self._wait_s = 0.0
         self._is_closed = False
 
     def __repr__(self) -> str:
         with self._changed:
-            return f"InflightBudget({self._nbytes:,} of {self.limit_bytes:,} bytes, {len(self._queue)} waiting)"
+            return f"InflightBudget({self._nbytes_locked:,} of {self.limit_bytes:,} bytes, {len(self._queue)} waiting)"
 
     @contextlib.contextmanager
     def granted(self, nbytes: int, turn: Turn, deadline: float) -> Iterator[None]:
@@ -105,12 +103,22 @@ class InflightBudget:
             FetchError: The turn was given up.
             CacheClosedError: The cache was closed.
         """
-        self._take(nbytes, turn, deadline)
+        began = self._now()
+        with self._changed:
+            self._queue[turn] = None
+            self._choose_locked()
         try:
+            while not self._take(nbytes, turn, began, deadline):
+                self._look(turn)
             yield
         finally:
             with self._changed:
-                self._give_back_locked(turn)
+                if turn in self._queue:  # without a grant
+                    del self._queue[turn]
+                    self._wait_s += self._now() - began
+                self._held.pop(turn, None)
+                self._stalled.discard(turn)
+                self._choose_locked()
 
     def wake(self) -> None:
         """Let those who wait look again whether they were given up."""
@@ -126,36 +134,29 @@ class InflightBudget:
     def stats(self) -> dict[str, float]:
         """The budget's part of `BufferStats`, consistent in itself."""
         with self._changed:
-            return {"inflight_bytes": self._nbytes, "inflight_wait_seconds": self._wait_s}
+            return {"inflight_bytes": self._nbytes_locked, "inflight_wait_seconds": self._wait_s}
 
-    def _take(self, nbytes: int, turn: Turn, deadline: float) -> None:
-        began = self._now()
-        with self._changed:
-            self._queue[turn] = None
-            self._choose_locked()
-        try:
-            while not self._try(nbytes, turn, began, deadline):
-                self._look(turn)
-        finally:
-            with self._changed:
-                del self._queue[turn]
-                self._choose_locked()
-                self._changed.notify_all()  # the next one may fit beside it
-                self._wait_s += self._now() - began
-
-    def _try(self, nbytes: int, turn: Turn, began: float, deadline: float) -> bool:
+    def _take(self, nbytes: int, turn: Turn, began: float, deadline: float) -> bool:
         """Wait for the grant; False if it is time to look at those that hold theirs."""
         with self._changed:
-            left_s = max(0.0, deadline - self._now())
-            if self._next is turn:
-                self._changed.wait_for(lambda: self._is_over_locked(turn, nbytes), min(left_s, LOOK_S))
-            else:
-                self._changed.wait_for(lambda: self._next is turn or self._is_over_locked(turn, nbytes), left_s)
-            if self._now() < deadline and not self._is_over_locked(turn, nbytes):
-                return False
-            self._check_locked(turn, nbytes, self._now() - began)
+            if not self._is_over_locked(turn, nbytes):
+                left_s, is_next = max(0.0, deadline - self._now()), self._next is turn
+                self._changed.wait_for(
+                    lambda: self._is_over_locked(turn, nbytes) or (self._next is turn) != is_next,
+                    min(left_s, LOOK_S) if is_next else left_s,
+                )
+            if not self._is_over_locked(turn, nbytes):
+                if self._now() < deadline:
+                    return False
+                raise self._late_locked(turn, nbytes, self._now() - began)
+            if self._is_closed:
+                raise CacheClosedError
+            if turn.is_given_up:
+                raise FetchError(f"Failed to fetch shards from {turn.node}: the fetch was given up")
+            del self._queue[turn]
             self._held[turn] = nbytes, self._now()
-            self._count_locked(turn.node, nbytes)
+            self._wait_s += self._now() - began
+            self._choose_locked()  # the next one may fit beside it
             return True
 
     def _look(self, turn: Turn) -> None:
@@ -168,49 +169,34 @@ class InflightBudget:
         with self._changed:
             self._stalled = {one for one in stalled if self._held.get(one, (0, None))[1] == since[one]}
 
-    def _give_back_locked(self, turn: Turn) -> None:
-        nbytes, _ = self._held.pop(turn)
-        self._stalled.discard(turn)
-        self._count_locked(turn.node, -nbytes)
-        self._choose_locked()
-        self._changed.notify_all()
-
-    def _count_locked(self, node: str, nbytes: int) -> None:
-        self._nbytes += nbytes
-        self._held_by_node[node] += nbytes
-        if not self._held_by_node[node]:
-            del self._held_by_node[node]
+    @property
+    def _nbytes_locked(self) -> int:
+        return sum(nbytes for nbytes, _ in self._held.values())
 
     def _choose_locked(self) -> None:
-        """Of those who wait, the first of a node that holds the fewest bytes."""
-        self._next = min(self._queue, key=lambda turn: self._held_by_node[turn.node], default=None)
-
-    def _counted_locked(self, node: str) -> int:
-        """The bytes on their way that one of this node has to wait for."""
-        return self._nbytes - sum(self._held[turn][0] for turn in self._stalled if turn.node != node)
+        """Take the first of those who wait for a node that holds the fewest bytes, and let all look."""
+        held: Counter[str] = Counter()
+        for turn, (nbytes, _) in self._held.items():
+            held[turn.node] += nbytes
+        self._next = min(self._queue, key=lambda turn: held[turn.node], default=None)
+        self._changed.notify_all()
 
     def _is_over_locked(self, turn: Turn, nbytes: int) -> bool:
-        return self._is_closed or turn.is_given_up or self._is_next_locked(turn, nbytes)
-
-    def _is_next_locked(self, turn: Turn, nbytes: int) -> bool:
+        """Whether its wait is: by a grant, as what is on its way and counts leaves room, or for good."""
+        if self._is_closed or turn.is_given_up:
+            return True
         if self._next is not turn:
             return False
-        counted = self._counted_locked(turn.node)
+        counted = sum(
+            held for other, (held, _) in self._held.items() if other.node == turn.node or other not in self._stalled
+        )
         return not counted or counted + nbytes <= self.limit_bytes
 
-    def _check_locked(self, turn: Turn, nbytes: int, waited_s: float) -> None:
-        if self._is_closed:
-            raise CacheClosedError
-        if turn.is_given_up:
-            raise FetchError(f"Failed to fetch shards from {turn.node}: the fetch was given up")
-        if not self._is_next_locked(turn, nbytes):
-            raise FetchTimeoutError(
-                f"Failed to fetch shards from {turn.node}: {nbytes:,} bytes waited {waited_s:.1f} s for their turn, "
-                f"while {self._nbytes:,} of at most {self.limit_bytes:,} were being received{self._stalled_locked()}; "
-                "raise max_inflight_bytes (GPU_CACHE_MAX_INFLIGHT_BYTES)"
-            )
-
-    def _stalled_locked(self) -> str:
-        """Whose bytes do not come, for a message."""
-        nodes = listed(sorted({turn.node for turn in self._stalled}))
-        return f", and next to nothing came from {nodes}" if nodes else ""
+    def _late_locked(self, turn: Turn, nbytes: int, waited_s: float) -> FetchTimeoutError:
+        nodes = listed(sorted({one.node for one in self._stalled}))
+        stalled = f", and next to nothing came from {nodes}" if nodes else ""
+        return FetchTimeoutError(
+            f"Failed to fetch shards from {turn.node}: {nbytes:,} bytes waited {waited_s:.1f} s for their turn, "
+            f"while {self._nbytes_locked:,} of at most {self.limit_bytes:,} were being received{stalled}; "
+            "raise max_inflight_bytes (GPU_CACHE_MAX_INFLIGHT_BYTES)"
+        )
