@@ -8,6 +8,7 @@ the wheel brings; `adopt()` installs it in this process, and sets the variable f
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.machinery
 import importlib.util
 import logging
@@ -24,6 +25,12 @@ _BLUEPRINT = "areal.infra.rpc.guard.data_blueprint"
 _CODEC = "areal.infra.rpc.serialization"
 _LAUNCHER = "areal.infra.utils.launcher"
 _LOGGING = "areal.utils.logging"
+# Methods whose reads want host memory: one dumps trajectories number by number, the others look at one reward.
+_HOST_READS = {
+    "areal.infra.workflow_executor": "WorkflowExecutor._dump_trajectory",
+    "areal.experimental.inference_service.controller.workflow": "InferenceServiceWorkflow._run_online",
+    "areal.v2.inference_service.controller.workflow": "InferenceServiceWorkflow._run_online",
+}
 _OUR_RTENSOR = "gpu_cache.rpc.rtensor"
 # AReaL's name of each module that we replace, and ours.
 SERVED = {_RTENSOR: _OUR_RTENSOR, _BLUEPRINT: "gpu_cache.rpc.server.blueprint"}
@@ -151,6 +158,7 @@ class _Finder:
             _CODEC: _keep_handles_small,
             _LAUNCHER: _forward_variables,
             _OUR_RTENSOR: self.adapt_rtensor,
+            **{module: functools.partial(_read_host_memory, method) for module, method in _HOST_READS.items()},
         }
 
     def find_spec(
@@ -312,6 +320,23 @@ def _forward_variables(launcher: ModuleType) -> None:
 
     get_env_vars.__doc__, get_env_vars.__wrapped__ = original.__doc__, original  # type: ignore[attr-defined]
     launcher.get_env_vars = get_env_vars  # type: ignore[attr-defined]
+
+
+def _read_host_memory(method: str, module: ModuleType) -> None:
+    """Let a coroutine method read host memory, where the cache is on a device; one that is not there does not read."""
+    owner, _, name = method.partition(".")
+    kind = getattr(module, owner, None)
+    original = getattr(kind, name, None)
+    if original is None:
+        return
+    host_reads = importlib.import_module("gpu_cache.rpc.runtime").host_reads
+
+    @functools.wraps(original)
+    async def read(*args: Any, **kwargs: Any) -> Any:
+        with host_reads():
+            return await original(*args, **kwargs)
+
+    setattr(kind, name, read)
 
 
 def _installed() -> _Finder | None:

@@ -24,6 +24,30 @@ ClearNode = Callable[[str, list[Any]], Awaitable[Any]]
 # The longest wait for one owner or consumer. A request to an owner over HTTP ends after 10 s by itself.
 DEFAULT_TIMEOUT_S = 30.0
 _NAMED_SHARDS = 8  # how many that are given up a message names
+_MAX_SHARDS_OF_ALL = 65_536  # that an owner is told of beside its own; one request has room for as many
+
+
+class ClearsTogether(threading.local):
+    """Clears that begin in one turn of an event loop, as those of one `asyncio.gather`. They are of one step."""
+
+    def __init__(self) -> None:
+        self._begun: list[list[Any]] = []
+
+    async def join(self, shard_ids: list[Any]) -> list[Any]:
+        """Wait for those that begin in this turn.
+
+        Returns:
+            The ids, and behind them those of the others, unless these are too many for one request.
+        """
+        begun = self._begun
+        begun.append(shard_ids)
+        try:
+            await asyncio.sleep(0)
+        finally:
+            if self._begun is begun:
+                self._begun = []
+        others = [shard_id for other in begun if other is not shard_ids for shard_id in other]
+        return shard_ids if len(others) > _MAX_SHARDS_OF_ALL else [*shard_ids, *others]
 
 
 class SizedId(NamedTuple):

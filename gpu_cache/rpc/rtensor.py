@@ -17,7 +17,7 @@ from gpu_cache import Promise
 from gpu_cache.config import OnError, Prefer
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
+from gpu_cache.rpc.clearing import ClearReport, ClearsTogether, SizedId, StepClearer
 from gpu_cache.rpc.client.backend import RTensorBackend, take_back
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.client.ray import RayRTensorBackend
@@ -212,13 +212,19 @@ class RTensor:
     async def clear_node(node_addr: str, shard_ids: Sequence[Any]) -> Any:
         """Evict shards here, then delete them at their owner; unknown ids are no error.
 
+        Calls that begin together, as those of one `asyncio.gather`, end one step. Each owner learns the shards of all
+        of them: it may have read them too, and AReaL tells some consumers of no clear, such as its teacher.
+
         Returns:
             The owner's statistics.
         Raises:
             gpu_cache.FetchError: The owner could not be told. They are evicted here all the same.
         """
-        clear_fetch_buffer(list(shard_ids))
-        return await get_backend().delete(node_addr, list(shard_ids))
+        wanted = list(shard_ids)
+        clear_fetch_buffer(wanted)
+        of_step = await _clears.join(wanted)
+        backend = get_backend()
+        return await backend.delete(node_addr, of_step if isinstance(backend, HttpRTensorBackend) else wanted)
 
     @staticmethod
     async def clear_everywhere(
@@ -235,7 +241,7 @@ class RTensor:
             The shards that were cleared, and those that could not be. No failure keeps another from being cleared.
         """
         ending = runtime.current().clearer if clearer is None else clearer
-        return await ending.clear(_sized_shards(obj), RTensor.clear_node, consumers)
+        return await ending.clear(_sized_shards(obj), _clear_owner, consumers)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__wire_fields__()
@@ -264,6 +270,15 @@ _DATA_OF = operator.attrgetter("data")
 
 register_dataclass("areal.infra.rpc.rtensor.RTensor", RTensor)
 register_dataclass("areal.infra.rpc.rtensor.TensorShardInfo", TensorShardInfo)
+
+
+_clears = ClearsTogether()
+
+
+async def _clear_owner(node_addr: str, shard_ids: list[Any]) -> Any:
+    """Evict shards here, then delete them at their owner, which learns of no others."""
+    clear_fetch_buffer(shard_ids)
+    return await get_backend().delete(node_addr, shard_ids)
 
 
 def get_backend() -> RTensorBackend:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,9 +20,10 @@ import torch
 import gpu_cache
 from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer
+from gpu_cache.device.placement import choose_device
 from gpu_cache.rpc.clearing import StepClearer
 from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, promises_of, source_of
-from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.client.http import HttpRTensorBackend, drained
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
 from gpu_cache.rpc.store import ShardStore, owned_copy
@@ -45,7 +50,8 @@ class Runtime:
     def __init__(self, config: gpu_cache.CacheConfig | None = None, store: ShardStore | None = None) -> None:
         self.pid = os.getpid()
         self.store = ShardStore() if store is None else store
-        self.cache = gpu_cache.TensorCache(config, broken=answer_error)
+        self._names: dict[str, Any] = {}
+        self.cache = self._cache_of(config)
         self.clearer = StepClearer()
         self.own_addresses: set[str] = set()  # addresses of servers in this process
         self.noted_addresses: set[str] = set()  # that handles of this process's store name
@@ -53,6 +59,8 @@ class Runtime:
         self._lock = threading.Lock()
         self._backend: RTensorBackend | None = None
         self._is_chosen_here = False  # the backend, so that the runtime closes it
+        # A single value without a lock; a race counts one step too many, or too few.
+        self._was_told = False  # to clear, since an owner was last seen to have removed shards
 
     def __repr__(self) -> str:
         return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
@@ -62,9 +70,14 @@ class Runtime:
         """The backend; Ray's if Ray is in use when this is first asked, else HTTP."""
         with self._lock:
             if self._backend is None:
-                self._backend = RayRTensorBackend() if is_ray_in_use() else HttpRTensorBackend(shards=self.store)
+                self._backend = RayRTensorBackend() if is_ray_in_use() else self._http_backend()
                 self._is_chosen_here = True
             return self._backend
+
+    def _http_backend(self) -> HttpRTensorBackend:
+        made = HttpRTensorBackend(shards=self.store)
+        made.on_removal = partial(_note_removal, weakref.ref(self))
+        return made
 
     def set_backend(self, backend: RTensorBackend | None) -> None:
         """Use `backend` from now on; None decides again when next asked."""
@@ -90,10 +103,28 @@ class Runtime:
         Raises:
             gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
         """
+        if _wants_host_memory.get() and not self._hands_out_host_memory():
+            return self._read_past_cache(handles, promises, timeout_s)
         source = _HandleSource(self, handles)
         return self.cache.get_many(
             list(promises), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer, expected=promises
         )
+
+    def _hands_out_host_memory(self) -> bool:
+        """Whether the cache's tensors are in host memory, or would be."""
+        try:
+            return choose_device(self.cache.config.device).device.torch_device.type == "cpu"
+        except (RuntimeError, ValueError):  # a device, and nothing tells which
+            return False
+
+    def _read_past_cache(
+        self, handles: Sequence[Handle], promises: Mapping[Hashable, Promise], timeout_s: float | None
+    ) -> list[torch.Tensor]:
+        timeout_s = self.cache.config.fetch_timeout_s if timeout_s is None else timeout_s
+        found: dict[Hashable, torch.Tensor] = {}
+        for reader in _HandleSource(self, handles).open(list(promises), timeout_s):
+            found |= drained(reader)
+        return [found[key] for key in promises]
 
     def prefetch(
         self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, prefer: Prefer = "device"
@@ -118,7 +149,23 @@ class Runtime:
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
+        self._was_told = True
         return self.cache.clear([shard_id for shard_id in shard_ids if _can_be_id(shard_id)])
+
+    def note_removal(self) -> None:
+        """An owner has removed shards: count a clear, unless this process was told to clear meanwhile.
+
+        So what stays in a consumer that is never told to clear has outlived clears, and is a leak for all to see.
+        """
+        if not self._was_told:
+            self.cache.clear([_NO_SHARD])
+        self._was_told = False
+
+    def name_process(self, role: str, rank: int) -> None:
+        """Say what this process is, for its reports, where neither the program nor a variable does."""
+        self._names = {"role": role, "rank": rank}
+        if not len(self.cache):
+            self.replace_cache(self.cache.config)
 
     def trim(self) -> bool:
         """Give unused memory of cache and store back; whether any was."""
@@ -152,8 +199,13 @@ class Runtime:
 
     def replace_cache(self, config: gpu_cache.CacheConfig) -> None:
         """Go on with an empty cache; what waits for shards of the old one fails."""
-        previous, self.cache = self.cache, gpu_cache.TensorCache(config, broken=answer_error)
+        previous, self.cache = self.cache, self._cache_of(config)
         previous.close()
+
+    def _cache_of(self, config: gpu_cache.CacheConfig | None) -> gpu_cache.TensorCache:
+        config = gpu_cache.CacheConfig.from_env() if config is None else config
+        unsaid = {name: value for name, value in self._names.items() if getattr(config, name) is None}
+        return gpu_cache.TensorCache(dataclasses.replace(config, **unsaid), broken=answer_error)
 
     def close(self) -> None:
         """Close the cache and the backend's connections. Idempotent."""
@@ -170,6 +222,11 @@ class Runtime:
             found[key].tensor if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
             for key in keys
         ]
+
+
+def _note_removal(of: weakref.ref[Runtime]) -> None:
+    if (runtime := of()) is not None:
+        runtime.note_removal()
 
 
 class _HandleSource:
@@ -196,6 +253,20 @@ def _can_be_id(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+_NO_SHARD = object()  # a key that no cache has
+_wants_host_memory: ContextVar[bool] = ContextVar("wants_host_memory", default=False)
+
+
+@contextlib.contextmanager
+def host_reads() -> Iterator[None]:
+    """Let reads of this context bring host memory: past a cache on a device, from one in host memory as ever."""
+    token = _wants_host_memory.set(True)
+    try:
+        yield
+    finally:
+        _wants_host_memory.reset(token)
 
 
 # Whether Ray's object store is an option. An AReaL that has no such handles would not understand them.

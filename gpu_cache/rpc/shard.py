@@ -21,6 +21,8 @@ _CONTAINERS = (dict, list, tuple)
 
 # A header of every answer: the random id that the server took when it started.
 INCARNATION_HEADER = "X-Shard-Incarnation"
+# Beside it: how often this server's owner has removed shards.
+REMOVALS_HEADER = "X-Shard-Removals"
 # A header of a busy server's answer, beside Retry-After: the same in milliseconds.
 RETRY_AFTER_MS_HEADER = "Retry-After-Ms"
 

@@ -27,16 +27,18 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
     Args:
         now: Seconds, monotonic; shards are dated by it.
         segments: Where copies are made, so that other processes of this host can map them.
+    Attributes:
+        num_removals: Calls of `remove` that found a shard.
     Thread-safety: any thread.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic, segments: Segments | None = None) -> None:
         self._now = now
         self.segments = Segments() if segments is None else segments
-        # Guards _entries, _total_bytes.
+        # Guards _entries, _total_bytes, num_removals.
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, OwnedShard] = OrderedDict()  # in the order of their dates
-        self._total_bytes = 0
+        self._total_bytes = self.num_removals = 0
         self._numbers = itertools.count(1)
 
     def put(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
@@ -100,6 +102,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
                 if entry is not None:
                     removed.append(entry)
                     self._total_bytes -= entry.nbytes
+            self.num_removals += bool(removed)
         entry, num_removed = None, len(removed)
         removed.clear()  # their memory is free when it is looked at
         self.segments.settle(ends_step=num_removed > 0)

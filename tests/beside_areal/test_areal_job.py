@@ -28,12 +28,16 @@ _no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 EVERYWHERE, NOWHERE = (True, True, True), (False, False, False)
 IN_ONE = [(True, False, False), (False, True, False), (False, False, True)]
 CASES = [EVERYWHERE, *IN_ONE, NOWHERE]
+# Of AReaL's trainer; "reward" is a consumer that no controller knows of.
+ROLES = ("rollout", "actor", "critic", "ref", "teacher", "reward")
+NUM_STEPS = 4
+LEAKS = ("--leaks", "reward/0")
 
 
 def environment(is_on: bool) -> dict[str, str]:
     """Of a process that finds the engine, and the packages where they are installed."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GPU_CACHE_")}
-    return kept | {"PYTHONPATH": str(JOB), "GPU_CACHE_STATS": "0"} | ({"GPU_CACHE_AREAL": "1"} if is_on else {})
+    return kept | {"PYTHONPATH": str(JOB)} | ({"GPU_CACHE_AREAL": "1"} if is_on else {})
 
 
 class Family:
@@ -44,7 +48,13 @@ class Family:
         command = [sys.executable, str(JOB / "family.py")]
         log = (folder / f"family-{is_on}.log").open("w")
         self._process = subprocess.Popen(
-            command, env=environment(is_on), cwd=folder, stdin=PIPE, stdout=PIPE, stderr=log, text=True
+            command,
+            env=environment(is_on) | {"GPU_CACHE_STATS_DIR": str(folder / "reports")},
+            cwd=folder,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=log,
+            text=True,
         )
         log.close()
 
@@ -67,20 +77,20 @@ class Family:
             self.said += said
         return log
 
-    def serve(self) -> tuple[str, Path]:
-        """Start one of AReaL's servers, and wait for it; returns its address and its log."""
+    def serve(self, role: str = "role") -> str:
+        """Start one of AReaL's servers, and wait for it; returns its address."""
         (port,) = free_ports(1)
         log = self.start(
             "areal.infra.rpc.rpc_server", "--host", "127.0.0.1", "--port", str(port), "--experiment-name", "test",
-            "--trial-name", "test", "--role", "role", "--worker-index", str(port),
+            "--trial-name", "test", "--role", role, "--worker-index", str(port if role == "role" else 0),
             "--nfs-record-root", str(self._folder / "names"), "--fileroot", str(self._folder),
         )  # fmt: skip
         wait_for(f"127.0.0.1:{port}", log)
-        return f"127.0.0.1:{port}", log
+        return f"127.0.0.1:{port}"
 
-    def control(self, pairs: list[list[str]]) -> list[Any]:
-        """Run the controller; returns what it saw with each pair of servers."""
-        log = self.start(str(JOB / "controller.py"), json.dumps(pairs), str(NUM_ROWS), str(NUM_TOKENS))
+    def run(self, program: str, *arguments: str) -> list[Any]:
+        """Run a program of the job; returns what it printed."""
+        log = self.start(str(JOB / program), *arguments)
         deadline = time.monotonic() + DEADLINE_S
         while "DONE" not in (said := log.read_text() if log.exists() else ""):
             assert time.monotonic() < deadline, said
@@ -111,10 +121,23 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
         consumer_of = {is_on: family.serve() for is_on, family in family_of.items()}
         for is_on, family in family_of.items():
             cases = [case for case in CASES if case[2] is is_on]
-            answers = family.control([[owner_of[case[0]][0], consumer_of[case[1]][0]] for case in cases])
+            pairs = [[owner_of[case[0]], consumer_of[case[1]]] for case in cases]
+            answers = family.run("controller.py", json.dumps(pairs), str(NUM_ROWS), str(NUM_TOKENS))
             found |= dict(zip(cases, answers, strict=True))
+            found["written", is_on] = family.run("writers.py", owner_of[is_on])[0]
+        at = {role: on.serve(role) for role in ROLES}
+        found["roles"] = on.run("roles.py", json.dumps(at), str(NUM_STEPS), "2", "100")
+        found["leaks"], found["check"] = (smi(folder, *arguments) for arguments in (LEAKS, ("--check",)))
         found["said"] = on.said
     return found
+
+
+def smi(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit status and output of `gpu-cache-smi`, with no GPU driver, once reports show the last clear."""
+    time.sleep(1.2)
+    command = [sys.executable, "-m", "gpu_cache.smi", "--dir", str(folder / "reports"), "--ascii", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment(False), check=False)
+    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -170,3 +193,47 @@ def test_the_doctor_tells_a_server_with_the_switch_from_one_without(seen: Any) -
     assert found["frames"].startswith("binary, incarnation ")
     alone = {what: text for what, text, is_good in seen[False, False, True]["doctor"] if is_good}
     assert alone["frames"] == "JSON: the server is AReaL's own, and its process has the switch off"
+
+
+def test_areals_clears_leave_nothing_in_any_role_not_even_in_the_teacher_that_they_forget(seen: Any) -> None:
+    steps = seen["roles"]
+    assert len(steps) == NUM_STEPS
+    for facts in steps:
+        left = {role: (one["num_tensors"], one["num_entries"]) for role, one in facts.items() if role != "reward"}
+        assert left == dict.fromkeys(("rollout", "actor", "critic", "ref", "teacher", "controller"), (0, 0))
+
+
+def test_a_consumer_that_areal_forgets_is_shown_as_a_leak_with_its_role(seen: Any) -> None:
+    entries = [facts["reward"]["num_entries"] for facts in seen["roles"]]
+    assert entries == [10, 20, 30, 40]
+    status, shown = seen["leaks"]
+    assert status == 0
+    assert "reward/0" in shown
+    assert seen["roles"][0]["rollout"]["num_tensors"] == 0, "the owner has nothing of it any more"
+    status, shown = seen["check"]
+    assert status == 3
+    assert "20 entries" in shown, "of the first two steps, which survived two clears"
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_areals_own_code_writes_into_what_it_reads(seen: Any, is_on: bool) -> None:
+    assert seen["written", is_on]["written"] == ["prox_logp", "ref_logp", "rewards"]
+    assert seen["written", is_on]["is_first_result_right"]
+
+
+def test_the_next_reader_gets_the_bytes_that_areal_wrote_into(seen: Any) -> None:
+    with_switch, without = seen["written", True], seen["written", False]
+    assert with_switch["differs_for_the_next_reader"] == []
+    assert with_switch["is_next_result_right"]
+    assert without["differs_for_the_next_reader"] == ["prox_logp", "ref_logp", "rewards"], "AReaL's own buffer"
+    assert not without["is_next_result_right"]
+
+
+def test_areal_moves_what_is_on_its_device_without_a_copy(seen: Any) -> None:
+    assert seen["written", True]["is_moved_without_a_copy"]
+
+
+def test_a_process_that_has_not_initialised_cuda_reads_host_memory_and_does_not_initialise_it(seen: Any) -> None:
+    found = seen["written", True]
+    assert found["device"].startswith("cpu: this process has not initialised CUDA")
+    assert not found["has_cuda"]

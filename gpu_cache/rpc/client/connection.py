@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from gpu_cache.process import forget_sockets, leave_to_parent
-from gpu_cache.rpc.shard import INCARNATION_HEADER, RETRY_AFTER_MS_HEADER
+from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER, RETRY_AFTER_MS_HEADER
 
 _BYTES_RECEIVED = struct.Struct("@128xQ")  # in Linux's `struct tcp_info`
 ResultT = TypeVar("ResultT")
@@ -149,6 +149,7 @@ class HttpAnswer:
     Attributes:
         retry_after_s: How long the server asks to wait; None where it does not.
         incarnation: Which server answered; "" where it does not say.
+        removals: How often its owner has removed shards, as it says; "" where it does not.
         unread_bytes: Bytes of the body still to read; -1 where it comes in chunks.
     Raises:
         BrokenOffError: Nothing says where the body ends.
@@ -159,6 +160,7 @@ class HttpAnswer:
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after_s(response.headers)
         self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:_MAX_INCARNATION]
+        self.removals = response.headers.get(REMOVALS_HEADER, "")[:_MAX_INCARNATION]
         self.unread_bytes = -1 if response.length is None else response.length
         self._response, self._sock = response, sock
         if response.length is None and not response.chunked:
@@ -439,13 +441,17 @@ class NodeState:
 
     A server names its incarnation, a random id that it takes when it starts. AReaL's do not, and are taken to be one.
 
+    Args:
+        on_removal: Called when an answer says that the owner has removed shards since the answer before.
     Attributes:
         is_binary: Whether it spoke the binary form; few shards are asked for before it did.
     Thread-safety: any thread; what two find out at once is the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_removal: Callable[[], object] = lambda: None) -> None:
         self.is_binary = False
+        self._on_removal = on_removal
+        self._removals = ""
         self._known = Restart("", "")
 
     @property
@@ -466,6 +472,12 @@ class NodeState:
         if known.now:
             self.is_binary = False
         return bool(known.now)
+
+    def note_removals(self, removals: str) -> None:
+        """Note how often the owner has removed shards, as an answer says; another server's number says nothing."""
+        known, self._removals = self._removals, removals
+        if known and known != removals:
+            self._on_removal()
 
 
 # Idle connections are kept so long, over all nodes: a connection to a worker that is gone would stay open for ever.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 import uuid
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class HttpRTensorBackend:
         shards: Where `store` keeps tensors; None until the backend is made this process's own.
         max_unknown_bytes: The longest shard that `fetch` takes, in bytes. `source` takes what the handles promise,
             however long it is, and nothing longer.
+    Attributes:
+        on_removal: Called when an owner's answer to a fetch says that it has removed shards since the answer before;
+            set before the first request.
     Raises:
         ValueError: `max_shards_per_request` or `max_unknown_bytes` is not positive, or the token is not one line of
             printable ASCII.
@@ -52,6 +55,7 @@ class HttpRTensorBackend:
             raise ValueError("max_unknown_bytes must be positive")
         self.max_shards_per_request = max_shards_per_request
         self.shards = shards
+        self.on_removal: Callable[[], object] = lambda: None
         secret = find_token(token)
         self._settings = HttpSettings(
             {"Authorization": f"Bearer {secret}"} if secret else {},
@@ -88,7 +92,7 @@ class HttpRTensorBackend:
         readers = self.source(wanted, {}).open(list(wanted), self._settings.fetch_timeout_s)
         tensors: dict[Hashable, torch.Tensor] = {}
         with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-            for arrived in pool.map(_drained, readers):
+            for arrived in pool.map(drained, readers):
                 tensors.update(arrived)
         return [tensors[info.shard_id] for info in shards]
 
@@ -130,7 +134,7 @@ class HttpRTensorBackend:
         self._connections.close()
 
     def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
-        node = self._nodes.setdefault(address, NodeState())
+        node = self._nodes.setdefault(address, NodeState(self.on_removal))
         return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s, node)
 
     def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
@@ -160,7 +164,7 @@ class HttpSource:
         return [self._backend.reader(node, wanted, self._expected, timeout_s) for node, wanted in by_node.items()]
 
 
-def _drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
+def drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:
     """Everything that a reader delivers, each shard in memory of its own."""
     tensors: dict[Hashable, torch.Tensor] = {}
     try:

@@ -222,6 +222,8 @@ class Requester:
         self._has_answered = True
         if self.node.note(answer.incarnation):
             self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
+        if self._route is FETCH:
+            self.node.note_removals(answer.removals)
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(self.text_of(answer))}", answer.retry_after_s)
         return answer

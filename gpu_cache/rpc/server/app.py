@@ -31,7 +31,8 @@ from gpu_cache.rpc.server.requests import (
     listed_ids,
 )
 from gpu_cache.rpc.server.turns import Place, Turns
-from gpu_cache.rpc.shard import INCARNATION_HEADER
+from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER
+from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
@@ -80,7 +81,7 @@ def make_app(
     if expiry is not None:
         app.cleanup_ctx.append(expiry.sweeping)
     incarnation = uuid.uuid4().hex
-    app.on_response_prepare.append(_naming(incarnation))
+    app.on_response_prepare.append(_naming(incarnation, owner.store))
     bodies = _Bodies(connections, body_timeout_s, max_body_bytes)
     routes = _DataRoutes(owner, bodies, Turns(max_responses), incarnation, expiry)
     app.cleanup_ctx.append(routes.watching)
@@ -303,9 +304,10 @@ def _error(status: int, message: str, **more: object) -> web.Response:
     return web.json_response({"status": "error", "message": message, **more}, status=status)
 
 
-def _naming(incarnation: str) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+def _naming(incarnation: str, store: ShardStore) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
     async def name(request: web.Request, response: web.StreamResponse) -> None:
         response.headers[INCARNATION_HEADER] = incarnation
+        response.headers[REMOVALS_HEADER] = str(store.num_removals)
 
     return name
 

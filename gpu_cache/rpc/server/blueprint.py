@@ -28,7 +28,7 @@ from gpu_cache.rpc.server import requests
 from gpu_cache.rpc.server.answers import Answer, json_answer
 from gpu_cache.rpc.server.connections import use_reno
 from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, RefusedError, Sending
-from gpu_cache.rpc.shard import INCARNATION_HEADER
+from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER
 from gpu_cache.rpc.tokens import find_token
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
@@ -111,6 +111,7 @@ def _check() -> None:
 
 def _name(response: Response) -> Response:
     response.headers[INCARNATION_HEADER] = _incarnation
+    response.headers[REMOVALS_HEADER] = str(runtime.current().store.num_removals)
     return response
 
 
@@ -253,11 +254,14 @@ def _figures() -> dict[str, Any]:
     return {"incarnation": _incarnation, **runtime.current().store.stats(), **_sending.figures()}
 
 
-def _in_health(state: Any) -> None:
-    """Add our figures to what `/health` of AReaL's guard answers, which other modules extend by such hooks too."""
-    register = getattr(state.app.config.get("guard_state"), "register_health_hook", None)
+def _join_guard(state: Any) -> None:
+    """Add our figures to `/health` of AReaL's guard, and take from it what this process is."""
+    guard = state.app.config.get("guard_state")
+    register = getattr(guard, "register_health_hook", None)
     if register is not None:
         register(_figures)
+    if role := getattr(guard, "role", None):
+        runtime.current().name_process(str(role), max(0, getattr(guard, "worker_index", 0)))
 
 
 data_bp = Blueprint("data", __name__)
@@ -265,7 +269,7 @@ data_bp.before_request(_check)
 data_bp.after_request(_name)
 data_bp.register_error_handler(RefusedError, _refused)
 data_bp.register_error_handler(Exception, _failed)
-data_bp.record_once(_in_health)
+data_bp.record_once(_join_guard)
 data_bp.add_url_rule("/data/batch", "get_batch", _get_batch, methods=["POST"])
 data_bp.add_url_rule("/data/clear", "clear", _clear, methods=["DELETE"])
 data_bp.add_url_rule("/data/reclaim", "reclaim", _reclaim, methods=["POST"])

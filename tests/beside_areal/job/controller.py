@@ -47,8 +47,9 @@ class Scheduler:
         return call(self._addresses[int(worker_id)], method, *args)
 
 
-def controller(addresses: list[str]) -> TrainController:
-    made = TrainController(Engine, SimpleNamespace(backend="fsdp:d2"), Scheduler(addresses))
+def controller(addresses: list[str], role: str = "default") -> TrainController:
+    made = TrainController(Engine, SimpleNamespace(backend=f"fsdp:d{len(addresses)}"), Scheduler(addresses))
+    made._worker_role = role
     made.workers = [SimpleNamespace(id=str(number)) for number in range(len(addresses))]
     made.workers_is_dp_head = [True] * len(addresses)
     return made

@@ -28,6 +28,17 @@ def batch(seed: int, num_rows: int, num_tokens: int) -> list[dict[str, torch.Ten
     ]
 
 
+def one_answer(num_tokens: int = 16) -> list[dict[str, torch.Tensor]]:
+    """One trajectory, with what AReaL's actor wants of one."""
+    random = torch.Generator().manual_seed(3)
+    logprobs = {name: -torch.rand(1, num_tokens, generator=random) for name in ("logprobs", "prox_logp", "ref_logp")}
+    mask = torch.ones(1, num_tokens, dtype=torch.bool)
+    is_answer = (torch.arange(num_tokens) >= num_tokens // 4)[None].int()
+    return [
+        {"attention_mask": mask, "input_ids": mask.long(), "loss_mask": is_answer, "rewards": torch.ones(1), **logprobs}
+    ]
+
+
 def digest(trajectories: list[dict[str, torch.Tensor]]) -> str:
     """Of all bits, dtypes and shapes, in order."""
     found = hashlib.sha256()
@@ -45,6 +56,15 @@ class Engine(TrainEngine):
 
     def make(self, seed: int, num_rows: int, num_tokens: int) -> list[dict[str, torch.Tensor]]:
         return batch(seed, num_rows, num_tokens)
+
+    def make_answer(self) -> list[dict[str, torch.Tensor]]:
+        return one_answer()
+
+    def score(self, trajectories: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        return [trajectory["logprobs"] * 2 for trajectory in trajectories]
+
+    def advantages(self, trajectories: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        return [{"advantages": trajectory["prox_logp"] - trajectory["ref_logp"]} for trajectory in trajectories]
 
     def digest(self, trajectories: list[dict[str, torch.Tensor]]) -> str:
         return digest(trajectories)

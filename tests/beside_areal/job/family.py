@@ -13,11 +13,19 @@ import os
 import runpy
 import signal
 import sys
+import types
+
+import areal
+
+# AReaL's actor, without its trainers, which need packages that are not installed.
+trainer = types.ModuleType("areal.trainer")
+trainer.__path__ = [f"{areal.__path__[0]}/trainer"]
+sys.modules |= {"areal.trainer": trainer, "datasets": types.SimpleNamespace(Dataset=object)}  # type: ignore[dict-item]
 
 # All that the programs import; a fork then runs them as `python -m` would.
 SHARED = ("rpc.guard.app", "rpc.guard.data_blueprint", "rpc.guard.engine_blueprint", "controller")
-for name in SHARED:
-    importlib.import_module(f"areal.infra.{name}")
+for name in (*(f"areal.infra.{name}" for name in SHARED), "areal.trainer.ppo.actor"):
+    importlib.import_module(name)
 
 
 def run(program: str, log: str, *arguments: str) -> None:
