@@ -480,7 +480,10 @@ class TensorCache:
         dropped.clear()
         if (engine := self._engine) is not None:
             engine.husks.strip(tensors)
-            engine.end_step() if count else engine.drain()
-            engine.reaper.wake()
+            if count:
+                engine.pool.end_step()
+            engine.drain()
+            if not engine.reaper.awake.is_set():
+                engine.reaper.wake()
         self._publisher.soon()
         return count

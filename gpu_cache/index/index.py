@@ -55,6 +55,7 @@ class ShardIndex:
         broken: The error for a key whose shard is not as promised, of the promise and of what there is.
     Attributes:
         below: The other level, if there is one and this is the device's.
+        looks_for_writes: Whether shards that a reader wrote into are dropped, or raise.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
@@ -76,6 +77,7 @@ class ShardIndex:
         self._alias, self._mutations = alias, mutations or Mutations()
         self._is_held, self._is_held_beside_loan = is_held, is_held_beside_loan or is_held
         self.broken = broken
+        self.looks_for_writes = self._mutations.is_on
         self.below: ShardIndex | None = None
 
     def add_level(self) -> ShardIndex:
@@ -123,11 +125,6 @@ class ShardIndex:
     def is_closed(self) -> bool:
         """Whether nothing is indexed any more."""
         return self._shared.is_closed
-
-    @property
-    def looks_for_writes(self) -> bool:
-        """Whether shards that a reader wrote into are dropped, or raise."""
-        return self._mutations.is_on
 
     @property
     def is_empty(self) -> bool:
@@ -262,7 +259,8 @@ class ShardIndex:
             if not self._at_locked(key):
                 entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
                 self._entries[key] = entry
-        self._mutations.tell(changed)
+        if changed:
+            self._mutations.tell(changed)
         return entry
 
     def publish(self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None) -> list[Entry]:
@@ -330,7 +328,12 @@ class ShardIndex:
         wanted = dict.fromkeys(keys)
         with self._lock:
             self._shared.num_removals += 1
-            found = [entry for key in wanted for entry in self._at_locked(key) if node is None or entry.node == node]
+            found = [
+                entry
+                for table in self._shared.tables
+                for entry in map(table.get, wanted)
+                if entry is not None and (node is None or entry.node == node)
+            ]
             dropped = self._drop_all_locked(found)
             if wanted:
                 self._ledger.cleared(dropped)
@@ -352,9 +355,14 @@ class ShardIndex:
     def forget_dead(self, leases: Iterable[Lease]) -> None:
         """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
         with self._lock:
-            known = [(entry, lease) for lease in leases for entry in self._at_locked(lease.key)]
-            dropped = self._drop_all_locked([one for one, lease in known if one.copy and one.copy.lease is lease])
-            self._ledger.died(dropped)
+            dead = [
+                entry
+                for lease in leases
+                for table in self._shared.tables
+                if (entry := table.get(lease.key)) is not None and entry.copy and entry.copy.lease is lease
+            ]
+            if dead:
+                self._ledger.died(self._drop_all_locked(dead))
 
     def candidates(self, most: int | None = None, *, held: bool = False) -> list[Candidate]:
         """What may be evicted from this level, the least recently used first.
@@ -428,7 +436,8 @@ class ShardIndex:
             if entry is not None and (at := entry.copy) is not None:
                 self._entries.move_to_end(key)
                 found = self._alias([at.counted])[0], at.completion
-        self._mutations.tell(changed)
+        if changed:
+            self._mutations.tell(changed)
         return found
 
     def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Copy, torch.Tensor]]:
@@ -564,13 +573,16 @@ class ShardIndex:
     def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
         """Claim what is not there: from a source, or a copy of what is below."""
         if (low := self._below.get(key)) is None:
-            self._enter_locked(
-                Entry(key, next(self._shared.generations), Flight(deadline=found.deadline), promise=promise), found
-            )
-        elif promise is None or not self._is_other_locked(low, promise, found):
-            self._claim_copy_locked(low, found)
+            entry = Entry(key, next(self._shared.generations), Flight(deadline=found.deadline), promise=promise)
+        elif promise is not None and self._is_other_locked(low, promise, found):
+            return
+        else:
+            entry = self._copy_of_locked(low, found)
+        found.claimed[key] = entry
+        if found.num_removals == self._shared.num_removals:
+            self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
 
-    def _claim_copy_locked(self, low: Entry, found: Claim) -> None:
+    def _copy_of_locked(self, low: Entry, found: Claim) -> Entry:
         """Claim a copy of what is below, or will be. Until it has landed, or has failed, that stays there."""
         if low.copy is None:
             low.flight.join()
@@ -578,12 +590,7 @@ class ShardIndex:
             low.flight.num_awaiting += 1
         found.below[low.key] = low
         flight = Flight("follow" if low.copy is None else "rise", found.deadline)
-        self._enter_locked(Entry(low.key, low.generation, flight, node=low.node, promise=low.promise), found)
-
-    def _enter_locked(self, entry: Entry, found: Claim) -> None:
-        found.claimed[entry.key] = entry
-        if found.num_removals == self._shared.num_removals:
-            self._entries[entry.key] = entry  # second: whatever interrupts this, the caller can abort it
+        return Entry(low.key, low.generation, flight, node=low.node, promise=low.promise)
 
     def _is_other_locked(self, entry: Entry, promise: Promise, found: Claim) -> bool:
         """Refuse an entry that is not what the caller expects, or claim the shard of the owner that is meant.
@@ -621,8 +628,9 @@ class ShardIndex:
             MutatedError: There are some, and the policy is "error": none was dropped, and `changed` is empty.
         """
         changed += self._changed_locked(keys, expected)
-        self._mutations.found(changed)
-        self._drop_all_locked(changed)
+        if changed:
+            self._mutations.found(changed)
+            self._drop_all_locked(changed)
 
     def _changed_locked(self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise]) -> list[Entry]:
         """See `_drop_changed_locked`, which may raise: this frame, which refers to blocks, is over by then."""

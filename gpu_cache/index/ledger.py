@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_cache.errors import LOCAL
 from gpu_cache.index.entry import Claim, Entry, State
-from gpu_cache.report.counters import BusyClock, LookupCounters, Survivors
+from gpu_cache.report.counters import LookupCounters
 from gpu_cache.report.schema import (
     ENTRY_SIZE_EDGES_BYTES,
     FETCH_DURATION_EDGES_S,
@@ -54,6 +54,50 @@ class Tally:
     def histogram(self) -> Histogram:
         """A copy for a report."""
         return Histogram(counts=list(self.counts), sum=round(self.sum, 6))
+
+
+class BusyClock:
+    """Counts seconds with at least one activity under way."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._num_active = 0
+        self._since = self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Busy seconds so far, those of an activity under way included."""
+        return self._seconds + (self._now() - self._since if self._num_active else 0.0)
+
+    def note(self, *, begins: bool) -> None:
+        """An activity begins, or ends."""
+        now = self._now()
+        if self._num_active:
+            self._seconds += now - self._since
+        self._since = now
+        self._num_active += 1 if begins else -1
+
+
+class Survivors:
+    """Counts cached entries by the number of clears before they came."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[int, int]] = {}  # epoch -> entries, bytes
+
+    def add(self, epoch: int, num_entries: int, nbytes: int) -> None:
+        """Count entries in, or, with negative numbers, out."""
+        entries, total = self._kept.pop(epoch, (0, 0))
+        if entries + num_entries:
+            self._kept[epoch] = (entries + num_entries, total + nbytes)
+
+    def since(self, epoch: int) -> tuple[int, int]:
+        """Entries and bytes that are as old as `epoch`, or older."""
+        old = [kept for came, kept in self._kept.items() if came <= epoch]
+        return sum(entries for entries, _ in old), sum(nbytes for _, nbytes in old)
+
+    def table(self, epoch: int) -> list[list[int]]:
+        """[epochs since, entries, bytes] for each epoch that left something."""
+        return [[epoch - came, entries, nbytes] for came, (entries, nbytes) in self._kept.items()]
 
 
 class SourceTally:
@@ -106,9 +150,8 @@ class Sources:
 
     def __getitem__(self, node: str) -> SourceTally:
         """The figures of a node."""
-        name = self.name(node)
-        if (found := self._tallies.get(name)) is None:
-            found = self._tallies[name] = SourceTally(self._now)
+        if (found := self._tallies.get(node or LOCAL_SOURCE)) is None:
+            found = self._tallies.setdefault(self.name(node), SourceTally(self._now))
         return found
 
     def name(self, node: str) -> str:
@@ -149,7 +192,9 @@ class Ledger:
 
     def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_low: int = 0) -> None:
         """A look-up found so much; `num_low` of the hits are handed out in the host tier."""
-        num_rising = sum(found.claimed[key].flight.kind == "rise" for key in found.below)
+        num_rising = 0
+        for key in found.below:
+            num_rising += found.claimed[key].flight.kind == "rise"
         self.counters.hits += num_hits - num_low
         self.counters.host_hits += num_low + num_rising
         self.counters.hit_bytes += hit_bytes
@@ -160,27 +205,27 @@ class Ledger:
     def fetching(self, node: str, *, begins: bool) -> None:
         """A reader of that node begins to deliver, or has ended."""
         self.counters.fetches += begins
-        for clock in (self._fetching, self._sources[node].fetching):
-            if begins:
-                clock.start()
-            else:
-                clock.stop()
+        self._fetching.note(begins=begins)
+        self._sources[node].fetching.note(begins=begins)
 
     def answered(self, node: str, seconds: float) -> None:
         """A node's answer took so long."""
         self._durations.observe(seconds)
         self._sources[node].durations.observe(seconds)
 
-    def landed(self, entries: Sequence[Entry], node: str) -> None:
+    def landed(self, entries: Iterable[Entry], node: str) -> None:
         """Entries got their tensors."""
-        landed = [(entry.flight.kind, entry.nbytes) for entry in entries]
-        fetched_bytes = sum(nbytes for kind, nbytes in landed if kind == "fetch")
-        self.counters.miss_bytes += fetched_bytes
-        self.counters.hit_bytes += sum(nbytes for kind, nbytes in landed if kind == "rise")
-        self.counters.fetch_bytes += fetched_bytes
-        joined = [entry for entry in entries if entry.flight.num_joined]
-        self.counters.joined_bytes += sum(entry.nbytes * entry.flight.num_joined for entry in joined)
+        fetched_bytes = 0
+        for entry in entries:
+            nbytes, flight = entry.nbytes, entry.flight
+            if flight.kind == "fetch":
+                fetched_bytes += nbytes
+            elif flight.kind == "rise":
+                self.counters.hit_bytes += nbytes
+            self.counters.joined_bytes += nbytes * flight.num_joined
         if fetched_bytes:
+            self.counters.miss_bytes += fetched_bytes
+            self.counters.fetch_bytes += fetched_bytes
             self._sources[node].fetch_bytes += fetched_bytes
 
     def indexed(self, entries: Sequence[Entry], node: str, *, is_low: bool) -> None:
@@ -188,17 +233,21 @@ class Ledger:
         if not entries:
             return
         born, epoch = self._now(), self.counters.clears
+        sizes: list[int] = []
+        num_kept = kept_bytes = 0
         for entry in entries:
             entry.state, entry.born, entry.epoch = State.READY, born, epoch
             self.births[entry.key] = born
+            sizes.append(nbytes := entry.nbytes)
+            if entry.is_kept:
+                num_kept += 1
+                kept_bytes += nbytes
+        total = sum(sizes)
         self._host_entries += len(entries) * is_low
-        sizes = [entry.nbytes for entry in entries]
-        nbytes = sum(sizes)
-        self.ready_bytes += nbytes
-        self._entry_sizes.observe_all(sizes, nbytes)
-        self._sources[node].add(born, len(entries), nbytes)
-        kept = [entry.nbytes for entry in entries if entry.is_kept]
-        self._survivors.add(epoch, len(entries) - len(kept), nbytes - sum(kept))
+        self.ready_bytes += total
+        self._entry_sizes.observe_all(sizes, total)
+        self._sources[node].add(born, len(entries), total)
+        self._survivors.add(epoch, len(entries) - num_kept, total - kept_bytes)
 
     def dropped(self, entries: Mapping[Entry, bool]) -> None:
         """READY entries are indexed no more; those that map to true were in the host tier."""
@@ -260,10 +309,12 @@ class Ledger:
         if self._has_fetched and ends_step:
             self._has_fetched = False
             self.counters.clears += 1
-        self._host_cleared += sum(entries.values())
-        self._host_cleared_bytes += sum(entry.nbytes for entry, is_low in entries.items() if is_low)
+        for entry, is_low in entries.items():
+            nbytes = entry.nbytes
+            self.counters.cleared_bytes += nbytes
+            self._host_cleared += is_low
+            self._host_cleared_bytes += nbytes * is_low
         self.counters.cleared += len(entries)
-        self.counters.cleared_bytes += sum(entry.nbytes for entry in entries)
 
     def is_outlived(self, entry: Entry) -> bool:
         """Whether it survived so many clears that it is a leak, unless it is kept; true of all that are older."""

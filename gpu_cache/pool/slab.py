@@ -81,25 +81,22 @@ class HighWater:
         self._least_bytes = min(self._least_bytes, used_bytes)
         if not self._taken_bytes or 2 * self._taken_bytes < self._most_bytes - self._least_bytes:
             return False
-        self._end(used_bytes)
+        self._end_step(used_bytes)
         return True
 
     def pass_time(self, used_bytes: int) -> None:
         """End a step if nothing was taken for long."""
         if self._now() - self._idle_since >= IDLE_S:
-            self._end(used_bytes)
+            self._end_step(used_bytes)
 
     def rest(self) -> None:
         """Count nothing that was in use until now, nor what the next steps have in use."""
         self._peaks.clear()
         self._peak_bytes, self._num_resting = 0, NUM_STEPS
 
-    def _end(self, used_bytes: int) -> None:
+    def _end_step(self, used_bytes: int) -> None:
         self._peaks.append(self._peak_bytes)
         self._num_resting = max(0, self._num_resting - 1)
-        self._begin(used_bytes)
-
-    def _begin(self, used_bytes: int) -> None:
         self._peak_bytes = 0  # what the last step leaves counts from the first take on, if it is still in use then
         self._most_bytes = self._least_bytes = used_bytes
         self._taken_bytes = 0
@@ -108,7 +105,7 @@ class HighWater:
 
 logger = logging.getLogger(__name__)
 
-_OFFSET = attrgetter("offset")
+_OFFSET, _NBYTES, _USED_AT = attrgetter("offset"), attrgetter("nbytes"), attrgetter("used_at")
 
 
 class Shortage(NamedTuple):
@@ -161,6 +158,7 @@ class SlabPool:
         # Guards every field below, and those of each slab; _look_at is read without it.
         self._lock = threading.Condition(threading.Lock())
         self._slabs: list[Slab] = []  # the smallest first: what is short leaves the long ones to what needs them
+        self._overflows: list[Slab] = []  # beyond the cap, of one run each
         self._floor_bytes = config.prealloc_bytes  # empty slabs down to this are kept in any case
         self._limit_bytes: int | None = None  # and no more than this: what was trimmed to, until `resume`
         self._water = HighWater()
@@ -201,10 +199,11 @@ class SlabPool:
 
     def take(self, nbytes: int) -> Range | None:
         """Take one range for a run, growing the pool where it may; None if there is no room now."""
-        self._preallocate()
+        if not self._is_started:
+            self._preallocate()
         while True:
             with self._lock:
-                while not (taken := self._take_locked(nbytes)) and self._growing_bytes:
+                while not (taken := self._take_locked(self._slabs, nbytes)) and self._growing_bytes:
                     self._lock.wait()  # for another thread's slab, which may have room for both
                 growth = 0 if taken else self._plan_growth_locked(nbytes)
                 # A run longer than a slab may need the room of empty ones.
@@ -220,14 +219,15 @@ class SlabPool:
             CacheFullError: The device has no room either.
         """
         try:
-            slab = self._overflow(nbytes)
+            arena = self._allocate(nbytes, private=False)
         except torch.OutOfMemoryError as error:
             with self._lock:
                 reserved = self._reserved_bytes + self._overflow_bytes
             raise CacheFullError(nbytes, self._device.memory_info()[0], self.capacity, reserved) from error
         with self._lock:
+            slab = Slab(arena, FreeList(nbytes), is_overflow=True)
             self._add_locked(slab)
-            taken = self._take_from_locked(slab, nbytes)
+            taken = self._take_locked([slab], nbytes)  # at once: empty ones go
         assert taken is not None
         return taken
 
@@ -253,7 +253,8 @@ class SlabPool:
             return
         with self._lock:
             self._pending_bytes -= rest.nbytes
-            self._quarantine_locked([rest], rest.nbytes)
+            self._quarantine[Quarantine([rest])] = None
+            self._quarantined_bytes += rest.nbytes
 
     def drain(self) -> None:
         """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""
@@ -293,11 +294,10 @@ class SlabPool:
     def layout(self) -> Layout:
         """Where room is, or could be made, for a choice of victims."""
         with self._lock:
-            slabs = [slab for slab in self._slabs if not slab.is_overflow]
             freed = [one for held in self._quarantine for one in held.ranges if not one.slab.is_overflow]
-            free = [Span(slab, start, nbytes) for slab in slabs for start, nbytes in slab.free.ranges()]
+            free = [Span(slab, start, nbytes) for slab in self._slabs for start, nbytes in slab.free.ranges()]
             return Layout(
-                {slab: slab.nbytes for slab in slabs},
+                {slab: slab.nbytes for slab in self._slabs},
                 [*free, *(Span(one.slab, one.offset, one.nbytes) for one in freed)],
                 max(0, self.capacity - self._reserved_bytes - self._growing_bytes),
             )
@@ -315,7 +315,7 @@ class SlabPool:
         self.synchronize()
         self._release_empty()
         with self._lock:
-            held = [slab.nbytes for slab in self._slabs if not slab.free.is_empty]
+            held = [slab.nbytes for slab in (*self._slabs, *self._overflows) if not slab.free.is_empty]
             return TrimReport(max(0, before - self._reserved_bytes - self._overflow_bytes), sum(held), len(held))
 
     def resume(self) -> None:
@@ -336,9 +336,7 @@ class SlabPool:
                 "device_reserved_bytes": self._reserved_bytes + self._overflow_bytes,
                 "device_capacity_bytes": self.capacity,
                 "device_peak_bytes": self._peak_bytes,
-                "device_largest_free_bytes": max(
-                    (slab.free.largest_free_bytes for slab in self._slabs if not slab.is_overflow), default=0
-                ),
+                "device_largest_free_bytes": max((slab.free.largest_free_bytes for slab in self._slabs), default=0),
                 "device_quarantined_bytes": self._quarantined_bytes,
                 "alloc_failures": self._alloc_failures,
             }
@@ -347,7 +345,7 @@ class SlabPool:
         """Where every reserved byte is: free + pending + held + quarantined = reserved. For tests and reports."""
         with self._lock:
             return {
-                "free": sum(slab.free.free_bytes for slab in self._slabs),
+                "free": sum(slab.free.free_bytes for slab in (*self._slabs, *self._overflows)),
                 "pending": self._pending_bytes,
                 "held": self._held_bytes,
                 "quarantined": self._quarantined_bytes,
@@ -358,9 +356,8 @@ class SlabPool:
         """Say why a run of `nbytes`, after alignment, finds no room, and what helps, with the numbers of one moment."""
         can_reuse = self.can_reuse
         with self._lock:
-            slabs = [slab for slab in self._slabs if not slab.is_overflow]
-            free = sum(slab.free.free_bytes for slab in slabs)
-            largest = max((slab.free.largest_free_bytes for slab in slabs), default=0)
+            free = sum(slab.free.free_bytes for slab in self._slabs)
+            largest = max((slab.free.largest_free_bytes for slab in self._slabs), default=0)
             room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
             held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
         raising = f"raise {self._setting} ({variable(self._setting)})"
@@ -395,13 +392,18 @@ class SlabPool:
     def _collect(self) -> None:
         """Quarantine the blocks whose leases fired. Until then they count as held."""
         dead: list[Lease] = []
+        nbytes = 0
         with self._lock:
             while self._freed:
-                dead.append(self._freed.popleft())
-                del dead[-1].slab.leases[dead[-1].offset]
-            self._held_bytes -= (nbytes := sum(lease.nbytes for lease in dead))
-            if dead:
-                self._quarantine_locked(dead, nbytes)
+                lease = self._freed.popleft()
+                del lease.slab.leases[lease.offset]
+                nbytes += lease.nbytes
+                dead.append(lease)
+            if not dead:
+                return
+            self._held_bytes -= nbytes
+            self._quarantine[Quarantine(dead)] = None
+            self._quarantined_bytes += nbytes
         self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
@@ -454,41 +456,28 @@ class SlabPool:
         self._release_empty(is_scarce=True)
         return self.stats()["device_reserved_bytes"] < before
 
-    def _take_locked(self, nbytes: int) -> Range | None:
-        for slab in self._slabs:
-            if not slab.is_overflow and (taken := self._take_from_locked(slab, nbytes)):
-                return taken
+    def _take_locked(self, slabs: Sequence[Slab], nbytes: int) -> Range | None:
+        for slab in slabs:
+            was_empty = slab.free.is_empty
+            if (offset := slab.free.take(nbytes)) is None:
+                continue
+            self._pending_bytes += nbytes
+            in_use = self._held_bytes + self._pending_bytes
+            self._peak_bytes = max(self._peak_bytes, in_use)
+            slab.used_at = next(self._uses)
+            if not slab.is_overflow:
+                self._in_use_bytes += slab.nbytes if was_empty else 0
+                self._water.note(self._in_use_bytes, in_use, nbytes)
+            return Range(slab, offset, nbytes)
         return None
-
-    def _take_from_locked(self, slab: Slab, nbytes: int) -> Range | None:
-        was_empty = slab.free.is_empty
-        offset = slab.free.take(nbytes)
-        if offset is None:
-            return None
-        self._pending_bytes += nbytes
-        in_use = self._held_bytes + self._pending_bytes
-        self._peak_bytes = max(self._peak_bytes, in_use)
-        slab.used_at = next(self._uses)
-        if not slab.is_overflow:
-            self._in_use_bytes += slab.nbytes if was_empty else 0
-            self._water.note(self._in_use_bytes, in_use, nbytes)
-        return Range(slab, offset, nbytes)
-
-    def _quarantine_locked(self, ranges: Sequence[Range | Lease], nbytes: int) -> None:
-        self._quarantine[Quarantine(ranges)] = None
-        self._quarantined_bytes += nbytes
-
-    @property
-    def _kept_bytes(self) -> int:
-        """Empty slabs down to this are kept."""
-        kept = max(self._floor_bytes, self._water.nbytes)
-        return kept if self._limit_bytes is None else min(kept, self._limit_bytes)
 
     @property
     def _has_spare(self) -> bool:
         """Whether more is reserved than will be for good: time, or a lack of memory, may take it."""
-        for_good = self._floor_bytes if self._limit_bytes is None else min(self._floor_bytes, self._limit_bytes)
-        return self._reserved_bytes > for_good
+        return self._reserved_bytes > self._at_most_limit(self._floor_bytes)
+
+    def _at_most_limit(self, nbytes: int) -> int:
+        return nbytes if self._limit_bytes is None else min(nbytes, self._limit_bytes)
 
     def _look_for_shortage(self) -> None:
         """Keep nothing for a while if torch's allocator ran short of memory since the last look.
@@ -504,13 +493,10 @@ class SlabPool:
 
     def _preallocate(self) -> None:
         """Take the slabs that are kept while empty; once, at first use."""
-        if self._is_started:
-            return
         if self._num_shortages is None:
             self._look_for_shortage()
         with self._lock:
-            wanted = self._floor_bytes if self._limit_bytes is None else min(self._floor_bytes, self._limit_bytes)
-            missing = 0 if self._is_started else wanted - self._reserved_bytes
+            missing = 0 if self._is_started else self._at_most_limit(self._floor_bytes) - self._reserved_bytes
             self._is_started = True
         while missing > 0:
             with self._lock:
@@ -549,10 +535,6 @@ class SlabPool:
                     self._add_locked(Slab(arena, FreeList(nbytes)))
         return arena is not None
 
-    def _overflow(self, nbytes: int) -> Slab:
-        """A slab from torch's own allocator, for the caller to add and to take from at once: empty ones go."""
-        return Slab(self._allocate(nbytes, private=False), FreeList(nbytes), is_overflow=True)
-
     def _allocate(self, nbytes: int, *, private: bool) -> Arena:
         """Take memory from the device. If it has none, release unused slabs and try once more."""
         try:
@@ -562,23 +544,25 @@ class SlabPool:
                 raise
         return self._device.arena(nbytes, private=private)
 
-    def _release_empty(self, *, is_scarce: bool = False) -> bool:
-        """Release empty slabs down to what is kept, and empty overflow; whether any.
+    def _release_empty(self, *, is_scarce: bool = False) -> None:
+        """Release empty slabs down to what is kept, the longest unused first, and empty overflow.
 
         Where memory is scarce none is kept, now and in the next steps.
         """
         with self._lock:
             if is_scarce:
                 self._water.rest()
-            kept = 0 if is_scarce else self._kept_bytes
-            released = []
+            kept = 0 if is_scarce else self._at_most_limit(max(self._floor_bytes, self._water.nbytes))
+            released = [slab for slab in self._overflows if slab.free.is_empty]
+            left = self._reserved_bytes
             for slab in self._empty_locked():
-                if slab.is_overflow or self._reserved_bytes - slab.nbytes >= kept:
+                if left - slab.nbytes >= kept:
                     released.append(slab)
-                    self._count_locked(slab, -slab.nbytes)
-            self._slabs = [slab for slab in self._slabs if slab not in released]
-        self._release(released)
-        return bool(released)
+                    left -= slab.nbytes
+            for slab in released:
+                self._remove_locked(slab)
+        if released:
+            self._release(released)
 
     def _make_way_locked(self, nbytes: int) -> list[Slab]:
         """Take out empty slabs, for the caller to release, so that one of `nbytes` may come; none if it may not.
@@ -587,7 +571,7 @@ class SlabPool:
         """
         lacking = nbytes - (self.capacity - self._reserved_bytes - self._growing_bytes)
         way: list[Slab] = []
-        for slab in [one for one in self._empty_locked() if not one.is_overflow]:
+        for slab in self._empty_locked():
             if lacking <= 0:
                 break
             way.append(slab)
@@ -595,13 +579,12 @@ class SlabPool:
         if lacking > 0:
             return []
         for slab in way:
-            self._slabs.remove(slab)
-            self._count_locked(slab, -slab.nbytes)
+            self._remove_locked(slab)
         return way
 
     def _empty_locked(self) -> list[Slab]:
         """Slabs without a range in use, the longest unused first."""
-        return sorted((slab for slab in self._slabs if slab.free.is_empty), key=lambda slab: slab.used_at)
+        return sorted((slab for slab in self._slabs if slab.free.is_empty), key=_USED_AT)
 
     def _release(self, slabs: Sequence[Slab]) -> None:
         """Give arenas back to the device. One that it fails to take stays here; the others go all the same."""
@@ -618,11 +601,17 @@ class SlabPool:
             raise failed
 
     def _add_locked(self, slab: Slab) -> None:
-        bisect.insort(self._slabs, slab, key=lambda one: one.nbytes)
-        self._count_locked(slab, slab.nbytes)
-
-    def _count_locked(self, slab: Slab, nbytes: int) -> None:
         if slab.is_overflow:
-            self._overflow_bytes += nbytes
+            self._overflows.append(slab)
+            self._overflow_bytes += slab.nbytes
         else:
-            self._reserved_bytes += nbytes
+            bisect.insort(self._slabs, slab, key=_NBYTES)
+            self._reserved_bytes += slab.nbytes
+
+    def _remove_locked(self, slab: Slab) -> None:
+        if slab.is_overflow:
+            self._overflows.remove(slab)
+            self._overflow_bytes -= slab.nbytes
+        else:
+            self._slabs.remove(slab)
+            self._reserved_bytes -= slab.nbytes

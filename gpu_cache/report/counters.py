@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypedDict, cast, get_type_hints
 
 
@@ -102,52 +102,6 @@ class LookupCounters:
     @property
     def requested_bytes(self) -> int:
         return self.hit_bytes + self.joined_bytes + self.miss_bytes
-
-
-class BusyClock:
-    """Counts seconds with at least one activity under way. The index lock guards every field."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._active = 0
-        self._since = self._seconds = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Busy seconds so far, those of an activity under way included."""
-        return self._seconds + (self._now() - self._since if self._active else 0.0)
-
-    def start(self) -> None:
-        """Begin an activity."""
-        if not self._active:
-            self._since = self._now()
-        self._active += 1
-
-    def stop(self) -> None:
-        """End an activity."""
-        self._seconds, self._active, self._since = self.seconds, self._active - 1, self._now()
-
-
-class Survivors:
-    """Counts cached entries by the number of clears before they came. The index lock guards every field."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[int, int]] = {}  # epoch -> entries, bytes
-
-    def add(self, epoch: int, num_entries: int, nbytes: int) -> None:
-        """Count entries in, or, with negative numbers, out."""
-        entries, total = self._kept.pop(epoch, (0, 0))
-        if entries + num_entries:
-            self._kept[epoch] = (entries + num_entries, total + nbytes)
-
-    def since(self, epoch: int) -> tuple[int, int]:
-        """Entries and bytes that are as old as `epoch`, or older."""
-        old = [kept for came, kept in self._kept.items() if came <= epoch]
-        return sum(entries for entries, _ in old), sum(nbytes for _, nbytes in old)
-
-    def table(self, epoch: int) -> list[list[int]]:
-        """[epochs since, entries, bytes] for each epoch that left something."""
-        return [[epoch - came, entries, nbytes] for came, (entries, nbytes) in self._kept.items()]
 
 
 _NOTHING_YET = {key: kind() for key, kind in get_type_hints(BufferStats).items()}

@@ -81,11 +81,6 @@ class Engine:
         for pool in self._pools:
             pool.drain()
 
-    def end_step(self) -> None:
-        """Something was cleared: free what can be freed now, and keep what the step needed for the next one."""
-        self.pool.end_step()
-        self.drain()
-
     def offload(self) -> TrimReport:
         """Evict everything, and give back every slab of the device's that nobody holds."""
         self.room.empty()

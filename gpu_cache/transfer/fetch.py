@@ -108,16 +108,12 @@ class ReaderTask:
 
     def end(self, error: BaseException | None) -> None:
         """Close the reader and settle what it has not delivered."""
-        node = self.reader.node
         try:
             self.reader.close()
         except BaseException:  # top of a thread: whatever it is, the waiters must be woken
-            logger.exception("closing the connection to %s failed", node)
+            logger.exception("closing the connection to %s failed", self.reader.node)
         try:
-            for key, entry in self.entries.items():
-                if not entry.is_settled:
-                    left_out = FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
-                    self._index.abort([entry], self.reader.failures.get(key) or error or left_out)
+            self._abort_rest(error)
         except BaseException as caught:  # the reader's account of its failures
             self._index.abort(self.entries.values(), caught)
         self.entries = {}  # who waits for `done` may count on no block being held from here
@@ -170,6 +166,13 @@ class ReaderTask:
             traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
             return caught
         return None
+
+    def _abort_rest(self, error: BaseException | None) -> None:
+        node, failures = self.reader.node, self.reader.failures
+        for key, entry in self.entries.items():
+            if not entry.is_settled:
+                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                self._index.abort([entry], cause)
 
     def _note_answer(self) -> None:
         """An answer is complete: it took from its request to its last bytes."""

@@ -8,7 +8,7 @@ import torch
 from gpu_cache.errors import CacheClosedError, FetchError, failure_reason
 from gpu_cache.index.entry import Claim, Entry
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.index.ledger import Sources, Tally, capped
+from gpu_cache.index.ledger import BusyClock, Sources, Tally, capped
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
@@ -166,3 +166,16 @@ def test_a_value_on_an_edge_is_below_it_and_one_above_the_last_counts_too() -> N
 
 def test_the_table_of_survivors_ends_somewhere() -> None:
     assert capped([[20, 1, 10], [0, 9, 9], [3, 2, 5], [16, 1, 1]], 16) == [[3, 2, 5], [16, 2, 11]]
+
+
+def test_busy_seconds_count_overlaps_once(clock: Clock) -> None:
+    busy, began = BusyClock(clock), clock.now
+    for at, begins in ((1.0, True), (2.0, True), (4.0, False)):
+        clock.now = began + at
+        busy.note(begins=begins)
+    clock.now = began + 5.0
+    assert busy.seconds == 4.0
+    clock.now = began + 6.0
+    busy.note(begins=False)
+    clock.now = began + 100.0
+    assert busy.seconds == 5.0

@@ -227,7 +227,7 @@ class Workload:
         index.compare_checksums([(one, 1) for one, _ in index.aliases(["s2"])])
         index.has("s2")
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(pool, "_overflow", out_of_memory)
+            patched.setattr(pool, "_allocate", out_of_memory)
             with pytest.raises(CacheFullError):
                 pool.take_overflow(512)
         self._cache._engine.gather()
@@ -235,7 +235,7 @@ class Workload:
         self._cache.clear()
 
 
-def out_of_memory(nbytes: int) -> Any:
+def out_of_memory(nbytes: int, *, private: bool) -> Any:
     raise torch.OutOfMemoryError
 
 

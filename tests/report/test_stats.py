@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_cache.report.counters import BufferStats, BusyClock, buffer_stats_of, stats_delta
+from gpu_cache.report.counters import BufferStats, buffer_stats_of, stats_delta
 
 
 def test_a_cache_that_did_nothing_has_every_key_at_zero() -> None:
@@ -16,24 +16,6 @@ def test_a_cache_that_did_nothing_has_every_key_at_zero() -> None:
 def test_parts_fill_their_keys() -> None:
     stats = buffer_stats_of({"hits": 3}, {"device_bytes": 7})
     assert (stats["hits"], stats["device_bytes"], stats["misses"]) == (3, 7, 0)
-
-
-def test_busy_seconds_count_overlaps_once() -> None:
-    now = [0.0]
-    clock = BusyClock(lambda: now[0])
-
-    def at(time: float, do: str) -> None:
-        now[0] = time
-        getattr(clock, do)()
-
-    at(1.0, "start")
-    at(2.0, "start")
-    at(4.0, "stop")
-    now[0] = 5.0
-    assert clock.seconds == 4.0
-    at(6.0, "stop")
-    now[0] = 100.0
-    assert clock.seconds == 5.0
 
 
 def test_a_delta_is_ready_for_a_logger() -> None:

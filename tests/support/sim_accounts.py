@@ -102,7 +102,7 @@ def check_lookups(cache: TensorCache, ledger: Ledger) -> None:
 def _places(pool: SlabPool) -> dict[str, int]:
     """Bytes by place, counted one granule after another; raises if one is in two places."""
     counts = np.zeros(4, dtype=np.int64)
-    for slab in pool._slabs:
+    for slab in (*pool._slabs, *pool._overflows):
         owner = np.zeros(slab.nbytes // ALIGNMENT, dtype=np.uint8)
         for place, start, nbytes in _ranges(pool, slab):
             granules = owner[start // ALIGNMENT : (start + nbytes) // ALIGNMENT]
