@@ -103,4 +103,4 @@ if not TYPE_CHECKING:  # else a checker would take any name for one of these
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*__all__, "__version__"])

@@ -13,7 +13,7 @@ from typing import Literal, overload
 import torch
 
 from gpu_cache import process
-from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode, seconds
+from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode, seconds, settings_of
 from gpu_cache.device.modes import HANDOUT, eager, profiled
 from gpu_cache.device.protocol import Device, Stream
 from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
@@ -55,7 +55,9 @@ class TensorCache:
         device: Device | None = None,
         broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
     ) -> None:
-        self.config = CacheConfig.from_env() if config is None else config
+        if isinstance(device, str | torch.device):
+            raise TypeError(f"a Device is expected, not {device!r}: CacheConfig(device={str(device)!r}) names one")
+        self.config = settings_of(config)
         self._given_device, self._broken = device, broken
         self._start_empty()
         process.register(self)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B|)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNORECASE)
+
+_PREFIX = "GPU_CACHE_"
+_OTHER_VARIABLES = {"areal", "require_gpu", "shm", "stats_dir", "stats_group"}  # as fields are spelt
 
 # About thirty years. A longer time means no limit: no lock, socket or timer takes it.
 LONGEST_S = 1e9
@@ -27,9 +32,13 @@ Prefer = Literal["device", "host"]
 OnError = Literal["raise", "none"]  # a call raises for shards that did not arrive, or returns None for them
 MutationPolicy = Literal["refetch", "error", "ignore"]
 
+logger = logging.getLogger(__name__)
+
 
 def parse_size(text: int | str) -> int:
     """Bytes of a size given as an int or as text such as "4GiB", "512 MiB", "1.5KiB" or "4096".
+
+    "4G" is 4 GiB, as for other tools' memory; "4GB" is 4 x 10^9 bytes.
 
     Raises:
         ValueError: Not a size.
@@ -38,8 +47,9 @@ def parse_size(text: int | str) -> int:
         return text
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f"{text!r} is not a size; write bytes or a number with KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise ValueError(f"{text!r} is not a size; write bytes, or a number with a unit, as in 4GiB, 4G or 4GB")
+    power = 0 if match[2] is None else "KMGT".index(match[2].upper()) + 1
+    return int(float(match[1]) * (1000 if (match[3] or "").upper() == "B" else 1024) ** power)
 
 
 def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
@@ -156,6 +166,9 @@ class CacheConfig:
             ValueError: A variable or an override is out of range.
         """
         source = os.environ if environ is None else environ
+        for name in source:
+            if name.startswith(_PREFIX):
+                _check_variable(name)
         found = {f.name: source[variable(f.name)] for f in dataclasses.fields(cls) if source.get(variable(f.name))}
         return cls(**{**found, **overrides})
 
@@ -190,9 +203,32 @@ class CacheConfig:
             raise ValueError("CacheConfig.debug_checksum=True: on_mutation='ignore' does nothing about what it finds")
 
 
+def settings_of(config: object) -> CacheConfig:
+    """The settings that a caller gave; None reads the GPU_CACHE_* variables.
+
+    Raises:
+        TypeError: They are no `CacheConfig`.
+        ValueError: A variable is out of range.
+    """
+    if config is None:
+        return CacheConfig.from_env()
+    if not isinstance(config, CacheConfig):
+        kind = type(config).__name__
+        raise TypeError(f"config is a {kind}: a CacheConfig is expected, as in CacheConfig(**settings)")
+    return config
+
+
 def variable(field: str) -> str:
     """Name of the environment variable of a field."""
-    return f"GPU_CACHE_{field.upper()}"
+    return f"{_PREFIX}{field.upper()}"
+
+
+@functools.cache  # each name is warned of once
+def _check_variable(name: str) -> None:
+    known = {field.name for field in dataclasses.fields(CacheConfig)} | _OTHER_VARIABLES
+    if name not in map(variable, known):
+        hint = near(name.removeprefix(_PREFIX), known, variable)
+        logger.warning("%s is no setting of gpu_cache, and is ignored%s", name, hint)
 
 
 def described(config: CacheConfig, resolved: CacheConfig, environ: Mapping[str, str] | None = None) -> str:
@@ -240,7 +276,7 @@ def _program() -> str:
 def _checked(field: str, value: Any) -> Any:
     """The value in its field's type, in range."""
     if field == "device":
-        return _one_of(value, r"auto|cpu|cuda(:\d+)?")
+        return _one_of(value, r"auto|cpu|cuda|cuda:\d+", "auto, cpu, cuda or cuda:N, such as cuda:0")
     if field == "ready":
         return _one_of(value, "host|stream")
     if field == "reuse_fence":
@@ -277,10 +313,16 @@ def _named(value: Any) -> str:
     return value
 
 
-def _one_of(value: Any, pattern: str) -> Any:
+def _one_of(value: Any, pattern: str, words: str = "") -> Any:
     if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"must be one of {pattern.replace('|', ', ')}")
+        raise ValueError(f"must be {words or ' or '.join(map(repr, pattern.split('|')))}")
     return value
+
+
+def near(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """The question whether a misspelt name means a known one, for the end of a message; "" if none is near."""
+    found = difflib.get_close_matches(name.lower(), known, 1)
+    return f"; did you mean {spell(found[0])}?" if found else ""
 
 
 def _at_least(value: Any, least: float) -> Any:

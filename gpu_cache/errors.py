@@ -156,12 +156,30 @@ def combined(failures: dict[Hashable, BaseException], num_requested: int, why: s
     cause = next(iter(failures.values()))
     if isinstance(cause, CacheClosedError):
         return cause
-    kinds = {type(error).__name__ for error in failures.values()} - {type(cause).__name__}
-    other = f"; also {', '.join(sorted(kinds))}, see .failures" if kinds else ""
-    lacking = f"{len(failures)} of {num_requested} shards failed: {names_of(failures)}"
-    error = FetchError(f"{cause} [{lacking}; the others are cached{other}{why}]", failures)
+    details = "; ".join(_details(failures, num_requested, str(cause)))
+    error = FetchError(f"{cause} [{details}{why}]" if details else f"{cause}{why}", failures)
     error.__cause__ = cause
     return error
+
+
+def _details(failures: Mapping[Hashable, BaseException], num_requested: int, cause: str) -> list[str]:
+    """What the first cause's words do not say: how many failed, which, and of what kinds."""
+    details = []
+    is_all, is_named = len(failures) == num_requested, all(_names(cause, key) for key in failures)
+    if not (is_all and is_named):
+        details.append(f"{len(failures)} of {num_requested} shards failed: {names_of(failures)}")
+    if not is_all:
+        details.append("the others are cached")
+    kinds = [type(error).__name__ for error in failures.values()]
+    if other := sorted(set(kinds) - {kinds[0]}):
+        details.append(f"also {', '.join(other)}, see .failures")
+    return details
+
+
+def _names(text: str, key: Hashable) -> bool:
+    """Whether a message names a shard."""
+    is_quoted = isinstance(key, str) and repr(key) in text
+    return is_quoted or any(f"shard {key}{end}" in text for end in (" ", ":", ","))
 
 
 def names_of(keys: Iterable[Hashable]) -> str:

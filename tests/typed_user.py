@@ -19,3 +19,12 @@ from gpu_cache.rpc import RTensr  # type: ignore[attr-defined]
 
 CacheConfig(pool_byte="4GiB")  # type: ignore[call-arg]
 CacheConfig(pool_bytes=4.5)  # type: ignore[arg-type]
+
+# `localize` keeps static types.
+one: torch.Tensor = RTensor.localize(handle)
+many: list[torch.Tensor] = RTensor.localize([handle])
+batch: dict[str, torch.Tensor] = RTensor.localize({"a": handle}, keep=True)
+same: torch.Tensor = RTensor.localize(torch.ones(3))
+RTensor.localize([handle]).shape  # type: ignore[attr-defined]
+nested: int = RTensor.localize({"a": [handle]})  # any type: containers of containers are not followed
+lacking: list[torch.Tensor | None] = RTensor.localize([handle], on_error="none")

@@ -24,4 +24,4 @@ if not TYPE_CHECKING:  # else a checker would take any name for one of these
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

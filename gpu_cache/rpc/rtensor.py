@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 
@@ -72,6 +73,9 @@ __all__ = [
     "store",
 ]
 
+KeyT = TypeVar("KeyT")
+TensorT = TypeVar("TensorT", bound=torch.Tensor)
+
 # Upstream's private names. Its tests hold the locks around calls on the views; our own code never takes them.
 _fetch_buffer = FetchBufferView()
 _storage = StorageView()
@@ -102,6 +106,11 @@ class RTensor:
     def __post_init__(self) -> None:
         if isinstance(self.data, torch.Tensor) and self.data.is_meta and isinstance(self.shard, TensorShardInfo):
             self._note()
+
+    def __repr__(self) -> str:
+        dtype, shape = str(self.dtype).removeprefix("torch."), list(self.shape)
+        place = "remote" if self.data.is_meta else f"on {self.device}"
+        return f"RTensor({dtype} {shape} {place}, shard {self.shard.shard_id!r} of {self.shard.node_addr or 'Ray'})"
 
     def _note(self) -> Promise:
         data = self.data
@@ -147,9 +156,69 @@ class RTensor:
         _fill([self], timeout_s)
         return self.data
 
+    @overload
     @staticmethod
     def localize(
-        obj: Any, *, timeout_s: float | None = None, on_error: OnError = "raise", prefer: Prefer = "device"
+        obj: RTensor,
+        *,
+        timeout_s: float | None = None,
+        on_error: Literal["raise"] = "raise",
+        prefer: Prefer = "device",
+        keep: bool = False,
+    ) -> torch.Tensor: ...
+
+    @overload
+    @staticmethod
+    def localize(
+        obj: list[RTensor],
+        *,
+        timeout_s: float | None = None,
+        on_error: Literal["raise"] = "raise",
+        prefer: Prefer = "device",
+        keep: bool = False,
+    ) -> list[torch.Tensor]: ...
+
+    @overload
+    @staticmethod
+    def localize(
+        obj: dict[KeyT, RTensor],
+        *,
+        timeout_s: float | None = None,
+        on_error: Literal["raise"] = "raise",
+        prefer: Prefer = "device",
+        keep: bool = False,
+    ) -> dict[KeyT, torch.Tensor]: ...
+
+    @overload
+    @staticmethod
+    def localize(
+        obj: TensorT,
+        *,
+        timeout_s: float | None = None,
+        on_error: OnError = "raise",
+        prefer: Prefer = "device",
+        keep: bool = False,
+    ) -> TensorT: ...
+
+    @overload
+    @staticmethod
+    def localize(
+        obj: Any,
+        *,
+        timeout_s: float | None = None,
+        on_error: OnError = "raise",
+        prefer: Prefer = "device",
+        keep: bool = False,
+    ) -> Any: ...
+
+    @staticmethod
+    def localize(
+        obj: Any,
+        *,
+        timeout_s: float | None = None,
+        on_error: OnError = "raise",
+        prefer: Prefer = "device",
+        keep: bool = False,
     ) -> Any:
         """Replace the handles in nested containers by their tensors; misses are fetched in one go.
 
@@ -159,29 +228,33 @@ class RTensor:
             on_error: "none": what does not arrive is None in the result, its handle stays remote; the log tells why.
             prefer: "host": for batches that should never sit on the GPU; see `TensorCache.get_many`. A handle that was
                 localized before keeps the tensor that it has.
+            keep: These shards are meant to outlive clears of other shards, as weights are: never reported as a leak.
         Returns:
             New containers of the same types. The handles are filled too.
         Raises:
             gpu_cache.FetchError: Some did not arrive; its `failures` has a `ShardFetchError` for each. The others are
                 cached, so that another call asks for the rest only.
         """
-        _fill(collect_leaves(obj, RTensor), timeout_s, on_error, prefer)
+        _fill(_handles_in(obj), timeout_s, on_error, prefer, keep)
         return map_leaves(obj, RTensor, _DATA_OF if on_error == "raise" else _data_or_none)
 
     @staticmethod
-    def prefetch(obj: Any, *, timeout_s: float | None = None, prefer: Prefer = "device") -> Future[int]:
+    def prefetch(
+        obj: Any, *, timeout_s: float | None = None, prefer: Prefer = "device", keep: bool = False
+    ) -> Future[int]:
         """Begin to fetch what `localize` of the same handles would have to fetch, and return at once.
 
         Args:
             obj: As for `localize`.
             timeout_s: How long that may take, in seconds; None: `fetch_timeout_s` of the cache's settings.
             prefer: As for `localize`.
+            keep: As for `localize`.
         Returns:
             A future of the number of shards on their way. It need not be waited for.
         """
-        remote = [handle for handle in collect_leaves(obj, RTensor) if handle.data.is_meta]
+        remote = [handle for handle in _handles_in(obj) if handle.data.is_meta]
         _check_owners(remote)
-        return runtime.current().prefetch({one.shard.shard_id: one for one in remote}, timeout_s, prefer)
+        return runtime.current().prefetch({one.shard.shard_id: one for one in remote}, timeout_s, prefer, keep)
 
     @staticmethod
     def remotize(obj: Any, node_addr: str) -> Any:
@@ -193,12 +266,15 @@ class RTensor:
 
         Args:
             obj: A tensor, or dicts, lists and tuples of them; anything else passes through.
-            node_addr: Address under which this process serves them. It reads its own ones without a request.
+            node_addr: Address under which this process serves them, as "host:port" or "[ipv6]:port". It reads its own
+                ones without a request.
         Raises:
             TypeError: A tensor that does not travel; says where in `obj` it is, and what to do.
+            ValueError: The backend is HTTP, and `node_addr` is no such address.
         """
         with plain_tensors():
-            _check_all_travel(obj)
+            if _check_all_travel(obj):
+                runtime.current().check_owner(node_addr)
             handles = _stored(obj, node_addr, get_backend())
         runtime.current().note_owner(node_addr)
         return handles
@@ -268,7 +344,9 @@ class RTensor:
 _DICT_OR_TENSOR: Any = (dict, torch.Tensor)
 _DATA_OF = operator.attrgetter("data")
 
-register_dataclass("areal.infra.rpc.rtensor.RTensor", RTensor)
+_WIRE_NAME = "areal.infra.rpc.rtensor.RTensor"
+
+register_dataclass(_WIRE_NAME, RTensor)
 register_dataclass("areal.infra.rpc.rtensor.TensorShardInfo", TensorShardInfo)
 
 
@@ -321,7 +399,7 @@ def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
 
 def flatten_shard_ids(obj: Any) -> list[Any]:
     """The shard ids in nested containers, in order and with repeats."""
-    return [handle.shard.shard_id for handle in collect_leaves(obj, RTensor)]
+    return [handle.shard.shard_id for handle in _handles_in(obj)]
 
 
 def fetch_buffer_stats() -> dict[str, int]:
@@ -376,7 +454,7 @@ def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
     An id that cannot be a key counts as one of its own: it must not keep the others from being cleared.
     """
     shards: dict[str, dict[Any, SizedId]] = {}
-    for handle in collect_leaves(obj, RTensor):
+    for handle in _handles_in(obj):
         owned, sized = shards.setdefault(handle.shard.node_addr, {}), SizedId(handle.shard.shard_id, handle.data.nbytes)
         try:
             owned[sized.shard_id] = sized
@@ -385,12 +463,32 @@ def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
     return {node_addr: list(owned.values()) for node_addr, owned in shards.items()}
 
 
+def _handles_in(obj: Any) -> list[RTensor]:
+    """The handles in nested containers; warns of a message that was not deserialized, which has none."""
+    handles = collect_leaves(obj, RTensor)
+    if not handles and _is_message(obj):
+        text = "this is a message as it travels, without handles: call deserialize_value on it first"
+        warnings.warn(text, stacklevel=3)
+    return handles
+
+
+def _is_message(obj: Any) -> bool:
+    """Whether serialized handles are in it; of a list or tuple only the first item is looked at."""
+    if isinstance(obj, dict):
+        return obj.get("class_path") == _WIRE_NAME or any(map(_is_message, obj.values()))
+    return isinstance(obj, (list, tuple)) and bool(obj) and _is_message(obj[0])
+
+
 def _data_or_none(handle: RTensor) -> torch.Tensor | None:
     return None if handle.data.is_meta else handle.data
 
 
 def _fill(
-    handles: Sequence[RTensor], timeout_s: float | None, on_error: OnError = "raise", prefer: Prefer = "device"
+    handles: Sequence[RTensor],
+    timeout_s: float | None,
+    on_error: OnError = "raise",
+    prefer: Prefer = "device",
+    keep: bool = False,
 ) -> None:
     """Put the tensors of the handles that are still remote in their `data`."""
     remote = [
@@ -402,9 +500,9 @@ def _fill(
         return
     promises = {handle.shard.shard_id: handle._promise for handle in remote}
     if len(promises) < len(remote):
-        _fill_repeated(remote, timeout_s, on_error, prefer)
+        _fill_repeated(remote, timeout_s, on_error, prefer, keep)
         return
-    tensors = runtime.current().get_many(remote, promises, timeout_s, on_error, prefer)
+    tensors = runtime.current().get_many(remote, promises, timeout_s, on_error, prefer, keep)
     for handle, tensor in zip(remote, tensors, strict=True):
         if tensor is not None:
             handle.data = tensor
@@ -418,7 +516,9 @@ def _is_remote(handle: RTensor) -> bool:
     return True
 
 
-def _fill_repeated(remote: Sequence[RTensor], timeout_s: float | None, on_error: OnError, prefer: Prefer) -> None:
+def _fill_repeated(
+    remote: Sequence[RTensor], timeout_s: float | None, on_error: OnError, prefer: Prefer, keep: bool
+) -> None:
     """Fill handles of which some have one shard. If those promise different things, each promise is asked for alone."""
     _check_owners(remote)
     promised: dict[Hashable, dict[Hashable, list[RTensor]]] = {}
@@ -429,7 +529,7 @@ def _fill_repeated(remote: Sequence[RTensor], timeout_s: float | None, on_error:
         asked = {key: list(groups.values())[number] for key, groups in promised.items() if number < len(groups)}
         first = {key: group[0] for key, group in asked.items()}
         promises = {key: handle.promise for key, handle in first.items()}
-        tensors = runtime.current().get_many(list(first.values()), promises, timeout_s, on_error, prefer)
+        tensors = runtime.current().get_many(list(first.values()), promises, timeout_s, on_error, prefer, keep)
         for group, tensor in zip(asked.values(), tensors, strict=True):
             if tensor is not None:
                 for handle in group:
@@ -452,13 +552,16 @@ def _check_owners(handles: Iterable[RTensor]) -> None:
             )
 
 
-def _check_all_travel(obj: Any) -> None:
-    for tensor in collect_leaves(obj, torch.Tensor):
+def _check_all_travel(obj: Any) -> bool:
+    """Refuse tensors that do not travel; whether there are any tensors."""
+    tensors = collect_leaves(obj, torch.Tensor)
+    for tensor in tensors:
         try:
             check_stored(tensor)
         except TypeError as error:
             path = next(path for path, leaf in leaf_paths(obj, torch.Tensor, "obj") if leaf is tensor)
             raise TypeError(f"cannot remotize {path}: {error} (nothing was stored)") from None
+    return bool(tensors)
 
 
 def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:

@@ -19,10 +19,11 @@ import torch
 
 import gpu_cache
 from gpu_cache import Promise, ShardReader
-from gpu_cache.config import OnError, Prefer
+from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
 from gpu_cache.rpc.clearing import StepClearer
 from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, promises_of, source_of
+from gpu_cache.rpc.client.connection import AddressError, split_address
 from gpu_cache.rpc.client.http import HttpRTensorBackend, drained
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
@@ -80,7 +81,15 @@ class Runtime:
         return made
 
     def set_backend(self, backend: RTensorBackend | None) -> None:
-        """Use `backend` from now on; None decides again when next asked."""
+        """Use `backend` from now on; None decides again when next asked.
+
+        Raises:
+            TypeError: It is no backend.
+        """
+        lacking = [name for name in ("fetch", "store", "delete") if not callable(getattr(backend, name, None))]
+        if backend is not None and "fetch" in lacking:  # one that only reads needs no other
+            kind = type(backend).__name__
+            raise TypeError(f"an RTensorBackend is expected, not {kind}, which has no {', '.join(lacking)}")
         if isinstance(backend, HttpRTensorBackend) and backend.shards is None:
             backend.shards = self.store
         with self._lock:
@@ -97,6 +106,7 @@ class Runtime:
         timeout_s: float | None = None,
         on_error: OnError = "raise",
         prefer: Prefer = "device",
+        keep: bool = False,
     ) -> Sequence[torch.Tensor | None]:
         """The tensors of remote handles, given by shard id: from the cache, this process's store, or their owners.
 
@@ -107,7 +117,13 @@ class Runtime:
             return self._read_past_cache(handles, promises, timeout_s)
         source = _HandleSource(self, handles)
         return self.cache.get_many(
-            list(promises), source, timeout_s=timeout_s, on_error=on_error, prefer=prefer, expected=promises
+            list(promises),
+            source,
+            timeout_s=timeout_s,
+            on_error=on_error,
+            prefer=prefer,
+            expected=promises,
+            keep=keep,
         )
 
     def _hands_out_host_memory(self) -> bool:
@@ -127,11 +143,17 @@ class Runtime:
         return [found[key] for key in promises]
 
     def prefetch(
-        self, handles: Mapping[Hashable, Handle], timeout_s: float | None = None, prefer: Prefer = "device"
+        self,
+        handles: Mapping[Hashable, Handle],
+        timeout_s: float | None = None,
+        prefer: Prefer = "device",
+        keep: bool = False,
     ) -> Future[int]:
-        """Begin to fetch what is not cached."""
+        """Begin to fetch shards that are not cached."""
         source, expected = _HandleSource(self, list(handles.values())), _promises(handles)
-        return self.cache.prefetch(list(handles), source, timeout_s=timeout_s, prefer=prefer, expected=expected)
+        return self.cache.prefetch(
+            list(handles), source, timeout_s=timeout_s, prefer=prefer, expected=expected, keep=keep
+        )
 
     def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
         """Where the tensors of remote handles come from: this process's store, or the backend."""
@@ -176,6 +198,18 @@ class Runtime:
         """Serve handles with this address from the store, without a request."""
         self.own_addresses.add(address)
 
+    def check_owner(self, address: str) -> None:
+        """Refuse an address that no client of the HTTP backend could connect to.
+
+        Raises:
+            ValueError: It is not host:port.
+        """
+        if isinstance(self.backend, HttpRTensorBackend):
+            try:
+                split_address(address)
+            except AddressError as error:
+                raise ValueError(f"node_addr {error}, where clients reach this process's server") from None
+
     def note_owner(self, address: str) -> None:
         """Learn an address of this process from the handles that it makes, if they are of its store.
 
@@ -203,7 +237,7 @@ class Runtime:
         previous.close()
 
     def _cache_of(self, config: gpu_cache.CacheConfig | None) -> gpu_cache.TensorCache:
-        config = gpu_cache.CacheConfig.from_env() if config is None else config
+        config = settings_of(config)
         unsaid = {name: value for name, value in self._names.items() if getattr(config, name) is None}
         return gpu_cache.TensorCache(dataclasses.replace(config, **unsaid), broken=answer_error)
 

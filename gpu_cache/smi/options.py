@@ -6,10 +6,10 @@ import argparse
 import ipaddress
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gpu_cache import __version__
-from gpu_cache.config import seconds
+from gpu_cache.config import near, seconds
 from gpu_cache.smi.boxes import DEVICES, PROCESSES, SOURCES
 from gpu_cache.smi.node import Filters
 from gpu_cache.smi.query import FIELDS
@@ -62,6 +62,13 @@ may not be read, 9 driver not loaded, 12 NVML library missing (with --strict, or
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"gpu-cache-smi: {message}\nHint: gpu-cache-smi --help\n")
+
+    def parse_args(self, arguments: Any = None, namespace: Any = None) -> Any:
+        """The options; asks whether a misspelt one means one that there is."""
+        found, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            self.error(f"no option {unknown[0]}{near(unknown[0].partition('=')[0], self._option_string_actions)}")
+        return found
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -128,7 +135,9 @@ def _fields(kind: str) -> Callable[[str], tuple[str, ...]]:
         names = _several(text)
         unknown = [name for name in names if name not in FIELDS[kind]]
         if unknown or not names:
-            raise argparse.ArgumentTypeError(f"no field {', '.join(unknown)!r}; see --help-query-{kind}")
+            unknown_one = unknown[0] if unknown else ""
+            hint = near(unknown_one, FIELDS[kind])
+            raise argparse.ArgumentTypeError(f"no field {unknown_one!r}{hint} (--help-query-{kind} lists them)")
         return names
 
     return fields
@@ -137,17 +146,22 @@ def _fields(kind: str) -> Callable[[str], tuple[str, ...]]:
 def _seconds(text: str) -> float:
     try:
         return seconds(text, least=MIN_INTERVAL_S)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        message = f"{text!r} is no number of seconds, {MIN_INTERVAL_S} or more"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _milliseconds(text: str) -> int:
-    return round(1000 * _seconds(str(float(text) / 1000)))
+    try:
+        return round(1000 * seconds(float(text) / 1000, least=MIN_INTERVAL_S))
+    except ValueError:
+        message = f"{text!r} is no number of milliseconds, {1000 * MIN_INTERVAL_S:g} or more"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _whole(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 1 or more")
     return int(text)
 
 
@@ -161,5 +175,5 @@ def _address(text: str) -> tuple[str, int]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{host} is no address of this machine") from error
     if not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{port} is no port")
+        raise argparse.ArgumentTypeError(f"{port!r} is no port: a number up to 65535")
     return host or DEFAULT_HOST, int(port)

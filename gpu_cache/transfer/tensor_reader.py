@@ -34,6 +34,9 @@ class TensorReader:
         self._is_loaded = False
         self._left: list[torch.Tensor] = []  # bytes not yet read, each (n,) uint8, last first
 
+    def __repr__(self) -> str:
+        return f"TensorReader({self.node!r}, {len(self.keys)} shards)"
+
     def next_specs(self) -> Sequence[ShardSpec] | None:
         """Load everything; there is one part."""
         if self._is_loaded:

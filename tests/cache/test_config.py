@@ -18,13 +18,17 @@ from gpu_cache.pool.block import aligned
         (" 7 b", 7),
         (12, 12),
         ("1tib", 1 << 40),
+        ("4G", 4 * GIB),
+        ("1.5k", 1536),
+        ("4GB", 4_000_000_000),
+        ("200 mb", 200_000_000),
     ],
 )
 def test_sizes_are_numbers_with_units(text: int | str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "4GB", "-1", "x", "1 2", True, None, 1.5])
+@pytest.mark.parametrize("text", ["", "4GX", "4 i", "-1", "x", "1 2", True, None, 1.5])
 def test_a_text_that_is_no_size_is_refused_by_name(text: object) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)  # type: ignore[arg-type]
@@ -44,6 +48,29 @@ def test_a_small_device_is_not_preallocated_beyond_its_pool() -> None:
     small = CacheConfig().resolved(is_cuda=True, device_bytes=4 * GIB)
     assert small.pool_bytes is not None
     assert small.prealloc_bytes == small.pool_bytes == 4 * GIB // 10
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("GPU_CACHE_POOLBYTES", "; did you mean GPU_CACHE_POOL_BYTES?"),
+        ("GPU_CACHE_stats_dirs", "; did you mean GPU_CACHE_STATS_DIR?"),
+        ("GPU_CACHE_QUX_ZZZ", ""),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, name: str, meant: str
+) -> None:
+    for _ in range(3):
+        assert CacheConfig.from_env({name: "1", "GPU_CACHE_STATS_DIR": "x", "OTHER": "2"}) == CacheConfig()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name} is no setting of gpu_cache, and is ignored{meant}"
+    ]
+
+
+def test_a_device_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="device='gpu': must be auto, cpu, cuda or cuda:N, such as cuda:0"):
+        CacheConfig(device="gpu")
 
 
 def test_every_field_has_its_variable() -> None:
@@ -85,7 +112,7 @@ def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("device", "gpu"), ("slab_bytes", 0), ("slab_bytes", "1GB"), ("prealloc_bytes", -1), ("pool_bytes", 100),
+        ("device", "gpu"), ("slab_bytes", 0), ("slab_bytes", "1GX"), ("prealloc_bytes", -1), ("pool_bytes", 100),
         ("staging_slots", 0), ("run_bytes", "x"), ("fetch_timeout_s", 0), ("fetch_timeout_s", float("nan")),
         ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None),
         ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),

@@ -117,7 +117,7 @@ def test_a_token_is_shown(serve: Callable[..., FaultServer], monkeypatch: pytest
     with rpc_server.start(owner=owner, token="s3cret") as server:
         for token in ("wrong", None):
             backend = HttpRTensorBackend(token=token)
-            with pytest.raises(ShardFetchError, match=r": 401 body=.*bearer token.*\(shards a\)") as caught:
+            with pytest.raises(ShardFetchError, match=r": 401 body=.*bearer token.*\(shards 'a'\)") as caught:
                 backend.fetch(infos(server.address, "a"))
             assert server.address in str(caught.value)
             assert "s3cret" not in str(caught.value)

@@ -64,5 +64,5 @@ def test_a_bad_element_fails_alone(serve: Callable[..., FaultServer], bad: objec
     reader = reader_of(server.address, ["a", "b"])
     assert same_bits(drained(reader)["b"], B)
     assert list(reader.failures) == ["a"]
-    assert str(reader.failures["a"]).endswith("(shards a)")
+    assert str(reader.failures["a"]).endswith("(shards 'a')")
     assert server.address in str(reader.failures["a"])

@@ -45,7 +45,7 @@ def test_deleting_is_tried_three_times(backend: HttpRTensorBackend, serve: Calla
         delete(backend, server.address, "a", "b")
     expected = f"Failed to clear shards at http://{server.address}/data/clear after 3 attempts. Last error: Remote"
     assert str(caught.value).startswith(expected)
-    assert str(caught.value).endswith("(shards a, b)")
+    assert str(caught.value).endswith("(shards 'a', 'b')")
     assert len(server.asked) == 3
 
 

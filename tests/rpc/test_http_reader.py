@@ -213,7 +213,7 @@ def test_after_a_fault_no_idle_connection_is_trusted(serve: Callable[..., FaultS
 
 
 def test_an_address_that_is_none_is_named(serve: Callable[..., FaultServer]) -> None:
-    with pytest.raises(ShardFetchError, match=r"'node-7' is not an address: .* \(shards a\)"):
+    with pytest.raises(ShardFetchError, match=r"'node-7' is not an address: .* \(shards 'a'\)"):
         drained(reader_of("node-7", ["a"]))
 
 

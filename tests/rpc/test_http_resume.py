@@ -89,7 +89,7 @@ def test_three_answers_that_break_off_at_one_place_are_a_failure(
         drained(reader_of(server.address, ["one"]))
     text = f"Failed to fetch shards from http://{server.address}/data/batch after 3 attempts. Last error: Connection"
     assert str(caught.value).startswith(text)
-    assert str(caught.value).endswith("(shards one)")
+    assert str(caught.value).endswith("(shards 'one')")
     assert server.wanted == [["one"]] * 3
 
 
@@ -151,7 +151,7 @@ def test_an_owner_that_answers_something_else_is_not_asked_a_third_time(
     with pytest.raises(ShardFetchError, match=message) as caught:
         drained(reader_of(server.address, list(SHARDS)))
     assert server.address in str(caught.value)
-    assert "shards h, b, b2" in str(caught.value)
+    assert "(shards 'h', 'b', 'b2')" in str(caught.value)
     assert server.wanted[1:] == [["h", "b", "b2"]]
 
 

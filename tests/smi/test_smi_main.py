@@ -257,3 +257,24 @@ def test_reports_that_may_not_be_read_are_4(node: Machine, monkeypatch: pytest.M
     assert (done.code, done.out) == (4, "")
     assert f"none may be read ({path}: Permission denied)" in done.err
     assert node.run("--check").code == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-l", "abc"], "argument -l/--loop: 'abc' is no number of seconds, 0.25 or more"),
+        (["--loop-ms", "abc"], "argument --loop-ms: 'abc' is no number of milliseconds, 250 or more"),
+        (["-c", "0"], "argument -c/--count: '0' is no whole number, 1 or more"),
+        (["--serve", "http"], "argument --serve: 'http' is no port: a number up to 65535"),
+        (
+            ["--query-proc=pid,hit_rate"],
+            "argument --query-proc: no field 'hit_rate'; did you mean hit_ratio? (--help-query-proc lists them)",
+        ),
+        (["--quer-proc=pid"], "no option --quer-proc=pid; did you mean --query-proc?"),
+        (["--zzz"], "no option --zzz"),
+    ],
+)
+def test_a_bad_argument_is_refused_in_words(node: Machine, arguments: list[str], message: str) -> None:
+    found = node.run(*arguments)
+    assert (found.code, found.out) == (2, "")
+    assert found.err == f"gpu-cache-smi: {message}\nHint: gpu-cache-smi --help\n"

@@ -95,5 +95,5 @@ def failure(server: FaultServer, *keys: str, **settings: Any) -> str:
         drained(reader_of(server.address, wanted, **settings))
     text = str(caught.value)
     assert server.address in text
-    assert f"(shards {', '.join(wanted)})" in text
+    assert f"(shards {', '.join(map(repr, wanted))})" in text
     return text

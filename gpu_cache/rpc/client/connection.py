@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import http.client
+import re
 import resource
 import socket
 import struct
@@ -133,6 +134,9 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 )
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+
+_ADDRESS = re.compile(r"(?:\[([^\[\]/\s]+)\]|([^\[\]/@?#\s]+)):([0-9]{1,5})")
 
 
 class AddressError(ValueError):
@@ -413,10 +417,10 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         AddressError: Not such an address.
     """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 0xFFFF:
+    found = _ADDRESS.fullmatch(address)
+    if found is None or not 0 < int(found[3]) <= 0xFFFF:
         raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return found[1] or found[2], int(found[3])
 
 
 def _retry_after_s(headers: http.client.HTTPMessage) -> float | None:

@@ -23,8 +23,8 @@ class RefusedError(ValueError):
         kind: The class of the error that a caller gets.
     """
 
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"{status} body={shortened(text)}")
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
         self.kind = kind_of_status(status)
         self.may_be_one_id = status in _STATUS_OF_CONTENT
 
@@ -90,7 +90,7 @@ class HttpDeleter:
         """Read the owner's statistics after a clear."""
         text = self._requester.text_of(answer)
         if answer.status != 200:
-            raise RefusedError(answer.status, text)
+            raise RefusedError(answer.status, self._requester.refusal_of(answer.status, text))
         statistics = json.loads(text)
         if not isinstance(statistics, dict):
             raise ValueError(f"{answer.status} body={shortened(text)}")

@@ -105,7 +105,7 @@ class HttpRTensorBackend:
         """
         if self.shards is None:
             raise RuntimeError(
-                "this HttpRTensorBackend has no store; pass one, or make it the process's with set_backend"
+                "this HttpRTensorBackend has no store; pass one as shards=, or make it the process's with set_backend"
             )
         check_stored(tensor)
         shard_id = str(uuid.uuid4())

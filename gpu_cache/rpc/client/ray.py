@@ -31,6 +31,9 @@ class RayRTensorBackend:
     def __init__(self, ray: Any = None) -> None:
         self._ray = importlib.import_module("ray") if ray is None else ray
 
+    def __repr__(self) -> str:
+        return "RayRTensorBackend()"
+
     def source(
         self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
     ) -> CallSource:

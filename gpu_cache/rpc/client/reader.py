@@ -22,7 +22,6 @@ from gpu_cache.rpc.client.requester import (
     ResultT,
     kind_of_status,
     named,
-    shortened,
 )
 from gpu_cache.rpc.shard import (
     ShardAnswerError,
@@ -259,7 +258,8 @@ class HttpReader:
         missing = _missing_ids(text) if answer.status == 400 else frozenset()
         lost = [key for key in wanted if key in missing]
         if not lost:
-            raise self._failed(kind_of_status(answer.status), f"{answer.status} body={shortened(text)}", wanted)
+            refusal = self._requester.refusal_of(answer.status, text)
+            raise self._failed(kind_of_status(answer.status), refusal, wanted)
         for key in lost:
             self.failures[key] = self._missing(key)
 

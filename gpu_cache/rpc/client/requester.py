@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -30,6 +31,7 @@ from gpu_cache.rpc.shard import (
     ShardTimeoutError,
     ShardUnreachableError,
 )
+from gpu_cache.rpc.tokens import TOKEN_VARIABLE
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
 ResultT = TypeVar("ResultT")
@@ -172,8 +174,18 @@ class Requester:
         if is_last or self._cancelled.wait(pause_s):
             raise kind_of_fault(error)(
                 f"Failed to {self._route.work} {self.url} after {self.num_faults + self._num_busy} attempts. "
-                f"Last error: {shortened(repr(error))} ({self._named})"
+                f"Last error: {shortened(repr(error))}{_advice(error)} ({self._named})"
             ) from error
+
+    def refusal_of(self, status: int, text: str) -> str:
+        """An answer other than 200, for a message; a refused token comes with its remedy."""
+        if status != 401:
+            advice = ""
+        elif "Authorization" in self._settings.headers:
+            advice = f"; the token that was sent is not the owner's: compare {TOKEN_VARIABLE} here and there"
+        else:
+            advice = f"; no token was sent: set {TOKEN_VARIABLE} to the owner's token"
+        return f"{status} body={shortened(text)}{advice}"
 
     def _wait_s(self, busy: NodeBusyError) -> float:
         """As long as the node says, and up to half longer where there is time: those it refused came together."""
@@ -280,6 +292,13 @@ def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
     return first_s * 2.0 ** (num_faults - 1) * (0.5 + chance)
 
 
+def _advice(error: BaseException) -> str:
+    """The question that a caller should ask first."""
+    if isinstance(error, ConnectionRefusedError):
+        return "; does its server run?"
+    return "; is the address right?" if isinstance(error, socket.gaierror) else ""
+
+
 def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
     """The error of a request that ended with this fault."""
     if is_out_of_descriptors(error):
@@ -306,5 +325,5 @@ def shortened(text: str) -> str:
 
 def named(shard_ids: Sequence[Hashable]) -> str:
     """Which shards a message is about."""
-    listed = ", ".join(map(str, islice(shard_ids, _NAMED_SHARDS)))
+    listed = ", ".join(map(repr, islice(shard_ids, _NAMED_SHARDS)))
     return f"shards {listed}" + (f", ... {len(shard_ids):,} in all" if len(shard_ids) > _NAMED_SHARDS else "")

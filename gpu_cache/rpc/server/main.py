@@ -203,7 +203,8 @@ def start(
     Raises:
         OSError: The address cannot be bound.
         ValueError: Other hosts could reach the server, there is no token, and `allow_unauthenticated` is off; or the
-            token is not one line of printable ASCII, a limit is not positive, or `shard_ttl_s` is not a time.
+            token is not one line of printable ASCII, a limit is not positive, `shard_ttl_s` is not a time, or `port`
+            is none.
     """
     _check_positive(max_concurrent_responses=max_concurrent_responses, max_connections=max_connections)
     header_timeout_s = seconds(header_timeout_s, "header_timeout_s", least=_SHORTEST_S)
@@ -215,8 +216,8 @@ def start(
     if not (token or is_allowed or is_loopback(location[0])):
         raise ValueError(
             f"refusing to serve other hosts on {host} without a token. Bind 127.0.0.1; or set a token, with "
-            f"--token-file or {TOKEN_VARIABLE}; or, on a network where everybody may read and delete shards, say so "
-            f"with --allow-unauthenticated or {ALLOW_VARIABLE}=1"
+            f"token=, --token-file or {TOKEN_VARIABLE}; or, on a network where every host may read and delete shards, "
+            f"say so with allow_unauthenticated=True, --allow-unauthenticated or {ALLOW_VARIABLE}=1"
         )
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
@@ -271,6 +272,8 @@ def _check_positive(**limits: int) -> None:
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
     """The one address to bind; IPv4 where a name has both."""
+    if not 0 <= port <= 0xFFFF:  # the resolver takes the rest of a division
+        raise ValueError(f"port={port}: must be 0, for a free one, or 1 to 65535")
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, location = min(found, key=lambda info: info[0] != socket.AF_INET)
     return family, (str(location[0]), int(location[1]))

@@ -118,7 +118,8 @@ def check_token(given: str, token: str) -> None:
     """Raise `RefusedError` unless an `Authorization` header shows the token."""
     # surrogateescape: servers decode headers so, and a comparison of bytes takes the same time for any of them.
     if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode()):
-        raise RefusedError(401, "a bearer token is required", {"WWW-Authenticate": "Bearer"})
+        message = "the bearer token is not this server's" if given else "a bearer token is required"
+        raise RefusedError(401, message, {"WWW-Authenticate": "Bearer"})
 
 
 def busy(num_taken: int) -> RefusedError:
