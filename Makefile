@@ -17,6 +17,7 @@ endif
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
+	@echo "make demo BACKEND=areal  the same over AReaL's own controllers and servers (options: ARGS=\"--steps 10\")"
 	@echo "make test   run the tests"
 	@echo "make scripts  run the tests of whole scripts: demo, benchmark, soak, README's commands"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
@@ -30,8 +31,15 @@ help:
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
 	@touch $@
 
+ifeq ($(BACKEND),areal)
+demo: $(READY)
+	@$(PY) scripts/areal_venv.py; found=$$?; \
+	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	.venv-areal/bin/python scripts/areal_demo.py $(ARGS)
+else
 demo: $(READY)
 	$(PY) scripts/train_demo.py $(ARGS)
+endif
 
 test: $(READY)
 	$(PY) -m pytest $(ARGS)
