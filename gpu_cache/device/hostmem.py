@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import weakref
+from typing import Any
 
+import numpy as np
 import torch
 
 from gpu_cache.device.modes import plain_tensors
 
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later; Python's mmap has no name for it
+POPULATE_READ, POPULATE_WRITE = 22, 23  # MADV_POPULATE_*, Linux 5.14 and later; Python's mmap has no names for them
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def host_memory(nbytes: int) -> tuple[torch.Tensor, memoryview]:
@@ -62,10 +74,39 @@ def host_tensor(nbytes: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage)
 
 
+def mapped(descriptor: int, nbytes: int, *, is_writable: bool) -> Any:
+    """Map a file that several processes share, as `(nbytes,)` uint8; a forked child does not get it.
+
+    It stays mapped for as long as any alias lives. Unlike Python's own, the mapping keeps no descriptor. A write into
+    one that is not writable ends the process.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+    address = _libc.mmap(None, nbytes, protection, mmap.MAP_SHARED, descriptor, 0)
+    if address in (None, _FAILED):
+        raise OSError(code := ctypes.get_errno(), f"{os.strerror(code)}: mapping {nbytes:,} bytes")
+    pages: Any = (ctypes.c_char * nbytes).from_address(address)
+    weakref.finalize(pages, _unmap, address, nbytes, os.getpid()).atexit = False
+    advise(address, nbytes, mmap.MADV_DONTFORK)
+    return np.frombuffer(pages, dtype=np.uint8)
+
+
+def advise(address: int, nbytes: int, advice: int) -> int:
+    """`madvise`, without the GIL; 0, or the error's number."""
+    return ctypes.get_errno() if _libc.madvise(address, nbytes, advice) else 0
+
+
+def _unmap(address: int, nbytes: int, pid: int) -> None:
+    if os.getpid() == pid:  # in a forked child something else may be there
+        _libc.munmap(address, nbytes)
+
+
 def _touch(pages: mmap.mmap) -> None:
     """Make every page present, so that neither pinning nor the first receive pays for page faults."""
     try:
-        pages.madvise(_POPULATE_WRITE)
+        pages.madvise(POPULATE_WRITE)
     except OSError:  # an older kernel
         pages_view = memoryview(pages)
         pages_view[:: mmap.PAGESIZE] = bytes(len(pages) // mmap.PAGESIZE)

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
@@ -45,6 +45,7 @@ class Runtime:
         store: The tensors that this process owns.
     Attributes:
         clearer: Clears the steps that this process ends, unless it has been given one for each controller.
+        endings: Called when it is closed.
     Thread-safety: any thread.
     """
 
@@ -54,6 +55,7 @@ class Runtime:
         self._names: dict[str, Any] = {}
         self.cache = self._cache_of(config)
         self.clearer = StepClearer()
+        self.endings: list[Callable[[], object]] = []
         self.own_addresses: set[str] = set()  # addresses of servers in this process
         self.noted_addresses: set[str] = set()  # that handles of this process's store name
         # Guards _backend, _is_chosen_here.
@@ -242,7 +244,9 @@ class Runtime:
         return gpu_cache.TensorCache(dataclasses.replace(config, **unsaid), broken=answer_error)
 
     def close(self) -> None:
-        """Close the cache and the backend's connections. Idempotent."""
+        """Close the cache, what serves the store beside others' servers, and the backend's connections. Idempotent."""
+        while self.endings:
+            self.endings.pop()()
         self.cache.close()
         if isinstance(self._backend, HttpRTensorBackend):
             self._backend.close()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import errno
 import fcntl
 import itertools
 import logging
-import mmap
 import os
 import threading
 import weakref
@@ -22,8 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from gpu_cache.device.hostmem import POPULATE_WRITE, advise, mapped
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.slab import HighWater
@@ -37,11 +34,7 @@ SEGMENT_BYTES = 256 << 20
 FIRST_BYTES = 16 << 20
 _FUTURE_WRITE = 0x0010  # F_SEAL_FUTURE_WRITE, Linux 5.1 and later: no writable mapping but those that are there
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _FUTURE_WRITE | fcntl.F_SEAL_SEAL
-_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14 and later
 _CHUNK_BYTES = 1 << 20  # pages are taken in such steps
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +42,6 @@ logger = logging.getLogger(__name__)
 def is_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process offers its shards in shared memory, and reads those of others there."""
     return (os.environ if environ is None else environ).get(VARIABLE, "1").strip().lower() not in ("0", "no", "false")
-
-
-def advise(address: int, nbytes: int, advice: int) -> int:
-    """`madvise` without the GIL; 0, or the error's number."""
-    return ctypes.get_errno() if _libc.madvise(address, nbytes, advice) else 0
 
 
 class Range(weakref.ref[Any]):
@@ -95,13 +83,11 @@ class Segment:
         self.descriptor = os.memfd_create("gpu-cache-shards", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.descriptor, nbytes)
-            pages = mmap.mmap(self.descriptor, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self.memory = mapped(self.descriptor, nbytes, is_writable=True)
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(self.descriptor)
             raise
-        pages.madvise(mmap.MADV_DONTFORK)  # a forked child must not write into what others read
-        self.memory = np.frombuffer(pages, dtype=np.uint8)
         self.address = self.memory.ctypes.data
         self.free = FreeList(nbytes)
         self.leases: set[Range] = set()
@@ -118,7 +104,7 @@ class Segment:
         if not absent:
             return
         begin, end = absent[0] * _CHUNK_BYTES, (absent[-1] + 1) * _CHUNK_BYTES
-        if (code := advise(self.address + begin, end - begin, _POPULATE_WRITE)) not in (0, errno.EINVAL):
+        if (code := advise(self.address + begin, end - begin, POPULATE_WRITE)) not in (0, errno.EINVAL):
             raise OSError(code, f"{os.strerror(code)}: {end - begin:,} bytes of shared memory")
         self._is_present[absent[0] : absent[-1] + 1] = bytes([1]) * (absent[-1] + 1 - absent[0])
 

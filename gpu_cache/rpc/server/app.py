@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from gpu_cache.hosts import HostRule
-from gpu_cache.rpc.server import requests
+from gpu_cache.rpc.server import requests, same_host
 from gpu_cache.rpc.server.answers import Answer, json_answer
 from gpu_cache.rpc.server.connections import UNREAD_BYTES, Connections, Stage, use_reno
 from gpu_cache.rpc.server.expiry import ShardExpiry
@@ -30,6 +30,7 @@ from gpu_cache.rpc.server.requests import (
     check_token,
     listed_ids,
 )
+from gpu_cache.rpc.server.same_host import SameHostServer
 from gpu_cache.rpc.server.turns import Place, Turns
 from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER
 from gpu_cache.rpc.store import ShardStore
@@ -61,6 +62,8 @@ def make_app(
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_responses: int = DEFAULT_MAX_RESPONSES,
     expiry: ShardExpiry | None = None,
+    incarnation: str | None = None,
+    memory: SameHostServer | None = None,
 ) -> web.Application:
     """Build the application. It names its incarnation, a random id, in `/health` and in a header of every answer.
 
@@ -73,6 +76,8 @@ def make_app(
         max_body_bytes: The longest request body; a longer one is answered 413.
         max_responses: Answers with tensors under way at once; clients beyond get 503 with Retry-After.
         expiry: Drops old shards while the application runs; None: they stay until they are cleared.
+        incarnation: Its incarnation; None: makes one up.
+        memory: Serves the same shards to processes of this host, and is announced to them.
     """
     middlewares: list[Middleware] = [_noting(connections), _errors_as_json, _asked_under(rule)]
     if token is not None:
@@ -80,10 +85,10 @@ def make_app(
     app = web.Application(middlewares=middlewares)
     if expiry is not None:
         app.cleanup_ctx.append(expiry.sweeping)
-    incarnation = uuid.uuid4().hex
-    app.on_response_prepare.append(_naming(incarnation, owner.store))
+    incarnation = incarnation or uuid.uuid4().hex
+    app.on_response_prepare.append(_naming(incarnation, owner.store, memory))
     bodies = _Bodies(connections, body_timeout_s, max_body_bytes)
-    routes = _DataRoutes(owner, bodies, Turns(max_responses), incarnation, expiry)
+    routes = _DataRoutes(owner, bodies, Turns(max_responses), incarnation, expiry, memory)
     app.cleanup_ctx.append(routes.watching)
     app.add_routes(
         [
@@ -166,8 +171,9 @@ class _DataRoutes:
         turns: Turns,
         incarnation: str,
         expiry: ShardExpiry | None,
+        memory: SameHostServer | None,
     ) -> None:
-        self._owner, self._incarnation, self._expiry = owner, incarnation, expiry
+        self._owner, self._incarnation, self._expiry, self._memory = owner, incarnation, expiry, memory
         self._bodies = bodies
         # Only the event loop's thread touches what follows.
         self._turns = turns
@@ -187,6 +193,7 @@ class _DataRoutes:
                 "sent_body_bytes": self._sent_body_bytes,
                 "expired_shards": self._expiry.num_shards if self._expiry else 0,
                 "expired_bytes": self._expiry.nbytes if self._expiry else 0,
+                **same_host.figures(self._owner.store, self._memory),
             }
         )
 
@@ -304,9 +311,13 @@ def _error(status: int, message: str, **more: object) -> web.Response:
     return web.json_response({"status": "error", "message": message, **more}, status=status)
 
 
-def _naming(incarnation: str, store: ShardStore) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+def _naming(
+    incarnation: str, store: ShardStore, memory: SameHostServer | None
+) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    headers = {INCARNATION_HEADER: incarnation, **same_host.headers(memory)}
+
     async def name(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers[INCARNATION_HEADER] = incarnation
+        response.headers.update(headers)
         response.headers[REMOVALS_HEADER] = str(store.num_removals)
 
     return name

@@ -24,7 +24,7 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 from gpu_cache.hosts import HostRule
 from gpu_cache.rpc import rtensor, runtime
-from gpu_cache.rpc.server import requests
+from gpu_cache.rpc.server import requests, same_host
 from gpu_cache.rpc.server.answers import Answer, json_answer
 from gpu_cache.rpc.server.connections import use_reno
 from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, RefusedError, Sending
@@ -56,6 +56,7 @@ def serialize_value(value: torch.Tensor | Sequence[tuple[str, torch.Tensor]]) ->
 
 _sending = Sending(DEFAULT_MAX_RESPONSES)
 _incarnation = uuid.uuid4().hex
+_same_host = same_host.Offer(_incarnation)
 _rules = functools.lru_cache(8)(HostRule)
 
 
@@ -110,7 +111,7 @@ def _check() -> None:
 
 
 def _name(response: Response) -> Response:
-    response.headers[INCARNATION_HEADER] = _incarnation
+    response.headers.update({INCARNATION_HEADER: _incarnation, **same_host.headers(_same_host.server())})
     response.headers[REMOVALS_HEADER] = str(runtime.current().store.num_removals)
     return response
 
@@ -251,7 +252,9 @@ def _patience(connection: socket.socket | None) -> Iterator[None]:
 
 def _figures() -> dict[str, Any]:
     """The figures that our own server reports in `/health`."""
-    return {"incarnation": _incarnation, **runtime.current().store.stats(), **_sending.figures()}
+    store = runtime.current().store
+    told = same_host.figures(store, _same_host.server())
+    return {"incarnation": _incarnation, **store.stats(), **_sending.figures(), **told}
 
 
 def _join_guard(state: Any) -> None:

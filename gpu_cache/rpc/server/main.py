@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import socket
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +22,12 @@ from gpu_cache.config import parse_size, seconds
 from gpu_cache.hosts import HostRule, is_loopback
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc import runtime
+from gpu_cache.rpc.server import same_host
 from gpu_cache.rpc.server.app import make_app
 from gpu_cache.rpc.server.connections import Connection, Connections, find_dead_peers, raise_descriptor_limit
 from gpu_cache.rpc.server.expiry import ShardExpiry, parse_seconds
 from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner
+from gpu_cache.rpc.server.same_host import SameHostServer
 from gpu_cache.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
 
 try:
@@ -78,6 +81,7 @@ class ServerHandle:
         connections: Keeps those of the application.
         listener: A listening socket; the server closes it.
         address: Where others find it.
+        memory: Serves the same shards to processes of this host; ends with this one.
     """
 
     def __init__(
@@ -87,8 +91,9 @@ class ServerHandle:
         connections: Connections,
         listener: socket.socket,
         address: str,
+        memory: SameHostServer | None = None,
     ) -> None:
-        self.address = address
+        self.address, self._memory = address, memory
         self._owner, self._connections = owner, connections
         self._runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=_ENDING_S / 2)
         self._listener, self._port = listener, int(listener.getsockname()[1])
@@ -104,6 +109,8 @@ class ServerHandle:
         """Stop serving, once the answers under way are sent, or 2.5 s have passed. Idempotent; any thread."""
         self._owner.remove_own_address(self.address)
         if not self._is_inherited:
+            if self._memory is not None:
+                self._memory.stop()
             self._ask_to_stop()
             self._thread.join()
 
@@ -222,7 +229,11 @@ def start(
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
     raise_descriptor_limit()
+    incarnation = uuid.uuid4().hex
     connections = Connections(max_connections, header_timeout_s, idle_timeout_s)
+    listener = socket.create_server(location, family=family, backlog=_BACKLOG)
+    find_dead_peers(listener)
+    memory = same_host.opened(served.store, incarnation)
     app = make_app(
         served,
         token=token,
@@ -232,10 +243,10 @@ def start(
         max_body_bytes=max_body_bytes,
         max_responses=max_concurrent_responses,
         expiry=expiry,
+        incarnation=incarnation,
+        memory=memory,
     )
-    listener = socket.create_server(location, family=family, backlog=_BACKLOG)
-    find_dead_peers(listener)
-    return ServerHandle(served, app, connections, listener, _address(listener))
+    return ServerHandle(served, app, connections, listener, _address(listener), memory)
 
 
 async def _end_tasks() -> None:

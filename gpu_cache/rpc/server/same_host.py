@@ -29,6 +29,8 @@ from typing import Any
 
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.report.files import problem_of
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.runtime import Runtime
 from gpu_cache.rpc.segments import is_wanted
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.store import ShardStore
@@ -134,7 +136,7 @@ class SameHostServer:
         self._selector = selectors.DefaultSelector()
         self._listens_at = 0.0  # from when on, as there were no descriptors
         self._is_stopping = self._is_inherited = False
-        self.num_answers = self.num_refused = self.shared_bytes = 0  # since start; written by its thread
+        self.num_answers = self.num_refused = self.num_bytes = 0  # since start; written by its thread
         for sock in (self._listener, self._waking):
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
@@ -156,7 +158,7 @@ class SameHostServer:
         self._is_inherited = True
         sockets = [self._listener, self._waking, self._wake, *(client.sock for client in self._clients.values())]
         with contextlib.suppress(ValueError, KeyError):  # closed: it had stopped
-            forget_sockets([self._selector.fileno()])  # type: ignore[attr-defined]
+            forget_sockets([self._selector.fileno()])
         forget_sockets(sock.fileno() for sock in sockets)
         return self
 
@@ -284,7 +286,7 @@ class SameHostServer:
         client.held = [shard for shard in shards if shard is not None and shard.record is not ELSEWHERE]
         client.hold_s = min(request.more / 1000, self._limits.hold_s)
         self.num_answers += 1
-        self.shared_bytes += sum(shard.nbytes for shard in client.held)
+        self.num_bytes += sum(shard.nbytes for shard in client.held)
         numbers = self._store.segments.numbers()
         alive = b"".join(map(NUMBER.pack, numbers))
         client.knows.intersection_update(numbers)
@@ -325,7 +327,7 @@ class SameHostServer:
 
 
 class Offer:
-    """The server of one store that starts when it is first announced, for HTTP servers that are not ours.
+    """The server beside an HTTP server that is not ours: starts when it is first announced, ends with the runtime.
 
     Args:
         incarnation: Of the HTTP server.
@@ -334,20 +336,23 @@ class Offer:
 
     def __init__(self, incarnation: str) -> None:
         self._incarnation = incarnation
-        self._lock = threading.Lock()  # Guards _served; held while a server starts, which no other lock waits for.
-        self._served: tuple[ShardStore, SameHostServer | None] | None = None
+        # Guards _served. Held while a server starts; nothing else is taken under it.
+        self._lock = threading.Lock()
+        self._served: tuple[Runtime | None, SameHostServer | None] = None, None
 
-    def server_of(self, store: ShardStore) -> tuple[SameHostServer | None, bool]:
-        """The server, None if there is none here; and whether this call started it."""
+    def server(self) -> SameHostServer | None:
+        """The server of this process's store; None if there is none here."""
+        current = runtime.current()
         with self._lock:
-            if self._served is not None and self._served[0] is store:
-                return self._served[1], False
-            self._served = store, opened(store, self._incarnation)
-            return self._served[1], True
+            if self._served[0] is not current:
+                self._served = current, opened(current.store, self._incarnation)
+                if self._served[1] is not None:
+                    current.endings.append(self._served[1].stop)
+            return self._served[1]
 
 
 def opened(store: ShardStore, incarnation: str) -> SameHostServer | None:
-    """A server for a store; None, with a line that says why, where there is no shared memory or no place for a socket."""
+    """A server for a store; None where shared memory is off, or there is no place for a socket, which one line says."""
     if not is_wanted():
         return None
     try:
@@ -364,9 +369,8 @@ def headers(server: SameHostServer | None) -> dict[str, str]:
 
 def figures(store: ShardStore, server: SameHostServer | None) -> dict[str, Any]:
     """What `/health` says of shared memory."""
-    told = None if server is None else server.path
-    served = {} if server is None else {"same_host_answers": server.num_answers, "same_host_bytes": server.shared_bytes}
-    return {"memory_socket": told, **served, **store.segments.stats()}
+    served = {} if server is None else {"socket": server.path, "answers": server.num_answers, "bytes": server.num_bytes}
+    return {"same_host": {**served, **store.segments.stats()}}
 
 
 def _check(request: Header) -> None:
