@@ -159,22 +159,28 @@ class Runtime:
 
     def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
         """Where the tensors of remote handles come from: this process's store, or the backend."""
-        shards = {key: handle.shard for key, handle in handles.items()}
-        expected = {key: handle.data for key, handle in handles.items()}
+        shards: dict[Hashable, TensorShardInfo] = {}
+        expected: dict[Hashable, torch.Tensor] = {}
+        own: set[Hashable] = set()
+        for key, handle in handles.items():
+            shards[key], expected[key], address = handle.shard, handle.data, handle.shard.node_addr
+            if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
+                own.add(key)
         remote = source_of(self.backend, shards, expected)
-        own = {key for key, info in shards.items() if self._is_own(key, info.node_addr)}
         if not own:
             return remote
         local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
         return NodesSource({key: local if key in own else remote for key in shards})
 
-    def _is_own(self, key: Hashable, address: str) -> bool:
-        return address in self.own_addresses or (address in self.noted_addresses and key in self.store)
-
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
         self._was_told = True
-        return self.cache.clear([shard_id for shard_id in shard_ids if _can_be_id(shard_id)])
+        wanted = list(shard_ids)
+        try:
+            keys = dict.fromkeys(wanted)
+        except TypeError:  # one cannot be hashed; a tuple says that it can, whatever it contains
+            keys = dict.fromkeys(filter(_can_be_id, wanted))
+        return self.cache.clear(keys)
 
     def note_removal(self) -> None:
         """An owner has removed shards: count a clear, unless this process was told to clear meanwhile.
@@ -275,8 +281,11 @@ class _HandleSource:
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
-        handle_of = {handle.shard.shard_id: handle for handle in self._handles}
-        return self._runtime.source({key: handle_of[key] for key in keys}).open(keys, timeout_s)
+        wanted, handles = set(keys), dict[Hashable, Handle]()
+        for handle in self._handles:
+            if handle.shard.shard_id in wanted:
+                handles[handle.shard.shard_id] = handle
+        return self._runtime.source(handles).open(keys, timeout_s)
 
 
 def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:

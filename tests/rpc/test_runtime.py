@@ -15,6 +15,7 @@ import torch
 
 from gpu_cache import CacheClosedError, CacheConfig, FetchError
 from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.http import HttpSource
 from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
     RTensor,
@@ -98,7 +99,7 @@ def test_a_server_from_before_evicts_from_the_new_cache(server: ServerHandle) ->
 
 def test_own_shards_are_read_without_a_request(server: ServerHandle, monkeypatch: pytest.MonkeyPatch) -> None:
     handles = RTensor.remotize({"a": torch.arange(9)[::2], "b": torch.empty(0, 2)}, server.address)
-    monkeypatch.delattr(HttpRTensorBackend, "reader")
+    monkeypatch.delattr(HttpSource, "open")
     tensors = RTensor.localize(handles)
     assert torch.equal(tensors["a"], torch.arange(9)[::2])
     assert tensors["b"].shape == (0, 2)

@@ -155,6 +155,7 @@ class HttpAnswer:
         incarnation: Which server answered; "" where it does not say.
         removals: How often its owner has removed shards, as it says; "" where it does not.
         unread_bytes: Bytes of the body still to read; -1 where it comes in chunks.
+        ends_connection: Whether the server closes the connection behind it.
     Raises:
         BrokenOffError: Nothing says where the body ends.
     """
@@ -166,15 +167,11 @@ class HttpAnswer:
         self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:_MAX_INCARNATION]
         self.removals = response.headers.get(REMOVALS_HEADER, "")[:_MAX_INCARNATION]
         self.unread_bytes = -1 if response.length is None else response.length
+        self.ends_connection = response.will_close
         self._response, self._sock = response, sock
         if response.length is None and not response.chunked:
             raise BrokenOffError("an answer that does not say where it ends")
         self._is_ahead = True  # http.client may have read more than the headers
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the body was read to its end, and the connection can serve another request."""
-        return self.unread_bytes == 0 and not self._response.will_close
 
     def read(self, nbytes: int) -> bytearray:
         """The next `nbytes` of a body of known length. Raises as `fill` does."""
@@ -309,14 +306,11 @@ class NodeConnection:
         self._answer = HttpAnswer(self._response, sock)
         return self._answer
 
-    def was_idle(self, seconds: float) -> bool:
-        """Whether it comes from a pool where it was idle for so long."""
-        return self.idle_since is not None and time.monotonic() - self.idle_since >= seconds
-
     @property
     def can_be_reused(self) -> bool:
         """Whether the last answer was read to its end."""
-        return self._answer is not None and self._answer.is_complete
+        answer = self._answer
+        return answer is not None and answer.unread_bytes == 0 and not answer.ends_connection
 
     @property
     def is_stale(self) -> bool:
@@ -536,14 +530,12 @@ class ConnectionPool:
         limit = self._descriptors()
         with self._lock:
             self._limit = limit
-            turn = self._queue[place] = threading.Condition(self._lock)
-            try:
-                left_s = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-                turn.wait_for(lambda: place.is_given_up or self._is_next_locked(place), left_s)
-                self._take_locked(place)
-            finally:
-                del self._queue[place]
-                self._call_next_locked()  # there may be one more
+            if self._queue or not self._has_room_locked():
+                self._wait_locked(place, deadline)
+            if place.is_given_up:
+                raise ConnectionAbortedError("the fetch was given up")
+            self._num_places += 1
+            place.is_taken = True
 
     def leave(self, place: Place) -> None:
         """Give a place back, if it is taken."""
@@ -618,19 +610,23 @@ class ConnectionPool:
         for connection in unwanted:
             connection.close()
 
-    def _is_next_locked(self, place: Place) -> bool:
+    def _has_room_locked(self) -> bool:
         most = max(1, int(self._limit * _SHARE))
-        if self._ceiling is not None:
-            most = min(most, self._ceiling)
-        return next(iter(self._queue)) is place and self._num_places < most
+        return self._num_places < (most if self._ceiling is None else min(most, self._ceiling))
 
-    def _take_locked(self, place: Place) -> None:
-        if place.is_given_up:
-            raise ConnectionAbortedError("the fetch was given up")
-        if not self._is_next_locked(place):
-            raise out_of_descriptors(f"{self._num_places:,} connections are in use")
-        self._num_places += 1
-        place.is_taken = True
+    def _wait_locked(self, place: Place, deadline: float) -> None:
+        """Wait for room, or until it was given up, behind those who came first."""
+        turn = self._queue[place] = threading.Condition(self._lock)
+        left_s = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        try:
+            if not turn.wait_for(lambda: place.is_given_up or self._is_next_locked(place), left_s):
+                raise out_of_descriptors(f"{self._num_places:,} connections are in use")
+        finally:
+            del self._queue[place]
+            self._call_next_locked()  # there may be one more
+
+    def _is_next_locked(self, place: Place) -> bool:
+        return next(iter(self._queue)) is place and self._has_room_locked()
 
     def _leave_locked(self, place: Place) -> None:
         place.is_taken = False

@@ -72,13 +72,7 @@ class HttpRTensorBackend:
         self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
     ) -> HttpSource:
         """A source for these shards by id; `expected` are meta tensors as they should be, where known."""
-        return HttpSource(self, shards, expected)
-
-    def reader(
-        self, address: str, keys: Sequence[Hashable], expected: Mapping[Hashable, torch.Tensor], timeout_s: float
-    ) -> HttpReader:
-        """A reader of shards of one node; connects at its first read."""
-        return HttpReader(keys, expected, self._requester(address, FETCH, timeout_s), self._settings)
+        return HttpSource(self._requester, self._settings, shards, expected)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
@@ -146,22 +140,33 @@ class HttpRTensorBackend:
 
 
 class HttpSource:
-    """A `ShardSource` over one backend: one reader for each node."""
+    """A `ShardSource` over one backend.
+
+    Args:
+        requester: Makes one for a node and a route, whose requests take so many seconds together.
+        settings: Of the backend.
+        shards: Where each is.
+        expected: Meta tensors as they should be, where known.
+    """
 
     def __init__(
         self,
-        backend: HttpRTensorBackend,
+        requester: Callable[[str, Route, float], Requester],
+        settings: HttpSettings,
         shards: Mapping[Hashable, TensorShardInfo],
         expected: Mapping[Hashable, torch.Tensor],
     ) -> None:
-        self._backend, self._shards, self._expected = backend, shards, expected
+        self._requester, self._settings, self._shards, self._expected = requester, settings, shards, expected
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
-        """One reader for each node."""
+        """One reader for each node; connects at its first read."""
         by_node: dict[str, list[Hashable]] = {}
         for key in keys:
             by_node.setdefault(self._shards[key].node_addr, []).append(key)
-        return [self._backend.reader(node, wanted, self._expected, timeout_s) for node, wanted in by_node.items()]
+        return [
+            HttpReader(wanted, self._expected, self._requester(node, FETCH, timeout_s), self._settings)
+            for node, wanted in by_node.items()
+        ]
 
 
 def drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:

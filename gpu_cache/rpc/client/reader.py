@@ -97,11 +97,12 @@ class Expectation:
     def __init__(
         self, keys: Sequence[Hashable], promised: Mapping[Hashable, torch.Tensor], max_unknown_bytes: int
     ) -> None:
-        self.shards = [
-            ShardSpec(key, promised[key].dtype, tuple(promised[key].shape)) for key in keys if key in promised
-        ]
+        self.shards: list[ShardSpec] = []  # those that are promised
         self._keys, self._max_unknown_bytes = keys, max_unknown_bytes
         self._layout: Layout | None = None
+        for key in keys:
+            if (meta := promised.get(key)) is not None:
+                self.shards.append(ShardSpec(key, meta.dtype, tuple(meta.shape)))
         if len(self.shards) == len(keys):
             with contextlib.suppress(WireError, KeyError):  # the owner will say so
                 texts = [described(spec.dtype, spec.shape, spec.nbytes) for spec in self.shards]
@@ -191,7 +192,14 @@ class HttpReader:
         if self._decoded is not None:
             self._decoded.read_into(buffers)
             return
-        self._receive(buffers)
+        left = [buffer for buffer in reversed(buffers) if len(buffer)]
+        while left:
+            assert self._body is not None, "read before next_specs"
+            try:
+                self._body.answer.fill(left)
+            except FAULTS as error:
+                self._body = self._asked_again(self._body, error)
+                left = _behind(buffers, self._part_nbytes - self._body.answer.unread_bytes - self._num_read)
         self._num_read += sum(map(len, buffers))
 
     @property
@@ -245,12 +253,19 @@ class HttpReader:
             return None
         self._node_state.is_binary = is_binary = answer.content_type == CONTENT_TYPE
         try:
-            return self._binary_part(wanted, answer) if is_binary else self._json_part(wanted, answer)
+            if not is_binary:
+                return self._json_part(wanted, answer)
+            body = self._frame(wanted, answer)
         except TooLongError as error:
             if len(wanted) == 1:
                 self.failures[wanted[0]] = self._failed(ShardAnswerError, str(error), wanted)
             self._most = max(1, len(wanted) // 2)  # until the request names nothing but the shard that is too long
             return None
+        if body is None:
+            return None
+        self._body, self._decoded = body, None
+        self._announced, self._part_nbytes, self._num_read = body.shards, answer.unread_bytes, 0
+        return body.shards
 
     def _note_missing(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> None:
         """Make shards that the owner lacks `failures`; any other refusal ends the fetch."""
@@ -268,20 +283,12 @@ class HttpReader:
             return ShardLostError(key, self.node, restart.before, restart.now)
         return ShardMissingError(f"Failed to fetch shard {key} from {self.node}: the owner does not have it")
 
-    def _binary_part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> list[ShardSpec] | None:
-        body = self._frame(wanted, answer)
-        if body is None:
-            return None
-        self._body, self._decoded = body, None
-        self._announced, self._part_nbytes, self._num_read = body.shards, answer.unread_bytes, 0
-        return body.shards
-
     def _frame(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> FrameBody | None:
         """Read a binary answer up to its bytes; None if some shards are not as promised, which are `failures` now."""
         length = answer.unread_bytes
         if length < 0:
             raise WireError("a frame in chunks, which does not say how long it is")
-        header_bytes = header_nbytes(bytes(answer.read_rest(PREFIX_BYTES)), length)
+        header_bytes = header_nbytes(bytes(answer.read(min(PREFIX_BYTES, length))), length)
         self._expectation.check_header(header_bytes)
         header = answer.read(header_bytes)
         shards = self._expectation.foreseen(header, answer.unread_bytes)
@@ -307,17 +314,6 @@ class HttpReader:
             promise = promised.dtype, promised.shape, self.node
             self.failures[found.key] = answer_error(found.key, promise, (found.dtype, found.shape, self.node))
         return found.key not in self.failures
-
-    def _receive(self, buffers: Sequence[memoryview]) -> None:
-        """Fill buffers from the body of the part, and from further ones where it breaks off."""
-        left = [buffer for buffer in reversed(buffers) if len(buffer)]
-        while left:
-            assert self._body is not None, "read before next_specs"
-            try:
-                self._body.answer.fill(left)
-            except FAULTS as error:
-                self._body = self._asked_again(self._body, error)
-                left = _behind(buffers, self._part_nbytes - self._body.answer.unread_bytes - self._num_read)
 
     def _asked_again(self, broken: FrameBody, error: BaseException) -> FrameBody:
         """The rest of a body that broke off: a suffix in the order of its bytes, so the sender's order is the same."""

@@ -124,7 +124,8 @@ class Requester:
         self._connection: NodeConnection | None = None
         self._cancelled, self._place = threading.Event(), Place()
         self._has_answered = False
-        self._named, self._max_text_bytes = "", _TEXT_SLACK_BYTES
+        self._shard_ids: Sequence[Hashable] = ()  # of the request under way
+        self._max_text_bytes = _TEXT_SLACK_BYTES
 
     def send(
         self,
@@ -144,7 +145,7 @@ class Requester:
             TypeError: Ids that JSON cannot express.
             AddressError: The address is none.
         """
-        self._named, self._num_busy = named(shard_ids), 0
+        self._shard_ids, self._num_busy = shard_ids, 0
         payload = json.dumps({"shard_ids": shard_ids}).encode()
         self._max_text_bytes = 2 * len(payload) + _TEXT_SLACK_BYTES  # for the same ids in other escapes
         while True:
@@ -174,7 +175,7 @@ class Requester:
         if is_last or self._cancelled.wait(pause_s):
             raise kind_of_fault(error)(
                 f"Failed to {self._route.work} {self.url} after {self.num_faults + self._num_busy} attempts. "
-                f"Last error: {shortened(repr(error))}{_advice(error)} ({self._named})"
+                f"Last error: {shortened(repr(error))}{_advice(error)} ({named(self._shard_ids)})"
             ) from error
 
     def refusal_of(self, status: int, text: str) -> str:
@@ -244,9 +245,20 @@ class Requester:
         """Ask; what is due to a connection that was idle too long, or to descriptors that ran out, is no fault yet."""
         while True:
             connection = self._connected()
-            is_doubted = connection.was_idle(self._settings.doubt_after_s)
+            since, now = connection.idle_since, time.monotonic()
+            is_doubted = since is not None and now - since >= self._settings.doubt_after_s
+            patience_s = self._try_ends - now
             try:
-                return self._ask(connection, payload, meanwhile, is_doubted=is_doubted)
+                return connection.request(
+                    self._route.method,
+                    self._route.path,
+                    payload,
+                    {"Content-Type": "application/json", "Accept": CONTENT_TYPE, **self._settings.headers},
+                    deadline=self._deadline,
+                    patience_s=patience_s,
+                    first_patience_s=min(self._settings.doubted_patience_s, patience_s) if is_doubted else None,
+                    meanwhile=meanwhile,
+                )
             except OSError as error:
                 if not is_doubted and not (is_out_of_descriptors(error) and self._pool.make_room(self._place)):
                     raise
@@ -262,21 +274,6 @@ class Requester:
         if self._cancelled.is_set():  # looked at after _connection was filled: from here on it can be cut
             raise ConnectionAbortedError("the fetch was given up")
         return self._connection
-
-    def _ask(
-        self, connection: NodeConnection, payload: bytes, meanwhile: Callable[[], object], *, is_doubted: bool
-    ) -> HttpAnswer:
-        patience_s = self._try_ends - time.monotonic()
-        return connection.request(
-            self._route.method,
-            self._route.path,
-            payload,
-            {"Content-Type": "application/json", "Accept": CONTENT_TYPE, **self._settings.headers},
-            deadline=self._deadline,
-            patience_s=patience_s,
-            first_patience_s=min(self._settings.doubted_patience_s, patience_s) if is_doubted else None,
-            meanwhile=meanwhile,
-        )
 
     @property
     def _try_ends(self) -> float:

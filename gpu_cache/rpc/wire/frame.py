@@ -147,8 +147,8 @@ class Layout:
         if len(shards) > MAX_TENSORS:
             raise WireError(f"{len(shards):,} ids; a frame has at most {MAX_TENSORS:,}")
         self.indices = _by_dtype(shards)
-        self.payload_nbytes = sum(shard.nbytes for shard in shards)
-        self._before, self._after = _metadata(ids, shards), _entries(self.indices, shards, texts)
+        self._before = _metadata(ids, shards)
+        self._after, self.payload_nbytes = _entries(self.indices, shards, texts)
         told = f', "serials": "{" ".join(serials)}"'.encode() if serials else b""
         self.header = _framed(self._before + told + self._after)
 
@@ -196,13 +196,13 @@ def _metadata(ids: Sequence[Hashable], shards: Sequence[Described]) -> bytes:
     return f'{{"__metadata__":{json.dumps(metadata)[:-1]}'.encode()
 
 
-def _entries(indices: Iterable[int], shards: Sequence[Described], texts: Sequence[str]) -> bytes:
-    """The rest of a header; composed as text, as `json.dumps` takes twice as long."""
+def _entries(indices: Iterable[int], shards: Sequence[Described], texts: Sequence[str]) -> tuple[bytes, int]:
+    """The rest of a header, composed as text, as `json.dumps` takes twice as long; and how many bytes it describes."""
     entries, end = [], 0
     for index in indices:
         begin, end = end, end + shards[index].nbytes
         entries.append(f',"{index}":{{{texts[index]},"data_offsets":[{begin},{end}]}}')
-    return f"}}{''.join(entries)}}}".encode()
+    return f"}}{''.join(entries)}}}".encode(), end
 
 
 def _framed(text: bytes) -> bytes:
