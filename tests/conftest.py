@@ -105,7 +105,7 @@ def check_accounts(cache: TensorCache) -> None:
         return
     _settled(lambda: not cache._tasks)
     assert len(cache._index) == sum(map(len, cache._index._shared.tables)), "an entry is still PENDING"
-    for pool in engine._pools:
+    for pool in engine.pools:
         accounts = pool.accounts()
         reserved = accounts.pop("reserved")
         assert accounts["pending"] == 0, pool

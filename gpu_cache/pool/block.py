@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -103,18 +103,6 @@ class TrimReport:
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up to a whole number of alignment units."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
-    """Slab, offset and length of ranges; neighbours that follow upon each other are one. In the same order."""
-    found: list[tuple[Slab, int, int]] = []
-    for lease in leases:
-        slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
-        if slab is lease.slab and offset + nbytes == lease.offset:
-            found.append((slab, offset, nbytes + lease.nbytes))
-        else:
-            found += [(slab, offset, nbytes), (lease.slab, lease.offset, lease.nbytes)]
-    return found
 
 
 def carve_shards(

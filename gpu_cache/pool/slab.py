@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from gpu_cache.config import ALIGNMENT, CacheConfig, variable
 from gpu_cache.device.protocol import Arena, Memory
 from gpu_cache.errors import CacheFullError, GpuCacheError
-from gpu_cache.pool.block import Copy, Quarantine, Range, Slab, TrimReport, carve_shards, stretches
+from gpu_cache.pool.block import Copy, Quarantine, Range, Slab, TrimReport, carve_shards
 from gpu_cache.pool.eviction import Layout, Span
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.freelist import FreeList
@@ -413,10 +413,10 @@ class SlabPool:
         """
         with self._lock:
             held = list(self._quarantine)
-        if unfenced := [one for one in held if one.events is None]:
-            events = self._fence.record()
-            for one in unfenced:
-                one.events = events
+        if held and held[-1].events is None and (events := self._fence.record()) is not None:
+            for one in held:
+                if one.events is None:
+                    one.events = events
         return [one for one in held if one.events is not None]
 
     def _wait_for(self, one: Quarantine) -> None:
@@ -553,12 +553,11 @@ class SlabPool:
             if is_scarce:
                 self._water.rest()
             kept = 0 if is_scarce else self._at_most_limit(max(self._floor_bytes, self._water.nbytes))
-            released = [slab for slab in self._overflows if slab.free.is_empty]
-            left = self._reserved_bytes
+            released, surplus = [slab for slab in self._overflows if slab.free.is_empty], self._reserved_bytes - kept
             for slab in self._empty_locked():
-                if left - slab.nbytes >= kept:
+                if slab.nbytes <= surplus:
                     released.append(slab)
-                    left -= slab.nbytes
+                    surplus -= slab.nbytes
             for slab in released:
                 self._remove_locked(slab)
         if released:
@@ -615,3 +614,15 @@ class SlabPool:
         else:
             self._slabs.remove(slab)
             self._reserved_bytes -= slab.nbytes
+
+
+def stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
+    """Slab, offset and length of ranges; neighbours that follow upon each other are one. In the same order."""
+    found: list[tuple[Slab, int, int]] = []
+    for lease in leases:
+        slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
+        if slab is lease.slab and offset + nbytes == lease.offset:
+            found.append((slab, offset, nbytes + lease.nbytes))
+        else:
+            found += [(slab, offset, nbytes), (lease.slab, lease.offset, lease.nbytes)]
+    return found

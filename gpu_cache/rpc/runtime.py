@@ -21,8 +21,9 @@ import gpu_cache
 from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
+from gpu_cache.errors import listed
 from gpu_cache.rpc.clearing import StepClearer
-from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, promises_of, source_of
+from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, StreamingBackend, promises_of
 from gpu_cache.rpc.client.connection import AddressError, split_address
 from gpu_cache.rpc.client.http import HttpRTensorBackend, drained
 from gpu_cache.rpc.client.ray import RayRTensorBackend
@@ -166,7 +167,7 @@ class Runtime:
             shards[key], expected[key], address = handle.shard, handle.data, handle.shard.node_addr
             if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
                 own.add(key)
-        remote = source_of(self.backend, shards, expected)
+        remote = _source_of(self.backend, shards, expected)
         if not own:
             return remote
         local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
@@ -286,6 +287,21 @@ class _HandleSource:
             if handle.shard.shard_id in wanted:
                 handles[handle.shard.shard_id] = handle
         return self._runtime.source(handles).open(keys, timeout_s)
+
+
+def _source_of(
+    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+) -> gpu_cache.ShardSource:
+    """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
+    # Asked of the class: a mock in the place of a backend has every attribute.
+    if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
+        return backend.source(shards, expected)
+
+    def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
+        return backend.fetch([shards[key] for key in keys])
+
+    nodes = listed(sorted({info.node_addr for info in shards.values()}))
+    return CallSource(nodes, load, promises_of(shards, expected))
 
 
 def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:

@@ -57,7 +57,7 @@ class Engine:
         below = None if self.tier is None else self.tier.transfer
         self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, inflight, below)
         self.fence.note(self.transfer.stream)
-        self._pools = [self.pool] if self.tier is None else [self.pool, self.tier.pool]
+        self.pools = [self.pool] if self.tier is None else [self.pool, self.tier.pool]
         self.reaper = Reaper(self, self.husks)
 
     @property
@@ -74,11 +74,11 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether any byte of the pool is in use."""
-        return any(pool.is_busy for pool in self._pools)
+        return any(pool.is_busy for pool in self.pools)
 
     def drain(self) -> None:
         """Free what can be freed now."""
-        for pool in self._pools:
+        for pool in self.pools:
             pool.drain()
 
     def offload(self) -> TrimReport:
@@ -88,7 +88,7 @@ class Engine:
 
     def synchronize(self) -> None:
         """Wait until what was freed is reusable."""
-        for pool in self._pools:
+        for pool in self.pools:
             pool.synchronize()
 
     def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
@@ -144,7 +144,7 @@ class Engine:
 
     def reset_peaks(self) -> None:
         """Make the peaks what is in use now."""
-        for pool in self._pools:
+        for pool in self.pools:
             pool.reset_peak()
         if self.staging is not None:
             self.staging.reset_peak()

@@ -264,7 +264,8 @@ class Fetch:
             self._index = level.index
             if engine.device.is_capturing():
                 self._refuse_misses(keys)
-            engine.drain()
+            for pool in engine.pools:
+                pool.drain()
             try:
                 self._look_up(keys)
                 if self._engines.is_current(engine):

@@ -21,9 +21,9 @@ from gpu_cache.config import ALIGNMENT, CacheConfig
 from gpu_cache.device.modes import COPY, FETCH, STAGE, plain_tensors, profiled
 from gpu_cache.device.protocol import Device, Event, Stream
 from gpu_cache.errors import CacheFullError
-from gpu_cache.pool.block import Copy, Range, aligned, empty_copies, stretches
+from gpu_cache.pool.block import Copy, Range, aligned, empty_copies
 from gpu_cache.pool.completion import Completion
-from gpu_cache.pool.slab import Shortage, SlabPool
+from gpu_cache.pool.slab import Shortage, SlabPool, stretches
 from gpu_cache.process import no_collections
 from gpu_cache.source import ShardReader, ShardSpec
 from gpu_cache.throttle import Throttle

@@ -79,7 +79,6 @@ class BoundedCall(Generic[ResultT]):
             self._outcome.set_result(result)
 
 
-_NAMED_NODES = 3  # how many a message names
 _TAKE_BACK_S = 10.0  # a deletion after a failure is waited for so long
 
 logger = logging.getLogger(__name__)
@@ -173,22 +172,6 @@ class NodesSource:
         for key in keys:
             keys_of.setdefault(id(self._source_of[key]), []).append(key)
         return [reader for wanted in keys_of.values() for reader in self._source_of[wanted[0]].open(wanted, timeout_s)]
-
-
-def source_of(
-    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
-) -> ShardSource:
-    """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
-    # Asked of the class: a mock in the place of a backend has every attribute.
-    if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
-        return backend.source(shards, expected)
-
-    def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
-        return backend.fetch([shards[key] for key in keys])
-
-    nodes = sorted({info.node_addr for info in shards.values()})
-    named = ", ".join(nodes[:_NAMED_NODES]) + (", ..." if len(nodes) > _NAMED_NODES else "")
-    return CallSource(named, load, promises_of(shards, expected))
 
 
 def promises_of(
