@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import multiprocessing.util
 import os
 import threading
 import time
@@ -119,11 +120,15 @@ class CollectorPause:
 no_collections = CollectorPause()
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
 _inherited: weakref.WeakSet[Inherited] = weakref.WeakSet()
+_finalizers: list[object] = []  # one in a worker of multiprocessing
 
 
 def register(cache: LiveCache) -> None:
     """Close `cache` at exit, and cut it off in a forked child."""
     _caches.add(cache)
+    if multiprocessing.parent_process() is not None and not _finalizers:
+        # A forked worker ends by `os._exit`, without `atexit`: this is the hook that it has.
+        _finalizers.append(multiprocessing.util.Finalize(None, _end_all, exitpriority=0))
 
 
 def unregister(cache: LiveCache) -> None:
@@ -220,6 +225,7 @@ def _disown_all() -> None:
             logger.exception("cutting off %r in a forked child failed", one)
     _caches.clear()
     _inherited.clear()
+    _finalizers.clear()
 
 
 atexit.register(_end_all)

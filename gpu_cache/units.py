@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from gpu_cache.config import GIB, MIB
+from gpu_cache.config import MIB
 
 DASH = "-"
-TIB = 1 << 40
 
 
 def mib(nbytes: float | None, unit: str = "") -> str:
-    """Whole MiB; what is less than one shows its first decimal, so that it does not look like nothing."""
+    """Whole MiB, for programs; what is less than one shows its first decimal, so that it does not look like nothing."""
     if nbytes is None:
         return DASH
     if 0 < nbytes < 0.95 * MIB:
@@ -17,18 +16,30 @@ def mib(nbytes: float | None, unit: str = "") -> str:
     return f"{round(nbytes / MIB)}{unit}"
 
 
-def large(nbytes: float | None) -> str:
-    """One decimal in the largest unit that leaves something before it is rounded away."""
-    if nbytes is None:
+def size(nbytes: float | None) -> str:
+    """Bytes in the unit that fits: 72B, 1.4KiB, 293KiB, 12GiB."""
+    return DASH if nbytes is None else _scaled(nbytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def speed(bytes_per_second: float | None) -> str:
+    """Bytes per second, by powers of 1000, in the unit that fits: 950kB/s, 38MB/s, 11.4GB/s."""
+    if bytes_per_second is None:
         return DASH
-    for unit, size in (("TiB", TIB), ("GiB", GIB)):
-        if nbytes >= 0.05 * size:
-            return f"{nbytes / size:.1f}{unit}"
-    return mib(nbytes, "MiB")
+    return _scaled(bytes_per_second, 1000, ("B/s", "kB/s", "MB/s", "GB/s"))
+
+
+def _scaled(number: float, base: int, names: tuple[str, ...]) -> str:
+    """With one decimal under 100, unless that is zero or the unit is a byte."""
+    power = 0
+    while power < len(names) - 1 and round(number) >= base:
+        number /= base
+        power += 1
+    text = f"{number:.1f}" if power and number < 99.95 else f"{number:.0f}"
+    return text.removesuffix(".0") + names[power]
 
 
 def gigabytes(bytes_per_second: float | None) -> str:
-    """GB/s, of 10^9 bytes; what is under 0.1 with two decimals."""
+    """GB/s, of 10^9 bytes, for programs; what is under 0.1 with two decimals."""
     if bytes_per_second is None:
         return DASH
     return f"{bytes_per_second / 1e9:.{2 if 0 < bytes_per_second < 1e8 else 1}f}"

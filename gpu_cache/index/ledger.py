@@ -10,6 +10,7 @@ from typing import Any
 
 from gpu_cache.errors import LOCAL
 from gpu_cache.index.entry import Claim, Entry, State
+from gpu_cache.pool.block import aligned
 from gpu_cache.report.counters import LookupCounters
 from gpu_cache.report.schema import (
     ENTRY_SIZE_EDGES_BYTES,
@@ -234,35 +235,37 @@ class Ledger:
             return
         born, epoch = self._now(), self.counters.clears
         sizes: list[int] = []
-        num_kept = kept_bytes = 0
+        num_kept = kept_bytes = pool_bytes = 0
         for entry in entries:
             entry.state, entry.born, entry.epoch = State.READY, born, epoch
             self.births[entry.key] = born
             sizes.append(nbytes := entry.nbytes)
+            pool_bytes += (taken := aligned(nbytes))
             if entry.is_kept:
                 num_kept += 1
-                kept_bytes += nbytes
+                kept_bytes += taken
         total = sum(sizes)
         self._host_entries += len(entries) * is_low
         self.ready_bytes += total
         self._entry_sizes.observe_all(sizes, total)
-        self._sources[node].add(born, len(entries), total)
-        self._survivors.add(epoch, len(entries) - num_kept, total - kept_bytes)
+        self._sources[node].add(born, len(entries), pool_bytes)
+        self._survivors.add(epoch, len(entries) - num_kept, pool_bytes - kept_bytes)
 
     def dropped(self, entries: Mapping[Entry, bool]) -> None:
         """READY entries are indexed no more; those that map to true were in the host tier."""
         sums: dict[tuple[str, float, int, bool], list[int]] = {}
         for entry in entries:
             del self.births[entry.key]
-            count = sums.setdefault((entry.node, entry.born, entry.epoch, entry.is_kept), [0, 0])
+            count = sums.setdefault((entry.node, entry.born, entry.epoch, entry.is_kept), [0, 0, 0])
             count[0] += 1
-            count[1] += entry.nbytes
+            count[1] += (nbytes := entry.nbytes)
+            count[2] += aligned(nbytes)
         self._host_entries -= sum(entries.values())
-        for (node, born, epoch, is_kept), (num_entries, nbytes) in sums.items():
+        for (node, born, epoch, is_kept), (num_entries, nbytes, pool_bytes) in sums.items():
             self.ready_bytes -= nbytes
-            self._sources[node].remove(born, num_entries, nbytes)
+            self._sources[node].remove(born, num_entries, pool_bytes)
             if not is_kept:
-                self._survivors.add(epoch, -num_entries, -nbytes)
+                self._survivors.add(epoch, -num_entries, -pool_bytes)
 
     def moved(self, number: int) -> None:
         """So many READY entries went to the host tier; of a negative number, to the device."""
@@ -271,7 +274,7 @@ class Ledger:
     def kept(self, entry: Entry) -> None:
         """An entry is meant to stay: it is no survivor any more."""
         if entry.state is State.READY and not entry.is_kept:
-            self._survivors.add(entry.epoch, -1, -entry.nbytes)
+            self._survivors.add(entry.epoch, -1, -aligned(entry.nbytes))
         entry.is_kept = True
 
     def overflowed(self, entries: Collection[Entry]) -> None:

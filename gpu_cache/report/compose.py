@@ -20,10 +20,7 @@ from gpu_cache.report.schema import EntryInfo, LeakReport, Rates, SourceStats
 
 _MAX_KEY = 200  # characters of a shard's id
 _RULE = "-" * 97
-_HEADS = (
-    " GPU      PID  Role         State     Pool   Pinned     Host Entries    Hit  Fetch    H2D Oldest ",
-    "                                       MiB      MiB      MiB              %   GB/s   GB/s    age ",
-)
+_HEAD = " GPU     PID  Role        State      Pool  Pinned    Host Entries  Hit%    Fetch      H2D Oldest "
 
 
 class Index(Protocol):
@@ -182,15 +179,14 @@ def summary_of(report: Mapping[str, Any]) -> str:
     """The box in which `gpu-cache-smi` shows this process; made without that tool's libraries."""
     rates, num_entries = report["rates_10s"], report["num_entries"]
     kind, _, index = report["device"].partition(":")
-    title = f"{report['role']}/{report['rank']}"[:12]
+    title = f"{report['role']}/{report['rank']}"[:11]
     hit = units.percent(units.ratio(report["hits"] + report["host_hits"], report["requested"]))
     line = (
-        f"{f'{index or 0}*' if kind == 'cuda' else kind:>4}{report['pid']:>9}  {title:<13}"
-        f"{'LEAK' if report['outlived_entries'] else 'ok':<6}{units.mib(report['device_bytes']):>8}"
-        f"{units.mib(report['pinned_capacity_bytes']):>9}{units.mib(report['host_bytes']):>9}"
-        f"{units.count(num_entries):>8}{hit:>7}{units.gigabytes(rates['fetch_bytes_per_second']):>7}"
-        f"{units.gigabytes(rates['h2d_bytes_per_second']):>7}"
+        f"{f'{index or 0}*' if kind == 'cuda' else kind:>4}{report['pid']:>8}  {title:<12}"
+        f"{'LEAK' if report['outlived_entries'] else 'ok':<6}{units.size(report['device_bytes']):>9}"
+        f"{units.size(report['pinned_capacity_bytes']):>8}{units.size(report['host_bytes']):>8}"
+        f"{units.count(num_entries):>8}{hit:>6}{units.speed(rates['fetch_bytes_per_second']):>9}"
+        f"{units.speed(rates['h2d_bytes_per_second']):>9}"
         f"{units.age(report['oldest_entry_age_seconds'] if num_entries else None):>7} "
     )
-    lines = f"+{_RULE}+", *(f"|{head}|" for head in _HEADS), f"|{'=' * len(_RULE)}|", f"|{line}|", f"+{_RULE}+"
-    return "\n".join(lines)
+    return "\n".join((f"+{_RULE}+", f"|{_HEAD}|", f"|{'=' * len(_RULE)}|", f"|{line}|", f"+{_RULE}+"))

@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from gpu_cache.report.schema import GROUP_VARIABLE, LEAKS, LOCK, REPORT, SUFFIXES, WANT, directories
+from gpu_cache.report.schema import GROUP_VARIABLE, LEAKS, LOCK, REPORT, SUFFIXES, WANT, dead_s, directories
 
-_OLD_S = 3600.0  # age at which a writer removes files of a process that ended without cleanup
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Names that these files have, also on the way to them: the directory may be one that holds other things.
 _OURS = re.compile(r"\.?\w+-\d+-\d+-[0-9a-f]{6}\.[a-z.]+(\.[0-9a-f]{8})?")
@@ -40,6 +39,7 @@ class ReportFiles:
         self.name = name
         self._folders, named = directories(environ, os.geteuid()), environ.get(GROUP_VARIABLE)
         self._group = _group_of(named) if named else None
+        self._dead_s = dead_s(environ)
         self._lock: int | None = None  # descriptor; the kernel frees the lock when the last process closes it
 
     def __repr__(self) -> str:
@@ -56,7 +56,7 @@ class ReportFiles:
             if not self._holds_lock(folder):
                 self.disown()  # the lock before, whose file is gone
                 self._lock = self._place(folder, LOCK)
-                _remove_old(folder)
+                _remove_old(folder, self._dead_s)
             os.close(self._place(folder, REPORT, content))
             if _unlink(self.name + WANT, folder):  # first: a reader that asks meanwhile gets another answer
                 os.close(self._place(folder, LEAKS, leaks()))
@@ -171,24 +171,24 @@ def _unlink(name: str, folder: int) -> bool:
     return False
 
 
-def _remove_old(folder: int) -> None:
+def _remove_old(folder: int, dead_s: float) -> None:
     """Remove old files of this user's processes that ended without cleanup."""
     for name in filter(_OURS.fullmatch, os.listdir(folder)):
         with contextlib.suppress(OSError):
-            if name.startswith(".") and _is_old(name, folder):
+            if name.startswith(".") and _is_old(name, folder, dead_s):
                 _unlink(name, folder)
-            elif name.endswith(LOCK) and _is_old(name, folder):
-                _remove_if_dead(name.removesuffix(LOCK), folder)
+            elif name.endswith(LOCK) and _is_old(name, folder, dead_s):
+                _remove_if_dead(name.removesuffix(LOCK), folder, dead_s)
 
 
-def _is_old(name: str, folder: int) -> bool:
+def _is_old(name: str, folder: int, dead_s: float) -> bool:
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    return found.st_uid == os.geteuid() and time.time() - found.st_mtime > _OLD_S
+    return found.st_uid == os.geteuid() and time.time() - found.st_mtime > dead_s
 
 
-def _remove_if_dead(name: str, folder: int) -> None:
+def _remove_if_dead(name: str, folder: int, dead_s: float) -> None:
     with contextlib.suppress(FileNotFoundError):
-        if not _is_old(name + REPORT, folder):
+        if not _is_old(name + REPORT, folder, dead_s):
             return
     lock = os.open(name + LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     try:

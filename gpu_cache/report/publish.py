@@ -197,12 +197,12 @@ class Alarms:
 
     def _tell_leak(self, report: Mapping[str, Any]) -> None:
         shards = "; ".join(
-            f"{one.key!r} ({units.mib(one.nbytes, 'MiB')} from {one.source}, {units.age(one.age_s)} old, survived "
+            f"{one.key!r} ({units.size(one.nbytes)} from {one.source}, {units.age(one.age_s)} old, survived "
             f"{one.clears_survived} clears)"
             for one in self._index.oldest(_NAMED, is_outlived=True)
         )
         logger.warning(
-            f"{report['outlived_entries']} shards ({units.mib(report['outlived_bytes'], 'MiB')}) survived 2 or more "
+            f"{report['outlived_entries']} shards ({units.size(report['outlived_bytes'])}) survived 2 or more "
             f"clears, the oldest: {shards}. Clear them, or fetch with keep=True what is to stay. All of them: "
             f"gpu-cache-smi --leaks {os.getpid()}"
         )
@@ -213,8 +213,8 @@ def _tell_slow(speeds: Mapping[str, float]) -> None:
         others = [other for name, other in speeds.items() if name != node]
         if len(others) >= _LEAST_OTHERS and speed < _SLOW_RATIO * (median := statistics.median(others)):
             logger.warning(
-                f"{node} delivers {units.gigabytes(speed)} GB/s, the median of the {len(others)} other sources is "
-                f"{units.gigabytes(median)}: look at its load and its network"
+                f"{node} delivers {units.speed(speed)}, the median of the {len(others)} other sources is "
+                f"{units.speed(median)}: look at its load and its network"
             )
 
 

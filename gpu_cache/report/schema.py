@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
+from gpu_cache.config import seconds
 from gpu_cache.report.counters import BufferStats
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ SCHEMA_VERSION = 1
 
 DIRECTORY_VARIABLE = "GPU_CACHE_STATS_DIR"
 GROUP_VARIABLE = "GPU_CACHE_STATS_GROUP"  # a group's name or number; lets its members read
+
+DEAD_VARIABLE = "GPU_CACHE_STATS_DEAD_S"  # seconds that the report of a dead process stays
+DEAD_S = 3600.0
 
 HUNG_AFTER_S = 10.0  # without a report, while the lock is held
 WINDOW_S = 10.0  # span of `rates_10s`
@@ -82,7 +86,7 @@ class SourceStats(TypedDict):
     """One source node, of `sources`; keyed by its address ("host:port"), LOCAL_SOURCE or OTHER_SOURCES."""
 
     entries: int  # cached now, as the next two
-    resident_bytes: int
+    resident_bytes: int  # of the pool, alignment included
     oldest_entry_age_seconds: float  # 0.0 when none is
     fetch_bytes: int  # since start, as the following
     fetch_busy_seconds: float  # with at least one transfer from this node in flight
@@ -130,8 +134,8 @@ class Report(BufferStats, HostTierFigures):
     rates_10s: Rates
     sources: dict[str, SourceStats]  # at most MAX_SOURCES by fetch_bytes, and OTHER_SOURCES
     histograms: Histograms
-    # [clears survived, entries, bytes] for each number of clears from 1 to MAX_SURVIVED that some entry survived,
-    # ascending; without the entries that were fetched with `keep=True`.
+    # [clears survived, entries, bytes of the pool] for each number of clears from 1 to MAX_SURVIVED that some entry
+    # survived, ascending; without the entries that were fetched with `keep=True`.
     survivors: list[list[int]]
     outlived_max_clears: int  # the most clears that any entry survived
     device_entries: int
@@ -180,3 +184,11 @@ def directories(environ: Mapping[str, str], uid: int) -> list[Path]:
     """Where a user's reports are. A writer takes the first directory whose parent is there."""
     named = environ.get(DIRECTORY_VARIABLE)
     return [Path(named)] if named else [Path(parent, f"gpu_cache-{uid}") for parent in ("/dev/shm", "/tmp")]
+
+
+def dead_s(environ: Mapping[str, str]) -> float:
+    """How long the report of a process that ended without cleanup stays, in seconds."""
+    try:
+        return seconds(environ.get(DEAD_VARIABLE) or DEAD_S)
+    except ValueError:
+        return DEAD_S

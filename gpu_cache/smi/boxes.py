@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from rich.text import Text
@@ -9,10 +10,10 @@ from rich.text import Text
 from gpu_cache import __version__, units
 from gpu_cache.report.schema import WINDOW_S
 from gpu_cache.smi import columns
-from gpu_cache.smi.columns import NARROW, RED, WIDE, YELLOW
-from gpu_cache.smi.node import HOST_SEAT, Node, Row
+from gpu_cache.smi.columns import DIM, NARROW, RED, WIDE, YELLOW
+from gpu_cache.smi.node import HOST_SEAT, Filters, Node, Row
 from gpu_cache.smi.nvml import Gpu
-from gpu_cache.smi.problems import Problem
+from gpu_cache.smi.problems import Problem, summed_up
 from gpu_cache.units import DASH
 
 DEVICES, PROCESSES, SOURCES = "gpu", "proc", "source"
@@ -23,17 +24,15 @@ _HEADS = (
     "  Pool Used / Cap     Use ",
     "  Pinned  Host Tier ",
 )
-_FOOTNOTES = {
-    True: "* as the process reported it (index inside that process); ",
-    False: "* index inside that process; ",
-}
 
 
 def screen(node: Node, boxes: tuple[str, ...], is_wide: bool) -> list[Text]:
     """The whole of it, without the warnings."""
+    if not node.processes and not node.devices.gpus:
+        return [Text(nothing(node))]
     lines = [Text(clock_line(node.unix_time))]
     if not node.processes:
-        return lines + _head(node, is_wide) + _no_process(is_wide)
+        return lines + _head(node, is_wide) + _no_process(node, is_wide)
     parts = []
     if DEVICES in boxes:
         parts.append(_head(node, is_wide) + _devices(node, is_wide))
@@ -44,8 +43,16 @@ def screen(node: Node, boxes: tuple[str, ...], is_wide: bool) -> list[Text]:
     for number, part in enumerate(parts):
         lines += [Text("")] * bool(number) + part
     if PROCESSES in boxes or DEVICES in boxes:
-        lines += _footnote(node, is_wide)
+        lines += _footnote(node)
     return lines
+
+
+def nothing(node: Node) -> str:
+    """Why there is no process to show."""
+    if node.filters != Filters():
+        return "no process passes the filters"
+    where = ", ".join(map(str, node.searched)) or "any folder"
+    return f"no cache reports in {where}" + ("" if os.getuid() == 0 else "; reports of other users need root")
 
 
 def clock_line(unix_time: float) -> str:
@@ -55,7 +62,7 @@ def clock_line(unix_time: float) -> str:
 def problem_lines(problems: list[Problem], is_wide: bool) -> list[Text]:
     """WARN and NOTE below the boxes."""
     width = WIDE if is_wide else NARROW
-    return [Text(line) for problem in problems for line in problem.lines(width)]
+    return [Text(line) for problem in summed_up(problems) for line in problem.lines(width)]
 
 
 def _rule(fill: str, is_wide: bool, corner: str = "+") -> Text:
@@ -74,7 +81,7 @@ def _head(node: Node, is_wide: bool) -> list[Text]:
     used, capacity = (node.summed(f"host_{key}") for key in ("bytes", "capacity_bytes"))
     if is_wide:
         versions = f"GPU-CACHE-SMI {__version__:<10} Driver Version: {driver:<12} CUDA Version: {cuda:<10}"
-        host_tier = f"host tier {units.mib(used, 'MiB')} / {units.mib(capacity, 'MiB')}"
+        host_tier = f"host tier {units.size(used)} / {units.size(capacity)}" if capacity else ""
     else:
         versions, host_tier = f"GPU-CACHE-SMI {__version__:<8} Driver: {driver:<12} CUDA: {cuda:<7}", ""
     return [
@@ -91,12 +98,12 @@ def _census(node: Node) -> str:
     return f"{num} process{'' if num == 1 else 'es'}{': ' if states else ''}{states}"
 
 
-def _no_process(is_wide: bool) -> list[Text]:
+def _no_process(node: Node, is_wide: bool) -> list[Text]:
     return [
         _rule("-", is_wide),
         _spread("Processes:", "", is_wide),
         _rule("=", is_wide, "|"),
-        _spread(" No running gpu_cache processes found", "", is_wide),
+        _spread(f" {nothing(node)}", "", is_wide),
         _rule("-", is_wide),
     ]
 
@@ -117,7 +124,7 @@ def _device(row: Row, is_wide: bool) -> Text:
     line.append(f"{_pool(row):>25}", _pool_style(row))
     line.append(" |")
     if is_wide:
-        pinned, host = (units.mib(row.summed(key), "MiB") for key in ("pinned_capacity_bytes", "host_bytes"))
+        pinned, host = (units.size(row.summed(key)) for key in ("pinned_capacity_bytes", "host_bytes"))
         line.append(f"{pinned:>8}{host:>11} |")
     return line
 
@@ -128,7 +135,7 @@ def _memory(row: Row) -> str:
         return f"{DASH:>22}"
     if gpu.used_bytes is None or gpu.total_bytes is None:
         return f"{'N/A':>22}"
-    return f"{units.mib(gpu.used_bytes, 'MiB'):>10} / {units.mib(gpu.total_bytes, 'MiB'):>9}"
+    return f"{units.size(gpu.used_bytes):>10} / {units.size(gpu.total_bytes):>9}"
 
 
 def _pool(row: Row) -> str:
@@ -136,7 +143,7 @@ def _pool(row: Row) -> str:
     if used is None or capacity is None:
         return DASH
     share = units.percent(units.ratio(used, capacity), 0)
-    return f"{units.mib(used, 'MiB'):>9} / {units.mib(capacity, 'MiB'):>8}{share + '%':>5}"
+    return f"{units.size(used):>9} / {units.size(capacity):>8}{share + '%':>5}"
 
 
 def _pool_style(row: Row) -> str:
@@ -158,7 +165,12 @@ def _box(heads: list[str], rows: list[Text], is_wide: bool) -> list[Text]:
     return [_rule("-", is_wide), *map(Text, heads), _rule("=", is_wide, "|"), *rows, _rule("-", is_wide)]
 
 
-def _footnote(node: Node, is_wide: bool) -> list[Text]:
-    why = "NVML is not available here" if node.devices.problem else "NVML does not know that GPU"
+def _footnote(node: Node) -> list[Text]:
+    """One dim line: the meaning of a star, and why NVML tells nothing."""
     has_star = any(process.seat.endswith("*") for process in node.processes)
-    return [Text(_FOOTNOTES[is_wide] + why)] if has_star else []
+    parts = ["* index inside that process"] * has_star
+    if node.devices.problem:
+        parts.append(f"NVML not available: {node.devices.problem}")
+    elif has_star:
+        parts.append("NVML does not know that GPU")
+    return [Text("; ".join(parts), DIM)] if parts else []

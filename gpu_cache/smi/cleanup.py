@@ -14,10 +14,10 @@ from gpu_cache.smi.process import DEAD
 
 def remove_dead(node: Node) -> tuple[list[ReportFile], list[ReportFile]]:
     """Delete reports of dead processes, and damaged ones without a lock; tell which went, and which may not go."""
-    dead = [process.file for process in node.processes if process.state == DEAD]
+    dead = [file for one in node.processes if one.state == DEAD for file in (one.file, *one.others)]
     damaged = [file for file in node.unread if not file.is_denied]
     removed, refused = [], []
-    for file in [*dead, *damaged]:
+    for file in [*dead, *node.expired, *damaged]:
         try:
             if _remove(file):
                 removed.append(file)

@@ -96,35 +96,35 @@ def state_of(process: Process) -> str:
     return process.state.upper() if process.state in (LEAK, HUNG, DEAD, NEWER) else process.state
 
 
-def mib_of(key: str) -> Callable[[Process], str]:
-    return lambda process: units.mib(process.figure(key))
+def size_of(key: str) -> Callable[[Process], str]:
+    return lambda process: units.size(process.figure(key))
 
 
-def rate_of(key: str) -> Callable[[Process], str]:
-    return lambda process: units.gigabytes(process.rate(key))
+def speed_of(key: str) -> Callable[[Process], str]:
+    return lambda process: units.speed(process.rate(key))
 
 
 PROCESS: list[Column[Process]] = [
     Column("GPU", "", 4, 4, lambda p: p.seat),
-    Column("PID", "", 9, 9, lambda p: p.pid),
-    Column("Role", "", 15, 26, lambda p: p.title, is_left=True, gap=2),
+    Column("PID", "", 8, 8, lambda p: p.pid),
+    Column("Role", "", 14, 24, lambda p: p.title, is_left=True, gap=2),
     Column("State", "", 6, 6, state_of, state_style, is_left=True),
-    Column("Pool", "MiB", 8, 8, mib_of("device_bytes"), pool_style),
-    Column("Pinned", "MiB", 9, 0, mib_of("pinned_capacity_bytes")),
-    Column("Host", "MiB", 9, 0, mib_of("host_bytes")),
+    Column("Pool", "", 9, 9, size_of("device_bytes"), pool_style),
+    Column("Pinned", "", 8, 0, size_of("pinned_capacity_bytes")),
+    Column("Host", "", 8, 0, size_of("host_bytes")),
     Column("Entries", "", 8, 8, lambda p: units.count(p.figure("num_entries"))),
-    Column("Hit", "%", 7, 0, lambda p: units.percent(p.hit_ratio)),
-    Column("Fetch", "GB/s", 7, 7, rate_of("fetch_bytes_per_second")),
-    Column("H2D", "GB/s", 7, 0, rate_of("h2d_bytes_per_second")),
-    Column("Oldest", "age", 7, 7, lambda p: units.age(p.oldest_age_s), lambda p: age_style(p.oldest_age_s)),
+    Column("Hit%", "", 6, 0, lambda p: units.percent(p.hit_ratio)),
+    Column("Fetch", "", 9, 9, speed_of("fetch_bytes_per_second")),
+    Column("H2D", "", 9, 0, speed_of("h2d_bytes_per_second")),
+    Column("Oldest", "", 7, 7, lambda p: units.age(p.oldest_age_s), lambda p: age_style(p.oldest_age_s)),
 ]
 
 SOURCE: list[Column[Source]] = [
     Column("Source node", "", 25, 24, lambda s: s.title, is_left=True, gap=1),
     Column("Entries", "", 8, 8, lambda s: units.count(s.entries)),
-    Column("Resident", "", 11, 11, lambda s: units.mib(s.resident_bytes, "MiB")),
-    Column("Fetched", "", 11, 0, lambda s: units.large(s.fetch_bytes)),
-    Column("GB/s", "", 8, 8, lambda s: units.gigabytes(s.bytes_per_second)),
+    Column("Resident", "", 10, 10, lambda s: units.size(s.resident_bytes)),
+    Column("Fetched", "", 10, 0, lambda s: units.size(s.fetch_bytes)),
+    Column("Speed", "", 10, 9, lambda s: units.speed(s.bytes_per_second)),
     Column("p50 ms", "", 9, 0, lambda s: units.milliseconds(s.duration_s(0.5))),
     Column("p99 ms", "", 9, 9, lambda s: units.milliseconds(s.duration_s(0.99))),
     Column("Errors", "", 7, 7, lambda s: units.count(s.errors), lambda s: RED if s.errors else ""),

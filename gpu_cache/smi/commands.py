@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
-import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from gpu_cache.hosts import is_loopback
@@ -32,6 +33,7 @@ class Commands:
         self._observer = observer
         self._terminal = terminal
         self._options = options
+        self._told: set[Path] = set()  # reports of dead processes that --dmon has told of
 
     def look(self) -> Node:
         """At what passes the filters."""
@@ -54,16 +56,18 @@ class Commands:
 
     def _show_once(self, show: Callable[[Node, int], None]) -> int:
         node = self.look()
-        problem = node.devices.problem
-        is_empty = not node.processes and not node.devices.gpus
-        if problem and (show == self._table or is_empty):
-            self._tell_of_nvml(problem)
         if node.is_denied:
             self._tell_of_denial(node)
             return DENIED
-        if not (problem and is_empty):
-            show(node, 0)
-        return node.devices.code if problem and (is_empty or self._options.strict) else 0
+        show(node, 0)
+        return self._nvml_status(node)
+
+    def _nvml_status(self, node: Node) -> int:
+        """NVML's code, with --strict."""
+        if not (self._options.strict and node.devices.problem):
+            return 0
+        self._terminal.tell([f"gpu-cache-smi: NVML not available: {node.devices.problem}"])
+        return node.devices.code
 
     def _looks(self, interval_s: float) -> Iterator[Node]:
         due = time.monotonic()
@@ -79,10 +83,6 @@ class Commands:
         is_wide = self._terminal.is_wide
         self._terminal.show(boxes.screen(node, wanted, is_wide))
         self._terminal.warn(boxes.problem_lines(problems_of(node), is_wide))
-        if not node.processes and not number:
-            where = ", ".join(map(str, node.searched)) or "no folder, as there is none"
-            others = "" if os.getuid() == 0 else "; reports of other users need root"
-            self._terminal.tell([f"Hint: searched {where}{others}."])
 
     def _json(self, node: Node, number: int) -> None:
         self._write(document.as_text(node, is_one_line=self._options.interval_s is not None))
@@ -94,7 +94,11 @@ class Commands:
 
     def _dmon(self, node: Node, number: int) -> None:
         is_wide = self._terminal.is_wide
-        self._write(*(dmon.heads(is_wide) if number % _HEADS_EVERY == 0 else []), *dmon.lines(node, is_wide))
+        dead = {process.file.path for process in node.processes if process.state == DEAD}
+        fresh = tuple(process for process in node.processes if process.file.path not in self._told)
+        self._told |= dead
+        lines = dmon.lines(dataclasses.replace(node, processes=fresh), is_wide)
+        self._write(*(dmon.heads(is_wide) if number % _HEADS_EVERY == 0 else []), *lines)
 
     def _prom(self, node: Node, number: int) -> None:
         self._write(_exposition().text(lambda: node).rstrip("\n"))
@@ -116,7 +120,7 @@ class Commands:
         if node.is_denied:
             self._tell_of_denial(node)
             return DENIED
-        return node.devices.code if self._options.strict else 0
+        return self._nvml_status(node)
 
     def watch(self) -> int:
         """Full screen, until `q`."""
@@ -134,7 +138,7 @@ class Commands:
         """The entries that outlived a clear."""
         process = self._named(self._options.leaks)
         if process is None:
-            self._terminal.tell([f"gpu-cache-smi: no process {self._options.leaks} with a cache"])
+            self._terminal.tell([f"gpu-cache-smi: no process with a cache has the pid or role {self._options.leaks}"])
             return BAD_ARGUMENT
         try:
             answer = leaks.ask(process) if process.is_alive else None
@@ -150,10 +154,10 @@ class Commands:
         return 0
 
     def _named(self, wanted: str) -> Process | None:
-        """By pid as seen from here, else by role."""
-        processes = self._observer.look().processes
-        by_pid = (process for process in processes if process.pid == wanted)
-        return next(by_pid, next((process for process in processes if process.title == wanted), None))
+        """By pid as seen from here, else by role and rank, else by role alone, a leaking one first."""
+        processes = sorted(self._observer.look().processes, key=lambda process: process.state != LEAK)
+        found = (one for name in ("pid", "title", "role") for one in processes if getattr(one, name) == wanted)
+        return next(found, None)
 
     def remove_dead(self) -> int:
         """Delete what dead processes left."""
@@ -193,15 +197,6 @@ class Commands:
             return BAD_ARGUMENT
         self._write(f"wrote {target}")
         return 0
-
-    def _tell_of_nvml(self, problem: str) -> None:
-        self._terminal.tell(
-            [
-                f"gpu-cache-smi: NVML not available ({problem}); GPU-Mem is N/A.",
-                'Hint: needs the NVIDIA driver and "pip install nvidia-ml-py";'
-                " in a container start it with --gpus all.",
-            ]
-        )
 
     def _tell_of_denial(self, node: Node) -> None:
         denied = [file for file in node.unread if file.is_denied]

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from gpu_cache import units
 from gpu_cache.smi import columns
-from gpu_cache.smi.columns import Column, mib_of, rate_of
+from gpu_cache.smi.columns import Column
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import Process
+
+
+def mib_of(key: str) -> Callable[[Process], str]:
+    return lambda process: units.mib(process.figure(key))
+
+
+def rate_of(key: str) -> Callable[[Process], str]:
+    return lambda process: units.gigabytes(process.rate(key))
+
 
 _COLUMNS: list[Column[Process]] = [
     Column("gpu", "Idx", 5, 5, lambda p: p.seat),

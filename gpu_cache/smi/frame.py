@@ -9,7 +9,8 @@ from rich.text import Text
 
 from gpu_cache import __version__, units
 from gpu_cache.smi import columns, figures, history
-from gpu_cache.smi.columns import RED, Column, cells, mib_of
+from gpu_cache.smi.boxes import nothing
+from gpu_cache.smi.columns import RED, Column, cells, size_of
 from gpu_cache.smi.events import Event
 from gpu_cache.smi.graphs import ASCII, BLOCKS, bar, sparkline
 from gpu_cache.smi.history import History
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 BAR_WIDTH = 14
 GRAPHS = (20, 14)  # characters of the two sparklines, where there is room
-_FIXED = 61  # characters of a GPU's line without them
+_FIXED = 68  # characters of a GPU's line without them
 _NUM_EVENTS = 3
 _SMALL_HEIGHT = 24
 
@@ -52,9 +53,9 @@ _PROCESS: list[Column[Process]] = [
     Column("PID", "", 9, 9, lambda p: p.pid),
     Column("Role", "", 15, 15, lambda p: p.title, is_left=True, gap=2),
     Column("State", "", 6, 6, columns.state_of, columns.state_style, is_left=True),
-    Column("Pool MiB", "", 10, 9, mib_of("device_bytes"), columns.pool_style),
-    Column("Pinned", "", 8, 0, mib_of("pinned_capacity_bytes")),
-    Column("Host", "", 8, 0, mib_of("host_bytes")),
+    Column("Pool", "", 10, 9, size_of("device_bytes"), columns.pool_style),
+    Column("Pinned", "", 8, 0, size_of("pinned_capacity_bytes")),
+    Column("Host", "", 8, 0, size_of("host_bytes")),
     Column("Entries", "", 9, 8, lambda p: units.count(p.figure("num_entries"))),
     Column("Evict/s", "", 9, 9, lambda p: units.decimal(p.rate("evictions_per_second"))),
     Column("Wait ms", "", 10, 9, wait_ms),
@@ -63,7 +64,7 @@ _PROCESS: list[Column[Process]] = [
 _LEAK: list[Column[Process]] = [
     *_PROCESS[:3],
     Column("Entries", "", 8, 8, lambda p: units.count(p.figure("outlived_entries")), columns.state_style),
-    Column("MiB", "", 9, 9, lambda p: units.mib(p.figure("outlived_bytes"))),
+    Column("Bytes", "", 9, 9, lambda p: units.size(p.figure("outlived_bytes"))),
     Column("Clears", "", 9, 9, lambda p: units.count(p.figure("outlived_max_clears"))),
     Column("Oldest", "", 8, 8, lambda p: units.age(p.oldest_age_s)),
     Column("See", "", 30, 0, lambda p: f"gpu-cache-smi --leaks {p.pid}"),
@@ -77,6 +78,8 @@ def frame(node: Node, past: History, view: View, size: Size, *, is_ascii: bool =
         return (top + [Text(line) for line in HELP.splitlines()])[: size.height]
     rows = [row for row in node.rows if view.gpu in ("", row.label.rstrip("*"))]
     gpus = [_gpu_head(size), *(_gpu(row, node, past, size, is_ascii) for row in rows), Text("")]
+    if not node.processes:
+        gpus.insert(0, Text(f" waiting: {nothing(node)}"))
     lines = top + gpus + [_menu(view, size, is_ascii)] + _list(node, past, view, size)
     if view.view != EVENTS and size.height >= _SMALL_HEIGHT and past.events:
         latest = [_event(event, size) for event in sorted(past.events, reverse=True)[:_NUM_EVENTS]]
@@ -98,11 +101,11 @@ def _title(node: Node, view: View, size: Size) -> Text:
 
 def _gpu_head(size: Size) -> Text:
     fetch, _ = size.graphs
-    head = " GPU  Pool                      MiB         Hit%  "
+    head = " GPU  Pool                                Hit%    "
     if not fetch:
-        return Text(f"{head}Fetch     H2D GB/s")
+        return Text(f"{head}Fetch       H2D")
     over = ", last 60 s" if size.is_wide else ""
-    return Text(f"{head}{f'Fetch GB/s{over}':<{fetch + 9}}{f'H2D GB/s{over}'}")
+    return Text(f"{head}{f'Fetch{over}':<{fetch + 10}}{f'H2D{over}'}")
 
 
 def _gpu(row: Row, node: Node, past: History, size: Size, is_ascii: bool) -> Text:
@@ -113,11 +116,11 @@ def _gpu(row: Row, node: Node, past: History, size: Size, is_ascii: bool) -> Tex
     share = units.ratio(used, capacity) or 0.0
     style = next((style for process in row.processes if (style := columns.pool_style(process))), "")
     line.append(bar(share, BAR_WIDTH, is_ascii), style or None)
-    line.append(f"{units.percent(share, 0) + '%':>5}{f'{units.mib(used)}/{units.mib(capacity)}':>13}")
+    line.append(f"{units.percent(share, 0) + '%':>5}{f'{units.size(used)}/{units.size(capacity)}':>16}")
     hits = units.ratio(_total(row, "hits", "host_hits"), row.summed("requested"))
     line.append(f"{units.percent(hits):>7}")
     for link, width in zip(history.LINKS, size.graphs, strict=True):
-        line.append(f"{units.gigabytes(_speed(row, link)):>7} ")
+        line.append(f"{units.speed(_speed(row, link)):>9} ")
         values = history.buckets(past.trace(row, link), node.unix_time, width)
         line.append(sparkline(values, ASCII if is_ascii else BLOCKS))
     line.rstrip()

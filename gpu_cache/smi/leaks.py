@@ -60,7 +60,7 @@ def _answer(process: Process, asked_at: int) -> Answer | None:
 
 _COLUMNS: list[Column[Answer]] = [
     Column("Age", "", 9, 9, lambda leak: units.age(figures.number(leak, "age_seconds"))),
-    Column("MiB", "", 10, 10, lambda leak: units.mib(figures.number(leak, "nbytes"))),
+    Column("Bytes", "", 10, 10, lambda leak: units.size(figures.number(leak, "nbytes"))),
     Column("Clears", "", 8, 8, lambda leak: units.count(figures.number(leak, "clears_survived"))),
     Column("Source node", "", 24, 24, lambda leak: figures.text(leak, "source"), is_left=True, gap=2),
     Column("Shard id", "", 26, 26, lambda leak: short_key(figures.text(leak, "key")), is_left=True),
@@ -73,7 +73,7 @@ def screen(process: Process, answer: Answer, *, is_wide: bool, width: int, shows
     """The process, its oldest entries, and where they come from."""
     leaks = _leaks(answer)
     num = figures.integer(answer, "outlived_entries") or len(leaks)
-    nbytes = units.mib(figures.number(answer, "outlived_bytes"), "MiB")
+    nbytes = units.size(figures.number(answer, "outlived_bytes"))
     where = f"GPU {process.seat}  pid {process.pid}  {process.title:<12}"
     survived = "survived 2 or more clear_batches()" if is_wide else "survived 2+ clears"
     lines = [f"{where} {num} entries, {nbytes} {survived}"]

@@ -7,6 +7,7 @@ import sys
 import traceback
 from argparse import Namespace
 
+from gpu_cache.report.schema import dead_s
 from gpu_cache.smi import options as command_line
 from gpu_cache.smi import query
 from gpu_cache.smi.commands import Commands
@@ -30,7 +31,7 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
     if options.help or options.help_query:
         print(command_line.HELP if options.help else query.help_text(options.help_query), end="\n" * (not options.help))
         return 0
-    found = observer or Observer(lambda: options.dir or folders(os.environ, os.getuid()))
+    found = observer or Observer(lambda: options.dir or folders(os.environ, os.getuid()), dead_s=dead_s(os.environ))
     has_color = True if options.color else False if options.no_color else None
     try:
         return _carry_out(Commands(found, Terminal(os.environ, has_color), options), options)

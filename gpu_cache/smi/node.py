@@ -14,7 +14,7 @@ from gpu_cache.report import schema as report
 from gpu_cache.smi import figures, locks
 from gpu_cache.smi.folder import ReportFile, read_folders
 from gpu_cache.smi.nvml import Devices, Gpu, Nvml
-from gpu_cache.smi.process import STATES, Process
+from gpu_cache.smi.process import DEAD, STATES, Process
 from gpu_cache.smi.sources import Source, sources_of
 
 HOST_SEAT = "cpu"
@@ -62,13 +62,19 @@ class Filters:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """The machine as of `unix_time`. `unread` are files that hold no report one could read."""
+    """The machine as of `unix_time`.
+
+    Attributes:
+        unread: Files that hold no report one could read.
+        expired: Reports of processes that have been dead for long; not shown.
+    """
 
     unix_time: float
     hostname: str
     devices: Devices
     processes: tuple[Process, ...] = ()
     unread: tuple[ReportFile, ...] = ()
+    expired: tuple[ReportFile, ...] = ()
     searched: tuple[Path, ...] = ()
     filters: Filters = Filters()
 
@@ -119,6 +125,7 @@ class Observer:
     Args:
         folders: Where reports may be, asked at each look: containers come and go.
         procfs: Where the kernel tells who holds a lock.
+        dead_s: How long a dead process is shown, in seconds.
     """
 
     def __init__(
@@ -129,25 +136,29 @@ class Observer:
         clock: Callable[[], float] = time.time,
         hostname: str | None = None,
         procfs: Path = Path("/proc"),
+        dead_s: float = report.DEAD_S,
     ) -> None:
         self._folders = folders
         self._nvml = nvml or Nvml()
         self.clock = clock
         self._hostname = hostname or socket.gethostname()
-        self._procfs = procfs
+        self._procfs, self._dead_s = procfs, dead_s
 
     def look(self) -> Node:
         """Everything, now."""
         searched = tuple(self._folders())
         files = read_folders(searched)
         now, devices, holders = self.clock(), self._nvml.look(), locks.holders(self._procfs)
-        processes = [self._process(file, now, devices, holders) for file in files if file.content is not None]
+        found = [self._process(file, now, devices, holders) for file in files if file.content is not None]
+        expired = [one for one in found if one.state == DEAD and one.report_age_s > self._dead_s]
+        processes = _one_each([one for one in found if one not in expired])
         return Node(
             unix_time=now,
             hostname=self._hostname,
             devices=devices,
             processes=tuple(sorted(processes, key=lambda process: process.order)),
             unread=tuple(file for file in files if file.content is None),
+            expired=tuple(one.file for one in expired),
             searched=searched,
         )
 
@@ -176,6 +187,19 @@ class Observer:
         except OSError:
             return None
         return figures.integer(content, "pid") if content.get("pid_namespace") == ours else None
+
+
+def _one_each(processes: Sequence[Process]) -> list[Process]:
+    """A dead process once, by its latest report, whatever the number of its caches."""
+    found = [process for process in processes if process.state != DEAD]
+    dead: dict[object, list[Process]] = {}
+    for process in processes:
+        if process.state == DEAD:
+            dead.setdefault((process.own_pid, process.report.get("pid_namespace")), []).append(process)
+    for caches in dead.values():
+        latest, *others = sorted(caches, key=lambda one: one.report_age_s)
+        found.append(dataclasses.replace(latest, others=tuple(one.file for one in others)))
+    return found
 
 
 def _name(process: Process) -> str:

@@ -69,8 +69,8 @@ class Nvml:
             return None
         try:
             self._library = self._library or importlib.import_module("pynvml")
-        except ImportError as error:
-            return Devices(problem=str(error), code=LIBRARY_NOT_FOUND)
+        except ImportError:
+            return Devices(problem="pip install nvidia-ml-py", code=LIBRARY_NOT_FOUND)
         try:
             self._library.nvmlInit()
         except self._library.NVMLError as error:

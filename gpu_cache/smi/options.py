@@ -38,7 +38,7 @@ For machines:
   --serve [[ADDR:]PORT]    the same for a scraper ({DEFAULT_HOST}:{DEFAULT_PORT})
   --check                  nothing unless something is wrong; exit 3 then
 Look closer:
-  --leaks PID              entries that outlived a clear; --all for more than 10
+  --leaks PID|ROLE         entries that outlived a clear; --all for more than 10
   --gc                     delete the reports of dead processes
   --record FILE            append a sample every second (-l) to FILE
   --timeline FILE [-o OUT] a recording as a page for the browser (FILE.html)
@@ -55,7 +55,7 @@ Show:
   --version, -h, --help
 
 Exit: 0 shown, 1 unexpected error, 2 bad argument, 3 --check found LEAK, HUNG or DEAD, 4 reports
-may not be read, 9 driver not loaded, 12 NVML library missing (with --strict, or nothing to show).
+may not be read, 9 driver not loaded, 12 NVML library missing (both with --strict).
 """
 
 

@@ -15,6 +15,7 @@ from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, Process
 
 WARNING, NOTE = "warning", "note"
+ENDED = "ended_without_cleanup"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,17 @@ def problems_of(node: Node) -> list[Problem]:
     return found + [_of_file(file) for file in node.unread]
 
 
+def summed_up(problems: list[Problem]) -> list[Problem]:
+    """The same for people: all dead processes in one, the last."""
+    dead = [problem for problem in problems if problem.code == ENDED]
+    if len(dead) < 2:
+        return problems
+    youngest_s = min(problem.process.report_age_s for problem in dead if problem.process)
+    message = f"{len(dead)} processes ended without cleanup, the last {units.age(youngest_s)} ago; not counted above"
+    others = [problem for problem in problems if problem.code != ENDED]
+    return [*others, Problem(NOTE, ENDED, message, action=dead[0].action)]
+
+
 def _of_process(process: Process) -> Iterator[Problem]:
     match process.state:
         case state if state == LEAK:
@@ -65,7 +77,7 @@ def _of_process(process: Process) -> Iterator[Problem]:
             yield _hung(process)
         case state if state == DEAD:
             message = f"ended without cleanup {units.age(process.report_age_s)} ago; not counted above"
-            yield Problem(NOTE, "ended_without_cleanup", message, process, "Clear: gpu-cache-smi --gc")
+            yield Problem(NOTE, ENDED, message, process, "Clear: gpu-cache-smi --gc")
         case state if state == NEWER:
             yield _newer(process)
     if process.is_alive and process.host_pid is None:
@@ -79,7 +91,7 @@ def _of_process(process: Process) -> Iterator[Problem]:
 def _leak(process: Process) -> Problem:
     entries, nbytes = process.figure("outlived_entries"), process.figure("outlived_bytes")
     message = (
-        f"{units.count(entries)} entries ({units.mib(nbytes, 'MiB')}) survived 2+ clear_batches() calls;"
+        f"{units.count(entries)} entries ({units.size(nbytes)}) survived 2+ clear_batches() calls;"
         f" oldest {units.age(process.oldest_age_s)}"
     )
     whom = process.title if process.host_pid is None else process.pid

@@ -25,6 +25,7 @@ class Process:
         is_alive: Whether its lock is held.
         host_pid: As seen from here; None if it cannot be known.
         gpu: Its GPU, as NVML knows it.
+        others: Of a dead process, the reports of its other caches.
     """
 
     file: ReportFile
@@ -33,6 +34,7 @@ class Process:
     is_alive: bool
     host_pid: int | None
     gpu: Gpu | None
+    others: tuple[ReportFile, ...] = ()
 
     @property
     def state(self) -> str:
@@ -89,9 +91,9 @@ class Process:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """GPUs as NVML orders them, then those it does not know, then the host; on one GPU by role and rank."""
+        """GPUs as NVML orders them, then others, then the host; on one GPU by role and rank. The dead come last."""
         place = (0, self.gpu.index, self.gpu.label) if self.gpu else (1 + (self.seat == "cpu"), 0, self.seat)
-        return (*place, self.role, self.rank or 0, self.host_pid or 0)
+        return (self.state == DEAD, *place, self.role, self.rank or 0, self.host_pid or 0)
 
     @property
     def label(self) -> str:

@@ -213,7 +213,7 @@ def test_clears_between_two_fetches_are_one() -> None:
     cached(index, "c")
     index.remove(["c"])
     stats = index.stats()
-    assert (stats["clears"], stats["outlived_entries"], stats["outlived_bytes"]) == (2, 1, 8)
+    assert (stats["clears"], stats["outlived_entries"], stats["outlived_bytes"]) == (2, 1, 512)
     index.remove(["stays"])
     assert index.stats()["outlived_entries"] == 0
 

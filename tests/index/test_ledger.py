@@ -48,10 +48,10 @@ def test_figures_of_a_source(index: ShardIndex, clock: Clock) -> None:
     found = index.report()["sources"]
     assert list(found) == ["n:1", "n:2"]
     one = found["n:1"]
-    assert (one["entries"], one["resident_bytes"], one["oldest_entry_age_seconds"]) == (1, 8, 4.0)
+    assert (one["entries"], one["resident_bytes"], one["oldest_entry_age_seconds"]) == (1, 512, 4.0)
     assert (one["fetch_bytes"], one["fetch_busy_seconds"], one["fetch_errors"]) == (16, 2.0, 0)
     assert one["fetch_durations"][SOURCE_DURATION_EDGES_S.index(0.005)] == sum(one["fetch_durations"]) == 1
-    assert (found["n:2"]["resident_bytes"], found["n:2"]["oldest_entry_age_seconds"]) == (100, 1.0)
+    assert (found["n:2"]["resident_bytes"], found["n:2"]["oldest_entry_age_seconds"]) == (512, 1.0)
     index.remove(["a"])
     emptied = index.report()["sources"]["n:1"]
     assert (emptied["entries"], emptied["resident_bytes"], emptied["oldest_entry_age_seconds"]) == (0, 0, 0.0)
@@ -117,20 +117,20 @@ def test_why_a_fetch_failed(error: Exception, reason: str) -> None:
 
 
 def test_survivors_by_clears_survived(index: ShardIndex) -> None:
-    fetch(index, "old", nbytes=50)
+    fetch(index, "old", nbytes=1050)
     step(index, 0)
     fetch(index, "young", nbytes=7)
     step(index, 1)
     found = index.report()
-    assert found["survivors"] == [[1, 1, 7], [2, 1, 50]]
-    assert (found["outlived_entries"], found["outlived_bytes"], found["outlived_max_clears"]) == (1, 50, 2)
+    assert found["survivors"] == [[1, 1, 512], [2, 1, 1536]], "alignment included"
+    assert (found["outlived_entries"], found["outlived_bytes"], found["outlived_max_clears"]) == (1, 1536, 2)
     assert [one.key for one in index.oldest(9, is_outlived=True)] == ["old"]
     assert [one.key for one in index.oldest(9)] == ["old", "young"]
     assert index.oldest(1)[0].clears_survived == 2
-    assert (index.oldest(1)[0].dtype, index.oldest(1)[0].shape) == (torch.uint8, (50,))
+    assert (index.oldest(1)[0].dtype, index.oldest(1)[0].shape) == (torch.uint8, (1050,))
     for number in range(2, 30):
         step(index, number)
-    assert index.report()["survivors"] == [[16, 2, 57]]
+    assert index.report()["survivors"] == [[16, 2, 2048]]
 
 
 def test_a_kept_shard_is_no_leak(index: ShardIndex) -> None:
@@ -142,7 +142,7 @@ def test_a_kept_shard_is_no_leak(index: ShardIndex) -> None:
     index.publish([(claimed[0], Copy("coming", torch.zeros(2), None, 8))], "n:1", None)
     for number in range(3):
         step(index, number)
-    assert index.report()["survivors"] == [[3, 1, 8]]
+    assert index.report()["survivors"] == [[3, 1, 512]]
     assert [one.key for one in index.oldest(9, is_outlived=True)] == ["leaks"]
     index.remove(["cached", "coming", "leaks"])
     assert index.report()["survivors"] == []

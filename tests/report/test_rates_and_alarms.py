@@ -106,7 +106,7 @@ def test_a_source_far_slower_than_the_others_is_told(caplog: pytest.LogCaptureFi
         fast = {name: source(second * 1e9, second / 8) for name in "abc"}
         watched.look(sources={**fast, "slow": source(second * 0.1e9, second / 10), "idle": source(1, 1e-3)})
     assert [record.message for record in caplog.records] == [
-        "slow delivers 1.0 GB/s, the median of the 3 other sources is 8.0: look at its load and its network"
+        "slow delivers 1GB/s, the median of the 3 other sources is 8GB/s: look at its load and its network"
     ] * 2
 
 

@@ -90,7 +90,7 @@ def test_without_a_leak(node: Machine) -> None:
     add_trainers(node.folder)
     with answering(node.folder.path, json.dumps(answer(num=0) | {"outlived_bytes": 0})):
         done = node.run("--leaks", "41873")
-    assert done.out == "GPU 0  pid 41873  actor/0      0 entries, 0MiB survived 2 or more clear_batches()\n"
+    assert done.out == "GPU 0  pid 41873  actor/0      0 entries, 0B survived 2 or more clear_batches()\n"
 
 
 def test_nonsense_for_an_answer_is_waited_out(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +187,11 @@ def test_gc_that_may_not_is_4(node: Machine, monkeypatch: pytest.MonkeyPatch) ->
     done = node.run("--gc")
     assert (done.code, done.out) == (4, "")
     assert "may not remove" in done.err
+
+
+@pytest.mark.parametrize("named", ["41876", "actor/3", "actor"])
+def test_a_process_is_named_by_pid_or_role(node: Machine, named: str) -> None:
+    add_trainers(node.folder)
+    with answering(node.folder.path, json.dumps(answer(leak(0)))):
+        assert node.run("--leaks", named).out.startswith("GPU 3  pid 41876  actor/3")
+    assert node.run("--leaks", "critic").err == "gpu-cache-smi: no process with a cache has the pid or role critic\n"

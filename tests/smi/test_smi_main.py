@@ -127,10 +127,10 @@ def test_json_has_the_specifications_keys(node: Machine) -> None:
     assert first["oldest_entry_age_seconds"] == 38.2
     hung = found["processes"][5]
     assert (hung["fetch_bytes_per_second"], hung["oldest_entry_age_seconds"]) == (None, 127.0)
-    assert found["processes"][6] == found["processes"][6] | {"state": "dead", "lookups": None, "sources": {}}
+    assert found["processes"][7] == found["processes"][7] | {"state": "dead", "lookups": None, "sources": {}}
     codes = ["outlived_clear", "no_report", "ended_without_cleanup"]
     assert [problem["code"] for problem in found["problems"]] == codes
-    assert found["problems"][0]["message"] == ("12 entries (2172MiB) survived 2+ clear_batches() calls; oldest 1h12m")
+    assert found["problems"][0]["message"] == ("12 entries (2.1GiB) survived 2+ clear_batches() calls; oldest 1h12m")
 
 
 def test_json_in_a_loop_is_one_line_each(node: Machine) -> None:
@@ -154,7 +154,7 @@ def test_tables_repeat_with_a_blank_line_between(node: Machine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "01234567"),
+        ([], "01234576"),
         (["-i", "3"], "3"),
         (["--id", "GPU-604ac76c-d9cf-fef3-62e9-d92044ab6e54,0"], "04"),
         (["--pid", "41875"], "2"),
@@ -243,7 +243,8 @@ def test_strict_tells_of_nvml(
     with machine(tmp_path, monkeypatch, capsys, FakeNvml(failure=failure)) as node:
         node.folder.add(report(0), host_pid=41873)
         assert [node.run().code, node.run("--strict").code, node.run("--json").code] == [0, code, 0]
-        assert node.run("--json", "--strict").err == ""
+        assert node.run("--json").err == ""
+        assert node.run("--json", "--strict").err.startswith("gpu-cache-smi: NVML not available: ")
 
 
 def test_reports_that_may_not_be_read_are_4(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,3 +279,9 @@ def test_a_bad_argument_is_refused_in_words(node: Machine, arguments: list[str],
     found = node.run(*arguments)
     assert (found.code, found.out) == (2, "")
     assert found.err == f"gpu-cache-smi: {message}\nHint: gpu-cache-smi --help\n"
+
+
+def test_dmon_tells_a_death_once(node: Machine) -> None:
+    add_trainers(node.folder)
+    lines = node.run("--dmon", "--loop-ms", "250", "-c", "3").out.splitlines()
+    assert [sum(word in line.split() for line in lines) for word in ("actor/0", "dead")] == [3, 1]

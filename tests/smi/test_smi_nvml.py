@@ -48,7 +48,7 @@ def test_without_the_python_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib, "import_module", missing)
     devices = Nvml().look()
-    assert (devices.code, devices.problem) == (12, "No module named 'pynvml'")
+    assert (devices.code, devices.problem) == (12, "pip install nvidia-ml-py")
 
 
 def test_the_real_package_has_every_name_that_the_tool_uses() -> None:

@@ -31,7 +31,7 @@ def test_a_recording_is_a_line_for_each_look(node: Machine, tmp_path: Path) -> N
     assert leaking["title"] == "actor/3"
     assert leaking["survivors"] == [[9, 12, 2172 * MIB]]
     assert leaking["device_bytes"] == 14460 * MIB
-    dead = found[0]["processes"][6]
+    dead = found[0]["processes"][7]
     assert (dead["state"], dead["device_bytes"], dead["sources"], dead["survivors"]) == ("dead", None, {}, [])
     assert "outlived" not in json.dumps(found)
 

@@ -34,10 +34,19 @@ def test_less_than_a_mib_does_not_look_like_nothing(nbytes: float | None, text: 
 
 @pytest.mark.parametrize(
     ("nbytes", "text"),
-    [(None, "-"), (0, "0MiB"), (40 * MIB, "40MiB"), (52 * MIB, "0.1GiB"), (3 << 30, "3.0GiB"), (400 << 30, "0.4TiB")],
-)
-def test_large_amounts(nbytes: float | None, text: str) -> None:
-    assert units.large(nbytes) == text
+    [
+        (None, "-"), (0, "0B"), (72, "72B"), (1023, "1023B"), (1434, "1.4KiB"), (300_000, "293KiB"), (MIB - 1, "1MiB"),
+        (40 * MIB, "40MiB"), (1023 * MIB, "1023MiB"), (12288 * MIB, "12GiB"), (99.94 * MIB, "99.9MiB"),
+        (5000 << 40, "5000TiB"),
+    ],
+)  # fmt: skip
+def test_sizes_come_in_the_unit_that_fits(nbytes: float | None, text: str) -> None:
+    assert units.size(nbytes) == text
+
+
+def test_speeds_come_in_the_unit_that_fits() -> None:
+    speeds = [None, 0, 12, 950_000, 38e6, 999.9e6, 11.44e9]
+    assert list(map(units.speed, speeds)) == ["-", "0B/s", "12B/s", "950kB/s", "38MB/s", "1GB/s", "11.4GB/s"]
 
 
 def test_rates_and_ordinals() -> None:

@@ -141,7 +141,7 @@ def test_rows_follow_sort_and_filter(node: Machine) -> None:
     def shown(*keys: str) -> list[int | None]:
         return [process.rank for process in pressed(*keys).processes(node.look())]
 
-    assert shown() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert shown() == [0, 1, 2, 3, 4, 5, 7, 6]
     assert shown("s") == [3, 1, 0, 7, 4, 2, 5, 6]
     assert shown(*"sss")[:2] == [3, 5]
     assert shown(*"ssss")[:3] == [6, 5, 3]
@@ -291,3 +291,8 @@ def test_interrupting_a_session_leaves_the_terminal_as_it_was(node: Machine, tmp
         on.process.send_signal(signal.SIGINT)
         assert on.process.wait(30) == 0
         assert termios.tcgetattr(on.master) == before
+
+
+def test_without_a_report_the_live_view_waits_and_says_so(node: Machine) -> None:
+    shown = node.run("--watch", "0.25", "-c", "2").out
+    assert shown.count(" waiting: no cache reports in /") == 2
