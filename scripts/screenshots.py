@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     options.output.mkdir(parents=True, exist_ok=True)
     for name, script in RUNS.items():
-        demo = WatchedDemo(script, options.steps)
+        demo = WatchedDemo(name, script, options.steps)
         demo.watch()
         (options.output / f"table-{name}.svg").write_text(demo.table())
         (options.output / f"watch-{name}.svg").write_text(demo.live())

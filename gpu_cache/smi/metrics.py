@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -211,15 +212,20 @@ OF_THE_DEAD = "gpu_cache_process_state"
 
 
 def exported(node: Node) -> list[Exported]:
-    """Every process once. A dead one gives way to its successor; living ones of equal labels are told apart by pid."""
+    """Every cache once. A dead one gives way to its successor; twins get longer ranks, in the order of their start.
+
+    No label has a pid in it, so that the next run of the same job goes on with the same series.
+    """
     found: dict[tuple[str, ...], Process] = {}
+    twins: Counter[tuple[str, ...]] = Counter()
     for process in sorted(node.processes, key=_precedence):
         rank = "" if process.rank is None else str(process.rank)
         labels = (process.gpu.label if process.gpu else "", process.role, rank)
         if process.state == NEWER or (labels in found and process.state == DEAD):
             continue
         if labels in found:
-            labels = (*labels[:2], f"{rank}.{process.pid}.{process.file.name[-6:]}")
+            twins[labels] += 1
+            labels = (*labels[:2], f"{rank}.{twins[labels]}")
         found[labels] = process
     return [Exported(labels, process) for labels, process in found.items()]
 

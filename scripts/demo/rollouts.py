@@ -60,7 +60,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker.main, args=(theirs, port), name=f"rollout-worker-{number}", daemon=True
+            target=worker.main, args=(theirs, port, number), name=f"rollout-worker-{number}", daemon=True
         )
         self._process.start()
         # With our copy of its end closed, the pipe ends when the worker does.

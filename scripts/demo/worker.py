@@ -86,16 +86,16 @@ class RolloutWorker:
         return to_text(RTensor.remotize(batch, node_addr=self._address))
 
 
-def main(connection: Connection, port: int) -> None:
+def main(connection: Connection, port: int, number: int) -> None:
     """Run a worker until it is told to stop or the trainer is gone, which closes the pipe.
 
     Sends the address of its shard server first, then one answer for each order. Serves on another port than `port`
-    if that is taken.
+    if that is taken. Reports to `gpu-cache-smi` as the rollout of this `number`.
     """
     # Ctrl-C reaches the whole group; the trainer decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    runtime.configure(device="cpu", role="rollout")
+    runtime.configure(device="cpu", role="rollout", rank=number)
     with _serving(port) as server, contextlib.suppress(EOFError, ConnectionError):
         worker = RolloutWorker(server.address)
         connection.send(server.address)

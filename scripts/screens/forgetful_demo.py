@@ -17,10 +17,10 @@ PERIOD = 5
 _clear, _steps = session.clear_everywhere, itertools.count(1)
 
 
-def clear_most(handles: Any, consumers: Any = ()) -> None:
+def clear_most(*arguments: Any, **options: Any) -> None:
     """Clear a batch, unless it is the fifth one."""
     if next(_steps) % PERIOD:
-        _clear(handles, consumers)
+        _clear(*arguments, **options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run of the demo, and what `gpu-cache-smi` sees of it."""
+"""A run of the demo as `gpu-cache-smi` sees it, and the check that its pictures show what their captions say."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gpu_cache.smi.frame import Size, frame
 from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Filters, Node, Observer
 from gpu_cache.smi.problems import problems_of
+from gpu_cache.smi.process import LEAK, OK
 from gpu_cache.smi.view import View
 
 PERIOD_S = 0.25
@@ -28,6 +29,11 @@ _HOSTNAME = "trainer-node"
 _POOL = "16MiB"  # small, as the demo's batches are
 _WATCH_ROWS = 18
 _TRAINER = Filters(roles=("trainer",))
+# The processes that captions speak of, each with its state.
+CAST = {
+    "healthy": {"rollout/0": OK, "rollout/1": OK, "trainer/0": OK},
+    "leaking": {"rollout/0": OK, "rollout/1": OK, "trainer/0": LEAK},
+}
 _PARTS = (boxes.DEVICES, boxes.PROCESSES, boxes.SOURCES)
 
 
@@ -35,11 +41,13 @@ class WatchedDemo:
     """Looks at a run until it ends.
 
     Args:
+        name: A key of `CAST`.
         script: The demo, or a variant of it.
         steps: How many it trains.
     """
 
-    def __init__(self, script: Path, steps: int) -> None:
+    def __init__(self, name: str, script: Path, steps: int) -> None:
+        self._cast = CAST[name]
         self._command = [sys.executable, str(script), "--steps", str(steps), "--uncached-steps", "0", "--quiet"]
         self._history = History()
         self._lines: list[str] = []
@@ -51,8 +59,7 @@ class WatchedDemo:
         with tempfile.TemporaryDirectory() as folder, self._running(Path(folder)) as process:
             observer = Observer(lambda: [Path(folder)], hostname=_HOSTNAME)
             while process.poll() is None:
-                node = observer.look()
-                if node.processes:
+                if (node := observer.look()).processes:
                     self._history.add(node)
                     self._lines.append(recording.line(node.filtered(_TRAINER)))
                     self._keep(node)
@@ -73,10 +80,10 @@ class WatchedDemo:
                 process.terminate()
 
     def _keep(self, node: Node) -> None:
-        """What the screens show: the latest look at which everybody was there and the trainer had a batch."""
-        trainer = node.filtered(_TRAINER)
-        is_whole = self._latest is None or len(node.processes) >= len(self._latest.processes)
-        if is_whole and trainer.summed("num_entries"):
+        """Keep the latest look that the captions describe, at which the trainer had a batch."""
+        if {one.title: one.state for one in node.processes} == self._cast and node.filtered(_TRAINER).summed(
+            "num_entries"
+        ):
             self._latest, self._num_seen = node, len(self._lines)
 
     def table(self) -> str:
@@ -96,7 +103,7 @@ class WatchedDemo:
 
     def _seen(self) -> Node:
         if self._latest is None:
-            raise ValueError("the demo ended before its trainer reported a batch")
+            raise ValueError(f"at no moment of the demo were its processes as the captions say: {self._cast}")
         return self._latest
 
 

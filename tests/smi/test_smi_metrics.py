@@ -145,9 +145,25 @@ def test_no_two_processes_share_labels(node: Machine) -> None:
     node.folder.add(report(0, pid=4, gpu_uuid="GPU-unknown"), host_pid=4)
     found = scraped(node)
     live = {dict(labels)["rank"] for (name, labels) in found if name == "gpu_cache_process_info"}
-    assert live == {"0", "0.3.0a1b2c"}
+    assert live == {"0", "0.1"}
     assert value(found, "gpu_cache_process_state", gpu="0", rank="0", state="dead") == 0
     assert value(found, "gpu_cache_process_info", pid="4", gpu="") == 1
+
+
+def test_the_next_run_of_a_job_goes_on_with_the_same_series(node: Machine) -> None:
+    def labels() -> set[object]:
+        return {key for key in scraped(node) if key[0] not in ("gpu_cache_process_info", "gpu_cache_process_state")}
+
+    def run(first_pid: int) -> list[Path]:
+        made = [report(0, pid=first_pid + n, role="rollout", rank=n % 2, start_time=first_pid + n) for n in range(6)]
+        return [node.folder.add(one, host_pid=one["pid"]) for one in made]
+
+    paths = run(100)
+    before = labels()
+    for path in paths:
+        node.folder.release(path)
+    run(200)
+    assert labels() == before
 
 
 def test_every_metric_of_the_table_is_exported(node: Machine) -> None:
