@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from sys import getrefcount
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from weakref import getweakrefcount
 
 import torch
@@ -20,10 +20,14 @@ from gpu_cache.errors import PromiseError, failure_reason
 from gpu_cache.index.entry import Candidate, Claim, Entry, Flight, Holding, Promise, State
 from gpu_cache.index.ledger import Ledger
 from gpu_cache.index.mutation import DOUBTED, Mutations
+from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.lease import UNSHARED, Lease, num_owners
 from gpu_cache.report.schema import EntryInfo
+
+if blocks is not None:
+    blocks.bind(Entry, Copy, OrderedDict.move_to_end)
 
 Table: TypeAlias = OrderedDict[Hashable, Entry]  # of one level, least recently used first
 
@@ -146,6 +150,15 @@ class ShardIndex:
         left: list[torch.Tensor | None] = []  # loans that readers keep, to die outside the lock
         completions: dict[Any, None] = {}
         is_checked, nbytes, latest = self._mutations.is_on, 0, None
+        if blocks is not None and type(expected) is dict:
+            with self._lock:
+                found = blocks.hits(self._entries, keys, expected, is_checked, left, completions)
+                if found is None:
+                    return None
+                lent, nbytes = found
+                self._ledger.counters.hits += len(lent)
+                self._ledger.counters.hit_bytes += nbytes
+            return lent, completions
         with self._lock:
             find, touch = self._entries.get, self._entries.move_to_end
             for key, promise in zip(keys, map(expected.get, keys), strict=True):
@@ -547,6 +560,8 @@ class ShardIndex:
             one: A shard that is there.
             left: Gets the loan that was given up, for the caller to let die outside the lock.
         """
+        if blocks is not None:
+            return cast(torch.Tensor, blocks.lend(one, left))
         loan, base = one.loan, one.base
         if (
             loan is None

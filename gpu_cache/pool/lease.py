@@ -28,6 +28,7 @@ from weakref import getweakrefcount
 import torch
 
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.native import blocks
 
 _COLLECTIONS = 1000
 _LAYOUTS = 4096  # remembered
@@ -137,6 +138,11 @@ def carve(
     Call inside `plain_tensors()`. The tensor is like `template`, which is empty, in dtype and device; it has a storage
     of its own, of exactly `nbytes`, that cannot be resized. With a `Catch` this never gives the GIL away.
     """
+    if blocks is not None:
+        base, twin, ends = blocks.carve(arena, offset, nbytes, template, shape, freed.append)
+        if isinstance(freed, Catch):
+            freed.twins.append(twin)
+        return base, ends
     hidden = _slice_of(arena, slice(offset, offset + nbytes))
     inner = _slice_of(hidden, _WHOLE)
     layout = _layout_of(shape, template.dtype)
