@@ -249,6 +249,8 @@ class ShardIndex:
                 found.hits[key] = self._loan_locked(at, left)
             self._ledger.claimed(found, len(ready), hit_bytes, num_low)
         del left
+        if blocks is not None:
+            blocks.untrack([part for entry in found.claimed.values() for part in (entry, entry.flight)])
         self._mutations.tell(changed)
         return found
 
@@ -326,6 +328,8 @@ class ShardIndex:
             failed = [entry for entry in entries if not entry.is_settled]
             for entry in failed:
                 entry.flight.error = error
+                if blocks is not None:
+                    blocks.track([entry, entry.flight])  # the frames of an error may refer to them
                 if entry.flight.is_copy:
                     self._let_go_below_locked(entry)
                 self._forget_locked(entry)
@@ -732,6 +736,8 @@ class ShardIndex:
             if entry.flight.is_copy:
                 self._let_go_below_locked(entry)
         self._ledger.landed(landed, node)
+        if blocks is not None:
+            blocks.untrack([entry.copy for entry in landed])
         return landed
 
     def _stands_locked(self, entry: Entry) -> bool:

@@ -167,9 +167,23 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (base.object == nullptr || loan.object == nullptr) {
     return nullptr;
   }
+  PyObject_GC_UnTrack(kept.object);  // its only cycle is that of its slab, which ends when the block does
   PyObject_GC_UnTrack(base.object);  // is in no cycle: it is never handed out, and refers to no Python object
   return PyTuple_Pack(3, base.object, loan.object, kept.object);
   END_HANDLE_TH_ERRORS
+}
+
+// track(objects): the reverse of `untrack`.
+PyObject* track(PyObject*, PyObject* objects) {
+  if (!PyList_Check(objects)) {
+    return PyErr_Format(PyExc_TypeError, "track takes a list");
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(objects); ++i) {
+    if (!PyObject_GC_IsTracked(PyList_GET_ITEM(objects, i))) {
+      PyObject_GC_Track(PyList_GET_ITEM(objects, i));
+    }
+  }
+  Py_RETURN_NONE;
 }
 
 // untrack(objects): leave records that are in no cycle out of the garbage collector's lists.
@@ -358,6 +372,7 @@ PyMethodDef methods[] = {
     {"bind", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bind)), METH_FASTCALL, nullptr},
     {"carve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(carve)), METH_FASTCALL, nullptr},
     {"lend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lend_one)), METH_FASTCALL, nullptr},
+    {"track", track, METH_O, nullptr},
     {"untrack", untrack, METH_O, nullptr},
     {"hits", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hits)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
