@@ -1,4 +1,4 @@
-# make demo / test / areal / check / bench / plot / screenshots. Each makes .venv by itself.
+# make demo / test / areal / native / check / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=
@@ -13,7 +13,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: help demo test scripts areal check bench plot screenshots clean
+.PHONY: help demo test scripts areal native check bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
@@ -21,6 +21,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make scripts  run the tests of whole scripts: demo, benchmark, soak, README's commands"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
+	@echo "make native  build the C++ functions, and run the tests of blocks and hits with them"
 	@echo "make check  lint, format, types, import ranks"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
 	@echo "make screenshots  take the README's pictures of gpu-cache-smi from runs of the demo (needs a Chromium)"
@@ -49,6 +50,13 @@ areal: $(READY)
 	@$(PY) scripts/areal_venv.py; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
 	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/beside_areal
+
+# Exit 2: no compiler.
+native: export GPU_CACHE_NATIVE_DIR := $(CURDIR)/.venv/native
+native: $(READY)
+	@GPU_CACHE_NATIVE=0 $(PY) -m gpu_cache.native; found=$$?; \
+	if [ $$found -eq 2 ]; then echo "SKIPPED: the C++ functions are not built"; exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	GPU_CACHE_NATIVE=1 $(PY) -m pytest tests/native tests/pool tests/index $(ARGS)
 
 scripts: $(READY)
 	$(PY) -m pytest -m "scripts and not slow and not stress" $(ARGS)

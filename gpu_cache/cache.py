@@ -418,7 +418,6 @@ class TensorCache:
     def _start_empty(self) -> None:
         counter = AliasCounter()
         index = self._index = ShardIndex(
-            aliases_of,
             counter.is_held,
             mutations=Mutations(self.config.on_mutation),
             is_held_beside_loan=counter.is_held_beside_loan,

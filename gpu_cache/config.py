@@ -18,7 +18,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNORECASE)
 
 _PREFIX = "GPU_CACHE_"
-_OTHER_VARIABLES = {"areal", "require_gpu", "shm", "stats_dead_s", "stats_dir", "stats_group"}  # as fields are spelt
+# As fields are spelt.
+_OTHER_VARIABLES = {"areal", "native", "native_dir", "require_gpu", "shm", "stats_dead_s", "stats_dir", "stats_group"}
 
 # About thirty years. A longer time means no limit: no lock, socket or timer takes it.
 LONGEST_S = 1e9

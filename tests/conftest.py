@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("GPU_CACHE_NATIVE", "0")  # `make native` runs the tests of blocks and hits with what it built
+
 from gpu_cache import process, reaper
 from gpu_cache.cache import TensorCache
 from tests.support.clocks import Clock

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "gpu_cache"
 
 # Each folder, or module of `gpu_cache` itself, imports from its own rank or a lower one.
 RANKS = [
-    {"config", "errors", "hosts", "process", "source", "throttle", "units"},
+    {"config", "errors", "hosts", "native", "process", "source", "throttle", "units"},
     {"device"},
     {"report"},
     {"pool"},

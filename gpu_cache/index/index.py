@@ -7,29 +7,24 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from sys import getrefcount
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
-from weakref import getweakrefcount
+from typing import Any
 
 import torch
 
 from gpu_cache.errors import PromiseError, failure_reason
+from gpu_cache.index import lending
 from gpu_cache.index.entry import Candidate, Claim, Entry, Flight, Holding, Promise, State
 from gpu_cache.index.ledger import Ledger
+from gpu_cache.index.lending import Table
 from gpu_cache.index.mutation import DOUBTED, Mutations
 from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
-from gpu_cache.pool.lease import UNSHARED, Lease, num_owners
+from gpu_cache.pool.lease import UNSHARED, Lease, aliases_of, num_owners
 from gpu_cache.report.schema import EntryInfo
-
-if blocks is not None:
-    blocks.bind(Entry, Copy, OrderedDict.move_to_end)
-
-Table: TypeAlias = OrderedDict[Hashable, Entry]  # of one level, least recently used first
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -51,7 +46,6 @@ class ShardIndex:
     it rises, the lower entry is READY, and the upper one PENDING, of the same generation.
 
     Args:
-        alias: Makes tensors to hand out from entries' bases; must be quick, it runs under the lock.
         is_held: Whether somebody but the index holds a base.
         now: Seconds, monotonic.
         mutations: What is done about entries that a reader wrote into; None: nothing.
@@ -66,7 +60,6 @@ class ShardIndex:
 
     def __init__(
         self,
-        alias: Callable[[Iterable[torch.Tensor]], list[torch.Tensor]],
         is_held: Callable[[torch.Tensor], bool],
         now: Callable[[], float] = time.monotonic,
         mutations: Mutations | None = None,
@@ -78,7 +71,7 @@ class ShardIndex:
         self._entries, self._above, self._below = Table(), Table(), Table()  # what there is no level for stays empty
         self._ledger = Ledger(now)
         self._shared = Shared(self._ledger, [self._entries])
-        self._alias, self._mutations = alias, mutations or Mutations()
+        self._mutations = mutations or Mutations()
         self._is_held, self._is_held_beside_loan = is_held, is_held_beside_loan or is_held
         self.broken = broken
         self.looks_for_writes = self._mutations.is_on
@@ -146,49 +139,14 @@ class ShardIndex:
         Returns:
             The tensors, and the completions that they are safe to read after, each once.
         """
-        lent: list[torch.Tensor] = []
-        left: list[torch.Tensor | None] = []  # loans that readers keep, to die outside the lock
+        left: list[torch.Tensor | None] = []
         completions: dict[Any, None] = {}
-        is_checked, nbytes, latest = self._mutations.is_on, 0, None
-        if blocks is not None and type(expected) is dict:
-            with self._lock:
-                found = blocks.hits(self._entries, keys, expected, is_checked, left, completions)
-                if found is None:
-                    return None
-                lent, nbytes = found
-                self._ledger.counters.hits += len(lent)
-                self._ledger.counters.hit_bytes += nbytes
-            return lent, completions
+        plain = expected if type(expected) is dict else dict(expected)
         with self._lock:
-            find, touch = self._entries.get, self._entries.move_to_end
-            for key, promise in zip(keys, map(expected.get, keys), strict=True):
-                entry = find(key)
-                if entry is None or (copy := entry.copy) is None:
-                    return None
-                # Equal ones are mostly one object: looking into two for each of thousands costs a quarter of the hit.
-                if promise is not None and entry.promise is not promise and entry.promise != promise:
-                    return None
-                loan = copy.loan
-                if is_checked and (copy.base if loan is None else loan)._version != copy.version:
-                    return None
-                # As `_loan_locked`, whose call would cost a tenth of the hit.
-                if (
-                    loan is None
-                    or getrefcount(loan) != UNSHARED
-                    or num_owners(loan) != 1
-                    or getweakrefcount(loan)
-                    or loan.requires_grad
-                    or loan.grad is not None
-                    or loan.__dict__
-                ):
-                    loan = self._alias_locked(copy, left)
-                else:
-                    loan.data = copy.base
-                lent.append(loan)
-                touch(key)
-                nbytes += copy.nbytes
-                if (completion := copy.completion) is not latest and completion is not None:
-                    completions[completion], latest = None, completion
+            found = lending.hits(self._entries, keys, plain, self._mutations.is_on, left, completions)
+            if found is None:
+                return None
+            lent, nbytes = found
             self._ledger.counters.hits += len(lent)
             self._ledger.counters.hit_bytes += nbytes
         return lent, completions
@@ -245,8 +203,7 @@ class ShardIndex:
                 num_low += (is_low := self._is_low(table))
                 if at.completion is not None:
                     found.completions[at.completion] = is_low
-            for key, at in ready.items():
-                found.hits[key] = self._loan_locked(at, left)
+            found.hits.update(zip(ready, lending.lend(list(ready.values()), left), strict=True))
             self._ledger.claimed(found, len(ready), hit_bytes, num_low)
         del left
         if blocks is not None:
@@ -258,9 +215,9 @@ class ShardIndex:
         """A tensor for one reader, of each of the shards that are there."""
         left: list[torch.Tensor | None] = []
         with self._lock:
-            lent = {key: self._loan_locked(one, left) for key, one in copies.items()}
+            lent = lending.lend(list(copies.values()), left)
         del left
-        return lent
+        return dict(zip(copies, lent, strict=True))
 
     def reserve(self, key: Hashable, deadline: float = 0.0) -> Entry | None:
         """A claim on one key that counts as no look-up; None if the key has an entry. `deadline` as of a `Claim`.
@@ -452,7 +409,7 @@ class ShardIndex:
             entry = self._entries.get(key)
             if entry is not None and (at := entry.copy) is not None:
                 self._entries.move_to_end(key)
-                found = self._alias([at.counted])[0], at.completion
+                found = aliases_of([at.counted])[0], at.completion
         if changed:
             self._mutations.tell(changed)
         return found
@@ -461,7 +418,7 @@ class ShardIndex:
         """The bytes of what is READY, and an alias of each; counts as no look-up."""
         with self._lock:
             found = [one.copy for key in keys for one in self._at_locked(key) if one.copy is not None]
-            return list(zip(found, self._alias([one.base for one in found]), strict=True))
+            return list(zip(found, aliases_of([one.base for one in found]), strict=True))
 
     def compare_checksums(self, checksums: Iterable[tuple[Copy, int]]) -> None:
         """Note a copy's first checksum; let one that has another by now be found changed."""
@@ -551,43 +508,6 @@ class ShardIndex:
     def _at_locked(self, key: Hashable) -> list[Entry]:
         """The entries of a key: of more than one level only while it rises."""
         return [entry for table in self._shared.tables if (entry := table.get(key)) is not None]
-
-    def _loan_locked(self, one: Copy, left: list[torch.Tensor | None]) -> torch.Tensor:
-        """The loan of a copy, if no reader has it; else an alias, which is the loan from now on.
-
-        An alias for each reader would cost twice the time. And dropping it would give the GIL away, in the reader's
-        thread. A reader may have changed how a loan looks (`t_`, `resize_`, `data`): it is made to look like the base
-        again, by a call that keeps the GIL. Loans that autograd knows of stay with their reader.
-        Source: our measurement, torch 2.13: a loan 0.45 us, an alias and its drop 1.1, beside a busy thread 56 to 210.
-
-        Args:
-            one: A shard that is there.
-            left: Gets the loan that was given up, for the caller to let die outside the lock.
-        """
-        if blocks is not None:
-            return cast(torch.Tensor, blocks.lend(one, left))
-        loan, base = one.loan, one.base
-        if (
-            loan is None
-            or getrefcount(loan) != UNSHARED
-            or num_owners(loan) != 1
-            or getweakrefcount(loan)
-            or loan.requires_grad
-            or loan.grad is not None
-            or loan.__dict__
-        ):
-            return self._alias_locked(one, left)
-        loan.data = base
-        return loan
-
-    def _alias_locked(self, one: Copy, left: list[torch.Tensor | None]) -> torch.Tensor:
-        """Lend what a reader keeps a loan of, too."""
-        (alias,) = self._alias([one.counted])
-        if one.loan is not None:
-            alias.data = one.base
-        left.append(one.loan)
-        one.loan = alias
-        return alias
 
     def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
         """Claim what is not there: from a source, or a copy of what is below."""

@@ -118,20 +118,21 @@ at::Tensor dense(c10::Storage storage, const at::Tensor& like, c10::IntArrayRef 
 // has exactly `nbytes`, and cannot be resized.
 PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "carve takes 6 arguments, not ", count);
+  TORCH_CHECK_TYPE(
+      count == 6 && THPStorage_Check(args[0]) && THPVariable_Check(args[3]) && PyTuple_Check(args[4]),
+      "carve takes a storage, offset, bytes, a tensor, a tuple and a function");
   const c10::Storage& arena = THPStorage_Unpack(args[0]);
   const int64_t offset = PyLong_AsSsize_t(args[1]);
   const int64_t nbytes = PyLong_AsSsize_t(args[2]);
   const at::Tensor& like = THPVariable_Unpack(args[3]);
   PyObject* shape = args[4];
-  TORCH_CHECK_TYPE(PyTuple_Check(shape), "a shape is a tuple");
   c10::SmallVector<int64_t, 8> sizes;
-  bool is_negative = false;
+  bool is_negative = false, is_huge = false;
   int64_t wanted = static_cast<int64_t>(like.dtype().itemsize());
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i) {
     sizes.push_back(PyLong_AsSsize_t(PyTuple_GET_ITEM(shape, i)));
     is_negative |= sizes.back() < 0;
-    wanted *= sizes.back();
+    is_huge |= __builtin_mul_overflow(wanted, sizes.back(), &wanted);
   }
   if (PyErr_Occurred()) {
     return nullptr;
@@ -139,15 +140,15 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (is_negative) {
     return PyErr_Format(PyExc_ValueError, "shape %R has a negative length", shape);
   }
-  if (wanted != nbytes) {
+  if (is_huge || wanted != nbytes) {
     return PyErr_Format(
         PyExc_ValueError, "%zd bytes are no %s tensor of shape %R", static_cast<Py_ssize_t>(nbytes),
         c10::toString(like.scalar_type()), shape);
   }
-  const int64_t end = offset + nbytes;
+  const auto room = static_cast<int64_t>(arena.nbytes());
   TORCH_CHECK_VALUE(
-      offset >= 0 && nbytes > 0 && end <= static_cast<int64_t>(arena.nbytes()), "bytes ", offset, " to ", end,
-      " are not in an arena of ", arena.nbytes());
+      offset >= 0 && nbytes > 0 && offset <= room && nbytes <= room - offset, nbytes, " bytes at ", offset,
+      " are not in an arena of ", room);
 
   auto* lease = reinterpret_cast<Lease*>(LeaseType.tp_alloc(&LeaseType, 0));
   if (lease == nullptr) {
@@ -301,18 +302,29 @@ bool is_changed(PyObject* copy) {
       static_cast<uint32_t>(PyLong_AsUnsignedLongMask(slot(copy, slots.version)));
 }
 
-// lend(copy, left) -> tensor: one of those of `hits`.
-PyObject* lend_one(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// lend(copies, left) -> list of tensors
+PyObject* lend_all(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 2, "lend takes 2 arguments, not ", count);
-  return lend(args[0], args[1]);
+  TORCH_CHECK_TYPE(count == 2 && PyList_Check(args[0]) && PyList_Check(args[1]), "lend takes two lists");
+  const Py_ssize_t length = PyList_GET_SIZE(args[0]);
+  Ref lent(PyList_New(length));
+  for (Py_ssize_t i = 0; lent.object != nullptr && i < length; ++i) {
+    PyObject* tensor = lend(PyList_GET_ITEM(args[0], i), args[1]);
+    if (tensor == nullptr) {
+      return nullptr;
+    }
+    PyList_SET_ITEM(lent.object, i, tensor);
+  }
+  return lent.release();
   END_HANDLE_TH_ERRORS
 }
 
 // hits(table, keys, expected, checks_versions, left, completions) -> (tensors, nbytes), or None if not all are hits.
 PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 6, "hits takes 6 arguments, not ", count);
+  TORCH_CHECK_TYPE(
+      count == 6 && PyDict_Check(args[0]) && PyDict_Check(args[2]) && PyList_Check(args[4]) && PyDict_Check(args[5]),
+      "hits takes a table, keys, a dict, a bool, a list and a dict");
   PyObject *table = args[0], *expected = args[2], *left = args[4], *completions = args[5];
   const bool checks_versions = args[3] == Py_True;
   Ref keys(PySequence_Fast(args[1], "keys are no sequence"));
@@ -371,7 +383,7 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"bind", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bind)), METH_FASTCALL, nullptr},
     {"carve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(carve)), METH_FASTCALL, nullptr},
-    {"lend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lend_one)), METH_FASTCALL, nullptr},
+    {"lend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lend_all)), METH_FASTCALL, nullptr},
     {"track", track, METH_O, nullptr},
     {"untrack", untrack, METH_O, nullptr},
     {"hits", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hits)), METH_FASTCALL, nullptr},

@@ -20,7 +20,6 @@ from gpu_cache.config import ALIGNMENT
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.freelist import FreeList
-from gpu_cache.pool.lease import aliases_of
 
 NAME = "W4"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -54,7 +53,7 @@ class IndexTable:
     """The cache's index, called as a fetch calls it: claim, publish, release; hits are aliases."""
 
     def __init__(self) -> None:
-        self._index = ShardIndex(aliases_of, lambda base: False)
+        self._index = ShardIndex(lambda base: False)
 
     def insert(self, keys: Sequence[str], landings: Sequence[Copy]) -> None:
         claimed = self._index.claim(keys).claimed.values()

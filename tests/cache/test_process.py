@@ -20,7 +20,6 @@ from gpu_cache.device.placement import Placement
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.fence import StreamFence
-from gpu_cache.pool.lease import aliases_of
 from gpu_cache.reaper import Reaper
 from gpu_cache.transfer.engine import LazyEngine
 from tests.support.cuda_devices import cuda_device
@@ -239,7 +238,7 @@ def test_a_second_cache_on_one_gpu_is_warned_about(tmp_path: Path, caplog: pytes
 
 
 def test_an_engine_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = LazyEngine(CacheConfig(), HostDevice(), ShardIndex(aliases_of, lambda base: False))
+    lazy = LazyEngine(CacheConfig(), HostDevice(), ShardIndex(lambda base: False))
     assert lazy.current is None
     assert lazy.open() is lazy.open() is lazy.current
     lazy.close()

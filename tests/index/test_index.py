@@ -11,14 +11,14 @@ from gpu_cache.index.entry import Entry, State
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import Lease, aliases_of, carve
+from gpu_cache.pool.lease import Lease, carve
 
 KEYS = "abcdef"
 
 
 def index_of(held: set[int] | None = None) -> ShardIndex:
     """An index whose bases are never held but those whose ids are in `held`."""
-    return ShardIndex(aliases_of, lambda base: id(base) in (held or set()))
+    return ShardIndex(lambda base: id(base) in (held or set()))
 
 
 def landing(entry: Entry, nbytes: int = 8) -> tuple[Entry, Copy]:
@@ -230,7 +230,7 @@ def test_a_reserved_key_counts_as_no_look_up() -> None:
 
 def test_the_oldest_entry_has_an_age() -> None:
     now = [10.0]
-    index = ShardIndex(aliases_of, lambda base: False, lambda: now[0])
+    index = ShardIndex(lambda base: False, lambda: now[0])
     assert index.stats()["oldest_entry_age_seconds"] == 0.0
     cached(index, "a")
     now[0] = 12.5
@@ -362,7 +362,7 @@ def test_a_clear_wins_over_a_following_shard() -> None:
 
 @pytest.mark.parametrize("policy", ["refetch", "ignore"])
 def test_a_write_while_it_rises_harms_only_the_calls_that_wait(policy: MutationPolicy) -> None:
-    index, below = tiered_index(ShardIndex(aliases_of, lambda base: False, mutations=Mutations(policy)))
+    index, below = tiered_index(ShardIndex(lambda base: False, mutations=Mutations(policy)))
     claim = index.claim(["a"])
     low = claim.below["a"]
     assert low.copy is not None

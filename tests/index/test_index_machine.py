@@ -14,7 +14,6 @@ from gpu_cache.index.entry import Candidate, Claim, Entry, Promise, State
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import aliases_of
 
 KEYS = "abcdef"
 NODES = ("n:1", "n:2")
@@ -28,7 +27,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.held: set[int] = set()  # ids of bases
-        self.index = ShardIndex(aliases_of, lambda base: id(base) in self.held, mutations=Mutations("refetch"))
+        self.index = ShardIndex(lambda base: id(base) in self.held, mutations=Mutations("refetch"))
         self.written: set[Entry] = set()  # by a reader
         self.standing: dict[str, Entry] = {}  # one for each key, least recently used first
         self.ready: dict[str, int] = {}  # bytes of those that arrived, oldest first

@@ -10,14 +10,13 @@ from gpu_cache.index.entry import Claim, Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.ledger import BusyClock, Sources, Tally, capped
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import aliases_of
 from gpu_cache.report.schema import OTHER_SOURCES, SOURCE_DURATION_EDGES_S
 from tests.support.clocks import Clock
 
 
 @pytest.fixture
 def index(clock: Clock) -> ShardIndex:
-    return ShardIndex(aliases_of, lambda base: False, clock)
+    return ShardIndex(lambda base: False, clock)
 
 
 def fetch(index: ShardIndex, *keys: str, node: str = "n:1", nbytes: int = 8) -> list[Entry]:

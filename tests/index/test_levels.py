@@ -13,7 +13,6 @@ from gpu_cache.index.entry import Claim, Entry, Holding, State
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import aliases_of
 
 KEYS = "abcde"
 NUM_STEPS = 80
@@ -30,7 +29,7 @@ class Levels:
         self.random = random.Random(seed)
         self.held: set[int] = set()
         mutations = Mutations("refetch", lambda: 0.0)
-        self.index = ShardIndex(aliases_of, lambda base: id(base) in self.held, mutations=mutations)
+        self.index = ShardIndex(lambda base: id(base) in self.held, mutations=mutations)
         self.below = self.index.add_level()
         self.flying: list[tuple[ShardIndex, Entry]] = []
         self.calls: list[Claim] = []

@@ -15,7 +15,6 @@ from gpu_cache import FetchError, MutatedError, TensorCache, TransferError
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import aliases_of
 from gpu_cache.transfer.fetch import Fetch
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
@@ -284,7 +283,7 @@ def test_a_capture_is_told_that_it_cannot_be_fetched(tmp_path: Path, source: Dic
 
 @pytest.mark.parametrize("claims", [True, False])
 def test_a_dropped_block_dies_outside_the_lock(claims: bool) -> None:
-    index = ShardIndex(aliases_of, lambda base: False, mutations=Mutations("refetch"))
+    index = ShardIndex(lambda base: False, mutations=Mutations("refetch"))
     entry = index.reserve("a")
     assert entry is not None
     base = torch.zeros(4)
