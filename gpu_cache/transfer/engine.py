@@ -59,6 +59,7 @@ class Engine:
         self.fence.note(self.transfer.stream)
         self.pools = [self.pool] if self.tier is None else [self.pool, self.tier.pool]
         self.reaper = Reaper(self, self.husks)
+        self._parts = [part for part in (self.staging, self.tier) if part is not None]
 
     @property
     def host_level(self) -> Engine | HostTier:
@@ -137,10 +138,6 @@ class Engine:
         for one in (self, self.tier):
             if one is not None:
                 one.transfer.copied.gather()
-
-    @property
-    def _parts(self) -> list[StagingRing | HostTier]:
-        return [part for part in (self.staging, self.tier) if part is not None]
 
     def reset_peaks(self) -> None:
         """Make the peaks what is in use now."""

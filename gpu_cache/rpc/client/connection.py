@@ -623,7 +623,7 @@ class ConnectionPool:
                 raise out_of_descriptors(f"{self._num_places:,} connections are in use")
         finally:
             del self._queue[place]
-            self._call_next_locked()  # there may be one more
+            self._call_next_locked()  # there may be room for one more
 
     def _is_next_locked(self, place: Place) -> bool:
         return next(iter(self._queue)) is place and self._has_room_locked()

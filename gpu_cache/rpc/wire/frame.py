@@ -150,7 +150,11 @@ class Layout:
         self._before = _metadata(ids, shards)
         self._after, self.payload_nbytes = _entries(self.indices, shards, texts)
         told = f', "serials": "{" ".join(serials)}"'.encode() if serials else b""
-        self.header = _framed(self._before + told + self._after)
+        text = self._before + told + self._after
+        text += b" " * (-len(text) % 8)
+        if len(text) > MAX_HEADER_BYTES:
+            raise WireError(f"a header of {len(text):,} bytes, the limit is {MAX_HEADER_BYTES:,}")
+        self.header = len(text).to_bytes(PREFIX_BYTES, "little") + text
 
     def is_of(self, header: bytes | bytearray, payload_nbytes: int) -> bool:
         """Whether a frame has this header, but for its serials and the length before it, and so many bytes."""
@@ -203,14 +207,6 @@ def _entries(indices: Iterable[int], shards: Sequence[Described], texts: Sequenc
         begin, end = end, end + shards[index].nbytes
         entries.append(f',"{index}":{{{texts[index]},"data_offsets":[{begin},{end}]}}')
     return f"}}{''.join(entries)}}}".encode(), end
-
-
-def _framed(text: bytes) -> bytes:
-    """A header with its length before it, padded to a multiple of 8."""
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise WireError(f"a header of {len(text):,} bytes, the limit is {MAX_HEADER_BYTES:,}")
-    return len(text).to_bytes(PREFIX_BYTES, "little") + text
 
 
 CONTENT_TYPE = "application/vnd.safetensors"
