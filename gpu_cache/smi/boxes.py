@@ -55,13 +55,41 @@ def nothing(node: Node) -> str:
     return f"no cache reports in {where}" + ("" if os.getuid() == 0 else "; reports of other users need root")
 
 
+def listing(node: Node) -> list[str]:
+    """The GPUs and their processes, one a line, as `nvidia-smi -L` does it."""
+    lines: list[str] = []
+    for row in node.rows:
+        uuid = f" (UUID: {row.uuid})" if row.uuid else ""
+        lines.append(f"GPU {row.label}: {row.name}{uuid}" if row.label != HOST_SEAT else "cpu: host memory")
+        for one in row.processes:
+            lines.append(f"  pid {one.pid}  {one.title}  {one.state}  {one.user}  {one.command or '-'}")
+    return lines or [nothing(node)]
+
+
+def compact(node: Node, width: int) -> list[Text]:
+    """For terminals narrower than the boxes: a line each process, with the figures that matter most."""
+    if not node.processes:
+        return [Text(nothing(node))]
+    role = max(width - 36, 10)
+    lines = [Text(f"{node.hostname}  {_census(node)}")]
+    lines.append(Text(f"{'GPU':>4}{'PID':>8}  {'Role':<{role}}{'State':<6}{'Pool':>9}{'Oldest':>7}"))
+    for one in node.processes:
+        line = Text(f"{one.seat:>4}{one.pid:>8}  {one.title[: role - 1]:<{role}}")
+        line.append(f"{columns.state_of(one):<6}", columns.state_style(one))
+        line.append(f"{units.size(one.figure('device_bytes')):>9}", columns.pool_style(one))
+        line.append(f"{units.age(one.oldest_age_s):>7}", columns.age_style(one.oldest_age_s))
+        line.stylize(columns.row_style(one))
+        lines.append(line)
+    return lines
+
+
 def clock_line(unix_time: float) -> str:
     return time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(unix_time))
 
 
-def problem_lines(problems: list[Problem], is_wide: bool) -> list[Text]:
-    """WARN and NOTE below the boxes."""
-    width = WIDE if is_wide else NARROW
+def problem_lines(problems: list[Problem], is_wide: bool, room: int = NARROW) -> list[Text]:
+    """WARN and NOTE below the boxes, in lines that fit into `room`, if that is less than the boxes take."""
+    width = WIDE if is_wide else min(NARROW, room)
     return [Text(line) for problem in summed_up(problems) for line in problem.lines(width)]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cache.hosts import is_loopback
-from gpu_cache.smi import boxes, cleanup, dmon, document, leaks, query, recording, timeline
+from gpu_cache.smi import boxes, cleanup, columns, dmon, document, leaks, query, recording, timeline
 from gpu_cache.smi.live import Watch
 from gpu_cache.smi.node import Node, Observer
 from gpu_cache.smi.problems import problems_of
@@ -51,7 +51,13 @@ class Commands:
 
     def _renderer(self) -> Callable[[Node, int], None]:
         options = self._options
-        chosen = {self._json: options.json, self._csv: options.kind, self._dmon: options.dmon, self._prom: options.prom}
+        chosen = {
+            self._json: options.json,
+            self._csv: options.kind,
+            self._dmon: options.dmon,
+            self._prom: options.prom,
+            self._listing: options.list,
+        }
         return next((show for show, is_chosen in chosen.items() if is_chosen), self._table)
 
     def _show_once(self, show: Callable[[Node, int], None]) -> int:
@@ -81,8 +87,13 @@ class Commands:
     def _table(self, node: Node, number: int) -> None:
         wanted = (self._options.by,) if self._options.by else _BOXES
         is_wide = self._terminal.is_wide
-        self._terminal.show(boxes.screen(node, wanted, is_wide))
-        self._terminal.warn(boxes.problem_lines(problems_of(node), is_wide))
+        width = self._terminal.width
+        is_narrow = width < columns.NARROW
+        self._terminal.show(boxes.compact(node, width) if is_narrow else boxes.screen(node, wanted, is_wide))
+        self._terminal.warn(boxes.problem_lines(problems_of(node), is_wide, width))
+
+    def _listing(self, node: Node, number: int) -> None:
+        self._write(*boxes.listing(node))
 
     def _json(self, node: Node, number: int) -> None:
         self._write(document.as_text(node, is_one_line=self._options.interval_s is not None))
@@ -129,7 +140,7 @@ class Commands:
             self._terminal.console,
             interval_s=self._options.watch,
             count=self._options.count,
-            is_ascii=self._options.ascii,
+            is_ascii=self._options.ascii or not self._terminal.is_unicode,
         )
         watch.run()
         return 0

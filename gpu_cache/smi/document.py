@@ -88,6 +88,8 @@ def _process(process: Process, sources: tuple[str, ...]) -> dict[str, Any]:
         "entries": process.figure("num_entries"),
         **{key: process.figure(key) for key in ("evictions", "overflows", "alloc_failures", "fetch_errors", "clears")},
         "version": figures.text(process.report, "version") or None,
+        "user": process.user,
+        "command": process.command or None,
     }
 
 

@@ -24,6 +24,7 @@ class ReportFile:
     modified: float = 0.0
     problem: str = ""
     is_denied: bool = False
+    uid: int | None = None
 
     @property
     def name(self) -> str:
@@ -79,7 +80,8 @@ def _read(path: Path) -> ReportFile:
     """Opened once, so that content and time are of one report while its writer renames the next into place."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
-        modified = os.fstat(descriptor).st_mtime
+        status = os.fstat(descriptor)
+        modified = status.st_mtime
         raw = file.read(_MAX_BYTES)
     try:
         content = json.loads(raw, parse_constant=lambda _: None)
@@ -87,4 +89,4 @@ def _read(path: Path) -> ReportFile:
         return ReportFile(path, None, modified, "truncated or damaged")
     if not isinstance(content, dict):
         return ReportFile(path, None, modified, "no report")
-    return ReportFile(path, content, modified)
+    return ReportFile(path, content, modified, uid=status.st_uid)

@@ -50,16 +50,17 @@ def wait_ms(process: Process) -> str:
 
 _PROCESS: list[Column[Process]] = [
     Column("GPU", "", 5, 5, lambda p: p.seat),
-    Column("PID", "", 9, 9, lambda p: p.pid),
-    Column("Role", "", 15, 15, lambda p: p.title, is_left=True, gap=2),
+    Column("PID", "", 8, 8, lambda p: p.pid),
+    Column("Role", "", 14, 14, lambda p: p.title, is_left=True, gap=2),
     Column("State", "", 6, 6, columns.state_of, columns.state_style, is_left=True),
-    Column("Pool", "", 10, 9, size_of("device_bytes"), columns.pool_style),
-    Column("Pinned", "", 8, 0, size_of("pinned_capacity_bytes")),
+    Column("Pool", "", 9, 9, size_of("device_bytes"), columns.pool_style),
     Column("Host", "", 8, 0, size_of("host_bytes")),
-    Column("Entries", "", 9, 8, lambda p: units.count(p.figure("num_entries"))),
-    Column("Evict/s", "", 9, 9, lambda p: units.decimal(p.rate("evictions_per_second"))),
-    Column("Wait ms", "", 10, 9, wait_ms),
-    Column("Oldest", "", 8, 8, lambda p: units.age(p.oldest_age_s), lambda p: columns.age_style(p.oldest_age_s)),
+    Column("Entries", "", 9, 9, lambda p: units.count(p.figure("num_entries"))),
+    Column("Hit%", "", 7, 7, lambda p: units.percent(p.hit_ratio)),
+    Column("Fetch", "", 9, 9, columns.speed_of("fetch_bytes_per_second")),
+    Column("Evict/s", "", 8, 0, lambda p: units.decimal(p.rate("evictions_per_second"))),
+    Column("Wait ms", "", 8, 0, wait_ms),
+    Column("Oldest", "", 7, 8, lambda p: units.age(p.oldest_age_s), lambda p: columns.age_style(p.oldest_age_s)),
 ]
 _LEAK: list[Column[Process]] = [
     *_PROCESS[:3],
@@ -80,10 +81,13 @@ def frame(node: Node, past: History, view: View, size: Size, *, is_ascii: bool =
     gpus = [_gpu_head(size), *(_gpu(row, node, past, size, is_ascii) for row in rows), Text("")]
     if not node.processes:
         gpus.insert(0, Text(f" waiting: {nothing(node)}"))
-    lines = top + gpus + [_menu(view, size, is_ascii)] + _list(node, past, view, size)
+    above = [*top, *gpus, _menu(view, size, is_ascii)]
+    below: list[Text] = []
     if view.view != EVENTS and size.height >= _SMALL_HEIGHT and past.events:
-        latest = [_event(event, size) for event in sorted(past.events, reverse=True)[:_NUM_EVENTS]]
-        lines = [*lines[: size.height - len(latest) - 1], Text(""), *latest]
+        latest = sorted(past.events, reverse=True)[:_NUM_EVENTS]
+        below = [Text(""), *(_event(event, size) for event in latest)]
+    room = size.height - len(above) - len(below)
+    lines = above + _scrolled(_list(node, past, view, size), room, view) + below
     for line in lines:
         line.truncate(size.width)
     return lines[: size.height]
@@ -160,6 +164,21 @@ def _list(node: Node, past: History, view: View, size: Size) -> list[Text]:
         return _table(_PROCESS, found, size)
     leaking = [process for process in found if process.figure("outlived_entries")]
     return _table(_LEAK, leaking, size) if leaking else [Text(" nothing survived two clears")]
+
+
+def _scrolled(lines: list[Text], room: int, view: View) -> list[Text]:
+    """The part of a list that fits, from the row on that the arrows chose; says how many rows are not shown."""
+    num_heads = int(view.view != EVENTS)
+    num_shown, num_rows = max(room - num_heads - 1, 0), len(lines) - num_heads
+    if len(lines) <= room:
+        view.offset = 0
+        return lines
+    view.offset = min(view.offset, num_rows - num_shown)
+    rows = lines[num_heads + view.offset :][:num_shown]
+    hidden = Text(
+        f" ... {view.offset} above, {num_rows - num_shown - view.offset} more: arrows, PgUp, PgDn", columns.DIM
+    )
+    return [*lines[:num_heads], *rows, hidden]
 
 
 def _table(of_columns: list[Column[T]], rows: list[T], size: Size) -> list[Text]:

@@ -9,6 +9,12 @@ import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gpu_cache.smi.view import DOWN, PAGE_DOWN, PAGE_UP, UP
+
+_KEYS = {
+    "\x1b[A": UP, "\x1bOA": UP, "\x1b[B": DOWN, "\x1bOB": DOWN, "\x1b[5~": PAGE_UP, "\x1b[6~": PAGE_DOWN,
+}  # fmt: skip
+
 
 class Keyboard:
     """Keys as they are pressed.
@@ -39,5 +45,5 @@ class Keyboard:
         if not raw:
             raise EOFError("the terminal is gone")
         text = raw.decode(errors="ignore")
-        # An arrow or a function key is one escape sequence, and none of ours.
-        return "" if len(text) > 1 and text.startswith("\x1b") else text
+        # An arrow or a function key is one escape sequence.
+        return _KEYS.get(text, "") if len(text) > 1 and text.startswith("\x1b") else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -27,6 +28,9 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
     Raises:
         ModuleNotFoundError: The option needs a library that is not installed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a role may have letters that the locale has not
     options = command_line.parse(arguments)
     if options.help or options.help_query:
         print(command_line.HELP if options.help else query.help_text(options.help_query), end="\n" * (not options.help))

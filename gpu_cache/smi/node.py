@@ -170,14 +170,23 @@ class Observer:
             is_alive = locks.is_held(file.beside(report.LOCK))
         except PermissionError:
             is_alive = holder is not None
+        host_pid = holder or self._pid_if_ours(content)
         return Process(
             file=file,
             report=content,
             report_age_s=max(now - file.modified, 0.0),
             is_alive=is_alive,
-            host_pid=holder or self._pid_if_ours(content),
+            host_pid=host_pid,
             gpu=devices.find(figures.text(content, "gpu_uuid")),
+            command=self._command(host_pid) if is_alive and host_pid else "",
         )
+
+    def _command(self, pid: int) -> str:
+        try:
+            raw = (self._procfs / str(pid) / "cmdline").read_bytes()
+        except OSError:
+            return ""
+        return figures.printable(raw.replace(b"\0", b" ").decode(errors="replace").strip())
 
     def _pid_if_ours(self, content: dict[str, object] | object) -> int | None:
         """The pid that a process gives itself, if it means the same here."""

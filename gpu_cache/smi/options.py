@@ -42,6 +42,7 @@ Look closer:
   --gc                     delete the reports of dead processes
   --record FILE            append a sample every second (-l) to FILE
   --timeline FILE [-o OUT] a recording as a page for the browser (FILE.html)
+  -L, --list               GPUs, and the processes on each with user and command line
 Choose:
   -i GPU, --id GPU         GPUs by index or UUID, or "cpu"; commas between several
   --pid PID, --role ROLE, --source NODE
@@ -110,6 +111,7 @@ def _add_modes(modes: argparse._MutuallyExclusiveGroup) -> None:
     modes.add_argument("--version", action="version", version=f"gpu-cache-smi {__version__}")
     modes.add_argument("-h", "--help", action="store_true")
     modes.add_argument("--watch", nargs="?", type=_seconds, const=_WATCH_S, metavar="SEC")
+    modes.add_argument("-L", "--list", action="store_true")
     for kind in FIELDS:
         modes.add_argument(f"--query-{kind}", type=_fields(kind), metavar="F,...")
         modes.add_argument(f"--help-query-{kind}", dest="help_query", action="store_const", const=kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pwd
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ class Process:
         host_pid: As seen from here; None if it cannot be known.
         gpu: Its GPU, as NVML knows it.
         others: Of a dead process, the reports of its other caches.
+        command: Its command line, as the kernel tells it; "" if it does not.
     """
 
     file: ReportFile
@@ -35,6 +37,7 @@ class Process:
     host_pid: int | None
     gpu: Gpu | None
     others: tuple[ReportFile, ...] = ()
+    command: str = ""
 
     @property
     def state(self) -> str:
@@ -76,6 +79,16 @@ class Process:
     @property
     def pid(self) -> str:
         return "?" if self.host_pid is None else str(self.host_pid)
+
+    @property
+    def user(self) -> str:
+        """The owner of its report."""
+        if self.file.uid is None:
+            return "?"
+        try:
+            return pwd.getpwuid(self.file.uid).pw_name
+        except KeyError:
+            return str(self.file.uid)
 
     @property
     def uuid(self) -> str:

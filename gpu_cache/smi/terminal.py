@@ -38,6 +38,11 @@ class Terminal:
         return os.get_terminal_size(sys.stdout.fileno()).columns if self.is_terminal else WIDE
 
     @property
+    def is_unicode(self) -> bool:
+        """Whether it can show block characters."""
+        return "utf" in (sys.stdout.encoding or "").lower()
+
+    @property
     def is_wide(self) -> bool:
         return self.width >= WIDE
 

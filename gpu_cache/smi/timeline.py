@@ -14,7 +14,7 @@ from gpu_cache.smi import figures
 from gpu_cache.units import ratio
 
 MAX_SAMPLES = 4000  # more are thinned out evenly; counters keep what happened between
-MAX_SOURCES = 8  # with a colour of their own
+MAX_SOURCES = 16  # with a colour of their own
 OTHERS, UNINDEXED = "other sources", "alignment, and held after a clear"
 _PLACE = "/*RECORDING*/null"
 

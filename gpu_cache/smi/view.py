@@ -11,6 +11,10 @@ PROCESSES, SOURCES, LEAKS, EVENTS = "processes", "sources", "leaks", "events"
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.25, 60.0
 ENTER, ESCAPE, BACKSPACE = ("\r", "\n"), "\x1b", ("\x7f", "\x08")
 
+# Keys that are no letters, under characters that no keyboard types.
+UP, DOWN, PAGE_UP, PAGE_DOWN = "\ue000", "\ue001", "\ue002", "\ue003"
+_STEPS = {UP: -1, DOWN: 1, PAGE_UP: -10, PAGE_DOWN: 10}
+
 HELP = """\
  q      quit
  ?      this help; any key leaves it
@@ -21,6 +25,7 @@ HELP = """\
  u      sources
  l      leaks
  e      events
+ arrows, PgUp, PgDn  scroll a list that does not fit
  0-7    one GPU; the same key again: all
  + -    longer interval, shorter interval
  w      write a JSON snapshot into the current folder"""
@@ -45,6 +50,7 @@ class View:
         self.view = PROCESSES
         self.gpu = ""
         self.message = ""
+        self.offset = 0  # the first row that is shown
         self.is_paused = False
         self.is_helping = False
         self.is_typing = False
@@ -59,8 +65,10 @@ class View:
         elif self.is_helping:
             self.is_helping = False
             self.is_done = key == "q"
+        elif key in _STEPS:
+            self.offset = max(self.offset + _STEPS[key], 0)
         elif key in _VIEWS:
-            self.view = _VIEWS[key]
+            self.view, self.offset = _VIEWS[key], 0
         elif key.isdecimal():
             self.gpu = "" if self.gpu == key else key
         else:

@@ -175,3 +175,13 @@ def test_colour_on_demand_and_never_otherwise(node: Machine) -> None:
     assert "\x1b[" in node.run("--color").out
     assert "\x1b[" not in node.run().out
     assert "\x1b[" not in node.run("--no-color").out
+
+
+@pytest.mark.parametrize("width", [40, 60, 77])
+def test_below_78_columns_each_process_has_a_short_line(node: Machine, width: int) -> None:
+    add_trainers(node.folder)
+    shown = node.screen(width=width)
+    assert max(map(len, shown.splitlines())) <= max(width, 60), "the census may be longer"
+    assert "   3   41876  actor/3" in shown
+    assert "LEAK    14.1GiB  1h12m\n" in shown
+    assert "+--" not in shown

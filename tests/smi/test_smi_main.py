@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,7 @@ def test_help(node: Machine, width: int) -> None:
 def test_help_names_every_option() -> None:
     parser = options._parser()
     known = {name for action in parser._actions for name in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", options.HELP))
+    named = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", options.HELP))
     assert known - named <= {"--loop", "--output"}
     assert {name for name in named if name.startswith("--")} <= known
 
@@ -113,7 +115,8 @@ def test_every_field_can_be_asked_for(node: Machine, kind: str, width: int) -> N
 def test_json(node: Machine, width: int) -> None:
     add_trainers(node.folder)
     done = node.run("--json", "-i", "3,6", width=width)
-    assert matches_golden("document.json", done.out)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert matches_golden("document.json", done.out.replace(f'"user": "{user}"', '"user": "USER"'))
     assert (done.err, done.code) == ("", 0)
 
 
@@ -285,3 +288,28 @@ def test_dmon_tells_a_death_once(node: Machine) -> None:
     add_trainers(node.folder)
     lines = node.run("--dmon", "--loop-ms", "250", "-c", "3").out.splitlines()
     assert [sum(word in line.split() for line in lines) for word in ("actor/0", "dead")] == [3, 1]
+
+
+def test_a_list_names_gpus_processes_users_and_commands(node: Machine) -> None:
+    node.folder.add(report(3), host_pid=41876)
+    node.folder.add(report(0, device="cpu", gpu_uuid=None), host_pid=41999)
+    (node.folder.procfs / "41876").mkdir()
+    (node.folder.procfs / "41876/cmdline").write_bytes(b"python\0train.py\0--name\0\x1b[31m\0")
+    lines = node.run("-L").out.splitlines()
+    user = pwd.getpwuid(os.getuid()).pw_name
+    assert lines[3] == "GPU 3: NVIDIA H200 (UUID: GPU-604ac76c-d9cf-fef3-62e9-d92044ab6e53)"
+    assert lines[4] == f"  pid 41876  actor/3  ok  {user}  python train.py --name ?[31m"
+    assert lines[-2:] == ["cpu: host memory", f"  pid 41999  actor/0  ok  {user}  -"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_locale_is_too_small(node: Machine, encoding: str) -> None:
+    node.folder.now = time.time()
+    node.folder.add(report(0, role="rôle-\u4e2d"), host_pid=41873)
+    for arguments in ([], ["-L"], ["--watch", "0.25", "-c", "1"], ["--json"], ["--dmon"]):
+        command = [sys.executable, "-m", "gpu_cache.smi", "--dir", str(node.folder.path), *arguments]
+        environ = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr
+        assert b"actor" not in done.stdout
+        assert len(done.stdout) > 50

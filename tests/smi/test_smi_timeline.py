@@ -83,12 +83,12 @@ def test_curves() -> None:
 def test_more_sources_than_colours_share_one() -> None:
     found = samples(2, is_leaking=False)
     for sample in found:
-        sample["processes"][0]["sources"] = {f"node-{n:02}:1": (n + 1) * MIB for n in range(12)}
+        sample["processes"][0]["sources"] = {f"node-{n:02}:1": (n + 1) * MIB for n in range(20)}
     drawing = timeline.drawing(found)
     assert len(drawing["sources"]) == timeline.MAX_SOURCES + 2
     stack = drawing["processes"][0]["stack"]
     assert stack[-2][0] is not None
-    assert sum(curve[0] for curve in stack[:-1]) == sum(range(1, 13)) * MIB
+    assert sum(curve[0] for curve in stack[:-1]) == sum(range(1, 21)) * MIB
 
 
 def test_gaps_and_nonsense_are_drawn_as_nothing() -> None:
@@ -122,9 +122,16 @@ def browser() -> str:
     return next((path for name in BROWSERS if (path := shutil.which(name))), "")
 
 
-def drawn(page: Path, tmp_path: Path) -> str:
+def drawn(page: Path, tmp_path: Path, *more: str) -> str:
     """The document as it stands after its script ran."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *more,
+        "--dump-dom",
+    ]
     command = [browser(), *flags, page.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DRAW_S).stdout
 
@@ -140,7 +147,7 @@ def test_a_browser_draws_it(node: Machine, tmp_path: Path) -> None:
         assert len(re.findall(r'class="clear"', svg)) == clears
         assert svg.count("<title>1 clear_batches(): 190 entries freed</title>") == clears
         assert len(re.findall(r'<polyline points="[\d., ]{300,}" class="(?:fetch|h2d)"', svg)) == 2
-        assert "capacity 4,096 MiB" in svg
+        assert "capacity 4 GiB" in svg
         assert "NaN" not in svg
     assert "survivor" not in healthy
     survived = dict(re.findall(r'class="survivor" fill="([^"]*)" data-clears="(\d+)"', leaking))
@@ -156,7 +163,7 @@ def test_a_browser_shows_figures_where_one_points(tmp_path: Path) -> None:
     page = timeline.page(samples(61, is_leaking=True))
     move = (
         "<script>for (const svg of document.querySelectorAll('svg')) { const box = svg.getBoundingClientRect();"
-        " const at = {clientX: box.left + box.width * .52, clientY: box.top + 9};"
+        " const at = {clientX: box.left + box.width * .54, clientY: box.top + 9};"
         " svg.dispatchEvent(new MouseEvent('mousemove', at)); }"
         "</script></body>"
     )
@@ -164,6 +171,24 @@ def test_a_browser_shows_figures_where_one_points(tmp_path: Path) -> None:
     dom = drawn(tmp_path / "page.html", tmp_path)
     tip = re.sub(r"<[^>]+>", " ", re.findall(r'<div id="tip".*?</div>', dom, re.S)[0])
     figures = " ".join(tip.split())
-    assert re.match(r"at 30 s state leak pool [\d,]+ MiB gpu-a-021:35221 \d+ MiB", figures), figures
+    assert re.match(r"at 30 s state leak pool [\d.]+ [GM]iB gpu-a-021:35221 \d+ MiB", figures), figures
     assert "survived 2 90 MiB" in figures
-    assert re.search(r"fetch [\d.]+ GB/s, [\d,]+ MiB copy [\d.]+ GB/s, [\d,]+ MiB", figures), figures
+    assert re.search(r"fetch [\d.]+ GB/s, [\d.]+ [GM]iB copy [\d.]+ GB/s, [\d.]+ [GM]iB", figures), figures
+
+
+@pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+def test_sixteen_colours_and_one_scale_at_500_pixels(tmp_path: Path) -> None:
+    found = samples(20, is_leaking=True)
+    for number, sample in enumerate(found):
+        for one in sample["processes"]:
+            one["sources"] = {f"node-{n:02}:1": MIB for n in range(16)}
+            leaked = 4 * MIB if one["title"] == "actor/1" else MIB
+            one["survivors"] = [[n, 1, leaked] for n in range(1, 17)] if number > 9 else []
+    (tmp_path / "page.html").write_text(timeline.page(found))
+    dom = drawn(tmp_path / "page.html", tmp_path, "--window-size=500,800")
+    small, large = re.findall(r"<svg [^>]*data-process=.*?</svg>", dom, re.S)
+    for kind in ("source", "survivor"):
+        assert len(set(re.findall(rf'class="{kind}" fill="([^"]*)"', small))) >= 16
+    assert ">69.1 MiB</text>" in small, "the scale of the larger leak"
+    assert ">69.1 MiB</text>" in large
+    assert re.search(r'viewBox="0 0 (4[5-9]\d) 342"', small), "a unit is a pixel"

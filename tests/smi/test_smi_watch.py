@@ -24,7 +24,7 @@ import pytest
 from gpu_cache.smi import graphs, history
 from gpu_cache.smi.frame import Size, frame
 from gpu_cache.smi.history import History
-from gpu_cache.smi.view import MIN_INTERVAL_S, View
+from gpu_cache.smi.view import DOWN, MIN_INTERVAL_S, PAGE_DOWN, PAGE_UP, UP, View
 from tests.support.smi_machine import Machine, add_trainers, matches_golden
 from tests.support.smi_reports import DEAD_S, NOW, dead_trainer, report, trainers
 
@@ -268,6 +268,7 @@ def test_a_session_on_a_terminal(node: Machine, tmp_path: Path) -> None:
         on.press("u", "local (same node)")
         on.press("l", "--leaks")
         on.press("e", "ended without cleanup")
+        on.press("\x1b[B", "filter: none")
         on.press("p", "Evict/s")
         on.press("s", "sort: pool")
         on.press("/actor/4", "filter: actor/4_ (/)")
@@ -296,3 +297,31 @@ def test_interrupting_a_session_leaves_the_terminal_as_it_was(node: Machine, tmp
 def test_without_a_report_the_live_view_waits_and_says_so(node: Machine) -> None:
     shown = node.run("--watch", "0.25", "-c", "2").out
     assert shown.count(" waiting: no cache reports in /") == 2
+
+
+def test_more_rows_than_lines_are_scrolled(node: Machine) -> None:
+    for number in range(64):
+        node.folder.add(report(number % 8, role="rollout", rank=number, pid=100 + number), host_pid=100 + number)
+    size, past = Size(100, 30), History()
+
+    def ranks(view: View) -> list[str]:
+        return re.findall(r"rollout/(\d+)", text(node, past, view, size))
+
+    all_ranks = re.findall(r"rollout/(\d+)", text(node, past, View(1.0), Size(100, 200)))
+    assert len(all_ranks) == 64
+    view = View(1.0)
+    shown = ranks(view)
+    assert shown == all_ranks[: len(shown)]
+    assert f" ... 0 above, {64 - len(shown)} more: arrows, PgUp, PgDn" in text(node, past, view, size)
+    view.press(DOWN)
+    assert ranks(view) == all_ranks[1 : 1 + len(shown)]
+    view.press(UP)
+    view.press(UP)
+    assert ranks(view) == shown
+    for _ in range(20):
+        view.press(PAGE_DOWN)
+    assert ranks(view) == all_ranks[-len(shown) :]
+    view.press(PAGE_UP)
+    assert view.offset == 64 - len(shown) - 10
+    view.press("e")
+    assert view.offset == 0
