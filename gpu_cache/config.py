@@ -19,7 +19,10 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNOREC
 
 _PREFIX = "GPU_CACHE_"
 # As fields are spelt.
-_OTHER_VARIABLES = {"areal", "native", "native_dir", "require_gpu", "shm", "stats_dead_s", "stats_dir", "stats_group"}
+# Other variables, spelt as fields are.
+_OTHER_VARIABLES = {
+    "areal", "native", "native_dir", "require_gpu", "shm", "stats_dead_s", "stats_dir", "stats_group",
+}  # fmt: skip
 
 # About thirty years. A longer time means no limit: no lock, socket or timer takes it.
 LONGEST_S = 1e9

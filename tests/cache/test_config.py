@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,19 @@ def test_a_variable_that_is_no_setting_is_warned_of_once(
     assert [record.getMessage() for record in caplog.records] == [
         f"{name} is no setting of gpu_cache, and is ignored{meant}"
     ]
+
+
+def test_every_variable_that_the_package_reads_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    package = Path(__file__).parents[2] / "gpu_cache"
+    named = {
+        name for path in package.rglob("*") if path.suffix in (".py", ".cpp")
+        for name in re.findall(r"\bGPU_CACHE_[A-Z_]*[A-Z]\b", path.read_text())
+    }  # fmt: skip
+    assert len(named) > 5
+    CacheConfig.from_env(
+        dict.fromkeys(named - {variable(field.name) for field in dataclasses.fields(CacheConfig)}, "1")
+    )
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 def test_a_device_is_refused_in_words() -> None:
