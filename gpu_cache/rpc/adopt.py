@@ -155,7 +155,7 @@ class _Finder:
         self._found: Found | None = None
         self._has_looked = self._has_told = False
         self._adapts: dict[str, Callable[[ModuleType], None]] = {
-            _CODEC: _keep_handles_small,
+            _CODEC: _handle_codec,
             _LAUNCHER: _forward_variables,
             _OUR_RTENSOR: self.adapt_rtensor,
             **{module: functools.partial(_read_host_memory, method) for module, method in _HOST_READS.items()},
@@ -306,6 +306,26 @@ def _keep_handles_small(codec: ModuleType) -> None:
         return described
 
     codec.SerializedDataclass.from_dataclass = classmethod(from_dataclass)
+
+
+def _handle_codec(codec: ModuleType) -> None:
+    """Let AReaL's codec, which looks its two functions up for each value inside, use ours for handles."""
+    _keep_handles_small(codec)
+    ours = importlib.import_module(_OUR_RTENSOR)
+    serialize, deserialize = codec.serialize_value, codec.deserialize_value
+    handle_kind, to_json, from_json = ours.RTensor, ours.handle_to_json, ours.handle_from_json
+
+    @functools.wraps(serialize)
+    def serialize_value(value: Any) -> Any:
+        described = to_json(value) if type(value) is handle_kind else None
+        return serialize(value) if described is None else described
+
+    @functools.wraps(deserialize)
+    def deserialize_value(value: Any) -> Any:
+        handle = from_json(value) if type(value) is dict and "class_path" in value else None
+        return deserialize(value) if handle is None else handle
+
+    codec.__dict__.update(serialize_value=serialize_value, deserialize_value=deserialize_value)
 
 
 def _forward_variables(launcher: ModuleType) -> None:

@@ -23,6 +23,8 @@ _CONTAINERS = (dict, list, tuple)
 INCARNATION_HEADER = "X-Shard-Incarnation"
 # Beside it: how often this server's owner has removed shards.
 REMOVALS_HEADER = "X-Shard-Removals"
+# A header of a request: a random name of the client, by which a server that closes connections knows it again.
+CLIENT_HEADER = "X-Shard-Client"
 # A header of a busy server's answer, beside Retry-After: the same in milliseconds.
 RETRY_AFTER_MS_HEADER = "Retry-After-Ms"
 

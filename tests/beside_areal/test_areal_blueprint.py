@@ -202,6 +202,31 @@ def test_clients_beyond_the_limit_get_503(address: str, monkeypatch: pytest.Monk
     assert sending.figures()["num_busy_refusals"] == 1
 
 
+def test_a_client_that_was_refused_has_its_turn_on_its_next_connection(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending = requests.Sending(1)
+    monkeypatch.setattr(blueprint, "_sending", sending)
+    place = sending.begin("other")
+    assert ask(address, "GET", "/data/a", X_Shard_Client="first").status == 503
+    sending.end(place, None, 0)
+    assert ask(address, "GET", "/data/a", X_Shard_Client="late").status == 503, "the free place is kept"
+    assert ask(address, "GET", "/data/a").status == 503, "also from clients without a name"
+    assert ask(address, "GET", "/data/a", X_Shard_Client="first").status == 200
+
+
+def test_shards_expire_where_a_variable_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    rtensor.store("old", torch.ones(3))
+    monkeypatch.setattr(blueprint, "_expiry", None)
+    monkeypatch.setenv("GPU_CACHE_SHARD_TTL", "0.1s")
+    application()
+    wait_until(lambda: "old" not in rtensor._storage)
+    wait_until(lambda: blueprint._figures()["expired_shards"] == 1)
+    (thread,) = [one for one in threading.enumerate() if one.name == "areal-shard-expiry"]
+    thread.ask_to_end()  # type: ignore[attr-defined]
+    thread.join(10)
+
+
 def test_each_place_is_given_back(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sending = requests.Sending(2)
     monkeypatch.setattr(blueprint, "_sending", sending)

@@ -166,6 +166,11 @@ def test_each_process_has_the_handles_that_its_switch_says(seen: Any, case: Any)
         assert facts["rtensor"] == ("gpu_cache.rpc.rtensor" if is_on else "areal.infra.rpc.rtensor")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_handles_have_the_form_that_areals_codec_gives_them(seen: Any, case: Any) -> None:
+    assert seen[case]["has_areals_form"]
+
+
 def test_localized_handles_stay_small_in_areals_messages(seen: Any) -> None:
     assert seen[EVERYWHERE]["localized_message_bytes"] == seen[EVERYWHERE]["message_bytes"] < 10_000
     assert seen[NOWHERE]["localized_message_bytes"] > PAYLOAD_BYTES

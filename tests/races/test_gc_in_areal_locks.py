@@ -79,10 +79,10 @@ def use_everything() -> None:
 
 def refuse_the_second(sending: requests.Sending) -> None:
     """Of two answers at once."""
-    sending.begin()
+    place = sending.begin("first")
     with pytest.raises(requests.RefusedError):
-        sending.begin()
-    sending.end(None, 0)
+        sending.begin("")
+    sending.end(place, None, 0)
     assert sending.figures()["num_busy_refusals"] == 1
 
 

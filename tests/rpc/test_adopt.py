@@ -123,7 +123,15 @@ handle = ours.RTensor(ours.TensorShardInfo("a", "h:1"), torch.ones(1000))
 text = pickle.dumps(handle)
 assert b"areal.infra.rpc.rtensor" in text and b"gpu_cache" not in text and len(text) < 500
 assert pickle.loads(text).shard == handle.shard
-assert areal.infra.rpc.serialize_value(handle)["data"].is_meta, "a localized handle stays small"
+from areal.infra.rpc.serialization import deserialize_value, serialize_value
+assert areal.infra.rpc.serialize_value is serialize_value, "also where it was imported before"
+described = serialize_value(handle)
+assert described["data"]["data"]["data"] is None, "a localized handle stays small"
+back = deserialize_value(described)
+assert type(back) is ours.RTensor and back.shard == handle.shard and back.data.is_meta and back.shape == (1000,)
+assert deserialize_value({"class_path": "x"}) is deserialize_value(7) is None, "theirs has the rest"
+opaque = ours.RTensor(ours.TensorShardInfo(object(), ""), torch.ones(3))
+assert serialize_value(opaque)["data"].is_meta, "theirs has ids that are no text"
 assert areal.infra.rpc.serialize_value(handle.shard) == {"shard_id": "a", "node_addr": "h:1"}
 for name in ("fetch", "get_backend", "_storage", "_storage_stats", "_fetch_buffer", "HttpRTensorBackend"):
     with mock.patch(f"areal.infra.rpc.rtensor.{name}") as patched:

@@ -224,3 +224,25 @@ def test_a_process_drops_old_shards() -> None:
             process.kill()
     assert process.returncode == 0
     assert "that were not cleared for 0.3 s (--shard-ttl)" in errors
+
+
+def test_a_thread_sweeps_until_it_is_asked_to_end(caplog: pytest.LogCaptureFixture) -> None:
+    store = ShardStore()
+    store["old"] = torch.ones(3)
+    has_failed = threading.Event()
+
+    def evict(shard_ids: Any) -> None:
+        if not has_failed.is_set():
+            has_failed.set()
+            raise RuntimeError("once")
+
+    thread = ShardExpiry(store, 0.1, evict).sweep_in_thread()
+    assert has_failed.wait(10)
+    store["later"] = torch.ones(3)
+    deadline = time.monotonic() + 10
+    while len(store):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    thread.ask_to_end()
+    thread.join(10)
+    assert "dropping old shards failed" in caplog.text

@@ -210,3 +210,35 @@ def test_no_descriptor_stays_open(serve: Callable[..., FaultServer], backend: Ht
     backend.close()
     server.close()
     assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_a_group_fetch_that_is_replaced_as_areals_tests_do_gets_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, asked = HttpRTensorBackend(max_shards_per_request=2), []
+
+    async def group(session: Any, node_addr: str, grouped: list[tuple[int, TensorShardInfo]]) -> list[torch.Tensor]:
+        asked.append((node_addr, [info.shard_id for _, info in grouped]))
+        return [torch.tensor(int(info.shard_id)) for _, info in grouped]
+
+    monkeypatch.setattr(backend, "_fetch_shard_group", group)
+    shards = [TensorShardInfo(str(number), "a:1" if number % 2 else "b:1") for number in range(6)]
+    assert [int(one) for one in backend.fetch(shards)] == list(range(6))
+    assert asked == [("b:1", ["0", "2"]), ("b:1", ["4"]), ("a:1", ["1", "3"]), ("a:1", ["5"])]
+
+
+def test_a_session_that_is_replaced_as_areals_tests_do_is_asked(owner: FakeOwner, server: ServerHandle) -> None:
+    class Backend(HttpRTensorBackend):
+        num_sessions = 0
+
+        def _create_session(self) -> Any:
+            self.num_sessions += 1
+            return super()._create_session()
+
+    owner.store["a"] = torch.arange(3)
+    backend = Backend()
+    (found,) = backend.fetch([TensorShardInfo("a", server.address)])
+    assert same_bits(found, torch.arange(3))
+    with pytest.raises(
+        ShardFetchError, match=r"Failed to fetch shard batch from http://.*/data/batch: 400 body=.*lost"
+    ):
+        backend.fetch([TensorShardInfo("lost", server.address)])
+    assert backend.num_sessions == 2

@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import json
 import random
+import secrets
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from gpu_cache.rpc.client.connection import (
     is_out_of_descriptors,
 )
 from gpu_cache.rpc.shard import (
+    CLIENT_HEADER,
     ShardAnswerError,
     ShardFetchError,
     ShardLocalError,
@@ -126,6 +128,8 @@ class Requester:
         self._has_answered = False
         self._shard_ids: Sequence[Hashable] = ()  # of the request under way
         self._max_text_bytes = _TEXT_SLACK_BYTES
+        named = {"Content-Type": "application/json", "Accept": CONTENT_TYPE, CLIENT_HEADER: secrets.token_hex(8)}
+        self._headers = named | dict(settings.headers)
 
     def send(
         self,
@@ -253,7 +257,7 @@ class Requester:
                     self._route.method,
                     self._route.path,
                     payload,
-                    {"Content-Type": "application/json", "Accept": CONTENT_TYPE, **self._settings.headers},
+                    self._headers,
                     deadline=self._deadline,
                     patience_s=patience_s,
                     first_patience_s=min(self._settings.doubted_patience_s, patience_s) if is_doubted else None,

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import socket
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,8 +28,10 @@ from gpu_cache.rpc import rtensor, runtime
 from gpu_cache.rpc.server import requests, same_host
 from gpu_cache.rpc.server.answers import Answer, json_answer
 from gpu_cache.rpc.server.connections import use_reno
+from gpu_cache.rpc.server.expiry import ShardExpiry, parse_seconds
 from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, RefusedError, Sending
-from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER
+from gpu_cache.rpc.server.turns import Place
+from gpu_cache.rpc.shard import CLIENT_HEADER, INCARNATION_HEADER, REMOVALS_HEADER
 from gpu_cache.rpc.tokens import find_token
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
@@ -41,6 +44,7 @@ _PIECE_BYTES = 1 << 20
 _STALLED_S = 30.0
 _READ_BYTES = 1 << 20
 _MAX_BODY_BYTES = DEFAULT_MAX_BODY_BYTES
+_MAX_NAME = 64  # characters; our clients' names have 16
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,8 @@ def serialize_value(value: torch.Tensor | Sequence[tuple[str, torch.Tensor]]) ->
     return json_answer(value) if isinstance(value, torch.Tensor) else requests.all_as_json(value)
 
 
+TTL_VARIABLE = "GPU_CACHE_SHARD_TTL"
+_expiry: ShardExpiry | None = None
 _sending = Sending(DEFAULT_MAX_RESPONSES)
 _incarnation = uuid.uuid4().hex
 _same_host = same_host.Offer(_incarnation)
@@ -156,13 +162,13 @@ def _read(stream: Any, num_read: int) -> bytes:
 
 def _send(make: Callable[[], Answer]) -> Response:
     """Answer with what `make` makes, once there is a place for it."""
-    _sending.begin()
+    place = _sending.begin(request.headers.get(CLIENT_HEADER, "")[:_MAX_NAME])
     try:
         answer = make()
     except BaseException:
-        _sending.end(None, 0)
+        _sending.end(place, None, 0)
         raise
-    pieces = _Pieces(answer, _connection())
+    pieces = _Pieces(answer, place, _connection())
     response = Response(pieces, answer.status, content_type=answer.content_type, direct_passthrough=True)
     response.content_length = answer.nbytes
     return response
@@ -173,11 +179,12 @@ class _Pieces:
 
     Args:
         answer: The answer to send.
+        place: Its place.
         connection: Where it goes; None if the server does not tell.
     """
 
-    def __init__(self, answer: Answer, connection: socket.socket | None) -> None:
-        self._answer, self._connection = answer, connection
+    def __init__(self, answer: Answer, place: Place, connection: socket.socket | None) -> None:
+        self._answer, self._place, self._connection = answer, place, connection
         self._num_sent = self._num_asked = 0
         self._is_open = True
         self._pieces = self._made()
@@ -211,7 +218,7 @@ class _Pieces:
         self._is_open = False
         with contextlib.suppress(OSError):  # the connection is closed
             self._pieces.close()
-        _sending.end(self._answer, self._num_sent)
+        _sending.end(self._place, self._answer, self._num_sent)
         if self._num_asked > 0 and self._num_sent < self._answer.nbytes and self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
@@ -254,7 +261,17 @@ def _figures() -> dict[str, Any]:
     """The figures that our own server reports in `/health`."""
     store = runtime.current().store
     told = same_host.figures(store, _same_host.server())
-    return {"incarnation": _incarnation, **store.stats(), **_sending.figures(), **told}
+    expired = {"expired_shards": _expiry.num_shards, "expired_bytes": _expiry.nbytes} if _expiry else {}
+    return {"incarnation": _incarnation, **store.stats(), **_sending.figures(), **told, **expired}
+
+
+def _expire() -> None:
+    """Drop shards that are older than GPU_CACHE_SHARD_TTL says, if it does."""
+    global _expiry
+    if (text := os.environ.get(TTL_VARIABLE)) and _expiry is None:
+        owner = runtime.current()
+        _expiry = ShardExpiry(owner.store, parse_seconds(text), owner.evict)
+        _expiry.sweep_in_thread()
 
 
 def _join_guard(state: Any) -> None:
@@ -265,6 +282,7 @@ def _join_guard(state: Any) -> None:
         register(_figures)
     if role := getattr(guard, "role", None):
         runtime.current().name_process(str(role), max(0, getattr(guard, "worker_index", 0)))
+    _expire()
 
 
 data_bp = Blueprint("data", __name__)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
 from gpu_cache.config import seconds
+from gpu_cache.process import OwnThread
 from gpu_cache.rpc.store import ShardStore
 
 logger = logging.getLogger(__name__)
@@ -107,11 +108,29 @@ class ShardExpiry:
         with contextlib.suppress(asyncio.CancelledError):
             await task
 
+    def sweep_in_thread(self) -> OwnThread:
+        """Sweep until this process ends, for a server that has no event loop."""
+        is_over = threading.Event()
+
+        def sweep_for_ever() -> None:
+            while not is_over.wait(self._period_s):
+                self._try_to_sweep()
+
+        thread = OwnThread(sweep_for_ever, "areal-shard-expiry", is_over.set)
+        thread.start()
+        return thread
+
+    @property
+    def _period_s(self) -> float:
+        return min(max(self.ttl_s / _LOOKS_PER_LIFE, _MIN_PERIOD_S), _MAX_PERIOD_S)
+
     async def _sweep_for_ever(self) -> None:
-        period_s = min(max(self.ttl_s / _LOOKS_PER_LIFE, _MIN_PERIOD_S), _MAX_PERIOD_S)
         while True:
-            await asyncio.sleep(period_s)
-            try:
-                await asyncio.to_thread(self.sweep)
-            except Exception:  # top of a task: the next one may go better
-                logger.exception("dropping old shards failed")
+            await asyncio.sleep(self._period_s)
+            await asyncio.to_thread(self._try_to_sweep)
+
+    def _try_to_sweep(self) -> None:
+        try:
+            self.sweep()
+        except Exception:  # top of a task, or of a thread: the next one may go better
+            logger.exception("dropping old shards failed")

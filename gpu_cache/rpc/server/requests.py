@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gpu_cache.rpc.server.answers import Answer, TooLongError, array_answer, frame_answer, refusal
-from gpu_cache.rpc.server.turns import RETRY_AFTER_S
+from gpu_cache.rpc.server.turns import RETRY_AFTER_S, Place, Turns
 from gpu_cache.rpc.shard import RETRY_AFTER_MS_HEADER, WireError
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE, PREFIX_BYTES, decode_frame
@@ -64,7 +64,8 @@ class RefusedError(Exception):
 class Sending:
     """Answers under way, at most so many at once, and what they came to.
 
-    For servers that close each connection after one answer: no client is known again, so none can have a turn.
+    For servers that close each connection after one answer. A client that names itself is known again, and has its
+    turn; see `Turns`.
 
     Args:
         num_places: Answers at once.
@@ -72,37 +73,35 @@ class Sending:
     """
 
     def __init__(self, num_places: int) -> None:
-        self._num_places = num_places
         # Guards every field below.
         self._lock = threading.Lock()
-        self._num_taken = self._num_refusals = 0
+        self._turns = Turns(num_places)
         self._sent_payload_bytes = self._sent_body_bytes = 0
 
-    def begin(self) -> None:
-        """Take a place for an answer; raises `RefusedError` if there is none."""
+    def begin(self, client: str) -> Place:
+        """Take a place for an answer; raises `RefusedError` if there is none for this client, "" if it has no name."""
         with self._lock:
-            num_taken = self._num_taken
-            if num_taken < self._num_places:
-                self._num_taken += 1
-                return
-            self._num_refusals += 1
-        raise busy(num_taken)
+            place = self._turns.take(client or object())
+            num_taken = self._turns.num_taken
+        if place is None:
+            raise busy(num_taken)
+        return place
 
-    def end(self, answer: Answer | None, num_sent: int) -> None:
+    def end(self, place: Place, answer: Answer | None, num_sent: int) -> None:
         """Give a place back; count the answer if all of it was sent."""
         is_whole = answer is not None and num_sent == answer.nbytes
         with self._lock:
-            self._num_taken -= 1
+            self._turns.leave(place)
             if answer is not None and is_whole:
                 self._sent_payload_bytes += answer.payload_nbytes
                 self._sent_body_bytes += answer.nbytes if answer.status == 200 else 0
 
     def figures(self) -> dict[str, int]:
-        """The totals, as `/health` says them."""
+        """What they came to, as `/health` says it."""
         with self._lock:
             return {
-                "num_responses": self._num_taken,
-                "num_busy_refusals": self._num_refusals,
+                "num_responses": self._turns.num_taken,
+                "num_busy_refusals": self._turns.num_refusals,
                 "sent_payload_bytes": self._sent_payload_bytes,
                 "sent_body_bytes": self._sent_body_bytes,
             }
