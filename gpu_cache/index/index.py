@@ -208,7 +208,8 @@ class ShardIndex:
         del left
         if blocks is not None:
             blocks.untrack([part for entry in found.claimed.values() for part in (entry, entry.flight)])
-        self._mutations.tell(changed)
+        if changed:
+            self._mutations.tell(changed)
         return found
 
     def lend(self, copies: Mapping[Hashable, Copy]) -> dict[Hashable, torch.Tensor]:

@@ -434,8 +434,11 @@ class Fetch:
         raise TransferError(f"cannot fetch {key!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _pending(self) -> list[Future[Any]]:
-        flights = [one for entry in self.claim.joined.values() if (one := entry.flight.landed) is not None]
-        return [*flights, *(task.done for task in self.tasks)]
+        pending: list[Future[Any]] = [task.done for task in self.tasks]
+        for entry in self.claim.joined.values():
+            if (landed := entry.flight.landed) is not None:
+                pending.append(landed)
+        return pending
 
     def _of_others(self) -> Iterable[Entry]:
         """What another call is to bring, to here or to the level below."""
@@ -447,9 +450,9 @@ class Fetch:
         After `wait`, when everything is settled. Returns why, by key, for the last two.
         """
         claim, index = self.claim, self._index
-        failures: dict[Hashable, BaseException] = {
-            key: index.broken(key, claim.expected[key], found) for key, found in claim.refused.items()
-        }
+        failures: dict[Hashable, BaseException] = {}
+        for key, found in claim.refused.items():
+            failures[key] = index.broken(key, claim.expected[key], found)
         self._arrived, self._written = {}, []
         for entry in (*claim.claimed.values(), *claim.joined.values()):
             key, copy, expected = entry.key, entry.copy, claim.expected.get(entry.key)
