@@ -63,7 +63,7 @@ class BufferStats(TypedDict):
     # leaks, and writes into shards
     oldest_entry_age_seconds: float
     outlived_entries: int
-    outlived_bytes: int  # of the pool, alignment included
+    outlived_bytes: int  # as they take in the pool, alignment included
     clears: int
     # writes into shards
     mutations: int  # times that a look-up found a shard that a reader had written into

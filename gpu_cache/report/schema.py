@@ -86,7 +86,7 @@ class SourceStats(TypedDict):
     """One source node, of `sources`; keyed by its address ("host:port"), LOCAL_SOURCE or OTHER_SOURCES."""
 
     entries: int  # cached now, as the next two
-    resident_bytes: int  # of the pool, alignment included
+    resident_bytes: int  # as they take in the pool, alignment included
     oldest_entry_age_seconds: float  # 0.0 when none is
     fetch_bytes: int  # since start, as the following
     fetch_busy_seconds: float  # with at least one transfer from this node in flight

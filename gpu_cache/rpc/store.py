@@ -21,8 +21,8 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 class ShardStore(MutableMapping[Hashable, torch.Tensor]):
     """Tensors kept for remote readers until they are removed.
 
-    A mapping, so that code which knows upstream's plain dict finds what it expects; the operations named below are
-    each atomic, and what `MutableMapping` builds from them (`setdefault`, `popitem`) is not.
+    A mapping, as code that knows upstream's plain dict expects. The operations named below are each atomic; those that
+    `MutableMapping` builds from them (`setdefault`, `popitem`) are not.
 
     Args:
         now: Seconds, monotonic; shards are dated by it.

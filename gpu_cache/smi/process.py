@@ -26,7 +26,7 @@ class Process:
         is_alive: Whether its lock is held.
         host_pid: As seen from here; None if it cannot be known.
         gpu: Its GPU, as NVML knows it.
-        others: Of a dead process, the reports of its other caches.
+        others: The reports of a dead process's other caches.
         command: Its command line, as the kernel tells it; "" if it does not.
     """
 

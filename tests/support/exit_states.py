@@ -1,8 +1,8 @@
 """Processes that end while a thread of the cache is at work: `python -m tests.support.exit_states COUNT STATE/END ...`.
 
 Importing torch takes seconds, so one process imports it and forks a child for each ending. The child brings a fresh
-cache into the state, ends as a script would, through the whole of the interpreter's finalization, and its parent
-prints how that went: a JSON list of [state, end, status, stderr].
+cache into the state, and ends as a script would, through the whole of the interpreter's finalization. Its parent prints
+the outcome: a JSON list of [state, end, status, stderr].
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ _NOTHING = torch.empty(0, dtype=torch.uint8)
 class SimDevice(SimHost):
     """A `Device` in host memory with explicit queues; copies read their source when they run.
 
-    Its findings are in `faults`: two accesses of one granule, at least one of them a write, that nothing orders
-    (enqueuing, a stream's own order, record and wait, `query` that said yes, `synchronize`); and kernels that read
-    other bytes than they should. The host is one actor, whatever the thread: what one thread saw done counts for
-    all, as locks order them anyway; races of host threads with each other are not looked for. Also work on a stream
+    Its findings are in `faults`. One kind is two accesses of one granule, at least one a write, that nothing orders
+    (enqueuing, a stream's own order, record and wait, `query` that said yes, `synchronize`). Another is a kernel that
+    reads other bytes than it should. The host is one actor, whatever the thread: locks order its threads anyway, and
+    races between them are not looked for. Also work on a stream
     while a graph is captured there, and queries, records and waits of a thread whose current stream is captured.
 
     Args:

@@ -168,7 +168,7 @@ class HttpRTensorBackend:
     async def delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
         """Delete shards at their owner: three tries within 10 s. Unknown ids are no error.
 
-        What the owner refuses is asked for in halves: one id that it chokes on keeps none of the others.
+        After a refusal the client asks in halves, so that one bad id keeps none of the others.
 
         Returns:
             The owner's statistics.
@@ -198,7 +198,7 @@ class HttpSource:
 
     Args:
         requester: Makes one for a node and a route, whose requests take so many seconds together.
-        settings: Of the backend.
+        settings: The backend's settings.
         shards: Where each is.
         expected: Meta tensors as they should be, where known.
     """

@@ -66,8 +66,8 @@ class HttpSettings:
     """Settings that all requests of a backend share.
 
     `max_unknown_bytes` is the longest shard that is taken where no handle says its size. A connection that was idle
-    for `doubt_after_s` may be dead without a word, as by a NAT: it gets `doubted_patience_s` to begin its answer, and
-    then a fresh one is asked.
+    for `doubt_after_s` may be dead without a word, as by a NAT. It gets `doubted_patience_s` to begin its answer; then
+    the client asks over a fresh one.
     """
 
     headers: Mapping[str, str] = dataclasses.field(repr=False)  # one of them is the token
@@ -287,8 +287,9 @@ class Requester:
 
 
 def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
-    """The pause after that many faults in a row: twice as long each time, and up to half more or less by `chance`, so
-    that all who lost the same node do not come back at the same moment.
+    """The pause after that many faults in a row: twice as long each time, and up to half more or less by `chance`.
+
+    So clients that lost the same node do not come back at the same moment.
     """
     return first_s * 2.0 ** (num_faults - 1) * (0.5 + chance)
 

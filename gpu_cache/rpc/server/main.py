@@ -209,9 +209,8 @@ def start(
 
     Raises:
         OSError: The address cannot be bound.
-        ValueError: Other hosts could reach the server, there is no token, and `allow_unauthenticated` is off; or the
-            token is not one line of printable ASCII, a limit is not positive, `shard_ttl_s` is not a time, or `port`
-            is none.
+        ValueError: Other hosts could reach the server, there is no token, and `allow_unauthenticated` is off. Or the
+            token is not one line of printable ASCII, or a limit, `shard_ttl_s` or `port` is out of range.
     """
     _check_positive(max_concurrent_responses=max_concurrent_responses, max_connections=max_connections)
     header_timeout_s = seconds(header_timeout_s, "header_timeout_s", least=_SHORTEST_S)

@@ -13,8 +13,8 @@ _KEPT_S = 4 * RETRY_AFTER_S
 _LONG_S = 2.0
 # An answer of which so much is still in the kernel is as good as taken: delayed acknowledgements are less.
 _LEFT_BYTES = 256 << 10
-# A client that takes no more than this, in one of the times below, is as good as gone: 1 MiB/s while others wait. What
-# it has by then it does not ask for again.
+# A client that takes no more than this, in one of the times below, is as good as gone: 1 MiB/s while others wait. It
+# asks no more for shards that it has by then.
 _PROGRESS_BYTES = 8 << 20
 _STALLED_S = 120.0
 # Looked at once a second, a place is freed within 10 s.
@@ -27,8 +27,8 @@ class Turns:
     """Places for answers under way. Clients that were refused come back, and go before those that were not.
 
     Else a client that asks again and again, as for a large batch, would find each place that it leaves free itself.
-    Among the refused the first that comes is served, so that no place waits for one of them; but a client that has
-    been coming for long has a place kept for it.
+    The server takes the first refused client that comes, so that no place waits. It keeps a place for a client that
+    has been coming for long.
 
     Args:
         num_places: Answers under way at once.

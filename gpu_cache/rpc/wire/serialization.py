@@ -110,8 +110,8 @@ def _wire_fields(instance: Any) -> dict[str, Any]:
 def deserialize_value(value: Any) -> Any:
     """Build what `serialize_value` described. Nothing that the value names is ever imported.
 
-    A dict is a tagged value if its "type" is one of upstream's tags *and* the fields of that tag are there; any other
-    dict is plain data, as it is for upstream (chat messages have a "type", some with "data" beside it). Only a
+    A dict is a tagged value if its "type" is one of upstream's tags *and* the fields of that tag are there. Any other
+    dict is plain data, as for upstream: chat messages have a "type", some with "data" beside it. Only a
     "class_path" gives away a tag that we have not heard of.
 
     Raises:
