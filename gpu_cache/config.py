@@ -21,7 +21,7 @@ _PREFIX = "GPU_CACHE_"
 # As fields are spelt.
 # Other variables, spelt as fields are.
 _OTHER_VARIABLES = {
-    "areal", "native", "native_dir", "require_gpu", "shm", "stats_dead_s", "stats_dir", "stats_group",
+    "areal", "native", "native_dir", "require_gpu", "shard_ttl", "shm", "stats_dead_s", "stats_dir", "stats_group",
 }  # fmt: skip
 
 # About thirty years. A longer time means no limit: no lock, socket or timer takes it.
