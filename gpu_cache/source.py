@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Protocol
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,6 +28,39 @@ class ShardSpec:
         self.nbytes = math.prod(shape) * dtype.itemsize
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class LentMemory:
+    """Host memory with shards in it, such as another process's, that a reader lends for copies. Nobody writes into it.
+
+    Attributes:
+        tensor: `(nbytes,)` uint8.
+        turn: Held while a device registers it.
+        readers: Whether a device's copies read it without staging, by device.
+        endings: Called before it is unmapped, when no copy is under way any more.
+    """
+
+    tensor: torch.Tensor
+    turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    readers: dict[object, bool] = dataclasses.field(default_factory=dict)
+    endings: list[Callable[[], object]] = dataclasses.field(default_factory=list)
+
+
+class Stretch(NamedTuple):
+    """Bytes that lie in one piece in lent memory.
+
+    Attributes:
+        at: Where they belong, as the caller counts.
+        memory: Where they are.
+        begin: Of them there.
+        nbytes: Of them.
+    """
+
+    at: int
+    memory: LentMemory
+    begin: int
+    nbytes: int
+
+
 class ShardReader(Protocol):
     """One connection to one node, drained by one thread; only `cancel` may be called from another.
 
@@ -36,6 +70,9 @@ class ShardReader(Protocol):
 
     A reader may have `num_received`, the bytes that came over its connection so far, or None; any thread asks for it.
     Without it a read that takes longer than a second counts as stalled while readers of other nodes wait.
+
+    A reader whose bytes lie in memory of this process may lend them, see `LendingReader`. `transport`, if a reader has
+    it, names how its latest part came.
 
     Inside the cache, one whose shards are in a pool of it has `resident`, which tells where: then they are copied from
     there, and nothing is read.
@@ -68,6 +105,28 @@ class ShardReader(Protocol):
 
     def close(self) -> None:
         """Give back the connection. Called once, by the draining thread, after its last read."""
+
+
+class LendingReader(ShardReader, Protocol):
+    """A `ShardReader` that may lend its bytes: then a copy goes straight from where they are to where they belong.
+
+    Lent memory stays as it is until the next `next_specs`, or `close`.
+
+    Attributes:
+        is_lending: Whether it lends the part that `next_specs` has just described; then nothing calls `read_into`.
+    """
+
+    is_lending: bool
+
+    def read_run(self, places: Sequence[tuple[int, int]]) -> Sequence[Stretch]:
+        """Where the next bytes of the part are.
+
+        Args:
+            places: Of each shard, or of a piece of one: where its bytes belong, and how many; in stream order.
+        """
+
+    def confirm(self) -> None:
+        """Raise, as `read_into` does, unless the bytes of all stretches so far were what they should be until now."""
 
 
 class ShardSource(Protocol):

@@ -76,6 +76,7 @@ QUICK = Extent(0.25, Plan(most=3, least=1, seconds=4), 7e6, scale.SIZES[:-1])
 # is there for what a busy thread loses at a step.
 _LARGE = (
     *("raw", "memcpy", "json", "defaults/cold*", "defaults/step*", "defaults/warm", "defaults/clear", "tuned/cold"),
+    "samehost/cold",
     *("pinned_peak", "*/pipeline", "upstream_*"),
 )
 _ROWS_OF = {"W2": _LARGE, "W3": _LARGE, "W5": ("raw", "memcpy", "defaults/cold*", "defaults/step*")}
@@ -191,8 +192,9 @@ def _trainers(workload: Workload, owner: Owner, device: str) -> Iterator[Trainer
     with (
         contextlib.closing(Trainer.tuned(workload, handles, device)) as tuned,
         contextlib.closing(Trainer.at_defaults(workload, handles)) as defaults,
+        contextlib.closing(Trainer.at_defaults(workload, handles, same_host=True)) as same_host,
     ):
-        yield Trainers(defaults, tuned)
+        yield Trainers(defaults, tuned, same_host)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from gpu_cache.device.events import Events, RawEvents, TorchEvents
 from gpu_cache.device.hostmem import host_memory
 from gpu_cache.device.private_pools import PrivatePools
 from gpu_cache.device.protocol import NO_BYTES, Arena, DeviceIdentity, Event, Pinned, Stream
+from gpu_cache.source import LentMemory
 
 torch_cuda: Any = torch.cuda  # for modules that take it as an argument
 
@@ -73,6 +74,13 @@ class CudaDevice:
             with self._here():
                 self._runtime.unpin(pinned.tensor.data_ptr())
         pinned.tensor, pinned.view, pinned.is_pinned = NO_BYTES, memoryview(b""), False
+
+    def reads(self, memory: LentMemory) -> bool:
+        if (known := memory.readers.get(self)) is None:
+            with memory.turn:  # registered twice, it would be refused
+                if (known := memory.readers.get(self)) is None:
+                    known = memory.readers[self] = self._register(memory)
+        return known
 
     def new_stream(self) -> Stream:
         # Not of priority 0, whose streams torch deals out to all callers in turn: sharing one would queue copies behind
@@ -157,6 +165,20 @@ class CudaDevice:
     @functools.cached_property
     def _events(self) -> Events:
         return TorchEvents(self._cuda) if self._runtime.raw is None else RawEvents(self._runtime.raw)
+
+    def _register(self, memory: LentMemory) -> bool:
+        address, nbytes = memory.tensor.data_ptr(), memory.tensor.numel()
+        with self._here():
+            if not self._runtime.pin_shared(address, nbytes):
+                return False
+        self._copyable.add(address)
+        memory.endings.append(functools.partial(self._unregister, address))
+        return True
+
+    def _unregister(self, address: int) -> None:
+        self._copyable.discard(address)
+        with self._here():
+            self._runtime.unpin(address)
 
     def _is_copyable(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self._copyable

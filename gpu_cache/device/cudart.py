@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import logging
 import os
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, not only the registering thread's
+_READ_ONLY = 8  # cudaHostRegisterReadOnly: of pages that this process cannot write
+_TURN_S = 10.0  # a process that registers is waited for so long
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 _DEFAULT = 4  # cudaMemcpyDefault: which way is told by the addresses
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream: the source is read when the stream gets there
@@ -160,6 +165,7 @@ class CudaRuntime:
         load_waiting: The same, to be called without it.
         current_stream: The handle of the calling thread's current stream, by the device's index; None: asks torch for
             the stream itself, which takes 4 us.
+        turn_file: Locked by the process that registers shared memory; None: a file of this user's.
     Thread-safety: any thread; sticky errors and capture modes are the calling thread's.
     """
 
@@ -170,10 +176,12 @@ class CudaRuntime:
         load: Callable[[str], Any] = ctypes.PyDLL,
         load_waiting: Callable[[str], Any] = ctypes.CDLL,
         current_stream: Callable[[int], int] | None = _CURRENT_STREAM,
+        turn_file: str | None = None,
     ) -> None:
         self._cuda, self._maps, self._load, self._load_waiting = cuda, maps, load, load_waiting
         self._current_stream = current_stream
-        self._has_warned = False
+        self._turn_file = turn_file
+        self._has_warned = self._has_told = False
 
     @functools.cached_property
     def raw(self) -> RawCalls | None:
@@ -201,8 +209,23 @@ class CudaRuntime:
             )
         return not code
 
+    def pin_shared(self, address: int, nbytes: int) -> bool:
+        """Page-lock memory that another process owns and this one only reads; False, with one line, if refused.
+
+        One process at a time: of several that register the same pages at once, each waits for all.
+        """
+        with _one_process_at_a_time(self._turn_file):
+            code = self._checked(self._cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE | _READ_ONLY))
+        if code and not self._has_told:
+            self._has_told = True
+            _log.info(
+                f"shards in shared memory are staged: {nbytes:,} bytes of it cannot be registered (cudaHostRegister: "
+                f"error {code})"
+            )
+        return not code
+
     def unpin(self, address: int) -> None:
-        """Undo a `pin` that returned True."""
+        """Undo a `pin` or `pin_shared` that returned True."""
         self._checked(self._cuda.cudart().cudaHostUnregister(address))
 
     @contextlib.contextmanager
@@ -250,6 +273,28 @@ class CudaRuntime:
             with contextlib.suppress(OSError):  # replaced on disk since
                 libraries[path] = self._load(path)
         return libraries
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(path: str | None) -> Iterator[None]:
+    """Hold a lock of this user's processes, as far as it comes free in time."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            file = path or os.path.join(tempfile.gettempdir(), f"gpu-cache-register-{os.geteuid()}.lock")
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, descriptor)
+            _lock_in_time(descriptor)
+        yield
+
+
+def _lock_in_time(descriptor: int) -> None:
+    ends = time.monotonic() + _TURN_S
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() > ends:
+            return None
+        time.sleep(0.001)
 
 
 def _mapped(maps: str, prefix: str) -> list[str]:

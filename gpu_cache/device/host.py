@@ -10,6 +10,7 @@ import torch
 
 from gpu_cache.device.hostmem import host_memory, host_tensor
 from gpu_cache.device.protocol import NO_BYTES, Arena, DeviceIdentity, Event, Pinned, Stream
+from gpu_cache.source import LentMemory
 
 
 class HostDevice:
@@ -31,6 +32,9 @@ class HostDevice:
 
     def release_pinned(self, pinned: Pinned) -> None:
         pinned.tensor, pinned.view = NO_BYTES, memoryview(b"")
+
+    def reads(self, memory: LentMemory) -> bool:
+        return True
 
     def new_stream(self) -> Stream:
         return "host"

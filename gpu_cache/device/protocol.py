@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.source import LentMemory
 
 Stream = Any
 Event = Any
@@ -103,6 +104,9 @@ class Device(Memory, Protocol):
 
     def release_pinned(self, pinned: Pinned) -> None:
         """Unpin and free a staging buffer. The caller has made sure that no copy reads it."""
+
+    def reads(self, memory: LentMemory) -> bool:
+        """Whether copies read this memory without staging; registers it if need be, until it is unmapped."""
 
     def new_stream(self) -> Stream:
         """A stream of the cache's own."""

@@ -113,10 +113,10 @@ class ShardIndex:
         with self._lock:
             self._ledger.fetching(node, begins=begins)
 
-    def note_answer(self, node: str, seconds: float) -> None:
-        """An answer of a node took so long, from the request to its last byte."""
+    def note_answer(self, node: str, seconds: float, transport: str = "") -> None:
+        """An answer of a node took so long, from the request to its last byte, and came this way."""
         with self._lock:
-            self._ledger.answered(node, seconds)
+            self._ledger.answered(node, seconds, transport)
 
     @property
     def is_closed(self) -> bool:

@@ -109,6 +109,7 @@ class SourceTally:
         self.fetch_bytes = 0
         self.errors: dict[str, int] = {}  # by reason
         self.durations = Tally(SOURCE_DURATION_EDGES_S)
+        self.transport = ""  # of the latest answer
         self._num_entries = self._resident_bytes = 0
         self._births: dict[float, int] = {}  # time -> cached entries that were published then, in order
 
@@ -139,6 +140,7 @@ class SourceTally:
             fetch_errors=sum(self.errors.values()),
             fetch_errors_by_reason=dict(self.errors),
             fetch_durations=list(self.durations.counts),
+            transport=self.transport,
         )
 
 
@@ -209,10 +211,12 @@ class Ledger:
         self._fetching.note(begins=begins)
         self._sources[node].fetching.note(begins=begins)
 
-    def answered(self, node: str, seconds: float) -> None:
-        """A node's answer took so long."""
+    def answered(self, node: str, seconds: float, transport: str = "") -> None:
+        """A node's answer took so long, and came this way."""
         self._durations.observe(seconds)
-        self._sources[node].durations.observe(seconds)
+        source = self._sources[node]
+        source.durations.observe(seconds)
+        source.transport = transport
 
     def landed(self, entries: Iterable[Entry], node: str) -> None:
         """Entries got their tensors."""

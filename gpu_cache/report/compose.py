@@ -172,6 +172,7 @@ def _summed(parts: list[SourceStats]) -> SourceStats:
         fetch_errors=sum(part["fetch_errors"] for part in parts),
         fetch_errors_by_reason=reasons,
         fetch_durations=[sum(counts) for counts in zip(*(part["fetch_durations"] for part in parts), strict=True)],
+        transport="",
     )
 
 

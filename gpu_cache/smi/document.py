@@ -99,9 +99,10 @@ def _link(process: Process, link: str) -> dict[str, float | None]:
     return totals | {f"{link}_{key}": process.rate(f"{link}_{key}") for key in _RATES}
 
 
-def _source(process: Process, one: Mapping[str, Any]) -> dict[str, float | None]:
+def _source(process: Process, one: Mapping[str, Any]) -> dict[str, Any]:
     oldest = process.aged(figures.number(one, "oldest_entry_age_seconds")) if figures.number(one, "entries") else None
-    return {key: figures.number(one, key) for key in _OF_SOURCE} | {"oldest_entry_age_seconds": _rounded(oldest)}
+    found = {key: figures.number(one, key) for key in _OF_SOURCE} | {"oldest_entry_age_seconds": _rounded(oldest)}
+    return found | ({"transport": transport} if (transport := figures.text(one, "transport")) else {})
 
 
 def _problem(problem: Problem) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_cache.report.schema import LOCAL_SOURCE, OTHER_SOURCES, SOURCE_DURATION_EDGES_S
+from gpu_cache.report.schema import LOCAL_SOURCE, OTHER_SOURCES, SHARED_MEMORY, SOURCE_DURATION_EDGES_S
 from gpu_cache.smi import figures
 from gpu_cache.smi.process import Process
 from gpu_cache.units import ratio
@@ -25,10 +25,13 @@ class Source:
     errors: float | None
     oldest_age_s: float | None
     durations: list[float]
+    transports: frozenset[str] = frozenset()  # of the latest answers to each process
 
     @property
     def title(self) -> str:
-        return "local (same node)" if self.address == LOCAL_SOURCE else self.address
+        if self.address == LOCAL_SOURCE:
+            return "local (same node)"
+        return f"{self.address} ({SHARED_MEMORY})" if SHARED_MEMORY in self.transports else self.address
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -96,4 +99,5 @@ def _merged(address: str, parts: Sequence[tuple[Process, Mapping[str, Any]]]) ->
         errors=summed("fetch_errors"),
         oldest_age_s=figures.largest(ages),
         durations=added(durations, len(SOURCE_DURATION_EDGES_S) + 1),
+        transports=frozenset(found for _, one in parts if (found := figures.text(one, "transport"))),
     )

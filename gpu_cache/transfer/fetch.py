@@ -177,7 +177,8 @@ class ReaderTask:
     def _note_answer(self) -> None:
         """An answer is complete: it took from its request to its last bytes."""
         if self._began is not None and self._is_fetch:
-            self._index.note_answer(self.reader.node, self._ended - self._began)
+            transport = getattr(self.reader, "transport", "")
+            self._index.note_answer(self.reader.node, self._ended - self._began, transport)
 
 
 def _finish(transfer: Transfer) -> None:

@@ -25,10 +25,10 @@ from gpu_cache.pool.block import Copy, Range, aligned, empty_copies
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.slab import Shortage, SlabPool, stretches
 from gpu_cache.process import no_collections
-from gpu_cache.source import ShardReader, ShardSpec
+from gpu_cache.source import LendingReader, LentMemory, ShardReader, ShardSpec, Stretch
 from gpu_cache.throttle import Throttle
 from gpu_cache.transfer.inflight import InflightBudget, Turn
-from gpu_cache.transfer.staging import StagingRing
+from gpu_cache.transfer.staging import Slot, StagingRing
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -64,6 +64,12 @@ class Piece:
         first = self.start  # only a run of one large shard is cut into pieces
         for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
             yield room[offset : offset - first + spec.nbytes]
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Of each shard, where it goes within the piece, and how many of its bytes."""
+        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
+            begin = max(offset, self.start)
+            yield begin - self.start, min(offset + spec.nbytes, self.start + self.nbytes) - begin
 
 
 def copies_of(window: Sequence[Piece], slot: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -143,6 +149,7 @@ logger = logging.getLogger(__name__)
 # Received by one call where nothing is staged, in slots. Larger calls are faster (of the raw socket's speed: 0.73 in
 # calls of 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback); what a fault costs grows with them.
 _DIRECT_SLOTS = 2
+_MOST_UNCONFIRMED = 8  # windows of lent memory that are copied before the reader is asked whether they were good
 _ATTEMPTS = 3  # to make room for a run, of which others take what they find
 
 
@@ -275,6 +282,9 @@ class Transfer:
                         self._copy_all(deque(runs), place, resident, sink, placed)
                         continue
                     left = Backlog(runs, self._window_bytes, place)
+                    if getattr(reader, "is_lending", False):
+                        self._move_lent(cast(LendingReader, reader), left, sink, turn, deadline, placed)
+                        continue
                     while left.nbytes:  # room is taken when the bytes may be on their way
                         with self.inflight.granted(min(left.nbytes, self._window_bytes), turn, deadline):
                             self._move(reader, left.next_window(), sink, turn, deadline, placed)
@@ -301,22 +311,91 @@ class Transfer:
         placed: dict[Run, None],
     ) -> None:
         """Receive a window, and land the runs that are complete with it. Tensors are built while bytes arrive."""
-        complete = [piece.run for piece in window if piece.is_last]
+        carved = self._carve(window)
+        self._land(carved, self._receive(reader, window, turn, deadline), sink, placed)
+
+    def _carve(self, window: list[Piece]) -> list[tuple[Run, list[Copy]]]:
+        """The tensors of the runs that are complete with a window."""
         with no_collections:
-            landings = [self._pool.carve(run.range, run.specs, run.offsets) for run in complete]
-        completion = self._receive(reader, window, turn, deadline)
+            complete = [piece.run for piece in window if piece.is_last]
+            return [(run, self._pool.carve(run.range, run.specs, run.offsets)) for run in complete]
+
+    def _land(
+        self,
+        carved: list[tuple[Run, list[Copy]]],
+        completion: Completion | None,
+        sink: Sink,
+        placed: dict[Run, None],
+    ) -> None:
         with no_collections:
             for is_overflow in (False, True):
-                landed = [
-                    landing
-                    for run, of_run in zip(complete, landings, strict=True)
-                    if run.range.slab.is_overflow == is_overflow
-                    for landing in of_run
-                ]
+                landed = [one for run, of in carved if run.range.slab.is_overflow == is_overflow for one in of]
                 if landed:
                     sink.land(landed, completion, is_overflow=is_overflow)
-            for run in complete:
+            for run, _ in carved:
                 del placed[run]
+
+    def _move_lent(
+        self,
+        reader: LendingReader,
+        left: Backlog,
+        sink: Sink,
+        turn: Turn,
+        deadline: float,
+        placed: dict[Run, None],
+    ) -> None:
+        """Copy windows from where a reader lends them; land them once it confirms that the bytes were good."""
+        unconfirmed: list[tuple[list[tuple[Run, list[Copy]]], Completion | None]] = []
+        try:
+            while left.nbytes:
+                with self.inflight.granted(min(left.nbytes, self._window_bytes), turn, deadline):
+                    window = left.next_window()
+                    carved = self._carve(window)
+                    unconfirmed.append((carved, self._copy_lent(reader, window, turn, deadline)))
+                    is_due = self._staging is None or len(unconfirmed) == _MOST_UNCONFIRMED or not left.nbytes
+                    if is_due:
+                        self._confirm(reader, unconfirmed, sink, placed)
+        finally:
+            for _, completion in unconfirmed:
+                if completion is not None:
+                    completion.wait_host()  # the memory is the reader's again after this
+
+    def _confirm(
+        self,
+        reader: LendingReader,
+        unconfirmed: list[tuple[list[tuple[Run, list[Copy]]], Completion | None]],
+        sink: Sink,
+        placed: dict[Run, None],
+    ) -> None:
+        for _, completion in unconfirmed:
+            if completion is not None:
+                completion.wait_host()
+        reader.confirm()
+        for carved, completion in unconfirmed:
+            self._land(carved, completion, sink, placed)
+        unconfirmed.clear()
+
+    def _copy_lent(self, reader: LendingReader, window: list[Piece], turn: Turn, deadline: float) -> Completion | None:
+        """Copy a window from lent memory: by the host into its own, else by the device, else through staging."""
+        with profiled(FETCH):
+            found = [(piece, reader.read_run(list(piece.places()))) for piece in window]
+        if self._staging is not None and not all(self._device.reads(one.memory) for _, of in found for one in of):
+            return self._stage(window, partial(_copy_to_slot, found), turn, deadline)
+        copies = _lent_copies(found)
+        if self._staging is None:
+            for dst, src in copies:
+                dst.copy_(src)
+            return None
+        started = self._device.record(self.stream, timing=True)
+        try:
+            with profiled(COPY):
+                self._device.copy_all(copies, self.stream)
+        except BaseException:  # some may be under way
+            Completion(self._device, self._device.record(self.stream)).wait_host()
+            raise
+        ended = self._device.record(self.stream, timing=True)
+        self.copied.note(copies, started, ended)
+        return Completion(self._device, ended)
 
     def _copy_all(
         self,
@@ -422,12 +501,21 @@ class Transfer:
             with profiled(FETCH):
                 reader.read_into([view for piece in window for view in piece.buffers(None)])
             return None
+
+        def fill(slot: Slot) -> None:
+            reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
+
+        return self._stage(window, fill, turn, deadline)
+
+    def _stage(self, window: list[Piece], fill: Callable[[Slot], object], turn: Turn, deadline: float) -> Completion:
+        """Fill a staging buffer, and enqueue its copies."""
+        assert self._staging is not None
         with profiled(STAGE):
             slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             with profiled(FETCH):
-                reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
+                fill(slot)
             started = self._device.record(self.stream, timing=True)
             copies = copies_of(window, slot.pinned.tensor)
             with profiled(COPY):
@@ -441,6 +529,37 @@ class Transfer:
                 self._staging.release(slot)
         self.copied.note(copies, started, guard)
         return Completion(self._device, guard)
+
+
+Found = Sequence[tuple[Piece, Sequence[Stretch]]]
+
+
+def _lent_copies(found: Found) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What to copy (to, from) into arenas, neighbours on both sides at once."""
+    spans: list[tuple[torch.Tensor, int, LentMemory, int, int]] = []  # arena, place, memory, place there, length
+    for piece, lent in found:
+        arena, start = piece.run.range.slab.arena.tensor, piece.run.range.offset + piece.start
+        for at, memory, begin, nbytes in lent:
+            to = start + at
+            if spans:
+                other, other_to, source, source_begin, length = spans[-1]
+                gap = to - other_to
+                if (
+                    other is arena
+                    and source is memory
+                    and gap == begin - source_begin
+                    and 0 <= gap - length < ALIGNMENT
+                ):
+                    spans[-1] = (arena, other_to, memory, source_begin, gap + nbytes)
+                    continue
+            spans.append((arena, to, memory, begin, nbytes))
+    return [(arena[to : to + n], memory.tensor[begin : begin + n]) for arena, to, memory, begin, n in spans]
+
+
+def _copy_to_slot(found: Found, slot: Slot) -> None:
+    for piece, lent in found:
+        for at, memory, begin, nbytes in lent:
+            slot.pinned.tensor[piece.at + at :][:nbytes].copy_(memory.tensor[begin : begin + nbytes])
 
 
 def _next_specs(reader: ShardReader) -> Sequence[ShardSpec] | None:

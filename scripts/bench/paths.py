@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.beside import PYTHON, TORCH, Beside, busy
-from bench.exactness import Original
+from bench.exactness import BenchError, Original
 from bench.json_client import JsonClient
 from bench.owner import Owner
 from bench.raw_socket import RawReceiver
@@ -25,6 +25,7 @@ from gpu_cache.rpc.rtensor import ClearReport
 
 # What a row's name begins with: the cache's settings are a user's defaults, or everything is preallocated.
 DEFAULTS, TUNED = "defaults", "tuned"
+SAME_HOST = "samehost"  # at defaults, from the owner's memory; the others come over HTTP
 # Hits of flat lists: of AReaL's own code, and of this project; and of a dict of tensors, which they are compared with.
 HITS = OWN_HITS, LOCALIZE_HITS, GET_MANY_HITS = "areal/own_hits", f"{DEFAULTS}/hits", f"{DEFAULTS}/hits_get_many"
 REFERENCE = "areal/hits"
@@ -138,10 +139,11 @@ class JsonPart:
 
 @dataclass(frozen=True)
 class Trainers:
-    """Two caches for one workload: as a user gets it, and with everything preallocated."""
+    """Caches for one workload: as a user gets it, with everything preallocated, and that reads the owner's memory."""
 
     defaults: Trainer
     tuned: Trainer
+    same_host: Trainer
 
 
 @contextlib.contextmanager
@@ -159,7 +161,8 @@ def open_paths(
         cold, *others = selected(
             _handle_paths(TUNED, workload, owner, trainers.tuned, original), [f"{TUNED}/{name}" for name in _TUNED_ROWS]
         )
-        yield [*paths, *variants([cold], trainers.tuned.device), *others], part
+        same_host = _same_host_paths(workload, trainers.same_host, original)
+        yield [*paths, *variants([cold], trainers.tuned.device), *others, *same_host], part
 
 
 def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> list[Path]:
@@ -177,6 +180,24 @@ def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> lis
         return Path(name, run, original.check_bytes, workload.nbytes, workload.num_shards)
 
     return [path("raw", receive), path("memcpy", lambda _: copied.copy_(original.joined))]
+
+
+def _same_host_paths(workload: Workload, trainer: Trainer, original: Original) -> list[Path]:
+    """A whole batch and one small shard, from the owner's memory."""
+    check = partial(original.check_batch, num_trajectories=len(workload.lengths))
+    sizes = {"nbytes": workload.nbytes, "num_shards": workload.num_shards}
+    smallest = min(workload.shard_bytes)
+
+    def check_one(name: str, tensor: torch.Tensor) -> None:
+        if tensor.nbytes != smallest:
+            raise BenchError(f"{name}: {tensor.nbytes:,} bytes, not {smallest:,}")
+
+    return [
+        Path(f"{SAME_HOST}/cold", RTensor.localize, check, prepare=trainer.uncached_handles, **sizes),
+        Path(
+            f"{SAME_HOST}/one", RTensor.localize, check_one, smallest, 1, trainer.one_uncached_handle, is_transfer=False
+        ),
+    ]
 
 
 def _handle_paths(settings: str, workload: Workload, owner: Owner, trainer: Trainer, original: Original) -> list[Path]:

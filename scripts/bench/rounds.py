@@ -13,7 +13,7 @@ from bench.gpu_paths import PINNED_PEAK, UPSTREAM_COLD, UPSTREAM_SECOND
 from bench.meter import Cost, Meter, with_growth
 from bench.paths import HITS, REFERENCE, Path
 
-RAW, JSON = "raw", "json"
+RAW, MEMCPY, JSON = "raw", "memcpy", "json"
 _GB = 1e9
 
 
@@ -105,9 +105,9 @@ def skipped_row(workload: str, path: Path) -> dict[str, Any]:
 # Of every row; see `rows`.
 _FIGURES = (
     "seconds", "seconds_min", "seconds_max", "num_rounds", "gb_per_s", "us_per_shard", "cpu_s_per_gb_client",
-    "cpu_s_per_gb_server", "rss_growth_bytes", "ratio_raw", "ratio_json", "ratio_pinned", "ratio_upstream",
-    "times_quiet", "times_reference", "lost_percent", "stall_ms", "num_allocations", "num_slabs", "page_faults",
-    "device_growth_bytes", "measured_bytes",
+    "cpu_s_per_gb_server", "rss_growth_bytes", "ratio_raw", "ratio_memcpy", "ratio_json", "ratio_pinned",
+    "ratio_upstream", "times_quiet", "times_reference", "lost_percent", "stall_ms", "num_allocations", "num_slabs",
+    "page_faults", "device_growth_bytes", "measured_bytes",
 )  # fmt: skip
 
 
@@ -140,13 +140,20 @@ def _row(workload: str, scale: float, course: Course, by_name: Mapping[str, Cour
 
 
 def _ratios(course: Course, by_name: Mapping[str, Course]) -> dict[str, float | None]:
-    """To the raw socket, to JSON, to the device's link, and to AReaL's way to the device, of a first or later read.
+    """To the raw socket, a copy between buffers, JSON, the device's link, and AReaL's way to the device, of a first or
+    later read.
 
     And how many times as long as with nothing beside it, and as the hits of a dict.
     """
     path = course.path
     upstream = UPSTREAM_COLD if path.is_transfer else UPSTREAM_SECOND
-    others = {"ratio_raw": RAW, "ratio_json": JSON, "ratio_pinned": PINNED_PEAK, "ratio_upstream": upstream}
+    others = {
+        "ratio_raw": RAW,
+        "ratio_memcpy": MEMCPY,
+        "ratio_json": JSON,
+        "ratio_pinned": PINNED_PEAK,
+        "ratio_upstream": upstream,
+    }
     found = {name: _ratio(course, by_name.get(other)) if path.is_reading else None for name, other in others.items()}
     base, plus, kind = path.name.partition("+")
     reference = by_name.get(f"{REFERENCE}{plus}{kind}") if base in HITS else None

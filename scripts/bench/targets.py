@@ -136,9 +136,14 @@ def _milliseconds(workload: str, path: str) -> Callable[[Rows], float | None]:
 
 
 COLD, WARM, STEP = "defaults/cold", "defaults/warm", "defaults/step"
+SAME_HOST_COLD = "samehost/cold"
 HOST_TARGETS = [
     Target("W3 cold, of raw", _figure("W3", COLD, "ratio_raw"), 0.8, 0.95, is_floor=True),
     Target("W2 cold, of raw", _figure("W2", COLD, "ratio_raw"), 0.75, 0.9, is_floor=True),
+    Target("W3 same host, of memcpy", _figure("W3", SAME_HOST_COLD, "ratio_memcpy"), 0.78, 0.85, is_floor=True),
+    Target("W2 same host, of memcpy", _figure("W2", SAME_HOST_COLD, "ratio_memcpy"), 0.65, is_floor=True),
+    Target("W1 same host, us per shard", _figure("W1", SAME_HOST_COLD, "us_per_shard"), 7.5),
+    Target("W1 same host, us for one shard", _figure("W1", "samehost/one", "us_per_shard"), 100),
     Target("W3 cold, CPU s per GB, client", _figure("W3", COLD, "cpu_s_per_gb_client"), 0.15, 0.12),
     Target("W1 cold, us per shard", _figure("W1", COLD, "us_per_shard"), 10, 6),
     Target("W1 warm, us per shard", _figure("W1", WARM, "us_per_shard"), 1.0, 0.6),

@@ -15,6 +15,7 @@ from bench.workloads import Workload
 from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.rpc import RTensor, deserialize_value, runtime
+from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import ClearReport, clear_fetch_buffer
 
 _SLAB_BYTES = 256 << 20
@@ -29,19 +30,21 @@ class Trainer:
         workload: What will be read.
         handles: The batch in handles, as text.
         config: Settings of the cache.
+        same_host: Whether the owner's memory is read; else shards come over HTTP.
     Attributes:
         cache: The cache.
     """
 
-    def __init__(self, workload: Workload, handles: str, config: CacheConfig) -> None:
+    def __init__(self, workload: Workload, handles: str, config: CacheConfig, *, same_host: bool = False) -> None:
         self._num_shards = workload.num_shards
         self._handles = handles
         self.cache = TensorCache(config)
+        self._backend = HttpRTensorBackend(same_host=same_host)
 
     @classmethod
-    def at_defaults(cls, workload: Workload, handles: str) -> Trainer:
-        """With the settings that a user gets; takes nothing before its first read."""
-        return cls(workload, handles, CacheConfig())
+    def at_defaults(cls, workload: Workload, handles: str, *, same_host: bool = False) -> Trainer:
+        """With the settings that a user gets, but for `same_host`; takes nothing before its first read."""
+        return cls(workload, handles, CacheConfig(), same_host=same_host)
 
     @classmethod
     def tuned(cls, workload: Workload, handles: str, device: str) -> Trainer:
@@ -66,8 +69,9 @@ class Trainer:
         return self.cache.device_name
 
     def select(self) -> None:
-        """Make handles of this process use this trainer's cache."""
+        """Make handles of this process use this trainer's cache and connections."""
         runtime.current().cache = self.cache
+        runtime.current().set_backend(self._backend)
 
     def new_handles(self) -> Any:
         """The batch in handles, all of them remote; reads use this trainer's cache from now on."""
@@ -79,6 +83,11 @@ class Trainer:
         self.select()
         clear_fetch_buffer()
         return self.new_handles()
+
+    def one_uncached_handle(self) -> Any:
+        """A small one of them, remote, with nothing cached."""
+        trajectory = self.uncached_handles()[0]
+        return min(trajectory.values(), key=lambda handle: handle.data.nbytes)
 
     def cached_handles(self) -> Any:
         """The same, with everything cached."""
@@ -135,8 +144,9 @@ class Trainer:
             raise BenchError(f"the cache was too small, or a fetch failed: {stats}")
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give memory and connections back."""
         self.cache.close()
+        self._backend.close()
 
     def _take_staging(self) -> None:
         """Take every staging buffer once: how many a fetch needs at a time depends on threads' luck."""

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +14,12 @@ import torch
 
 from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.device.cudart import CudaRuntime
+from gpu_cache.device.hostmem import host_memory
 from gpu_cache.device.protocol import Arena
+from gpu_cache.source import LentMemory
 from tests.support.cuda_devices import CUDA_1, RUNTIME, cuda_device, in_thread
 from tests.support.fake_cuda import MIB, FakeCuda
+from tests.support.threads import run_threads
 
 # Streams.
 
@@ -167,6 +174,63 @@ def test_a_failed_unregistration_leaves_no_error(gpu: CudaDevice, cuda: FakeCuda
     gpu.release_pinned(pinned)
 
     cuda.check_last_error()
+
+
+def lent_memory(nbytes: int = 8192) -> LentMemory:
+    return LentMemory(host_memory(nbytes)[0])
+
+
+def test_lent_memory_is_registered_for_reading_once_and_until_it_is_unmapped(gpu: CudaDevice, cuda: FakeCuda) -> None:
+    lent = lent_memory()
+    assert gpu.reads(lent)
+    assert gpu.reads(lent)
+    assert cuda.register_flags == [9], "portable, and read-only"
+    arena = gpu.arena(8192)
+    lent.tensor.fill_(3)
+    gpu.copy_async(arena.tensor, lent.tensor, gpu.new_stream())
+    assert int(arena.tensor.sum()) == 3 * 8192
+    gpu.release_arena(arena)
+    for end in lent.endings:
+        end()
+    assert cuda.pinned == {}
+
+
+def test_threads_that_meet_new_lent_memory_register_it_once(gpu: CudaDevice, cuda: FakeCuda) -> None:
+    lent = lent_memory()
+    run_threads([partial(gpu.reads, lent)] * 4)
+    assert cuda.register_flags == [9]
+
+
+def test_lent_memory_that_the_system_does_not_register_is_staged_and_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda = FakeCuda(pin_limit_bytes=0)
+    gpu = cuda_device(cuda, tmp_path)
+    with caplog.at_level(logging.INFO, "gpu_cache"):
+        assert not any(gpu.reads(lent) for lent in (lent_memory(), lent_memory()))
+    (line,) = caplog.messages
+    assert "shards in shared memory are staged" in line
+    cuda.check_last_error()
+
+
+def test_processes_register_lent_memory_one_at_a_time(gpu: CudaDevice, cuda: FakeCuda, tmp_path: Path) -> None:
+    turn = tmp_path / "turn"
+    runtime = CudaRuntime(cuda, turn_file=str(turn))
+    held = os.open(turn, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    released: list[bool] = []
+
+    def release() -> None:
+        released.append(True)
+        os.close(held)
+
+    timer = threading.Timer(0.05, release)
+    lent = lent_memory()
+    timer.start()
+    with cuda.device(CUDA_1):
+        assert runtime.pin_shared(lent.tensor.data_ptr(), 8192)
+    assert released
+    timer.join()
 
 
 def test_every_mapped_runtime_library_is_cleared_and_nothing_else_opened(cuda: FakeCuda, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from gpu_cache.rpc.server import same_host
 from gpu_cache.rpc.server.same_host import Limits, SameHostServer
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.records import (
+    COUNT,
     FETCH,
     HEADER,
     HELLO,
@@ -50,6 +51,7 @@ class Client:
         self.sock.connect(path)
         self.segments: dict[int, Any] = {}
         self.alive: list[int] = []
+        self.removals = 0
 
     def receive(self) -> tuple[Header, bytes, list[int]]:
         data, descriptors = b"", array.array("i")
@@ -76,8 +78,9 @@ class Client:
                 os.close(descriptor)
         header, body, _ = received
         assert (header.kind, header.number) == (RECORDS, len(ids))
-        at = NUMBER.size * header.more
-        self.alive = [number for (number,) in NUMBER.iter_unpack(body[:at])]
+        at = COUNT.size + NUMBER.size * header.more
+        (self.removals,) = COUNT.unpack(body[: COUNT.size])
+        self.alive = [number for (number,) in NUMBER.iter_unpack(body[COUNT.size : at])]
         return parse_records(body[at:], ids)
 
     def bytes_of(self, answer: Answer, key: str) -> bytes:
@@ -165,6 +168,7 @@ def test_held_shards_keep_their_range_until_they_are_released(
     client.release()
     eventually(lambda: store.segments.stats()["shared_bytes"] == 1024)
     assert client.ask("a").absent == ["a"]
+    assert client.removals == 1
 
 
 @pytest.mark.parametrize("way", ["asks", "goes"])

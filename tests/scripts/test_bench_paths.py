@@ -93,9 +93,13 @@ class FakeClient:
 def trainers(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainers]:
     monkeypatch.setattr(trainer, "_SLAB_BYTES", 1 << 20)
     handles = json.dumps(serialize_value(RTensor.remotize(list(workload.trajectories()), "owner:1")))
-    both = Trainers(trainer.Trainer.at_defaults(workload, handles), trainer.Trainer.tuned(workload, handles, "cpu"))
+    both = Trainers(
+        trainer.Trainer.at_defaults(workload, handles),
+        trainer.Trainer.tuned(workload, handles, "cpu"),
+        trainer.Trainer.at_defaults(workload, handles, same_host=True),
+    )
     yield both
-    for one in (both.defaults, both.tuned):
+    for one in (both.defaults, both.tuned, both.same_host):
         one.check_pool()
         one.close()
 

@@ -33,6 +33,8 @@ HOST_PATHS = [
     *_beside_each("tuned/cold"),
     "tuned/warm",
     "tuned/clear",
+    "samehost/cold",
+    "samehost/one",
 ]
 HIT_PATHS = _beside_each("areal/hits", "areal/own_hits", "defaults/hits", "defaults/hits_get_many")
 DEVICE_PATHS = [
@@ -42,7 +44,7 @@ _BATCH_PATHS = _beside_each("defaults/cold", "defaults/step")
 # Rows of each workload; those of W2 and W3 are the same.
 _LARGE_PATHS = [
     *("raw", "memcpy", "json", *_beside_each("defaults/cold"), "defaults/warm", "defaults/clear"),
-    *(*_beside_each("defaults/step"), "tuned/cold"),
+    *(*_beside_each("defaults/step"), "tuned/cold", "samehost/cold"),
 ]
 
 

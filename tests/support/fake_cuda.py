@@ -59,6 +59,7 @@ class FakeCuda:
     ) -> None:
         self.free_bytes = [device_bytes] * num_devices
         self.pinned: dict[int, int] = {}
+        self.register_flags: list[int] = []
         self.unpinned: list[int] = []
         self.contexts: set[int] = set()  # devices that have one
         self.captures: dict[FakeStream, int] = {}  # and the thread that is capturing each
@@ -325,7 +326,8 @@ class FakeCuda:
 
     def _host_register(self, address: int, nbytes: int, flags: int) -> Any:
         self.driver_call()
-        assert flags == 1, "not portable"
+        assert flags & 1, "not portable"
+        self.register_flags.append(flags)
         assert address % 4096 == 0
         if address in self.pinned:
             return self._fail(712)

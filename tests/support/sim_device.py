@@ -12,6 +12,7 @@ import torch
 
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.device.protocol import Arena, DeviceIdentity, Pinned
+from gpu_cache.source import LentMemory
 from tests.support.sim_clock import HOST, POISON, Region, Touch, join
 from tests.support.sim_host import SimHost
 from tests.support.sim_streams import Adversary, SimEvent, SimStream, Work
@@ -77,6 +78,13 @@ class SimDevice(SimHost):
     def release_pinned(self, pinned: Pinned) -> None:
         self._release(pinned.tensor)
         pinned.tensor, pinned.view = _NOTHING, memoryview(b"")
+
+    def reads(self, memory: LentMemory) -> bool:
+        with self._lock:
+            if self not in memory.readers:
+                self._add_region("lent", memory.tensor, poisons=False)
+                memory.readers[self] = True
+            return memory.readers[self]
 
     def memory_info(self) -> tuple[int, int]:
         return 1 << 30, 1 << 30

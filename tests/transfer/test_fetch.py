@@ -337,7 +337,7 @@ def test_an_answer_is_timed_from_its_request_to_its_last_byte(
     config = CacheConfig(device="cpu", staging_slot_bytes=4096, run_bytes=4096, stats=False)
     cache, clock, noted = TensorCache(config), SimpleNamespace(now=time.monotonic()), list[tuple[str, float]]()
     monkeypatch.setattr(fetch, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(cache._index, "note_answer", lambda node, seconds: noted.append((node, round(seconds, 6))))
+    monkeypatch.setattr(cache._index, "note_answer", lambda node, s, transport: noted.append((node, round(s, 6))))
     source = SimpleNamespace(open=lambda keys, timeout_s: [TimedReader(clock, fault)])
     cache.get_many(["a", "b"], source, on_error="none")
     assert noted == told

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from gpu_cache.process import forget_sockets, leave_to_parent
 from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER, RETRY_AFTER_MS_HEADER
+from gpu_cache.rpc.wire.records import MEMORY_HEADER
 
 _BYTES_RECEIVED = struct.Struct("@128xQ")  # in Linux's `struct tcp_info`
 ResultT = TypeVar("ResultT")
@@ -153,6 +154,7 @@ class HttpAnswer:
     Attributes:
         retry_after_s: How long the server asks to wait; None where it does not.
         incarnation: Which server answered; "" where it does not say.
+        memory: Where processes of its host ask for shared memory, as it announces that.
         removals: How often its owner has removed shards, as it says; "" where it does not.
         unread_bytes: Bytes of the body still to read; -1 where it comes in chunks.
         ends_connection: Whether the server closes the connection behind it.
@@ -165,6 +167,7 @@ class HttpAnswer:
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after_s(response.headers)
         self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:_MAX_INCARNATION]
+        self.memory = response.headers.get(MEMORY_HEADER, "")
         self.removals = response.headers.get(REMOVALS_HEADER, "")[:_MAX_INCARNATION]
         self.unread_bytes = -1 if response.length is None else response.length
         self.ends_connection = response.will_close
@@ -443,11 +446,13 @@ class NodeState:
         on_removal: Called when an answer says that the owner has removed shards since the answer before.
     Attributes:
         is_binary: Whether it spoke the binary form; few shards are asked for before it did.
+        memory: What its server announces to processes of its host; None before it answered.
     Thread-safety: any thread; what two find out at once is the same.
     """
 
     def __init__(self, on_removal: Callable[[], object] = lambda: None) -> None:
         self.is_binary = False
+        self.memory: str | None = None
         self._on_removal = on_removal
         self._removals = ""
         self._known = Restart("", "")

@@ -18,6 +18,7 @@ from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.rpc.clearing import in_own_thread
 from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
 from gpu_cache.rpc.client.deleter import HttpDeleter
+from gpu_cache.rpc.client.memory import OwnersMemory
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.requester import (
     CLEAR,
@@ -29,6 +30,8 @@ from gpu_cache.rpc.client.requester import (
     kind_of_status,
     shortened,
 )
+from gpu_cache.rpc.client.same_host import SameHostReader
+from gpu_cache.rpc.segments import is_wanted
 from gpu_cache.rpc.shard import TensorShardInfo
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.tokens import find_token
@@ -44,6 +47,7 @@ class HttpRTensorBackend:
         shards: Where `store` keeps tensors; None until the backend is made this process's own.
         max_unknown_bytes: The longest shard that `fetch` takes, in bytes. `source` takes what the handles promise,
             however long it is, and nothing longer.
+        same_host: Whether shards of owners on this host are read from their memory. None: unless GPU_CACHE_SHM says no.
     Attributes:
         on_removal: Called when an owner's answer to a fetch says that it has removed shards since the answer before;
             set before the first request.
@@ -60,6 +64,7 @@ class HttpRTensorBackend:
         token: str | None = None,
         shards: ShardStore | None = None,
         max_unknown_bytes: int = DEFAULT_MAX_UNKNOWN_BYTES,
+        same_host: bool | None = None,
     ) -> None:
         if max_shards_per_request <= 0:
             raise ValueError("max_shards_per_request must be positive")
@@ -75,6 +80,7 @@ class HttpRTensorBackend:
             max_unknown_bytes=max_unknown_bytes,
         )
         self._connections = ConnectionPool()
+        self.memories = OwnersMemory() if (is_wanted() if same_host is None else same_host) else None
         self._nodes: dict[str, NodeState] = {}
 
     def __repr__(self) -> str:
@@ -84,7 +90,7 @@ class HttpRTensorBackend:
         self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
     ) -> HttpSource:
         """A source for these shards by id; `expected` are meta tensors as they should be, where known."""
-        return HttpSource(self._requester, self._settings, shards, expected)
+        return HttpSource(self._requester, self._settings, shards, expected, self.memories)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
@@ -178,8 +184,10 @@ class HttpRTensorBackend:
         return await in_own_thread(self._delete, node_addr, list(shard_ids))
 
     def close(self) -> None:
-        """Close the idle connections. Idempotent."""
+        """Close the idle connections, and unmap what is mapped. Idempotent."""
         self._connections.close()
+        if self.memories is not None:
+            self.memories.close()
 
     def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
         node = self._nodes.setdefault(address, NodeState(self.on_removal))
@@ -201,6 +209,7 @@ class HttpSource:
         settings: The backend's settings.
         shards: Where each is.
         expected: Meta tensors as they should be, where known.
+        memories: What is mapped of owners of this host; None: all shards come over HTTP.
     """
 
     def __init__(
@@ -209,18 +218,24 @@ class HttpSource:
         settings: HttpSettings,
         shards: Mapping[Hashable, TensorShardInfo],
         expected: Mapping[Hashable, torch.Tensor],
+        memories: OwnersMemory | None = None,
     ) -> None:
         self._requester, self._settings, self._shards, self._expected = requester, settings, shards, expected
+        self._memories = memories
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node; connects at its first read."""
         by_node: dict[str, list[Hashable]] = {}
         for key in keys:
             by_node.setdefault(self._shards[key].node_addr, []).append(key)
-        return [
-            HttpReader(wanted, self._expected, self._requester(node, FETCH, timeout_s), self._settings)
-            for node, wanted in by_node.items()
-        ]
+        return [self._reader(node, wanted, timeout_s) for node, wanted in by_node.items()]
+
+    def _reader(self, node: str, wanted: Sequence[Hashable], timeout_s: float) -> ShardReader:
+        requester = self._requester(node, FETCH, timeout_s)
+        reader = HttpReader(wanted, self._expected, requester, self._settings)
+        if self._memories is None:
+            return reader
+        return SameHostReader(reader, requester.node, self._memories, self._expected, time.monotonic() + timeout_s)
 
 
 def drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:

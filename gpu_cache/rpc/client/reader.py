@@ -143,6 +143,8 @@ class HttpReader:
         settings: Limits of a request.
     """
 
+    transport = "http"
+
     def __init__(
         self,
         keys: Sequence[Hashable],
@@ -179,6 +181,15 @@ class HttpReader:
                 return specs
             self._left += [key for key in reversed(wanted) if key not in self.failures]
         return None
+
+    def take_left(self) -> list[Hashable]:
+        """Leave what was not asked for yet to the caller; between two parts."""
+        left, self._left = self._left[::-1], []
+        return left
+
+    def put_back(self, keys: Sequence[Hashable]) -> None:
+        """Ask for these with the next part, and those behind it."""
+        self._left += reversed(keys)
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Receive straight into the buffers; after a fault, the shards that are not complete are asked for again.
@@ -276,9 +287,10 @@ class HttpReader:
             refusal = self._requester.refusal_of(answer.status, text)
             raise self._failed(kind_of_status(answer.status), refusal, wanted)
         for key in lost:
-            self.failures[key] = self._missing(key)
+            self.failures[key] = self.missing(key)
 
-    def _missing(self, key: Hashable) -> ShardMissingError:
+    def missing(self, key: Hashable) -> ShardMissingError:
+        """The error of a shard that the owner does not have."""
         if (restart := self._node_state.restart) is not None:
             return ShardLostError(key, self.node, restart.before, restart.now)
         return ShardMissingError(f"Failed to fetch shard {key} from {self.node}: the owner does not have it")
@@ -297,12 +309,12 @@ class HttpReader:
             self._check_count(len(shards), wanted)
             if unwanted := {spec.key for spec in shards}.difference(wanted):
                 raise WireError(f"it sent shard {next(iter(unwanted))!r} without being asked for it")
-            is_welcome = [self._is_welcome(spec) for spec in shards]  # all of them are looked at
+            is_welcome = [self.is_welcome(spec) for spec in shards]  # all of them are looked at
             if not all(is_welcome):
                 return None
         return FrameBody(shards, answer, header)
 
-    def _is_welcome(self, found: ShardSpec) -> bool:
+    def is_welcome(self, found: ShardSpec) -> bool:
         """Whether a shard is as its handle promises, or short enough where no handle promised; else it fails."""
         promised, limit = self._expected.get(found.key), self._settings.max_unknown_bytes
         if promised is None and found.nbytes > limit:
@@ -405,7 +417,7 @@ class HttpReader:
         if tensor.is_meta:
             return self._failed(ShardAnswerError, "a tensor without data", [key])
         spec = ShardSpec(key, tensor.dtype, tuple(tensor.shape))
-        return tensor if self._is_welcome(spec) else cast(ShardFetchError, self.failures[key])
+        return tensor if self.is_welcome(spec) else cast(ShardFetchError, self.failures[key])
 
     def _check_count(self, num_returned: int, wanted: Sequence[Hashable]) -> None:
         if num_returned != len(wanted):

@@ -237,6 +237,8 @@ class Requester:
             self._put_back()
         answer = self._answer(payload, meanwhile)
         self._has_answered = True
+        if answer.status == 200:  # it is no secret, but one who has no token is told none
+            self.node.memory = answer.memory
         if self.node.note(answer.incarnation):
             self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
         if self._route is FETCH:

@@ -37,6 +37,7 @@ from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import OwnedShard
 from gpu_cache.rpc.wire.records import (
     ABSENT,
+    COUNT,
     ELSEWHERE,
     FETCH,
     HEADER,
@@ -288,7 +289,7 @@ class SameHostServer:
         self.num_answers += 1
         self.num_bytes += sum(shard.nbytes for shard in client.held)
         numbers = self._store.segments.numbers()
-        alive = b"".join(map(NUMBER.pack, numbers))
+        alive = COUNT.pack(self._store.num_removals) + b"".join(map(NUMBER.pack, numbers))
         client.knows.intersection_update(numbers)
         news = [number for number in segments_in(records) if number not in client.knows]
         answer = Header(RECORDS, len(shards), len(numbers), len(alive) + len(records))

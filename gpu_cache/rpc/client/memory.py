@@ -1,0 +1,432 @@
+"""The memory of owners of this host: segments that are mapped here, and the connections under which they are held."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from gpu_cache.device.hostmem import POPULATE_READ, advise, mapped
+from gpu_cache.process import leave_to_parent
+from gpu_cache.rpc.client.connection import DeadlineSocket, is_out_of_descriptors
+from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.wire.records import (
+    COUNT,
+    FETCH,
+    HEADER,
+    HELLO,
+    MAX_DESCRIPTORS,
+    MAX_SEGMENTS,
+    NUMBER,
+    RECORD_BYTES,
+    RECORDS,
+    RELEASE,
+    SEGMENT,
+    SEGMENTS,
+    Header,
+)
+from gpu_cache.source import LentMemory
+
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
+_ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+_MAX_INCARNATION = 64
+_PAGES_BYTES = 2 << 20  # pages are mapped in such steps
+PATIENCE_S = 10.0  # the longest wait for an owner of this host; then HTTP is asked, which tells more
+_AGAIN_S = 30.0  # after this an owner whose memory was out of reach is asked for it again
+_LOOK_S = 1.0  # between two looks at which owners are gone
+_MAX_IDLE = 8  # connections to one owner
+_MAX_MAPPED = 1024  # segments of all owners
+_HOLD_SLACK_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class OutOfReachError(Exception):
+    """The owner's memory cannot be read, for the reason given; its shards come over HTTP."""
+
+
+class Segment:
+    """An owner's segment, mapped here.
+
+    Args:
+        descriptor: Of the segment; closing it is the caller's.
+        nbytes: As the owner says.
+    Raises:
+        OutOfReachError: It is shorter, or its owner could make it so.
+        OSError: It cannot be mapped.
+    """
+
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        if not seals & fcntl.F_SEAL_SHRINK or os.fstat(descriptor).st_size < nbytes:
+            raise OutOfReachError(f"a segment of {nbytes:,} bytes is not what its owner says")
+        memory = mapped(descriptor, nbytes, is_writable=False)
+        self.lent = LentMemory(torch.from_numpy(memory))
+        self.nbytes = nbytes
+        self._address = memory.ctypes.data
+        self._is_present = bytearray(-(-nbytes // _PAGES_BYTES))
+
+    def populate(self, begin: int, nbytes: int) -> None:
+        """Map the pages of a range at once, instead of one by one while they are copied."""
+        first, last = begin // _PAGES_BYTES, -(-(begin + nbytes) // _PAGES_BYTES)
+        if all(self._is_present[first:last]):
+            return
+        start, end = first * _PAGES_BYTES, min(last * _PAGES_BYTES, self.nbytes)
+        advise(self._address + start, end - start, POPULATE_READ)  # where that is not known, faults do it
+        self._is_present[first:last] = bytes([1]) * (last - first)
+
+    def close(self) -> None:
+        """Tell the devices that read it; it stays mapped for as long as anything here refers to it."""
+        while self.lent.endings:
+            self.lent.endings.pop()()
+
+
+class Told(NamedTuple):
+    """An owner's answer.
+
+    Attributes:
+        records: Of the shards, in the order asked for.
+        segments: Number, length and descriptor of new ones. The receiver closes the descriptors.
+        alive: Numbers of all its segments.
+        removals: How often it has removed shards.
+    """
+
+    records: bytes
+    segments: list[tuple[int, int, int]]
+    alive: set[int]
+    removals: int
+
+
+class MemoryConnection:
+    """A connection to an owner's socket.
+
+    Args:
+        path: Of the socket.
+        deadline: Of connecting, as by `time.monotonic()`.
+    Attributes:
+        sock: The socket; `cut` from any thread makes every call fail.
+        incarnation: Of the owner's server.
+    Raises:
+        OutOfReachError: Nobody of this user answers there, or what answers is no such server. By any call.
+    Thread-safety: one thread.
+    """
+
+    def __init__(self, path: str, deadline: float) -> None:
+        self.sock = DeadlineSocket(socket.AF_UNIX)
+        self.sock.deadline, self.sock.patience_s = deadline, PATIENCE_S
+        try:
+            with _reasons(path):
+                self.sock.connect(path)
+                if _user_of(self.sock) != os.geteuid():
+                    raise OutOfReachError(f"{path} is another user's")
+                self.incarnation = self._hello()
+        except BaseException:
+            self.sock.close()
+            raise
+        self.path = path
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the owner has neither ended it nor sent what it was not asked for."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def ask(self, text: bytes, number: int, deadline: float) -> Told:
+        """Ask for shards, which the owner then holds until `release`.
+
+        Args:
+            text: Their ids, as of `joined_ids`.
+            number: Of them.
+            deadline: Of the fetch, as by `time.monotonic()`.
+        """
+        now = time.monotonic()
+        left_s = deadline - now
+        self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, PATIENCE_S), PATIENCE_S
+        hold_ms = min(int((max(left_s, 0.0) + _HOLD_SLACK_S) * 1000), 0xFFFFFFFF)
+        segments: list[tuple[int, int, int]] = []
+        try:
+            with _reasons(self.path):
+                self.sock.sendall(Header(FETCH, number, hold_ms, len(text)).encoded() + text)
+                return self._told(number, segments)
+        except BaseException:
+            _close_all(descriptor for _, _, descriptor in segments)
+            raise
+
+    def release(self) -> None:
+        """Tell the owner that the shards are copied."""
+        self.sock.deadline = time.monotonic() + PATIENCE_S
+        with _reasons(self.path):
+            self.sock.sendall(Header(RELEASE, 0, 0, 0).encoded())
+
+    def close(self) -> None:
+        """Close it; the owner lets go of what it held."""
+        self.sock.close()
+
+    def _hello(self) -> str:
+        header, descriptors = self._header()
+        _close_all(descriptors)
+        if header.kind != HELLO or header.nbytes > _MAX_INCARNATION:
+            raise WireError(f"a greeting of kind {header.kind}, {header.nbytes:,} bytes long")
+        return self._body(header.nbytes).decode("ascii", "replace")
+
+    def _told(self, number: int, segments: list[tuple[int, int, int]]) -> Told:
+        """Read an answer; `segments` has the descriptors that came, also where the rest does not."""
+        while True:
+            header, descriptors = self._header()
+            if header.kind != SEGMENTS:
+                break
+            segments += [(0, 0, descriptor) for descriptor in descriptors]
+            if not len(descriptors) == header.number == header.nbytes // SEGMENT.size:
+                raise WireError(f"{len(descriptors)} descriptors for {header.number:,} segments")
+            listed = SEGMENT.iter_unpack(self._body(header.nbytes))
+            segments[-len(descriptors) :] = [(*one, fd) for one, fd in zip(listed, descriptors, strict=True)]
+        begin = COUNT.size + NUMBER.size * header.more
+        expected = begin + RECORD_BYTES * number
+        _close_all(descriptors)
+        if (header.kind, header.number, header.nbytes) != (RECORDS, number, expected) or header.more > MAX_SEGMENTS:
+            raise WireError(f"an answer of kind {header.kind} about {header.number:,} shards, {header.nbytes:,} bytes")
+        body = bytes(self._body(expected))
+        alive = {one for (one,) in NUMBER.iter_unpack(body[COUNT.size : begin])}
+        return Told(body[begin:], segments, alive, COUNT.unpack(body[: COUNT.size])[0])
+
+    def _header(self) -> tuple[Header, list[int]]:
+        """The beginning of a message, and the descriptors that came with it."""
+        text, found = bytearray(HEADER.size), array.array("i")
+        left = memoryview(text)
+        try:
+            while left:
+                count, rights, flags, _ = self.sock.recvmsg_into([left], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+                for level, kind, content in rights:
+                    if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                        found.frombytes(content[: len(content) // 4 * 4])
+                if flags & socket.MSG_CTRUNC:
+                    raise OutOfReachError("this process has no descriptor left for a segment")
+                if not count:
+                    raise ConnectionResetError("the owner ended the connection")
+                left = left[count:]
+            return Header.decoded(text), found.tolist()
+        except BaseException:
+            _close_all(found)
+            raise
+
+    def _body(self, nbytes: int) -> bytearray:
+        body = bytearray(nbytes)
+        left = memoryview(body)
+        while left:
+            count = self.sock.recv_into(left, 0, socket.MSG_WAITALL)
+            if not count:
+                raise ConnectionResetError("the owner ended the connection")
+            left = left[count:]
+        return body
+
+
+class OwnerMemory:
+    """What is mapped of one owner, and idle connections to it. Its `OwnersMemory` guards it.
+
+    Attributes:
+        num_readers: Readers at work.
+    """
+
+    def __init__(self) -> None:
+        self.segments: dict[int, Segment] = {}
+        self.idle: list[MemoryConnection] = []
+        self.num_readers = 0
+        self.used_at = time.monotonic()
+
+
+class OwnersMemory:
+    """The memory of owners of this host that is mapped here, kept until they are gone.
+
+    Thread-safety: any thread. Connects, maps and closes outside the lock.
+    """
+
+    def __init__(self) -> None:
+        # Guards every field below, and every `OwnerMemory`.
+        self._lock = threading.Lock()
+        self._owners: dict[str, OwnerMemory] = {}  # by path
+        self._refused: dict[str, float] = {}  # by path, until when it is not tried
+        self._told: dict[str, str] = {}  # by address, the latest reason in the log
+        self._looked_at = 0.0
+        self._is_closed = False
+        leave_to_parent(self)
+
+    def disown(self) -> object:
+        """Know nothing in a forked child, which has neither the mappings nor the connections."""
+        kept, self._lock = self._owners, threading.Lock()
+        self._owners, self._refused = {}, {}
+        return kept
+
+    def stats(self) -> dict[str, int]:
+        """`owners`, `segments` and `mapped_bytes`, of one moment."""
+        with self._lock:
+            segments = [one for owner in self._owners.values() for one in owner.segments.values()]
+            return {
+                "owners": len(self._owners),
+                "segments": len(segments),
+                "mapped_bytes": sum(one.nbytes for one in segments),
+            }
+
+    def is_worth_trying(self, path: str) -> bool:
+        """Whether it was not out of reach just now."""
+        with self._lock:
+            return not self._is_closed and self._refused.get(path, 0.0) <= time.monotonic()
+
+    def borrow(self, path: str, deadline: float) -> MemoryConnection:
+        """A connection to an owner; give it back by `give_back`.
+
+        Raises:
+            OutOfReachError: There is none.
+        """
+        self._close_gone()
+        while True:
+            with self._lock:
+                owner = self._owners.setdefault(path, OwnerMemory())
+                connection = owner.idle.pop() if owner.idle else None
+                owner.num_readers += 1
+            try:
+                if connection is None:
+                    return MemoryConnection(path, deadline)
+                if connection.is_open:
+                    return connection
+                connection.close()
+            except BaseException:
+                self._leave(path)
+                raise
+            self._leave(path)
+
+    def give_back(self, connection: MemoryConnection, *, is_good: bool) -> None:
+        """Keep a connection for the next reader, or close it."""
+        with self._lock:
+            owner = self._owners[connection.path]
+            if is_good := is_good and len(owner.idle) < _MAX_IDLE and not self._is_closed:
+                owner.idle.append(connection)
+        if not is_good:
+            connection.close()
+        self._leave(connection.path)
+
+    def refuse(self, path: str, address: str, reason: str) -> None:
+        """Ask over HTTP for a while, and say why, once."""
+        with self._lock:
+            self._refused[path] = time.monotonic() + _AGAIN_S
+        self.tell(address, reason)
+
+    def tell(self, address: str, reason: str) -> None:
+        """Say why shards of an owner of this host come over HTTP, unless that was said."""
+        with self._lock:
+            is_new, self._told[address] = self._told.get(address) != reason, reason
+        if is_new:
+            logger.info("shards of %s come over HTTP: %s", address, reason)
+
+    def segments(self, path: str, told: Told) -> dict[int, Segment]:
+        """The segments of an owner, those among them that an answer brought; forgets those that are no more."""
+        made: dict[int, Segment] = {}
+        try:
+            with _reasons(path):
+                for number, nbytes, descriptor in told.segments:
+                    if number not in self._known(path):
+                        made[number] = Segment(descriptor, nbytes)
+        finally:
+            _close_all(descriptor for _, _, descriptor in told.segments)
+        with self._lock:
+            owner = self._owners[path]
+            for number, segment in made.items():
+                owner.segments.setdefault(number, segment)
+            return owner.segments.copy()
+
+    def forget(self, path: str, alive: set[int]) -> None:
+        """Unmap the segments that an owner has no more; not while others read."""
+        with self._lock:
+            owner = self._owners[path]
+            gone = [number for number in owner.segments if number not in alive] if owner.num_readers == 1 else []
+            unused = [owner.segments.pop(number) for number in gone]
+        for segment in unused:
+            segment.close()
+
+    def close(self) -> None:
+        """Forget every owner that nothing reads from now, and the others when they are given back. Idempotent."""
+        with self._lock:
+            self._is_closed = True
+        self._drop(list(self._owners))
+
+    def _known(self, path: str) -> dict[int, Segment]:
+        with self._lock:
+            return self._owners[path].segments.copy()
+
+    def _leave(self, path: str) -> None:
+        with self._lock:
+            owner = self._owners[path]
+            owner.num_readers -= 1
+            owner.used_at = time.monotonic()
+            is_over = self._is_closed or not (owner.idle or owner.num_readers)
+        if is_over:
+            self._drop([path])
+
+    def _close_gone(self) -> None:
+        """Forget owners that have ended their connections, and the longest unused where too much is mapped."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._looked_at + _LOOK_S:
+                return
+            self._looked_at = now
+            self._refused = {path: until for path, until in self._refused.items() if until > now}
+            idle = {path: owner.idle[-1] for path, owner in self._owners.items() if owner.idle}
+            by_use = sorted(self._owners, key=lambda path: self._owners[path].used_at)
+            num_mapped = sum(len(owner.segments) for owner in self._owners.values())
+        self._drop([path for path, connection in idle.items() if not connection.is_open])
+        while num_mapped > _MAX_MAPPED and len(by_use) > 1:
+            num_mapped -= self._drop([by_use.pop(0)])
+
+    def _drop(self, paths: Iterable[str]) -> int:
+        """Forget owners that nothing reads from now; the number of their segments."""
+        unused = []
+        with self._lock:
+            for path in paths:
+                if path in self._owners and not self._owners[path].num_readers:
+                    unused.append(self._owners.pop(path))
+        for owner in unused:
+            for connection in owner.idle:
+                connection.close()
+            for segment in owner.segments.values():
+                segment.close()
+        return sum(len(owner.segments) for owner in unused)
+
+
+@contextlib.contextmanager
+def _reasons(path: str) -> Iterator[None]:
+    """Faults as reasons not to read memory."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise OutOfReachError(f"{path} cannot be reached from here ({error.strerror}): another namespace?") from error
+    except PermissionError as error:
+        raise OutOfReachError(f"{path} is another user's ({error.strerror})") from error
+    except TimeoutError as error:
+        raise OutOfReachError(f"no answer on {path}: {error}") from error
+    except (OSError, WireError) as error:
+        what = "this process has no descriptor left" if is_out_of_descriptors(error) else str(error)
+        raise OutOfReachError(what) from error
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _user_of(sock: socket.socket) -> int:
+    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(user)

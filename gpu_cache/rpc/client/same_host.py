@@ -1,0 +1,237 @@
+"""Shards of owners on the same host, read where they are: in segments that are mapped once, without a socket's bytes.
+
+The owner holds what it answered about until it is told that the copies are done, or the connection ends. So a reader
+looks at its connection after each copy: if that is still open, the bytes were good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+
+from gpu_cache import ShardSpec
+from gpu_cache.hosts import is_loopback
+from gpu_cache.report.schema import SHARED_MEMORY
+from gpu_cache.rpc.client.connection import NodeState, split_address
+from gpu_cache.rpc.client.memory import PATIENCE_S, MemoryConnection, OutOfReachError, OwnersMemory, Segment
+from gpu_cache.rpc.client.reader import HttpReader
+from gpu_cache.rpc.shard import ShardUnreachableError, WireError
+from gpu_cache.rpc.wire.records import MAX_IDS, Found, boot_id, joined_ids, parse_records
+from gpu_cache.source import Stretch
+
+_GAP_BYTES = 512  # between the ends of neighbours in a run there is less
+
+
+class SameHostReader:
+    """A `ShardReader` that reads shared memory if the owner turns out to be of this host, and else over HTTP.
+
+    Args:
+        http: Reader of the same shards, which asks first: its answer announces the owner's socket. What is in no
+            shared memory comes through it too.
+        node: What is known of the owner.
+        memories: What is mapped here.
+        expected: Meta tensors as the handles promise them, where known.
+        deadline: As by `time.monotonic()`.
+    Attributes:
+        is_lending: Whether the part is in shared memory.
+        transport: How the latest part came.
+    """
+
+    def __init__(
+        self,
+        http: HttpReader,
+        node: NodeState,
+        memories: OwnersMemory,
+        expected: Mapping[Hashable, torch.Tensor],
+        deadline: float,
+    ) -> None:
+        self.node, self.keys, self.failures = http.node, http.keys, http.failures
+        self.is_lending, self.transport = False, ""
+        self._http, self._node, self._memories = http, node, memories
+        self._expected, self._deadline = expected, deadline
+        self._is_over = self._is_cancelled = False  # nothing is read from memory any more
+        self._elsewhere: list[Hashable] = []  # over HTTP, when the others are here
+        self._connection: MemoryConnection | None = None
+        self._announced: list[ShardSpec] = []  # of the part, those with bytes
+        self._places: list[tuple[Segment, int, int]] = []  # of each of them: segment, begin, length
+        self._at = self._start = self._num_confirmed = 0  # of the next to be read: number, bytes read; confirmed ones
+        self._num_shared_bytes = 0
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        """Ask for the next shards, in memory where that is known to work."""
+        self._end_part(is_good=True)
+        while True:
+            if (path := self._path()) and (specs := self._shared_part(path)):
+                self.transport = SHARED_MEMORY
+                return specs
+            if (part := self._http.next_specs()) is not None:
+                self.transport = self._http.transport
+                self._tell_of_old_owner()
+                return part
+            if self._path() is None:
+                return None
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers with the next bytes."""
+        if not self.is_lending:
+            self._http.read_into(buffers)
+            return
+        for buffer in buffers:
+            target = torch.frombuffer(buffer, dtype=torch.uint8)
+            for at, memory, begin, nbytes in self.read_run([(0, len(buffer))]):
+                target[at : at + nbytes].copy_(memory.tensor[begin : begin + nbytes])
+        self.confirm()
+
+    def read_run(self, places: Sequence[tuple[int, int]]) -> list[Stretch]:
+        """Where the next bytes are in the owner's memory; neighbours are one stretch."""
+        runs: list[tuple[int, Segment, int, int]] = []
+        listed, number, start = self._places, self._at, self._start
+        first, known, first_begin, length = 0, None, 0, 0
+        for at, nbytes in places:
+            segment, begin, whole = listed[number]
+            begin += start
+            gap = at - first
+            if segment is known and gap == begin - first_begin and 0 <= gap - length < _GAP_BYTES:
+                length = gap + nbytes
+            else:
+                if known is not None:
+                    runs.append((first, known, first_begin, length))
+                first, known, first_begin, length = at, segment, begin, nbytes
+            start += nbytes
+            if start == whole:
+                number, start = number + 1, 0
+        if known is not None:
+            runs.append((first, known, first_begin, length))
+        self._at, self._start = number, start
+        for _, segment, begin, nbytes in runs:
+            segment.populate(begin, nbytes)
+            self._num_shared_bytes += nbytes
+        return [Stretch(at, segment.lent, begin, nbytes) for at, segment, begin, nbytes in runs]
+
+    def confirm(self) -> None:
+        """Look whether the owner has held the shards until now.
+
+        Raises:
+            ShardUnreachableError: It is gone, or has given them up; `next_specs` goes on over HTTP.
+        """
+        connection = self._connection
+        if connection is not None and connection.is_open and not self._is_cancelled:
+            self._num_confirmed = self._at
+            return
+        lost = ShardUnreachableError(
+            f"Failed to fetch shards from {self.node}: the owner ended the connection under which it held them"
+        )
+        lost.may_go_on = not self._is_cancelled
+        self._http.put_back([spec.key for spec in self._announced[self._num_confirmed :]])
+        self._is_over = True
+        self._end_part(is_good=False)
+        raise lost
+
+    @property
+    def num_received(self) -> int:
+        """Bytes that came so far, either way; any thread."""
+        return self._http.num_received + self._num_shared_bytes
+
+    def cancel(self) -> None:
+        """Cut the connections."""
+        self._is_cancelled = True
+        if (connection := self._connection) is not None:
+            connection.sock.cut()
+        self._http.cancel()
+
+    def close(self) -> None:
+        """Give back the connections, and let the owner have its shards."""
+        self._end_part(is_good=not self._is_cancelled)
+        self._http.close()
+
+    def _path(self) -> str | None:
+        """The owner's socket, if there is one on this host that is worth trying."""
+        boot, _, path = (self._node.memory or "").partition(" ")
+        if self._is_over or self._is_cancelled or not path or boot != boot_id():
+            return None
+        return path if self._memories.is_worth_trying(path) else None
+
+    def _shared_part(self, path: str) -> list[ShardSpec] | None:
+        """Ask for what is left; None if that failed, or nothing of it is in memory: HTTP goes on."""
+        left = self._http.take_left()
+        wanted, later = left[:MAX_IDS], left[MAX_IDS:]
+        specs: list[ShardSpec] = []
+        try:
+            if wanted and (text := joined_ids(wanted)) is not None:
+                specs, wanted = self._asked(path, text, wanted), []
+        except OutOfReachError as error:
+            self._is_over = True
+            self._end_part(is_good=False)
+            if not self._is_cancelled:
+                self._memories.refuse(path, self.node, str(error))
+        if not specs:
+            self._end_part(is_good=True)
+        self._elsewhere += wanted
+        self._http.put_back(later)
+        if self._is_over or not later:
+            self._is_over = True
+            self._http.put_back(self._elsewhere)
+        return specs or None
+
+    def _asked(self, path: str, text: bytes, wanted: Sequence[Hashable]) -> list[ShardSpec]:
+        """The shards that are in memory, in the order in which they lie there."""
+        self._connection = connection = self._memories.borrow(path, min(self._deadline, time.monotonic() + PATIENCE_S))
+        if self._is_cancelled:  # looked at after _connection was filled: from here on it can be cut
+            raise OutOfReachError("the fetch was given up")
+        self._node.note(connection.incarnation)
+        told = connection.ask(text, len(wanted), self._deadline)
+        self._node.note_removals(str(told.removals))
+        segments = self._memories.segments(path, told)
+        self._memories.forget(path, told.alive)
+        try:
+            answer = parse_records(told.records, wanted)
+            found = sorted(answer.found.items(), key=lambda item: item[1][:2])
+            specs = [self._spec(key, one, segments) for key, one in found]
+        except WireError as error:
+            raise OutOfReachError(str(error)) from error
+        for key in answer.absent:
+            self.failures[key] = self._http.missing(key)
+        self._elsewhere += answer.elsewhere
+        return self._announce([spec for spec in specs if self._http.is_welcome(spec)], answer.found, segments)
+
+    def _spec(self, key: Hashable, found: Found, segments: Mapping[int, Segment]) -> ShardSpec:
+        if found.nbytes:
+            segment = segments.get(found.segment)
+            if segment is None or found.place + found.nbytes > segment.nbytes:
+                raise WireError(f"shard {key!r} is outside of segment {found.segment}")
+        return ShardSpec(key, found.dtype, found.shape)
+
+    def _announce(
+        self, specs: list[ShardSpec], found: Mapping[Hashable, Found], segments: Mapping[int, Segment]
+    ) -> list[ShardSpec]:
+        self._announced = [spec for spec in specs if spec.nbytes]
+        placed = [found[spec.key] for spec in self._announced]
+        self._places = [(segments[one.segment], one.place, one.nbytes) for one in placed]
+        self._at = self._start = self._num_confirmed = 0
+        self.is_lending = True
+        return specs
+
+    def _end_part(self, *, is_good: bool) -> None:
+        """Let the owner have its shards, and others the connection."""
+        connection, self._connection = self._connection, None
+        self.is_lending = False
+        self._announced, self._places = [], []
+        if connection is None:
+            return
+        if is_good:
+            try:
+                connection.release()
+            except OutOfReachError:  # it is gone
+                is_good = False
+        self._memories.give_back(connection, is_good=is_good)
+
+    def _tell_of_old_owner(self) -> None:
+        """Say that an owner of this host announces no memory."""
+        with contextlib.suppress(ValueError):
+            if self._node.memory == "" and is_loopback(split_address(self.node)[0]):
+                self._memories.tell(
+                    self.node, "its server offers no shared memory (GPU_CACHE_SHM=0, or another version)"
+                )

@@ -1,0 +1,216 @@
+"""Readers that lend memory: one copy from where the bytes are, and none that is handed out unless it was good."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache, TensorReader
+from gpu_cache.device.host import HostDevice
+from gpu_cache.pool.block import aligned
+from gpu_cache.source import LentMemory, Stretch
+from tests.support.sim_device import SimDevice
+from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
+
+KIB = 1 << 10
+CONFIG = CacheConfig(
+    slab_bytes=32 * KIB, pool_bytes=256 * KIB, prealloc_bytes=0, staging_slots=2, staging_slot_bytes=16 * KIB,
+    run_bytes=8 * KIB, fetch_timeout_s=5,
+)  # fmt: skip
+JUNK = 0xEE
+
+
+class Lender:
+    """Lends its shards from one array, side by side as an owner keeps them; takes the memory back when it is closed.
+
+    Args:
+        tensors: Its shards.
+        lost_after: Confirmations that succeed; then the owner takes the memory back, and the rest comes by `read_into`.
+    """
+
+    def __init__(self, tensors: Mapping[Hashable, torch.Tensor], lost_after: float = float("inf")) -> None:
+        self.node, self.keys = "node-a:1", list(tensors)
+        self.failures: Mapping[Hashable, Exception] = {}
+        self._tensors, self._lost_after = dict(tensors), lost_after
+        self.transport, self.is_lending = "", False
+        self._memory = np.full(sum(aligned(t.nbytes) for t in tensors.values()) + 1, JUNK, dtype=np.uint8)
+        self._places: list[tuple[int, int]] = []
+        self._left: list[ShardSpec] = []  # of the part, not read yet
+        self._unconfirmed: list[ShardSpec] = []
+        self._read = 0  # bytes of the first of the left
+        self._plain: TensorReader | None = None
+        self.lent = LentMemory(torch.from_numpy(self._memory))
+        self.num_stretches = self.num_confirmed = 0
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        if self._plain is not None:
+            return self._plain.next_specs()
+        if self.transport:
+            return None
+        self.transport, self.is_lending = "lent", True
+        at, specs = 0, []
+        for key, tensor in self._tensors.items():
+            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+            self._memory[at : at + tensor.nbytes] = flat.numpy()
+            specs.append(ShardSpec(key, tensor.dtype, tuple(tensor.shape)))
+            if tensor.nbytes:
+                self._places.append((at, tensor.nbytes))
+                self._left.append(specs[-1])
+            at += aligned(tensor.nbytes)
+        return specs
+
+    def read_run(self, places: Sequence[tuple[int, int]]) -> Sequence[Stretch]:
+        found = []
+        for at, nbytes in places:
+            begin, whole = self._places[0]
+            found.append(Stretch(at, self.lent, begin + self._read, nbytes))
+            self._read += nbytes
+            if self._read == whole:
+                self._read = 0
+                del self._places[0]
+                self._unconfirmed.append(self._left.pop(0))
+        self.num_stretches += len(found)
+        return found
+
+    def confirm(self) -> None:
+        if self.num_confirmed >= self._lost_after:
+            self._memory[:] = JUNK
+            self.is_lending = False
+            again = {spec.key: self._tensors[spec.key] for spec in (*self._unconfirmed, *self._left)}
+            self._plain = TensorReader(self.node, list(again), lambda: list(again.values()))
+            lost = FetchError("the owner took its memory back")
+            lost.may_go_on = True
+            raise lost
+        self.num_confirmed += 1
+        self._unconfirmed.clear()
+
+    def read_into(self, buffers: Sequence[memoryview]) -> None:
+        assert self._plain is not None
+        self._plain.read_into(buffers)
+
+    def cancel(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._memory[:] = JUNK
+
+
+class LenderSource:
+    def __init__(self, tensors: Mapping[Hashable, torch.Tensor], lost_after: float = float("inf")) -> None:
+        self.tensors, self.lost_after = tensors, lost_after
+        self.readers: list[Lender] = []
+
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> list[ShardReader]:
+        self.readers.append(Lender({key: self.tensors[key] for key in keys}, self.lost_after))
+        return [self.readers[-1]]
+
+
+class Refusing(SimDevice):
+    """Cannot read memory of other processes."""
+
+    def reads(self, memory: LentMemory) -> bool:
+        return False
+
+
+DEVICES: dict[str, Callable[[], Any]] = {
+    "host": HostDevice,
+    "staging host": lambda: HostDevice(stages=True),
+    "simulated": SimDevice,
+    "refusing": Refusing,
+}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Any:
+    return DEVICES[request.param]()
+
+
+@pytest.fixture
+def cache(device: Any) -> Iterator[TensorCache]:
+    made = TensorCache(CONFIG, device=device)
+    yield made
+    made.clear()
+    assert getattr(device, "faults", []) == []
+
+
+def batch(*sizes: int) -> dict[Hashable, torch.Tensor]:
+    return {f"s{number}": patterned(torch.uint8, size, seed=number) for number, size in enumerate(sizes)}
+
+
+MIXED = batch(1, 511, 512, 513, 0, 7 * KIB, 40 * KIB, 3, 16 * KIB, 30 * KIB + 1, 100)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_every_dtype_arrives_bit_by_bit(cache: TensorCache) -> None:
+    tensors: dict[Hashable, torch.Tensor] = {str(dtype): patterned(dtype, 3, 7) for dtype in WIRE_DTYPES}
+    found = cache.get_many(list(tensors), LenderSource(tensors))
+    assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_shards_of_any_length_arrive_before_the_memory_is_taken_back(seed: int) -> None:
+    for make in DEVICES.values():
+        device = make()
+        if isinstance(device, SimDevice):
+            device.adversary.begin(seed, 0)
+        with contextlib.closing(TensorCache(CONFIG, device=device)) as cache:
+            found = cache.get_many(list(MIXED), LenderSource(MIXED))
+            assert all(same_bits(one, other) for one, other in zip(found, MIXED.values(), strict=True))
+            del found
+            cache.clear()
+        assert getattr(device, "faults", []) == []
+
+
+@pytest.mark.parametrize("lost_after", [0, 1, 2])
+def test_what_the_owner_took_back_meanwhile_is_read_otherwise(cache: TensorCache, lost_after: int) -> None:
+    source = LenderSource(MIXED, lost_after)
+    found = cache.get_many(list(MIXED), source)
+    assert all(same_bits(one, other) for one, other in zip(found, MIXED.values(), strict=True))
+    (reader,) = source.readers
+    assert reader.num_confirmed <= lost_after
+
+
+def test_a_device_that_reads_lent_memory_takes_no_staging_buffer() -> None:
+    with contextlib.closing(TensorCache(CONFIG, device=SimDevice())) as cache:
+        cache.get_many(list(MIXED), LenderSource(MIXED))
+        assert cache.buffer_stats()["pinned_capacity_bytes"] == 0
+        assert cache.buffer_stats()["h2d_bytes"] >= sum(tensor.nbytes for tensor in MIXED.values())
+
+
+def test_a_host_tier_takes_lent_bytes_by_one_copy() -> None:
+    config = dataclasses.replace(CONFIG, host_tier_bytes=128 * KIB)
+    with contextlib.closing(TensorCache(config, device=SimDevice())) as cache:
+        found = cache.get_many(list(MIXED), LenderSource(MIXED), prefer="host")
+        assert all(same_bits(one, other) for one, other in zip(found, MIXED.values(), strict=True))
+
+
+def test_a_copy_that_the_device_refuses_fails_the_call_and_leaves_the_memory_until_others_are_done() -> None:
+    device = SimDevice()
+    with contextlib.closing(TensorCache(CONFIG, device=device)) as cache:
+        device.refuse("copy", 1)
+        with pytest.raises(FetchError):
+            cache.get_many(list(MIXED), LenderSource(MIXED))
+        found = cache.get_many(list(MIXED), LenderSource(MIXED))
+        assert all(same_bits(one, other) for one, other in zip(found, MIXED.values(), strict=True))
+    assert device.faults == []
+
+
+def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice(stages=True)
+    copied: list[int] = []
+
+    def copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Any) -> None:
+        copied.extend(dst.copy_(src).numel() for dst, src in pairs)
+
+    monkeypatch.setattr(device, "copy_all", copy_all)
+    tensors = batch(*[700] * 10)
+    with contextlib.closing(TensorCache(CONFIG, device=device)) as cache:
+        found = cache.get_many(list(tensors), LenderSource(tensors))
+        assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
+    assert copied == [9 * 1024 + 700]
