@@ -1,4 +1,4 @@
-"""README: its Python runs, its commands run, and what it names exists.
+"""README and the pages in docs: their Python runs, their commands run, and what they name exists.
 
 Conventions, which every fenced block follows:
 - python: a script of its own, run in an empty folder. A text block marked `<!-- prints -->` after it is its output.
@@ -32,7 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from demo import report, session
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = PAGES["README.md"]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 DEADLINE_S = 120
 
@@ -41,13 +45,15 @@ class Block(NamedTuple):
     mark: str  # of the comment on the line before; "" for none
     language: str
     text: str
+    page: str = ""
 
 
-BLOCKS = [Block(*found) for found in re.findall(r"(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", README, re.M | re.S)]
+FENCE = re.compile(r"(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
+BLOCKS = [Block(*found, page) for page, text in PAGES.items() for found in FENCE.findall(text)]
 SCRIPTS = [
     (block.text, following.text if following.mark == "prints" else None)
     for block, following in zip(BLOCKS, [*BLOCKS[1:], Block("", "", "")], strict=True)
-    if block.language == "python"
+    if block.language == "python" and not block.mark.startswith("not run: ")
 ]
 COMMANDS = [
     tuple(command.partition("\n")[::2])
@@ -70,8 +76,9 @@ def run(command: list[str], cwd: Path) -> str:
 
 
 def table_under(heading: str) -> list[list[str]]:
-    """The cells of the first table under a heading, without its head."""
-    lines = README.partition(f"\n## {heading}\n")[2].partition("\n|")[2].partition("\n\n")[0].splitlines()
+    """The cells of the first table under the title of a page, without its head."""
+    (text,) = (text for text in PAGES.values() if text.startswith(f"# {heading}\n"))
+    lines = text.partition("\n|")[2].partition("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -91,7 +98,7 @@ def attribute(path: str, of: Any) -> Any:
 
 
 def test_every_block_is_of_a_known_kind() -> None:
-    assert README.count("\n```") == 2 * len(BLOCKS)
+    assert sum(text.count("\n```") for text in PAGES.values()) == 2 * len(BLOCKS)
     assert {block.language for block in BLOCKS} == {"python", "console", "text"}
     kinds = re.compile(r"|prints|the demo's table|not run: .+")
     assert [block.mark for block in BLOCKS if not kinds.fullmatch(block.mark)] == []
@@ -121,7 +128,7 @@ def test_the_ten_line_example_has_ten_lines() -> None:
 def test_every_make_target_that_is_named_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^(\w+):", makefile, re.M))
-    for text in (README, CONTRIBUTING):
+    for text in (*PAGES.values(), CONTRIBUTING):
         assert set(re.findall(r"[`$] ?make (\w+)", text)) <= targets
     assert {"demo", "test"} <= set(re.findall(r"[`$] ?make (\w+)", README))
 
@@ -131,7 +138,7 @@ def test_every_variable_that_is_named_exists_and_none_is_missing() -> None:
     sources = list((ROOT / "gpu_cache").rglob("*.py"))
     known = {found for path in sources for found in name.findall(path.read_text())}
     known |= {variable(field) for field in CacheConfig.__dataclass_fields__}
-    assert set(name.findall(README)) == known
+    assert set(name.findall("".join(PAGES.values()))) == known
     of_tests = set(name.findall((ROOT / "tests/conftest.py").read_text()))
     assert set(name.findall(CONTRIBUTING)) <= known | of_tests
 
@@ -161,19 +168,31 @@ def test_every_name_in_the_api_table_exists_and_no_public_one_is_missing() -> No
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
-    for text in (README, CONTRIBUTING, (ROOT / "CHANGELOG.md").read_text()):
-        anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+    others = {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
+    anchors = {
+        name: {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+        for name, text in (PAGES | others).items()
+    }
+    for name, text in (PAGES | others).items():
         for target in re.findall(r"\]\(([^)]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in anchors, target
-            elif not target.startswith("https://"):
-                assert (ROOT / target).exists(), target
+            if target.startswith("https://"):
+                continue
+            path, _, heading = target.partition("#")
+            found = (ROOT / name).parent / path if path else ROOT / name
+            assert found.exists(), f"{name}: {target}"
+            assert not heading or heading in anchors[str(found.resolve().relative_to(ROOT))], f"{name}: {target}"
+
+
+def test_readme_is_short_and_names_every_page() -> None:
+    assert len(README) <= 10_000
+    assert set(re.findall(r"\((docs/\w[\w-]*\.md)\)", README)) == PAGES.keys() - {"README.md"}
 
 
 def test_every_file_that_is_named_exists() -> None:
-    for text in (README, CONTRIBUTING):
+    for text in (*PAGES.values(), CONTRIBUTING):
         for path in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|toml))`", text):
-            assert any((folder / path).is_file() for folder in (ROOT, ROOT / "gpu_cache")), path
+            is_there = any((folder / path).is_file() for folder in (ROOT, ROOT / "gpu_cache"))
+            assert is_there or list((ROOT / "tests").rglob(path)), path
 
 
 def test_the_demos_table_has_the_rows_that_the_demo_prints() -> None:

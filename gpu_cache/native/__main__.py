@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ def command(target: Path) -> list[str]:
 
 def main() -> int:
     """Build it, unless that was done; return the exit status: 2 where no compiler is, 1 where it fails."""
+    argparse.ArgumentParser(prog="python -m gpu_cache.native", description=__doc__).parse_args()
     path = library()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

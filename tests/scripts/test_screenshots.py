@@ -17,7 +17,8 @@ from screens.watched_demo import CAST, WatchedDemo
 ROOT = Path(__file__).parents[2]
 SCREENS = ROOT / "docs" / "screens"
 PICTURE = re.compile(r"!\[([^]]*)\]\(docs/screens/([^)]*)\)")
-CAPTIONS = {path: caption for caption, path in PICTURE.findall((ROOT / "README.md").read_text())}
+PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/monitoring.md"))
+CAPTIONS = {path: caption for caption, path in PICTURE.findall(PAGES)}
 
 
 def words_of(svg: str) -> str:
