@@ -16,7 +16,7 @@ from screens.watched_demo import CAST, WatchedDemo
 
 ROOT = Path(__file__).parents[2]
 SCREENS = ROOT / "docs" / "screens"
-PICTURE = re.compile(r"!\[([^]]*)\]\(docs/screens/([^)]*)\)")
+PICTURE = re.compile(r"!\[([^]]*)\]\((?:docs/)?screens/([^)]*)\)")
 PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/monitoring.md"))
 CAPTIONS = {path: caption for caption, path in PICTURE.findall(PAGES)}
 
