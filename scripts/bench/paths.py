@@ -195,7 +195,14 @@ def _same_host_paths(workload: Workload, trainer: Trainer, original: Original) -
     return [
         Path(f"{SAME_HOST}/cold", RTensor.localize, check, prepare=trainer.uncached_handles, **sizes),
         Path(
-            f"{SAME_HOST}/one", RTensor.localize, check_one, smallest, 1, trainer.one_uncached_handle, is_transfer=False
+            f"{SAME_HOST}/one",
+            RTensor.localize,
+            check_one,
+            workload.nbytes,
+            1,
+            trainer.one_uncached_handle,
+            is_transfer=False,
+            is_reading=False,
         ),
     ]
 

@@ -188,28 +188,37 @@ class SameHostReader:
         self._memories.forget(path, told.alive)
         try:
             answer = parse_records(told.records, wanted)
-            found = sorted(answer.found.items(), key=lambda item: item[1][:2])
-            specs = [self._spec(key, one, segments) for key, one in found]
+            specs = self._announce(answer.found, segments)
         except WireError as error:
             raise OutOfReachError(str(error)) from error
         for key in answer.absent:
             self.failures[key] = self._http.missing(key)
         self._elsewhere += answer.elsewhere
-        return self._announce([spec for spec in specs if self._http.is_welcome(spec)], answer.found, segments)
+        return specs
 
-    def _spec(self, key: Hashable, found: Found, segments: Mapping[int, Segment]) -> ShardSpec:
-        if found.nbytes:
-            segment = segments.get(found.segment)
-            if segment is None or found.place + found.nbytes > segment.nbytes:
-                raise WireError(f"shard {key!r} is outside of segment {found.segment}")
-        return ShardSpec(key, found.dtype, found.shape)
+    def _announce(self, found: Mapping[Hashable, Found], segments: Mapping[int, Segment]) -> list[ShardSpec]:
+        """Describe the shards in the order in which they lie; one loop, as there are thousands.
 
-    def _announce(
-        self, specs: list[ShardSpec], found: Mapping[Hashable, Found], segments: Mapping[int, Segment]
-    ) -> list[ShardSpec]:
-        self._announced = [spec for spec in specs if spec.nbytes]
-        placed = [found[spec.key] for spec in self._announced]
-        self._places = [(segments[one.segment], one.place, one.nbytes) for one in placed]
+        Raises:
+            WireError: One is outside of its segment.
+        """
+        specs: list[ShardSpec] = []
+        announced: list[ShardSpec] = []
+        places: list[tuple[Segment, int, int]] = []
+        for key, (number, place, dtype, shape, nbytes) in sorted(found.items(), key=_place_of):
+            spec = ShardSpec(key, dtype, shape)
+            promised = self._expected.get(key)
+            is_promised = promised is not None and promised.dtype is dtype and promised.shape == shape
+            if not (is_promised or self._http.is_welcome(spec)):
+                continue
+            specs.append(spec)
+            if nbytes:
+                segment = segments.get(number)
+                if segment is None or place + nbytes > segment.nbytes:
+                    raise WireError(f"shard {key!r} is outside of segment {number}")
+                announced.append(spec)
+                places.append((segment, place, nbytes))
+        self._announced, self._places = announced, places
         self._at = self._start = self._num_confirmed = 0
         self.is_lending = True
         return specs
@@ -235,3 +244,8 @@ class SameHostReader:
                 self._memories.tell(
                     self.node, "its server offers no shared memory (GPU_CACHE_SHM=0, or another version)"
                 )
+
+
+def _place_of(item: tuple[Hashable, Found]) -> tuple[int, int]:
+    """Where a shard lies."""
+    return item[1][:2]
