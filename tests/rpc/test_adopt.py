@@ -95,7 +95,8 @@ def site(tmp_path: Path) -> Path:
 
 def run(site: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a process that begins as one does where the wheel is installed."""
-    environment = {name: value for name, value in os.environ.items() if name != "GPU_CACHE_AREAL"}
+    of_tests = ("GPU_CACHE_AREAL", "GPU_CACHE_NATIVE")
+    environment = {name: value for name, value in os.environ.items() if name not in of_tests}
     environment |= {"PYTHONPATH": str(site), **variables}
     command = [sys.executable, "-W", "error", "-c", f"{ALONE}\n{PTH}\n{code}"]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=site, timeout=120)
