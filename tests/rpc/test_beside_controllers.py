@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,6 @@ from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_owner import FakeOwner
 from tests.support.users_backend import UsersBackend
 from tests.support.wire_tensors import same_bits
-
-
-@pytest.fixture
-def owner() -> FakeOwner:
-    """Of another process's shards."""
-    return FakeOwner()
-
-
-@pytest.fixture
-def server(owner: FakeOwner) -> Iterator[ServerHandle]:
-    with rpc_server.start(owner=owner) as handle:
-        yield handle
 
 
 async def clear_together(*clears: tuple[str, list[str]]) -> None:
