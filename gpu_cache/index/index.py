@@ -207,7 +207,7 @@ class ShardIndex:
             self._ledger.claimed(found, len(ready), hit_bytes, num_low)
         del left
         if blocks is not None:
-            blocks.untrack([part for entry in found.claimed.values() for part in (entry, entry.flight)])
+            blocks.untrack(list(found.claimed.values()))
         if changed:
             self._mutations.tell(changed)
         return found
@@ -286,11 +286,11 @@ class ShardIndex:
             failed = [entry for entry in entries if not entry.is_settled]
             for entry in failed:
                 entry.flight.error = error
-                if blocks is not None:
-                    blocks.track([entry, entry.flight])  # the frames of an error may refer to them
                 if entry.flight.is_copy:
                     self._let_go_below_locked(entry)
                 self._forget_locked(entry)
+            if blocks is not None:
+                blocks.track(failed)  # the frames of an error may refer to them
             self._ledger.failed(failed, reason)
         _wake(failed)
 

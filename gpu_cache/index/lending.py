@@ -18,7 +18,7 @@ from weakref import getweakrefcount
 
 import torch
 
-from gpu_cache.index.entry import Entry, Promise
+from gpu_cache.index.entry import Entry, Flight, Promise
 from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import UNSHARED, aliases_of, num_owners
@@ -44,6 +44,8 @@ def lend_in_python(copies: Sequence[Copy], left: list[torch.Tensor | None]) -> l
             or loan.requires_grad
             or loan.grad is not None
             or loan.__dict__
+            or loan._backward_hooks is not None
+            or type(loan) is not torch.Tensor
         ):
             left.append(loan)
             (one.loan,) = aliases_of([one.counted])
@@ -100,5 +102,5 @@ lend: Callable[[Sequence[Copy], list[torch.Tensor | None]], list[torch.Tensor]] 
 hits: Callable[..., tuple[list[torch.Tensor], int] | None] = hits_in_python
 
 if blocks is not None:
-    blocks.bind(Entry, Copy, OrderedDict.move_to_end)
+    blocks.bind(Entry, Flight, Copy, OrderedDict.move_to_end)
     lend, hits = blocks.lend, blocks.hits

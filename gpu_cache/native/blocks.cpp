@@ -4,11 +4,13 @@
 // not built. They hold the GIL from the first shard to the last, wait for nothing, and call Python code of no caller,
 // but for `__hash__` and `__eq__` of keys.
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <structmember.h>
 #include <torch/csrc/Storage.h>
 
 #include <memory>
+#include <utility>
 
 namespace {
 
@@ -78,6 +80,12 @@ bool ready_lease_type() {
   return PyType_Ready(&LeaseType) == 0;
 }
 
+void set_tracked(PyObject* record, bool is_wanted) {
+  if (PyObject_IS_GC(record) && (PyObject_GC_IsTracked(record) != 0) != is_wanted) {
+    is_wanted ? PyObject_GC_Track(record) : PyObject_GC_UnTrack(record);
+  }
+}
+
 // What the storage of a block keeps: its arena, so that the bytes stay mapped, and its lease.
 struct Held {
   c10::Storage arena;
@@ -89,20 +97,24 @@ struct Held {
 void end_block(void* context) {
   std::unique_ptr<Held> held(static_cast<Held*>(context));
   if (!Py_IsInitialized() || Py_IsFinalizing()) {
-    return;  // nobody drains the deque any more, and to wait for the GIL would be for ever
+    held.release();  // nothing drains the deque any more, and waiting for the GIL, also to free the arena, has no end
+    return;
   }
   const PyGILState_STATE state = PyGILState_Ensure();
-  PyObject *type, *value, *traceback;
-  PyErr_Fetch(&type, &value, &traceback);
-  held->lease->has_fired = true;
-  Ref done(PyObject_CallOneArg(held->fired, reinterpret_cast<PyObject*>(held->lease)));
-  if (done.object == nullptr) {
-    PyErr_WriteUnraisable(held->fired);
+  PyObject *type, *error, *traceback;
+  PyErr_Fetch(&type, &error, &traceback);
+  auto* lease = reinterpret_cast<PyObject*>(held->lease);
+  if (!std::exchange(held->lease->has_fired, true)) {
+    set_tracked(lease, true);  // if its pool is gone, it is in a cycle with its slab
+    Ref done(PyObject_CallOneArg(held->fired, lease));
+    if (done.object == nullptr) {
+      PyErr_WriteUnraisable(held->fired);
+    }
   }
-  Py_DECREF(held->lease);
+  Py_DECREF(lease);
   Py_DECREF(held->fired);
-  PyErr_Restore(type, value, traceback);
   held.reset();
+  PyErr_Restore(type, error, traceback);
   PyGILState_Release(state);
 }
 
@@ -155,6 +167,7 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return nullptr;
   }
   Ref kept(reinterpret_cast<PyObject*>(lease));
+  lease->has_fired = true;  // not if this fails: the range is the caller's still
   auto held = std::make_unique<Held>();
   held->arena = arena;
   held->lease = reinterpret_cast<Lease*>(Py_NewRef(kept.object));
@@ -168,46 +181,41 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (base.object == nullptr || loan.object == nullptr) {
     return nullptr;
   }
-  PyObject_GC_UnTrack(kept.object);  // its only cycle is that of its slab, which ends when the block does
-  PyObject_GC_UnTrack(base.object);  // is in no cycle: it is never handed out, and refers to no Python object
-  return PyTuple_Pack(3, base.object, loan.object, kept.object);
+  PyObject* made = PyTuple_Pack(3, base.object, loan.object, kept.object);
+  if (made != nullptr) {
+    lease->has_fired = false;
+    set_tracked(kept.object, false);  // its only cycle is that of its slab, which ends when the block does
+    set_tracked(base.object, false);  // is in no cycle: it is never handed out, and refers to no Python object
+  }
+  return made;
   END_HANDLE_TH_ERRORS
-}
-
-// track(objects): the reverse of `untrack`.
-PyObject* track(PyObject*, PyObject* objects) {
-  if (!PyList_Check(objects)) {
-    return PyErr_Format(PyExc_TypeError, "track takes a list");
-  }
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(objects); ++i) {
-    if (!PyObject_GC_IsTracked(PyList_GET_ITEM(objects, i))) {
-      PyObject_GC_Track(PyList_GET_ITEM(objects, i));
-    }
-  }
-  Py_RETURN_NONE;
-}
-
-// untrack(objects): leave records that are in no cycle out of the garbage collector's lists.
-PyObject* untrack(PyObject*, PyObject* objects) {
-  if (!PyList_Check(objects)) {
-    return PyErr_Format(PyExc_TypeError, "untrack takes a list");
-  }
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(objects); ++i) {
-    PyObject_GC_UnTrack(PyList_GET_ITEM(objects, i));
-  }
-  Py_RETURN_NONE;
 }
 
 // ---- Hits -----------------------------------------------------------------------------------------------------------
 
-// Where the slots of `Entry` and `Copy` are in their objects.
+// Where the slots of `Entry`, `Flight` and `Copy` are in their objects.
 struct {
-  Py_ssize_t copy, promise, base, loan, version, nbytes, completion;
+  Py_ssize_t copy, promise, flight, error, base, loan, version, nbytes, completion;
 } slots;
+PyTypeObject *Entry, *Flight, *Copy;  // null before `bind`
 PyObject* move_to_end;
 
 PyObject*& slot(PyObject* object, Py_ssize_t offset) {
   return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+}
+
+// What is in a slot, borrowed; None if it is empty.
+PyObject* value(PyObject* object, Py_ssize_t offset) {
+  PyObject* found = slot(object, offset);
+  return found == nullptr ? Py_None : found;
+}
+
+bool is_a(PyObject* object, PyTypeObject* type) {
+  if (type != nullptr && PyObject_TypeCheck(object, type)) {
+    return true;
+  }
+  PyErr_Format(PyExc_TypeError, "%R is no %s", object, type == nullptr ? "record: nothing is bound" : type->tp_name);
+  return false;
 }
 
 bool find_slot(PyObject* type, const char* name, Py_ssize_t& offset) {
@@ -228,21 +236,59 @@ bool find_slot(PyObject* type, const char* name, Py_ssize_t& offset) {
   return true;
 }
 
-// bind(Entry, Copy, move_to_end): once, before `hits`.
+// bind(Entry, Flight, Copy, move_to_end): once, before any other call but `carve`.
 PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3) {
-    PyErr_SetString(PyExc_TypeError, "bind takes 3 arguments");
+  if (count != 4 || !PyType_Check(args[0]) || !PyType_Check(args[1]) || !PyType_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "bind takes three classes and a function");
     return nullptr;
   }
-  PyObject *entry = args[0], *copy = args[1];
-  if (!(find_slot(entry, "copy", slots.copy) && find_slot(entry, "promise", slots.promise) &&
-        find_slot(copy, "base", slots.base) && find_slot(copy, "loan", slots.loan) &&
-        find_slot(copy, "version", slots.version) && find_slot(copy, "nbytes", slots.nbytes) &&
-        find_slot(copy, "completion", slots.completion))) {
+  PyObject *entry = args[0], *flight = args[1], *copy = args[2];
+  auto found = slots;
+  if (!(find_slot(entry, "copy", found.copy) && find_slot(entry, "promise", found.promise) &&
+        find_slot(entry, "flight", found.flight) && find_slot(flight, "error", found.error) &&
+        find_slot(copy, "base", found.base) && find_slot(copy, "loan", found.loan) &&
+        find_slot(copy, "version", found.version) && find_slot(copy, "nbytes", found.nbytes) &&
+        find_slot(copy, "completion", found.completion))) {
     return nullptr;
   }
-  Py_XSETREF(move_to_end, Py_NewRef(args[2]));
+  slots = found;
+  Py_XSETREF(Entry, reinterpret_cast<PyTypeObject*>(Py_NewRef(entry)));
+  Py_XSETREF(Flight, reinterpret_cast<PyTypeObject*>(Py_NewRef(flight)));
+  Py_XSETREF(Copy, reinterpret_cast<PyTypeObject*>(Py_NewRef(copy)));
+  Py_XSETREF(move_to_end, Py_NewRef(args[3]));
   Py_RETURN_NONE;
+}
+
+PyObject* set_all_tracked(PyObject* records, bool is_wanted) {
+  if (!PyList_Check(records)) {
+    return PyErr_Format(PyExc_TypeError, "a list of records is expected, not %R", records);
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(records); ++i) {
+    PyObject* record = PyList_GET_ITEM(records, i);
+    if (Entry != nullptr && PyObject_TypeCheck(record, Entry)) {
+      PyObject* flight = value(record, slots.flight);
+      if (!is_a(flight, Flight)) {
+        return nullptr;
+      }
+      if (!is_wanted && value(flight, slots.error) != Py_None) {
+        continue;  // the frames of its error may refer to it
+      }
+      set_tracked(flight, is_wanted);
+    }
+    set_tracked(record, is_wanted);
+  }
+  Py_RETURN_NONE;
+}
+
+// untrack(records): leave records that are in no cycle out of the garbage collector's lists; entries with their
+// flights, but for those that failed.
+PyObject* untrack(PyObject*, PyObject* records) {
+  return set_all_tracked(records, false);
+}
+
+// track(records): the reverse.
+PyObject* track(PyObject*, PyObject* records) {
+  return set_all_tracked(records, true);
 }
 
 bool has_attributes(PyObject* object) {
@@ -255,14 +301,16 @@ bool has_attributes(PyObject* object) {
 }
 
 bool has_weak_references(PyObject* object) {
-  const Py_ssize_t at = Py_TYPE(object)->tp_weaklistoffset;
-  return at > 0 && slot(object, at) != nullptr;
+  const Py_ssize_t at = Py_TYPE(object)->tp_weaklistoffset;  // negative in Python 3.12: before the object
+  return at != 0 && slot(object, at) != nullptr;
 }
 
-// Whether a reader let it go, so that another can have it. `references` to it are ours.
+// Whether a reader let it go, and left nothing on it, so that another can have it: no gradient, hook, attribute or
+// class. The one reference to it is ours.
 bool is_free(PyObject* loan, const at::Tensor& tensor) {
-  return Py_REFCNT(loan) == 1 && tensor.use_count() == 1 && !tensor.requires_grad() && !tensor.grad().defined() &&
-      !has_weak_references(loan) && !has_attributes(loan);
+  return Py_REFCNT(loan) == 1 && tensor.use_count() == 1 && tensor.unsafeGetTensorImpl()->autograd_meta() == nullptr &&
+      Py_IS_TYPE(loan, reinterpret_cast<PyTypeObject*>(THPVariableClass)) && !has_weak_references(loan) &&
+      !has_attributes(loan);
 }
 
 bool looks_alike(const c10::TensorImpl* one, const c10::TensorImpl* other) {
@@ -271,35 +319,48 @@ bool looks_alike(const c10::TensorImpl* one, const c10::TensorImpl* other) {
       one->strides() == other->strides() && one->dtype() == other->dtype() && one->key_set() == other->key_set();
 }
 
+const at::Tensor* tensor_in(PyObject* copy, Py_ssize_t offset) {
+  PyObject* found = value(copy, offset);
+  return found != Py_None && THPVariable_Check(found) ? &THPVariable_Unpack(found) : nullptr;
+}
+
 // The tensor for a reader of a shard, a new reference: the one that its last reader let go of, made to look like the
 // shard again; else another alias, and `left` gets the one before.
 PyObject* lend(PyObject* copy, PyObject* left) {
-  PyObject*& loan = slot(copy, slots.loan);
-  const at::Tensor& base = THPVariable_Unpack(slot(copy, slots.base));
-  const bool is_lent = loan != Py_None;
-  if (is_lent && is_free(loan, THPVariable_Unpack(loan))) {
-    at::Tensor tensor = THPVariable_Unpack(loan);
-    if (!looks_alike(tensor.unsafeGetTensorImpl(), base.unsafeGetTensorImpl())) {
-      tensor.set_data(base);
+  const at::Tensor *base = tensor_in(copy, slots.base), *last = tensor_in(copy, slots.loan);
+  if (base == nullptr) {
+    return PyErr_Format(PyExc_TypeError, "%R has no tensor", copy);
+  }
+  PyObject* loan = value(copy, slots.loan);
+  c10::TensorImpl* wanted = base->unsafeGetTensorImpl();
+  if (last != nullptr && is_free(loan, *last) &&
+      last->unsafeGetTensorImpl()->has_compatible_shallow_copy_type(wanted->key_set())) {
+    at::Tensor tensor = *last;
+    if (!looks_alike(tensor.unsafeGetTensorImpl(), wanted)) {
+      tensor.set_data(*base);
     }
     return Py_NewRef(loan);
   }
-  const at::Tensor& counted = is_lent ? THPVariable_Unpack(loan) : base;
-  auto alias = base.unsafeGetTensorImpl()->shallow_copy_and_detach(
-      counted.unsafeGetTensorImpl()->version_counter(), /*allow_tensor_metadata_change=*/true);
+  c10::impl::ExcludeDispatchKeyGuard without_modes(c10::DispatchKey::Python);  // they would make it, in Python
+  auto alias = wanted->shallow_copy_and_detach(
+      (last == nullptr ? base : last)->unsafeGetTensorImpl()->version_counter(),
+      /*allow_tensor_metadata_change=*/true);
   Ref made(THPVariable_Wrap(at::Tensor(std::move(alias))));
   if (made.object == nullptr || PyList_Append(left, loan) < 0) {
     return nullptr;
   }
-  Py_SETREF(loan, Py_NewRef(made.object));
+  Py_XSETREF(slot(copy, slots.loan), Py_NewRef(made.object));
   return made.release();
 }
 
 bool is_changed(PyObject* copy) {
-  PyObject* loan = slot(copy, slots.loan);
-  const at::Tensor& counted = THPVariable_Unpack(loan == Py_None ? slot(copy, slots.base) : loan);
-  return counted.unsafeGetTensorImpl()->version_counter().current_version() !=
-      static_cast<uint32_t>(PyLong_AsUnsignedLongMask(slot(copy, slots.version)));
+  const at::Tensor* counted = tensor_in(copy, slots.loan);
+  if (counted == nullptr) {
+    counted = tensor_in(copy, slots.base);
+  }
+  return counted == nullptr ||
+      counted->unsafeGetTensorImpl()->version_counter().current_version() !=
+      static_cast<uint32_t>(PyLong_AsUnsignedLongMask(value(copy, slots.version)));
 }
 
 // lend(copies, left) -> list of tensors
@@ -309,7 +370,8 @@ PyObject* lend_all(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Py_ssize_t length = PyList_GET_SIZE(args[0]);
   Ref lent(PyList_New(length));
   for (Py_ssize_t i = 0; lent.object != nullptr && i < length; ++i) {
-    PyObject* tensor = lend(PyList_GET_ITEM(args[0], i), args[1]);
+    Ref copy(Py_NewRef(PyList_GET_ITEM(args[0], i)));
+    PyObject* tensor = is_a(copy.object, Copy) ? lend(copy.object, args[1]) : nullptr;
     if (tensor == nullptr) {
       return nullptr;
     }
@@ -327,11 +389,12 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
       "hits takes a table, keys, a dict, a bool, a list and a dict");
   PyObject *table = args[0], *expected = args[2], *left = args[4], *completions = args[5];
   const bool checks_versions = args[3] == Py_True;
-  Ref keys(PySequence_Fast(args[1], "keys are no sequence"));
+  // References of our own: whatever `__eq__` of a key or of an owner does, also to the caller's list and dict.
+  Ref keys(PySequence_Tuple(args[1]));
   if (keys.object == nullptr) {
     return nullptr;
   }
-  const Py_ssize_t length = PySequence_Fast_GET_SIZE(keys.object);
+  const Py_ssize_t length = PyTuple_GET_SIZE(keys.object);
   Ref lent(PyList_New(length));
   if (lent.object == nullptr) {
     return nullptr;
@@ -339,25 +402,36 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
   int64_t nbytes = 0;
   PyObject* latest = Py_None;
   for (Py_ssize_t i = 0; i < length; ++i) {
-    PyObject* key = PySequence_Fast_GET_ITEM(keys.object, i);
-    PyObject* entry = PyDict_GetItemWithError(table, key);
-    PyObject* copy = entry == nullptr ? Py_None : slot(entry, slots.copy);
-    if (copy == Py_None) {
+    PyObject* key = PyTuple_GET_ITEM(keys.object, i);
+    Ref entry(Py_XNewRef(PyDict_GetItemWithError(table, key)));
+    if (entry.object == nullptr) {
       return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
     }
-    PyObject* promise = PyDict_GetItemWithError(expected, key);
-    if (promise != nullptr && promise != slot(entry, slots.promise)) {
-      const int is_equal = PyObject_RichCompareBool(promise, slot(entry, slots.promise), Py_EQ);
+    if (!is_a(entry.object, Entry)) {
+      return nullptr;
+    }
+    Ref copy(Py_NewRef(value(entry.object, slots.copy)));
+    if (copy.object == Py_None) {
+      return Py_NewRef(Py_None);
+    }
+    if (!is_a(copy.object, Copy)) {
+      return nullptr;
+    }
+    Ref promise(Py_XNewRef(PyDict_GetItemWithError(expected, key)));
+    if (promise.object == nullptr && PyErr_Occurred()) {
+      return nullptr;
+    }
+    Ref kept(Py_NewRef(value(entry.object, slots.promise)));
+    if (promise.object != nullptr && promise.object != Py_None && promise.object != kept.object) {
+      const int is_equal = PyObject_RichCompareBool(promise.object, kept.object, Py_EQ);
       if (is_equal != 1) {
         return is_equal < 0 ? nullptr : Py_NewRef(Py_None);
       }
-    } else if (PyErr_Occurred()) {
-      return nullptr;
     }
-    if (checks_versions && is_changed(copy)) {
-      return Py_NewRef(Py_None);
+    if (checks_versions && is_changed(copy.object)) {
+      return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
     }
-    PyObject* tensor = lend(copy, left);
+    PyObject* tensor = lend(copy.object, left);
     if (tensor == nullptr) {
       return nullptr;
     }
@@ -367,8 +441,8 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (moved.object == nullptr) {
       return nullptr;
     }
-    nbytes += PyLong_AsSsize_t(slot(copy, slots.nbytes));
-    PyObject* completion = slot(copy, slots.completion);
+    nbytes += PyLong_AsSsize_t(value(copy.object, slots.nbytes));
+    PyObject* completion = value(copy.object, slots.completion);
     if (completion != latest && completion != Py_None) {
       if (PyDict_SetItem(completions, completion, Py_None) < 0) {
         return nullptr;

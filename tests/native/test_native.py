@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from gpu_cache import native
 from gpu_cache.index import lending
-from gpu_cache.pool.lease import Catch
+from gpu_cache.index.entry import Entry, Flight, State
+from gpu_cache.index.lending import Table
+from gpu_cache.pool.block import Copy
+from gpu_cache.pool.lease import Catch, carve
 
 SAYS = "from gpu_cache.index import lending; print(lending.hits.__module__)"
 
@@ -102,7 +111,190 @@ def test_the_functions_refuse_what_they_do_not_take() -> None:
         with pytest.raises(TypeError):
             call(1)
     for call in (native.blocks.track, native.blocks.untrack):
-        with pytest.raises(TypeError, match="takes a list"):
+        with pytest.raises(TypeError, match="a list of records is expected"):
             call(1)
     with pytest.raises(TypeError, match="is no slot"):
-        native.blocks.bind(type("Entry", (), {"copy": 1}), object, print)
+        native.blocks.bind(type("Entry", (), {"copy": 1}), object, object, print)
+
+
+class Owner(str):
+    """An owner's name whose comparison runs code of the caller."""
+
+    __slots__ = ()
+    runs: ClassVar[list[Callable[[], object]]] = []
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        for run_it in self.runs:
+            run_it()
+        return str.__eq__(self, other)
+
+
+def shard(key: Hashable, freed: deque[Any], *, node: str = "") -> Entry:
+    arena = torch.zeros(64, dtype=torch.uint8)
+    catch = Catch(freed)
+    base, lease = carve(arena.untyped_storage(), 0, 64, arena[:0], (64,), catch)
+    copy = Copy(key, base, lease, 64, catch.twins.pop())
+    copy.fill(None)
+    return Entry(key, 1, Flight(), State.READY, node, (torch.uint8, (64,), Owner(node)), copy)
+
+
+def hit(table: Table, *keys: Hashable) -> list[torch.Tensor]:
+    found = lending.hits(table, keys, {}, True, [], {})
+    assert found is not None
+    return found[0]
+
+
+@needs_library
+def test_records_of_other_kinds_are_refused() -> None:
+    for call in (native.blocks.track, native.blocks.untrack):
+        call([1, "key", 2.0, None])  # the garbage collector knows of none
+    for copies in ([1], [Copy("key", None, None, 0)]):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"is no Copy|has no tensor"):
+            native.blocks.lend(copies, [])
+    with pytest.raises(TypeError, match="3 is no Entry"):
+        native.blocks.hits(Table(key=3), ["key"], {}, False, [], {})
+
+
+@needs_library
+def test_keys_that_change_the_list_they_are_in_do_no_harm() -> None:
+    class Key:
+        def __hash__(self) -> int:
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            keys.clear()
+            return self is other
+
+    known = [Key() for _ in range(20)]
+    keys: list[Hashable] = []
+    table = Table((key, shard(number, deque())) for number, key in enumerate(known))
+    keys.extend(known)
+    found = lending.hits(table, keys, {}, True, [], {})
+    assert found is not None
+    assert len(found[0]) == 20
+
+
+@needs_library
+def test_an_owner_that_empties_table_and_promises_while_it_is_compared_does_no_harm() -> None:
+    table = Table(key=shard("key", deque(), node="here"))
+    expected = {"key": (torch.uint8, (64,), Owner("here"))}
+    Owner.runs[:] = [table.clear, expected.clear, gc.collect]
+    try:
+        with pytest.raises(KeyError):
+            lending.hits(table, ["key"], expected, True, [], {})
+    finally:
+        Owner.runs.clear()
+
+
+@needs_library
+def test_a_key_that_the_caller_expects_nothing_of_is_a_hit() -> None:
+    assert lending.hits(Table(key=shard("key", deque())), ["key"], {"key": None}, True, [], {}) is not None
+
+
+class Marked(torch.Tensor):
+    """A class that a reader gives a tensor."""
+
+
+def hooked(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.float()
+    tensor.requires_grad_()
+    tensor.register_hook(lambda gradient: gradient)
+    tensor.requires_grad_(False)
+
+
+KEPT: list[object] = []
+TRACES: dict[str, Callable[[torch.Tensor], object]] = {
+    "attribute": lambda tensor: setattr(tensor, "name_of_reader", 1),
+    "class": lambda tensor: setattr(tensor, "__class__", Marked),
+    "hook": hooked,
+    "weak reference": lambda tensor: KEPT.append(weakref.ref(tensor)),
+    "view": lambda tensor: KEPT.append(tensor[1:]),
+    "graph": lambda tensor: KEPT.append(tensor.float() * torch.ones(64, requires_grad=True)),
+    "look": lambda tensor: setattr(tensor, "data", torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_the_next_reader_finds_no_trace_of_the_last(trace: str) -> None:
+    table = Table(key=shard("key", deque()))
+    TRACES[trace](hit(table, "key")[0])
+    (again,) = hit(table, "key")
+    assert (type(again), again.shape, again.dtype, again.requires_grad) == (torch.Tensor, (64,), torch.uint8, False)
+    assert (vars(again), again._backward_hooks, weakref.getweakrefcount(again)) == ({}, None, 0)
+    KEPT.clear()
+
+
+@needs_library
+def test_a_slab_that_a_dropped_pool_leaves_with_its_leases_is_collected() -> None:
+    class Slab:
+        """Refers to its lease, which refers to it."""
+
+    slab, freed = Slab(), deque[Any]()
+    entry = shard("key", freed)
+    assert entry.copy is not None
+    slab.lease = lease = entry.copy.lease  # type: ignore[attr-defined]
+    lease.slab = slab
+    died = weakref.ref(slab)
+    del slab, lease, entry
+    assert len(freed) == 1
+    del freed
+    gc.collect()
+    assert died() is None
+
+
+@needs_library
+def test_a_failed_entry_stays_with_the_garbage_collector() -> None:
+    failed, pending = Entry("failed", 1, Flight(error=OSError())), Entry("pending", 2)
+    native.blocks.untrack([failed, pending])
+    assert gc.is_tracked(failed)
+    assert gc.is_tracked(failed.flight)
+    assert not gc.is_tracked(pending)
+    assert not gc.is_tracked(pending.flight)
+    native.blocks.track([failed, pending])
+    assert gc.is_tracked(pending)
+    assert gc.is_tracked(pending.flight)
+
+
+@needs_library
+def test_hits_and_blocks_by_the_thousand_leave_no_reference() -> None:
+    fixed = deque[Any](maxlen=1)
+    table = Table((number, shard(number, fixed)) for number in range(4))
+    entries = list(table.values())
+    counted = [None, Entry, *entries, *(one.copy for one in entries), *(one.promise for one in entries)]
+
+    def program() -> None:
+        held = hit(table, 0, 1, 1, 2)
+        hit(table, 0, 1)
+        assert lending.hits(table, [0, 1, "missing"], {}, True, [], {}) is None
+        assert len(held) == 4
+        shard("other", fixed)
+
+    program()
+    gc.collect()
+    before = [sys.getrefcount(one) for one in counted]
+    for _ in range(1000):
+        program()
+    gc.collect()
+    grown = [after - start for after, start in zip(map(sys.getrefcount, counted), before, strict=True)]
+    assert max(map(abs, grown)) < 100
+
+
+@needs_library
+def test_blocks_that_die_without_the_lock_of_python_fire_once_each() -> None:
+    freed = deque[Any]()
+    weights = torch.ones(64, requires_grad=True)
+    entry = shard("key", freed)
+    assert entry.copy is not None
+    sums = (weights * entry.copy.base.data.float()).sum()
+    views = [entry.copy.base[1:]]
+    lease = entry.copy.lease
+    del entry
+    thread = threading.Thread(target=sums.backward)  # autograd's graph dies in a thread of its own
+    thread.start()
+    thread.join(30)
+    assert not freed
+    views.clear()
+    assert list(freed) == [lease]
+    assert lease is not None
+    assert lease() is None
