@@ -130,6 +130,18 @@ def test_our_client_reads_and_clears(address: str) -> None:
     assert set(ask(address, "POST", "/data/reclaim").json) == {"status", "trimmed"}
 
 
+def test_our_client_of_this_host_reads_memory_and_clears_nothing_under_a_reader(address: str) -> None:
+    store = runtime.current().store
+    for shard_id, copy in zip(TENSORS, store.copies(list(TENSORS.values())), strict=True):
+        store.put(shard_id, copy)
+    for _ in range(2):
+        handles = [remote(address, shard_id, tensor) for shard_id, tensor in TENSORS.items()]
+        assert all(map(same_bits, RTensor.localize(handles), TENSORS.values()))
+        rtensor.clear_fetch_buffer()
+    assert runtime.current().cache._index.report()["sources"][address]["transport"] == "shm"
+    assert ask(address, "DELETE", "/data/clear", {"shard_ids": ["a"]}).json["cleared_count"] == 1
+
+
 def test_tensors_are_stored_in_both_forms(address: str) -> None:
     tensor = torch.randn(5).to(torch.bfloat16)
     assert ask(address, "PUT", "/data/x", serialize_value(tensor)).json == {"status": "ok", "shard_id": "x"}
