@@ -167,16 +167,19 @@ class CudaDevice:
         return TorchEvents(self._cuda) if self._runtime.raw is None else RawEvents(self._runtime.raw)
 
     def _register(self, memory: LentMemory) -> bool:
+        """Register it, unless another device of this process has: that holds for all of them."""
         address, nbytes = memory.tensor.data_ptr(), memory.tensor.numel()
-        with self._here():
-            if not self._runtime.pin_shared(address, nbytes):
-                return False
+        is_first = not any(memory.readers.values())
+        if is_first:
+            with self._here():
+                if not self._runtime.pin_shared(address, nbytes):
+                    return False
+            memory.endings.append(functools.partial(self._unregister, address))
         self._copyable.add(address)
-        memory.endings.append(functools.partial(self._unregister, address))
+        memory.endings.append(functools.partial(self._copyable.discard, address))
         return True
 
     def _unregister(self, address: int) -> None:
-        self._copyable.discard(address)
         with self._here():
             self._runtime.unpin(address)
 

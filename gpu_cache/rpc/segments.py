@@ -176,7 +176,9 @@ class Segments:
         """
         with self._lock:
             self._gather_locked()
-            unused = self._surplus_locked() if ends_step and self._high_water.clear(self._used_bytes) else []
+            self._high_water.pass_time(self._used_bytes)
+            is_over = ends_step and self._high_water.clear(self._used_bytes)
+            unused = self._surplus_locked() if is_over else []
         for segment in unused:
             segment.close()
 

@@ -195,6 +195,16 @@ def test_lent_memory_is_registered_for_reading_once_and_until_it_is_unmapped(gpu
     assert cuda.pinned == {}
 
 
+def test_two_devices_of_a_process_register_lent_memory_once(gpu: CudaDevice, cuda: FakeCuda, tmp_path: Path) -> None:
+    lent, other = lent_memory(), cuda_device(cuda, tmp_path)
+    assert gpu.reads(lent)
+    assert other.reads(lent)
+    assert cuda.register_flags == [9]
+    for end in lent.endings[::-1]:
+        end()
+    assert cuda.unpinned == [lent.tensor.data_ptr()]
+
+
 def test_threads_that_meet_new_lent_memory_register_it_once(gpu: CudaDevice, cuda: FakeCuda) -> None:
     lent = lent_memory()
     run_threads([partial(gpu.reads, lent)] * 4)
