@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 VARIABLE = "GPU_CACHE_AREAL"
 _RTENSOR = "areal.infra.rpc.rtensor"
@@ -129,6 +129,31 @@ def find_areal() -> Found | None:
     return None if folder is None or _is_checkouts(folder) else Found(folder)
 
 
+class Finding(NamedTuple):
+    """One thing that was looked at, for people."""
+
+    what: str
+    text: str
+    is_good: bool = True
+
+
+def findings() -> list[Finding]:
+    """Look whether the switch works here, without importing AReaL or torch."""
+    variable = f"{VARIABLE}={os.environ.get(VARIABLE, '')}"
+    try:
+        areal = find_areal()
+    except AdoptError as error:
+        return [Finding("AReaL", str(error), is_good=False)]
+    if areal is None:
+        return [Finding("AReaL", f"not installed here ({variable})", is_good=not is_asked_for())]
+    faults = f"not one that was checked: {'; '.join(areal.faults)}" if areal.faults else "its names were checked"
+    found = Finding("AReaL", f"{areal.version} in {areal.folder}, {faults}", is_good=not areal.faults)
+    if is_asked_for() and not is_installed():
+        text = f"{variable}, but no gpu_cache_areal.pth acts on it here; install the wheel, or call gpu_cache.adopt()"
+        return [found, Finding("switch", text, is_good=False)]
+    return [found, Finding("switch", f"{'on' if is_installed() else 'off'} ({variable})")]
+
+
 class Found:
     """An AReaL that can be imported.
 
@@ -193,8 +218,9 @@ class _Finder:
         """Let pickles and class paths of our handles name AReaL's module, which every peer has."""
         for name in ("RTensor", "TensorShardInfo"):
             getattr(module, name).__module__ = _RTENSOR
-        if self._found is not None and not self._found.has_ray:
-            sys.modules["gpu_cache.rpc.runtime"].__dict__["may_use_ray"] = False
+        if self._found is not None:
+            decided = {"may_use_ray": self._found.has_ray, "takes_any_address": True}
+            sys.modules["gpu_cache.rpc.runtime"].__dict__.update(decided)
 
     def _areal(self, path: Sequence[str] | None, target: ModuleType | None) -> importlib.machinery.ModuleSpec | None:
         spec = self._beyond("areal", path, target)

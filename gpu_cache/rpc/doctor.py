@@ -10,11 +10,9 @@ import argparse
 import http.client
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -23,19 +21,12 @@ from gpu_cache.config import CacheConfig
 from gpu_cache.device.cuda import torch_cuda
 from gpu_cache.device.placement import choose_device
 from gpu_cache.rpc import adopt
+from gpu_cache.rpc.adopt import Finding
 from gpu_cache.rpc.shard import INCARNATION_HEADER
 from gpu_cache.rpc.tokens import TOKEN_VARIABLE, find_token
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
 
 _PATIENCE_S = 10.0
-
-
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    what: str
-    text: str
-    is_good: bool = True
 
 
 def findings(address: str | None = None) -> list[Finding]:
@@ -54,20 +45,9 @@ def findings(address: str | None = None) -> list[Finding]:
 
 
 def _switch() -> list[Finding]:
-    is_asked, is_on = adopt.is_asked_for(), adopt.is_installed()
-    variable = f"{adopt.VARIABLE}={os.environ.get(adopt.VARIABLE, '')}"
-    try:
-        areal = adopt.find_areal()
-    except adopt.AdoptError as error:
-        return [Finding("AReaL", str(error), is_good=False)]
-    if areal is None:
-        return [Finding("AReaL", f"not installed here ({variable})", is_good=not is_asked)]
-    faults = f"not one that was checked: {'; '.join(areal.faults)}" if areal.faults else "its names were checked"
-    found = [Finding("AReaL", f"{areal.version} in {areal.folder}, {faults}", is_good=not areal.faults)]
-    if is_asked and not is_on:
-        text = f"{variable}, but no gpu_cache_areal.pth acts on it here; install the wheel, or call gpu_cache.adopt()"
-        return [*found, Finding("switch", text, is_good=False)]
-    return [*found, Finding("switch", f"{'on' if is_on else 'off'} ({variable})"), *map(_imported, adopt.SERVED)]
+    found = adopt.findings()
+    is_there = any(one.what == "switch" and one.is_good for one in found)
+    return [*found, *map(_imported, adopt.SERVED)] if is_there else found
 
 
 def _imported(name: str) -> Finding:

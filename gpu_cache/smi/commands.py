@@ -126,7 +126,9 @@ class Commands:
             problem for problem in problems_of(node) if problem.process and problem.process.state in (LEAK, HUNG, DEAD)
         ]
         self._terminal.show(boxes.problem_lines(wrong, self._terminal.is_wide))
-        if wrong:
+        faults = _faults_of_switch()
+        self._terminal.show([f"WARN  {what}: {text}" for what, text in faults])
+        if wrong or faults:
             return PROBLEM
         if node.is_denied:
             self._tell_of_denial(node)
@@ -217,6 +219,12 @@ class Commands:
                 "Hint: run it as the user of the trainers, or as root.",
             ]
         )
+
+
+def _faults_of_switch() -> list[tuple[str, str]]:
+    """What keeps an AReaL from using the cache here, where a variable asks for it."""
+    switch = importlib.import_module("gpu_cache.rpc.adopt")
+    return [(one.what, one.text) for one in switch.findings() if not one.is_good] if switch.is_asked_for() else []
 
 
 def _silence(process: Process) -> str:

@@ -36,7 +36,8 @@ For machines:
   --dmon                   one line for each process and tick
   --prom                   metrics in Prometheus' text format, once
   --serve [[ADDR:]PORT]    the same for a scraper ({DEFAULT_HOST}:{DEFAULT_PORT})
-  --check                  nothing unless something is wrong; exit 3 then
+  --check                  nothing unless something is wrong, such as a switch for AReaL without
+                           effect; exit 3 then
 Look closer:
   --leaks PID|ROLE         entries that outlived a clear; --all for more than 10
   --gc                     delete the reports of dead processes

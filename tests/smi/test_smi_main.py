@@ -189,6 +189,15 @@ def test_check_is_silent_when_all_is_well(node: Machine) -> None:
     assert (done.out, done.err, done.code) == ("", "", 0)
 
 
+def test_check_tells_that_a_switch_for_areal_has_no_effect(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_CACHE_AREAL", "1")
+    done = node.run("--check")
+    assert done.code == 3
+    assert done.out.startswith("WARN  AReaL: not installed here (GPU_CACHE_AREAL=1)")
+    monkeypatch.setenv("GPU_CACHE_AREAL", "0")
+    assert node.run("--check").code == 0
+
+
 def test_check_tells_what_is_wrong(node: Machine) -> None:
     add_strange(node.folder)
     done = node.run("--check")
