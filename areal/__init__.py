@@ -1,4 +1,4 @@
-"""AReaL's names for this data plane, in a checkout alone: what pip installs is `gpu_cache`."""
+"""AReaL's names for this data plane. Only a checkout has them; pip installs `gpu_cache` alone."""
 
 import logging
 from importlib.metadata import PackageNotFoundError, version
