@@ -118,4 +118,4 @@ def test_a_value_that_is_no_time_is_refused_by_name(limit_s: Any) -> None:
 def test_the_tool_refuses_a_bad_interval(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse([f"--loop={text}"])
-    assert "must be a number of seconds, at least 0.25" in capsys.readouterr().err
+    assert "is no number of seconds, 0.25 or more" in capsys.readouterr().err
