@@ -87,6 +87,7 @@ class Trainer:
     def one_uncached_handle(self) -> Any:
         """A small one of them, remote, with nothing cached."""
         trajectory = self.uncached_handles()[0]
+        self.clear_cache()  # what an earlier path has cached is not given back amid this one
         return min(trajectory.values(), key=lambda handle: handle.data.nbytes)
 
     def cached_handles(self) -> Any:
