@@ -60,7 +60,7 @@ def _loaded() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         if wanted == "1":
             raise ImportError(f"GPU_CACHE_NATIVE=1, and {error}; build it: python -m gpu_cache.native") from error
-        logger.warning("blocks are built in Python: %s", error)
+        logger.warning("blocks are built in Python: %s", str(error))
     return None
 
 

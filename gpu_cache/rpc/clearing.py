@@ -259,11 +259,11 @@ class StepClearer:
         if fresh:
             self._remember(target, fresh)
             text = "%d shards may stay at %s, %s bytes; it is told of them once more at the next clear: %s"
-            logger.warning(text, len(fresh), target.who, f"{_nbytes(fresh):,}", error)
+            logger.warning(text, len(fresh), target.who, f"{_nbytes(fresh):,}", str(error))
         if old:
             report.given_up.append(_failure(target.who, old, error))
             text = "%d shards stay at %s, %s bytes, after two tries, and are given up (%s): %s"
-            logger.error(text, len(old), target.who, f"{_nbytes(old):,}", _named(old), error)
+            logger.error(text, len(old), target.who, f"{_nbytes(old):,}", _named(old), str(error))
 
     def _remember(self, target: _Target, owed: list[SizedId]) -> None:
         with self._lock:

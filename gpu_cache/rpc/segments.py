@@ -226,7 +226,8 @@ class Segments:
             self._populate(*place, nbytes)
         except OSError as error:
             if self._warnings.opens():
-                logger.warning("shards go to plain memory, where no other process can read them: %s", error)
+                text = "shards go to plain memory, where no other process can read them: %s"
+                logger.warning(text, str(error))  # a log that kept the error would keep the caller's frames
             return None
         return self._leased(*place, sizes)
 

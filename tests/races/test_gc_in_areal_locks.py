@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import threading
 
 import pytest
@@ -10,29 +12,32 @@ import torch
 
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
-from gpu_cache.rpc import clearing, runtime, store
-from gpu_cache.rpc.client import connection
+from gpu_cache.rpc import clearing, runtime, segments, store
+from gpu_cache.rpc.client import connection, memory
 from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
-from gpu_cache.rpc.server import expiry, requests
+from gpu_cache.rpc.server import expiry, requests, same_host
 from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.records import MEMORY_HEADER, announced
 from tests.support.areal_fixtures import delete, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.interleave_actors import in_background
 from tests.support.interleave_garbage import CollectingLock, Garbage, critical_sections
+from tests.support.interleave_stage import eventually
 from tests.support.sources import DictSource
 from tests.support.wire_tensors import same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 DEADLOCK_S = 60.0
-SPARE = {f"spare-{n}": torch.ones(1) for n in range(300)}
+SPARE = {f"spare-{n}": torch.ones(1) for n in range(600)}
 
 
 @pytest.fixture
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """Garbage that locks collect if they are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, requests, connection):
+    for module in (runtime, store, clearing, expiry, requests, connection, segments, memory, same_host):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
@@ -41,7 +46,7 @@ def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     return garbage
 
 
-def use_everything() -> None:
+def use_everything(garbage: Garbage) -> None:
     """Store, fetch from a server and from this process, lose a connection, clear, and start again."""
     owner, own = FakeOwner(), runtime.current().store
     with rpc_server.start(owner=owner) as server:
@@ -75,6 +80,8 @@ def use_everything() -> None:
     assert expiry.ShardExpiry(own, -DEADLOCK_S, runtime.current().evict).sweep() == 1
     clear_in_vain()
     refuse_the_second(requests.Sending(1))
+    share_memory(garbage)
+    offer_memory(own)
 
 
 def refuse_the_second(sending: requests.Sending) -> None:
@@ -95,8 +102,75 @@ def clear_in_vain() -> None:
     assert clearer.num_owed >= 1
 
 
+def share_memory(garbage: Garbage) -> None:
+    """Read an owner's shards from its memory, over HTTP where that is out of reach, and give every byte back."""
+    owner, backend = FakeOwner(), HttpRTensorBackend(same_host=True)
+    stock_ranges(owner.store, garbage)
+    set_backend(backend)
+    with rpc_server.start(owner=owner) as server, contextlib.closing(backend):
+        read_back(owner.store, server.address, "over HTTP")
+        for name in ("in a new segment", "in a known one"):
+            read_back(owner.store, server.address, name)
+            assert transport(server.address) == "shm"
+        assert backend.memories is not None
+        assert backend.memories.stats()["segments"] == 1
+        backend._nodes[server.address].memory = announced("/there-is-no-such-socket")
+        read_back(owner.store, server.address, "out of reach")
+        assert transport(server.address) == "http"
+        lack_pages(owner.store)
+    assert backend.memories.stats() == {"owners": 0, "segments": 0, "mapped_bytes": 0}
+    set_backend(None)
+    del garbage.stock[1::2]  # the ranges that are left
+    give_back(owner.store)
+
+
+def stock_ranges(store: ShardStore, garbage: Garbage) -> None:
+    """Let ranges of shared memory die in turn with leased tensors: every second one in stock."""
+    ranges = store.copies([torch.ones(1)] * len(garbage.stock))
+    garbage.stock[:] = [one for pair in zip(garbage.stock, ranges, strict=False) for one in pair]
+
+
+def read_back(store: ShardStore, address: str, name: str) -> None:
+    """Store a shard, and localize it."""
+    (copy,) = store.copies([torch.arange(5)])
+    store.put(name, copy)
+    assert same_bits(RTensor.localize(remote(address, name, copy)), torch.arange(5))
+
+
+def transport(address: str) -> object:
+    """How the latest answer of an owner came."""
+    return runtime.current().cache._index.report()["sources"][address]["transport"]
+
+
+def lack_pages(store: ShardStore) -> None:
+    """Store a shard for which the system has no shared pages."""
+    before = store.segments.stats()["shared_bytes"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(segments, "advise", lambda *_: errno.ENOMEM)
+        store.put("plain", *store.copies([torch.ones(1 << 20)]))
+    assert store.segments.stats()["shared_bytes"] <= before, "the range was given back"
+
+
+def give_back(store: ShardStore) -> None:
+    """Drop every shard of a store, and give all of its memory back."""
+    store.clear()
+    eventually(lambda: not store.segments.stats()["shared_bytes"])
+    store.segments.trim()
+    assert repr(store.segments) == "Segments(0 of 0 bytes in use, 0 segments)"
+
+
+def offer_memory(own: ShardStore) -> None:
+    """Serve memory beside an HTTP server that is not ours."""
+    offer = same_host.Offer("another")
+    server = offer.server()
+    assert server is not None
+    assert offer.server() is server
+    assert server.path in same_host.headers(server)[MEMORY_HEADER]
+    give_back(own)
+
+
 def test_tensors_die_in_every_critical_section_of_the_data_plane(garbage: Garbage) -> None:
-    in_background(use_everything).result(DEADLOCK_S)
+    in_background(lambda: use_everything(garbage)).result(DEADLOCK_S)
     assert garbage.stock, "there was always one to die"
     never = critical_sections("gpu_cache/rpc") - {place for place, count in garbage.collected.items() if count}
     assert not never, "nothing died there"

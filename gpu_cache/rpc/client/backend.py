@@ -191,8 +191,8 @@ def take_back(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> 
         else:
             _delete_now(backend, node_addr, shard_ids)
     except Exception as error:
-        text = "%d shards stay stored, as the call that had stored them failed and they could not be deleted: %r"
-        logger.warning(text, len(shard_ids), error)
+        text = "%d shards stay stored, as the call that had stored them failed and they could not be deleted: %s"
+        logger.warning(text, len(shard_ids), repr(error))
 
 
 def _delete_now(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:

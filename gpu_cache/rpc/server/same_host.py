@@ -250,7 +250,7 @@ class SameHostServer:
             self._parse(client)
         except (OSError, WireError) as error:
             if isinstance(error, WireError):
-                logger.warning("closed a connection on %s: %s", self.path, error)
+                logger.warning("closed a connection on %s: %s", self.path, str(error))
             self._drop(client)
 
     def _read(self, client: _Client) -> None:
@@ -359,7 +359,7 @@ def opened(store: ShardStore, incarnation: str) -> SameHostServer | None:
     try:
         return SameHostServer(store, incarnation)
     except (OSError, ValueError) as error:
-        logger.info("processes of this host fetch over HTTP: no socket for shared memory (%s)", error)
+        logger.info("processes of this host fetch over HTTP: no socket for shared memory (%s)", str(error))
         return None
 
 
