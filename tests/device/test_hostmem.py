@@ -73,7 +73,7 @@ def test_memory_is_unmapped_with_its_last_alias() -> None:
 @pytest.mark.parametrize("is_old_kernel", [False, True])
 def test_every_page_is_present_before_use(is_old_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if is_old_kernel:
-        monkeypatch.setattr(hostmem, "_POPULATE_WRITE", 9999)
+        monkeypatch.setattr(hostmem, "POPULATE_WRITE", 9999)
     before = mapped_kib()
     memory = host_memory(32 << 20)
 
