@@ -19,7 +19,7 @@ help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make demo BACKEND=areal  the same over AReaL's own controllers and servers (options: ARGS=\"--steps 10\")"
 	@echo "make test   run the tests"
-	@echo "make scripts  run the tests of whole scripts: demo, benchmark, soak, README's commands"
+	@echo "make scripts  run the tests of whole scripts and processes: demo, benchmark, soak, exits, README's commands"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
 	@echo "make native  build the C++ functions, and run the tests of blocks and hits with them"
 	@echo "make check  lint, format, types, import ranks"

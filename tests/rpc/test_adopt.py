@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.scripts  # whole processes, some seconds each
+
 ROOT = Path(__file__).parents[2]
 PTH = (ROOT / "gpu_cache_areal.pth").read_text().strip()
 

@@ -23,6 +23,8 @@ from tests.support.exit_states import ENDS, STATES, is_as_python_would
 from tests.support.interleave_stage import eventually
 from tests.support.sources import DictSource, gated
 
+pytestmark = pytest.mark.scripts  # whole processes, some seconds each
+
 ROOT = Path(__file__).parents[2]
 LONG_S = 60.0
 

@@ -23,6 +23,8 @@ from tests.support.areal_fixtures import fault_servers
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import frames_of, whole
 
+pytestmark = pytest.mark.scripts  # whole processes, some seconds each
+
 ROOT = Path(__file__).parents[2]
 SHARDS = {"a": torch.arange(4.0)}
 LONG_S = 30.0

@@ -21,6 +21,8 @@ from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.fake_owner import FakeOwner
 
+pytestmark = pytest.mark.scripts  # whole processes, some seconds each
+
 UPSTREAM_FLAGS = ["--experiment-name", "exp", "--trial-name", "t0", "--role", "rollout", "--worker-index", "3"]
 
 
