@@ -182,11 +182,11 @@ class Workers:
     @property
     def served_bytes(self) -> int:
         """Bytes of tensors that the workers' servers say they sent; of dead ones, those that `kill` killed only."""
-        return self._sent_by_dead + self.health_total("sent_payload_bytes")
+        return self._sent_by_dead + sum(_sent_bytes(one.health()) for one in self._workers)
 
     def kill(self, number: int) -> None:
         """Kill one, with all the shards that it keeps."""
-        self._sent_by_dead += int(self._workers[number].health()["sent_payload_bytes"])
+        self._sent_by_dead += _sent_bytes(self._workers[number].health())
         self._workers[number].kill()
 
     def restart_dead(self) -> list[Death]:
@@ -213,3 +213,8 @@ class Workers:
         self.wait_for_death()
         for one in self._workers:
             one.check()
+
+
+def _sent_bytes(health: dict[str, Any]) -> int:
+    """Bytes of tensors that a server sent over HTTP, or that others read in its memory."""
+    return int(health["sent_payload_bytes"]) + int(health["same_host"].get("bytes", 0))
