@@ -55,7 +55,7 @@ def test_captions_speak_of_the_cast() -> None:
 
 
 @pytest.mark.scripts
-@pytest.mark.parametrize("name", CAST)
+@pytest.mark.parametrize("name", [pytest.param("healthy", marks=pytest.mark.slow), "leaking"])
 def test_a_run_of_the_demo_is_drawn_as_its_caption_says(name: str) -> None:
     demo = WatchedDemo(name, screenshots.RUNS[name], steps=14)
     demo.watch()
