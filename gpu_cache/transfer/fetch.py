@@ -40,7 +40,7 @@ class ReaderTask:
         entries: Of its shards, by key.
         level: Where they go.
         deadline: As by `time.monotonic()`.
-        live: Has the task until whoever drains it is done with torch.
+        live: Has the task until the draining thread is done with torch.
         may_overflow: Whether shards that find no room may be placed outside the pool.
     Thread-safety: `cancel` from any thread; `run` once.
     """
@@ -65,7 +65,7 @@ class ReaderTask:
         self._ended = 0.0  # when its latest bytes were here
         self._turn = Turn(reader.node, partial(getattr, reader, "num_received", None))
         self._index.came_from(entries.values(), reader.node)
-        self._owner = threading.Lock()  # taken for good by whoever ends the task
+        self._owner = threading.Lock()  # taken for good by the thread that ends the task
         self._thread: OwnThread | None = None  # once it runs in one of its own
         self._drained_by = 0  # which thread
         live.add(self)
@@ -163,7 +163,7 @@ class ReaderTask:
             self._transfer.drain(self.reader, self, self._deadline, may_overflow=self._may_overflow, turn=self._turn)
             self._note_answer()
         except BaseException as caught:  # top of a thread: the waiters re-raise it
-            traceback.clear_frames(caught.__traceback__)  # whoever keeps the error must not keep blocks
+            traceback.clear_frames(caught.__traceback__)  # a kept error must not keep blocks
             return caught
         return None
 
@@ -265,8 +265,7 @@ class Fetch:
             self._index = level.index
             if engine.device.is_capturing():
                 self._refuse_misses(keys)
-            for pool in engine.pools:
-                pool.drain()
+            engine.drain()
             try:
                 self._look_up(keys)
                 if self._engines.is_current(engine):
@@ -290,14 +289,16 @@ class Fetch:
             try:
                 engine = self.begin(keys, source)
                 self.wait()
-                if failures := self._sort():
+                failures = self._sort()
+                if self._written and time.monotonic() >= self.deadline:
+                    failures |= dict.fromkeys(self._written, self._late())
+                if failures:
                     raise self._combined(failures)
                 if not self._written:
                     return engine
-                if time.monotonic() >= self.deadline:
-                    raise self._combined(dict.fromkeys(self._written, self._late()))
             except FetchError as error:
-                if not self.has_lost_joins or time.monotonic() >= self.deadline:
+                may_help = self.has_lost_joins or (may_lack and self._written)
+                if not may_help or time.monotonic() >= self.deadline:
                     if not may_lack or not error.failures or engine is None:
                         raise
                     logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
@@ -313,7 +314,7 @@ class Fetch:
         if is_late:
             late = self._late()
             self.cancel(late)
-            now = time.monotonic()  # a claim that nobody waits for, as of a prefetch, is given up by who joined it
+            now = time.monotonic()  # a joiner gives up a claim that its own call does not wait for, as a prefetch's
             self._index.abort([entry for entry in self._of_others() if entry.flight.deadline <= now], late)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
@@ -339,12 +340,12 @@ class Fetch:
         self.claim = kept
 
     def finish(self) -> int:
-        """Let go of everything, so that nobody who keeps the fetch or an error of it keeps blocks.
+        """Let go of everything: a kept fetch, or an error of it, must not keep blocks.
 
         Returns:
             How many shards were not cached when it began.
         """
-        claim, self.tasks, self._arrived = self.claim, [], {}
+        claim, self.tasks, self._arrived, self._written = self.claim, [], {}, []
         self.claim = Claim(deadline=self.deadline, expected=claim.expected)
         if claim.claimed or claim.joined:
             self._index.release((*claim.claimed.values(), *claim.joined.values()))
@@ -450,7 +451,7 @@ class Fetch:
 
         After `wait`, when everything is settled. Returns why, by key, for the last two.
         """
-        claim, index = self.claim, self._index
+        claim, index, late = self.claim, self._index, None
         failures: dict[Hashable, BaseException] = {}
         for key, found in claim.refused.items():
             failures[key] = index.broken(key, claim.expected[key], found)
@@ -458,7 +459,7 @@ class Fetch:
         for entry in (*claim.claimed.values(), *claim.joined.values()):
             key, copy, expected = entry.key, entry.copy, claim.expected.get(entry.key)
             if copy is None:
-                failures[key] = entry.error or self._late()
+                failures[key] = entry.error or (late := late or self._late())
             elif expected is not None and entry.promise is not None and not entry.is_tensor_of(expected):
                 failures[key] = index.broken(key, expected, entry.promise)
             elif index.looks_for_writes and entry.is_changed:

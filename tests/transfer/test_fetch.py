@@ -341,3 +341,29 @@ def test_an_answer_is_timed_from_its_request_to_its_last_byte(
     source = SimpleNamespace(open=lambda keys, timeout_s: [TimedReader(clock, fault)])
     cache.get_many(["a", "b"], source, on_error="none")
     assert noted == told
+
+
+@pytest.mark.parametrize("is_over", [False, True], ids=["in time", "too late"])
+def test_a_shard_written_into_meanwhile_is_fetched_again_although_another_fails(
+    cache: TensorCache, is_over: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, wait = DictSource({"a": torch.arange(9)}), fetch.Fetch.wait
+    written: list[torch.Tensor] = []
+
+    def write_once(call: fetch.Fetch) -> None:
+        wait(call)
+        if not written:
+            held = cache.get("a")
+            assert held is not None
+            written.append(held.zero_())
+            call.deadline = 0.0 if is_over else call.deadline
+
+    monkeypatch.setattr(fetch.Fetch, "wait", write_once)
+    found, lacking = cache.get_many(["a", "nowhere"], source, on_error="none")
+    assert lacking is None
+    if is_over:
+        assert found is None
+        assert "2 of 2 shards failed: 'nowhere', 'a'" in caplog.text
+    else:
+        assert found is not None
+        assert torch.equal(found, torch.arange(9))
