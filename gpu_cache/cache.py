@@ -479,13 +479,11 @@ class TensorCache:
         count = len(dropped)
         tensors = tensors_of(dropped)
         dropped.clear()
-        if (engine := self._lazy.current) is not None:
+        if (engine := self._engine) is not None:
             engine.husks.strip(tensors)
             if count:
                 engine.pool.end_step()
-            for pool in engine.pools:
-                pool.drain()
-            if not engine.reaper.awake.is_set():
-                engine.reaper.wake()
+            engine.drain()
+            engine.reaper.wake()
         self._publisher.soon()
         return count

@@ -18,7 +18,6 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNORECASE)
 
 _PREFIX = "GPU_CACHE_"
-# As fields are spelt.
 # Other variables, spelt as fields are.
 _OTHER_VARIABLES = {
     "areal", "native", "native_dir", "require_gpu", "shard_ttl", "shm", "stats_dead_s", "stats_dir", "stats_group",

@@ -163,7 +163,7 @@ def combined(failures: dict[Hashable, BaseException], num_requested: int, why: s
 
 
 def _details(failures: Mapping[Hashable, BaseException], num_requested: int, cause: str) -> list[str]:
-    """What the first cause's words do not say: how many failed, which, and of what kinds."""
+    """Add to the first cause's words: how many shards failed, which ones, and the kinds of the other errors."""
     details = []
     is_all, is_named = len(failures) == num_requested, all(_names(cause, key) for key in failures)
     if not (is_all and is_named):

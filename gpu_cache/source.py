@@ -30,7 +30,9 @@ class ShardSpec:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class LentMemory:
-    """Host memory with shards in it, such as another process's, that a reader lends for copies. Nobody writes into it.
+    """Host memory with shards in it, such as another process's, that a reader lends for copies.
+
+    This process never writes into it.
 
     Attributes:
         tensor: `(nbytes,)` uint8.
@@ -51,8 +53,8 @@ class Stretch(NamedTuple):
     Attributes:
         at: Where they belong, as the caller counts.
         memory: Where they are.
-        begin: Of them there.
-        nbytes: Of them.
+        begin: Where they begin there.
+        nbytes: How many.
     """
 
     at: int
@@ -110,10 +112,12 @@ class ShardReader(Protocol):
 class LendingReader(ShardReader, Protocol):
     """A `ShardReader` that may lend its bytes: then a copy goes straight from where they are to where they belong.
 
-    Lent memory stays as it is until the next `next_specs`, or `close`.
+    Lent memory stays mapped until the next `next_specs`, or `close`. Whether its bytes stayed as they were, `confirm`
+    says.
 
     Attributes:
-        is_lending: Whether it lends the part that `next_specs` has just described; then nothing calls `read_into`.
+        is_lending: Whether it lends the part that `next_specs` has just described. Callers that copy themselves then
+            call `read_run`; `read_into` works too.
     """
 
     is_lending: bool
@@ -122,7 +126,7 @@ class LendingReader(ShardReader, Protocol):
         """Where the next bytes of the part are.
 
         Args:
-            places: Of each shard, or of a piece of one: where its bytes belong, and how many; in stream order.
+            places: For each shard, or piece of one, where its bytes belong and how many; in stream order.
         """
 
     def confirm(self) -> None:

@@ -46,14 +46,13 @@ class ShardIndex:
     it rises, the lower entry is READY, and the upper one PENDING, of the same generation.
 
     Args:
-        is_held: Whether somebody but the index holds a base.
+        is_held: Whether a base has holders beside the index.
         now: Seconds, monotonic.
         mutations: What is done about entries that a reader wrote into; None: nothing.
         is_held_beside_loan: The same, where the index has an alias of it to lend; None: as `is_held`.
         broken: The error for a key whose shard is not as promised, of the promise and of what there is.
     Attributes:
         below: The other level, if there is one and this is the device's.
-        looks_for_writes: Whether shards that a reader wrote into are dropped, or raise.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
@@ -74,7 +73,6 @@ class ShardIndex:
         self._mutations = mutations or Mutations()
         self._is_held, self._is_held_beside_loan = is_held, is_held_beside_loan or is_held
         self.broken = broken
-        self.looks_for_writes = self._mutations.is_on
         self.below: ShardIndex | None = None
 
     def add_level(self) -> ShardIndex:
@@ -124,6 +122,11 @@ class ShardIndex:
         return self._shared.is_closed
 
     @property
+    def looks_for_writes(self) -> bool:
+        """Whether shards that a reader wrote into are dropped, or raise."""
+        return self._mutations.is_on
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is cached or on its way."""
         return not any(self._shared.tables)
@@ -171,7 +174,6 @@ class ShardIndex:
             MutatedError: There is one, and that is how the policy wants it. Nothing was claimed.
         """
         found = Claim() if found is None else found
-        ready: dict[Hashable, Copy] = {}
         changed: list[Entry] = []
         left: list[torch.Tensor | None] = []
         with self._lock:
@@ -180,36 +182,13 @@ class ShardIndex:
                 found.mutated.update((entry.key, None) for entry in changed)
             if found.num_removals is None:
                 found.num_removals = self._shared.num_removals
-            hit_bytes = num_low = 0
-            for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
-                table = self._entries if key in self._entries else self._above
-                if (entry := table.get(key)) is None:
-                    self._claim_locked(key, promise, found)
-                    continue
-                # Equal ones are mostly one object: looking into two for each of thousands costs a quarter of the hit.
-                if (
-                    entry.promise is not promise
-                    and promise is not None
-                    and self._is_other_locked(entry, promise, found)
-                ):
-                    continue
-                if (at := entry.copy) is None:
-                    entry.flight.join()
-                    found.joined[key] = entry
-                    continue
-                table.move_to_end(key)
-                ready[key] = at
-                hit_bytes += at.nbytes
-                num_low += (is_low := self._is_low(table))
-                if at.completion is not None:
-                    found.completions[at.completion] = is_low
+            ready, num_low = self._look_up_locked(keys, found)
             found.hits.update(zip(ready, lending.lend(list(ready.values()), left), strict=True))
-            self._ledger.claimed(found, len(ready), hit_bytes, num_low)
+            self._ledger.claimed(found, len(ready), sum(one.nbytes for one in ready.values()), num_low)
         del left
         if blocks is not None:
             blocks.untrack(list(found.claimed.values()))
-        if changed:
-            self._mutations.tell(changed)
+        self._mutations.tell(changed)
         return found
 
     def lend(self, copies: Mapping[Hashable, Copy]) -> dict[Hashable, torch.Tensor]:
@@ -232,8 +211,7 @@ class ShardIndex:
             if not self._at_locked(key):
                 entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
                 self._entries[key] = entry
-        if changed:
-            self._mutations.tell(changed)
+        self._mutations.tell(changed)
         return entry
 
     def publish(self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None) -> list[Entry]:
@@ -280,7 +258,7 @@ class ShardIndex:
         _wake(landed)
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
-        """Give up on those of `entries` that are still PENDING; whoever waits for one gets `error`."""
+        """Give up on those of `entries` that are still PENDING; their waiters get `error`."""
         reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
@@ -344,7 +322,7 @@ class ShardIndex:
 
         Args:
             most: No more than so many.
-            held: Also what somebody else holds, or is about to hand out.
+            held: Also what readers hold, or are about to get.
         """
         with self._lock:
             found = (
@@ -411,8 +389,7 @@ class ShardIndex:
             if entry is not None and (at := entry.copy) is not None:
                 self._entries.move_to_end(key)
                 found = aliases_of([at.counted])[0], at.completion
-        if changed:
-            self._mutations.tell(changed)
+        self._mutations.tell(changed)
         return found
 
     def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Copy, torch.Tensor]]:
@@ -510,6 +487,29 @@ class ShardIndex:
         """The entries of a key: of more than one level only while it rises."""
         return [entry for table in self._shared.tables if (entry := table.get(key)) is not None]
 
+    def _look_up_locked(self, keys: Collection[Hashable], found: Claim) -> tuple[dict[Hashable, Copy], int]:
+        """Join or claim what is not there; return what is there, and how many of that are at the lower level."""
+        ready: dict[Hashable, Copy] = {}
+        num_low = 0
+        for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
+            table = self._entries if key in self._entries else self._above
+            if (entry := table.get(key)) is None:
+                self._claim_locked(key, promise, found)
+                continue
+            # Equal ones are mostly one object: looking into two for each of thousands costs a quarter of the hit.
+            if entry.promise is not promise and promise is not None and self._is_other_locked(entry, promise, found):
+                continue
+            if (at := entry.copy) is None:
+                entry.flight.join()
+                found.joined[key] = entry
+                continue
+            table.move_to_end(key)
+            ready[key] = at
+            num_low += (is_low := self._is_low(table))
+            if at.completion is not None:
+                found.completions[at.completion] = is_low
+        return ready, num_low
+
     def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
         """Claim what is not there: from a source, or a copy of what is below."""
         if (low := self._below.get(key)) is None:
@@ -592,7 +592,7 @@ class ShardIndex:
         return held or not self._is_in_use_locked(entry)
 
     def _is_in_use_locked(self, entry: Entry) -> bool:
-        """Whether somebody holds its block, or is about to."""
+        """Whether a reader holds its block, or is about to."""
         if entry.flight.num_awaiting > 0 or (at := entry.copy) is None:
             return entry.flight.num_awaiting > 0
         if (loan := at.loan) is None:

@@ -10,7 +10,7 @@ from gpu_cache.pool.block import Copy
 from gpu_cache.pool.eviction import Span, choose
 from gpu_cache.pool.slab import SlabPool
 
-_ATTEMPTS = 3  # a choice is outdated when somebody took, or took hold of, a block of it meanwhile
+_ATTEMPTS = 3  # a choice is outdated when another thread took, or a reader holds, a block of it meanwhile
 
 _FEW = 1024  # are looked at first: about twice the shards of a run, if these are small; 2 ms, our measurement
 
@@ -39,7 +39,7 @@ class RoomMaker:
         Returns:
             The longest run that room was, or could be, made for: at least `nbytes` if it was.
         """
-        if not self._pool.can_reuse:  # what is evicted now would stay out of use, nobody knows how long
+        if not self._pool.can_reuse:  # what is evicted now would stay out of use for an unknown time
             return self._pool.stats()["device_largest_free_bytes"]
         for _ in range(_ATTEMPTS):
             victims, most_bytes = self._choose(nbytes)

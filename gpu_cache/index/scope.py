@@ -1,4 +1,4 @@
-"""Scopes: what is fetched inside a `with` is dropped at its end, whoever lost the keys."""
+"""Scopes: what is fetched inside a `with` is dropped at its end, even if the caller lost the keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Scope:
         self, name: str, index: Callable[[], ShardIndex], variable: ScopeVariable, drop: Callable[[list[Entry]], int]
     ) -> None:
         self.name = name
-        # Asked for anew each time: in a forked child the parent's may be locked for ever.
+        # Asked for each time: in a forked child the parent's may be locked for ever.
         self._index, self._variable, self._drop = index, variable, drop
         self._holding: Holding | None = None
         self._token: Token[Holding | None] | None = None

@@ -35,7 +35,7 @@ LOOK_S = 1.0  # between two looks at whether the device is short of memory, and 
 
 
 class HighWater:
-    """The most bytes of slabs that the latest steps had in use: what the pool keeps for the next one.
+    """The high-water mark of the latest steps, in bytes of slabs. The pool keeps as much for the next step.
 
     A clear ends a step if at least half of what came free since the last one was taken again: the clears of one step,
     one for each owner, count once, also while a prefetch takes the next batch. A minute without a take ends a step
@@ -97,7 +97,7 @@ class HighWater:
     def _end_step(self, used_bytes: int) -> None:
         self._peaks.append(self._peak_bytes)
         self._num_resting = max(0, self._num_resting - 1)
-        self._peak_bytes = 0  # what the last step leaves counts from the first take on, if it is still in use then
+        self._peak_bytes = 0  # the first take of a step counts what the last step left in use
         self._most_bytes = self._least_bytes = used_bytes
         self._taken_bytes = 0
         self._idle_since = self._now()

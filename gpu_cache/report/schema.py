@@ -96,7 +96,7 @@ class SourceStats(TypedDict):
     # "local" (of LOCAL_SOURCE: this process could not ask), "other". They add up to `fetch_errors`.
     fetch_errors_by_reason: NotRequired[dict[str, int]]
     fetch_durations: list[int]  # counts by SOURCE_DURATION_EDGES_S, as in Histogram
-    transport: NotRequired[str]  # how the latest answer came: SHARED_MEMORY, "http", as another says, or "": unknown
+    transport: NotRequired[str]  # of the latest answer: SHARED_MEMORY, "http", another reader's word; "": unknown
 
 
 class HostTierFigures(TypedDict, total=False):

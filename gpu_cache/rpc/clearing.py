@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from gpu_cache.config import seconds
 from gpu_cache.process import OwnThread
 from gpu_cache.rpc.shard import ShardClearError
+from gpu_cache.rpc.wire.records import MAX_IDS
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ ClearNode = Callable[[str, list[Any]], Awaitable[Any]]
 # The longest wait for one owner or consumer. A request to an owner over HTTP ends after 10 s by itself.
 DEFAULT_TIMEOUT_S = 30.0
 _NAMED_SHARDS = 8  # how many that are given up a message names
-_MAX_SHARDS_OF_ALL = 65_536  # that an owner is told of beside its own; one request has room for as many
+_MAX_SHARDS_OF_ALL = MAX_IDS  # in one request: an owner's own, and the others behind them
 
 
 class ClearsTogether(threading.local):
@@ -37,7 +38,7 @@ class ClearsTogether(threading.local):
         """Wait for those that begin in this turn.
 
         Returns:
-            The ids, and behind them those of the others, unless these are too many for one request.
+            The ids, and behind them those of the others, unless all are too many for one request.
         """
         begun = self._begun
         begun.append(shard_ids)
@@ -47,7 +48,8 @@ class ClearsTogether(threading.local):
             if self._begun is begun:
                 self._begun = []
         others = [shard_id for other in begun if other is not shard_ids for shard_id in other]
-        return shard_ids if len(others) > _MAX_SHARDS_OF_ALL else [*shard_ids, *others]
+        together = [*shard_ids, *others]
+        return shard_ids if len(together) > _MAX_SHARDS_OF_ALL else together
 
 
 class SizedId(NamedTuple):

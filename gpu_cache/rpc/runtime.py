@@ -22,7 +22,7 @@ from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
 from gpu_cache.errors import listed
-from gpu_cache.rpc.clearing import StepClearer
+from gpu_cache.rpc.clearing import ClearsTogether, StepClearer
 from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, StreamingBackend, promises_of
 from gpu_cache.rpc.client.connection import AddressError, split_address
 from gpu_cache.rpc.client.http import HttpRTensorBackend, drained
@@ -45,6 +45,7 @@ class Runtime:
         config: Settings of the cache; None reads the GPU_CACHE_* variables.
         store: The tensors that this process owns.
     Attributes:
+        clears: Joins clears that begin together.
         clearer: Clears the steps that this process ends, unless it has been given one for each controller.
         endings: Called when it is closed.
     Thread-safety: any thread.
@@ -56,6 +57,7 @@ class Runtime:
         self._names: dict[str, Any] = {}
         self.cache = self._cache_of(config)
         self.clearer = StepClearer()
+        self.clears = ClearsTogether()
         self.endings: list[Callable[[], object]] = []
         self.own_addresses: set[str] = set()  # addresses of servers in this process
         self.noted_addresses: set[str] = set()  # that handles of this process's store name
@@ -116,7 +118,7 @@ class Runtime:
         Raises:
             gpu_cache.FetchError: Some did not arrive; the others are cached. Not with `on_error="none"`.
         """
-        if _wants_host_memory.get() and not self._hands_out_host_memory():
+        if on_error == "raise" and _wants_host_memory.get() and not self._hands_out_host_memory():
             return self._read_past_cache(handles, promises, timeout_s)
         source = _HandleSource(self, handles)
         return self.cache.get_many(

@@ -62,8 +62,8 @@ class Range(weakref.ref[Any]):
         Args:
             memory: Its array.
             segment: Where it lies.
-            start: Of the range.
-            nbytes: Likewise.
+            start: Its first byte there.
+            nbytes: Its length.
             freed: Told this object when the array is dead; on any thread, so it takes no lock.
         """
         lease = cls(memory, freed)
@@ -72,7 +72,7 @@ class Range(weakref.ref[Any]):
 
 
 class Segment:
-    """One sealed memfd: only this process can write, and nobody can resize it.
+    """One sealed memfd: only this process can write, and no process can resize it.
 
     Raises:
         OSError: The system has none, or does not seal it so.
@@ -169,7 +169,7 @@ class Segments:
         return (segment.number, offset) if offset + nbytes <= segment.nbytes else None
 
     def settle(self, *, ends_step: bool = False) -> None:
-        """Give back what nobody uses any more.
+        """Give back what nothing uses any more.
 
         Args:
             ends_step: Whether shards were cleared: then segments go that the latest steps had no use for.

@@ -21,6 +21,7 @@ _CONTAINERS = (dict, list, tuple)
 
 # A header of every answer: the random id that the server took when it started.
 INCARNATION_HEADER = "X-Shard-Incarnation"
+MAX_INCARNATION = 64  # characters; ours have 32
 # Beside it: how often this server's owner has removed shards.
 REMOVALS_HEADER = "X-Shard-Removals"
 # A header of a request: a random name of the client, by which a server that closes connections knows it again.

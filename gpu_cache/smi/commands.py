@@ -222,7 +222,10 @@ class Commands:
 
 
 def _faults_of_switch() -> list[tuple[str, str]]:
-    """What keeps an AReaL from using the cache here, where a variable asks for it."""
+    """Faults of the switch for AReaL, where a variable asks for it.
+
+    By name, and on `--check` alone: the cache and its tool know nothing else of handles.
+    """
     switch = importlib.import_module("gpu_cache.rpc.adopt")
     return [(one.what, one.text) for one in switch.findings() if not one.is_good] if switch.is_asked_for() else []
 

@@ -83,7 +83,7 @@ class Engine:
             pool.drain()
 
     def offload(self) -> TrimReport:
-        """Evict everything, and give back every slab of the device's that nobody holds."""
+        """Evict everything, and give back every slab of the device's that no reader holds."""
         self.room.empty()
         return self.pool.trim()
 
@@ -112,14 +112,14 @@ class Engine:
                 completion.wait_on(stream)
 
     def close(self) -> None:
-        """Give back what nobody uses now, and what is still held when its last alias dies. Idempotent."""
+        """Give back what is unused now, and what is still held when its last alias dies. Idempotent."""
         try:
             self.finish()
         finally:
             self.reaper.retire()  # which tries again what the device failed
 
     def finish(self) -> None:
-        """Give back what nobody uses; waits for copies under way."""
+        """Give back what is unused; waits for copies under way."""
         self.transfer.finish()
 
     def stats(self) -> dict[str, float]:

@@ -20,12 +20,12 @@ _LEAST_BYTES_PER_S = 64 << 10
 
 @dataclasses.dataclass(slots=True, eq=False, weakref_slot=True)
 class Turn:
-    """One reader's place in the queue, which it takes anew for each window."""
+    """One reader's place in the queue; the reader takes a new one for each window."""
 
     node: str  # for messages, and for its share
     # Bytes that came over its connection so far; None where the reader cannot tell. Any thread.
     num_received: Callable[[], int | None] = lambda: None
-    is_given_up: bool = False  # set by anybody, who then calls `wake`
+    is_given_up: bool = False  # set by any thread, which then calls `wake`
 
 
 class Stalls:
@@ -60,8 +60,8 @@ class Stalls:
 class InflightBudget:
     """The most bytes that may be on their way at once, granted first come, first served, node by node.
 
-    A large request asks again for each window, behind whoever came meanwhile, so that it starves nobody; and nobody
-    overtakes one that waits, so that it is not starved either. Only a node that holds less than another goes first,
+    A large request asks again for each window, behind later readers, so that it starves none. No reader overtakes one
+    that waits, so that it is not starved either. Only a node that holds less than another goes first,
     however many of the other's readers wait. A window larger than the whole budget is granted alone.
 
     While a reader of another node waits, what a stalled one holds does not count: its bytes do not come, and the
@@ -77,7 +77,7 @@ class InflightBudget:
     def __init__(self, limit_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
         self.limit_bytes = limit_bytes
         self._now, self._stalls = now, Stalls(now)
-        # Guards every field below. Notified when bytes come back, when somebody leaves the queue, and on `wake`.
+        # Guards every field below. Notified when bytes come back, when a reader leaves the queue, and on `wake`.
         self._changed = threading.Condition(threading.Lock())
         self._queue: dict[Turn, None] = {}  # first come, first served
         self._next: Turn | None = None  # of the queue

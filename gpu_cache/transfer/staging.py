@@ -16,7 +16,7 @@ from gpu_cache.transfer.inflight import Stalls, Turn
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Slot:
-    """One pinned buffer. Belongs to whoever acquired it."""
+    """One pinned buffer. Belongs to the thread that acquired it."""
 
     pinned: Pinned
     guard: Event | None = None  # behind its last copies: the bytes may be overwritten when it is done
@@ -92,7 +92,7 @@ class StagingRing:
             self._free(slot)
 
     def close(self) -> None:
-        """Free the idle slots now and the others as they come back; whoever waits for one gets an error. Idempotent."""
+        """Free the idle slots now and the others as they come back; waiting threads get an error. Idempotent."""
         with self._changed:
             self._is_closed = True
             idle = list(self._idle)

@@ -66,7 +66,7 @@ class TensorReader:
             torch.frombuffer(buffer, dtype=torch.uint8).copy_(tensor[: len(buffer)])
 
     def cancel(self) -> None:
-        """Pass it on to whoever loads."""
+        """Pass it on to the loader."""
         if self._on_cancel is not None:
             self._on_cancel()
 

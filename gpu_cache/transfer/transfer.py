@@ -259,7 +259,7 @@ class Transfer:
             sink: Where the shards go.
             deadline: `time.monotonic()` after which neither a turn nor a staging buffer is waited for.
             may_overflow: Whether shards that find no room may be placed outside the pool.
-            turn: What the reader waits with for its turn to receive, for whoever wants to end that.
+            turn: The reader's turn to receive, by which another thread can end the wait.
         Raises:
             CacheFullError: No room, and no overflow wanted or possible.
             FetchTimeoutError: It was not its turn in time.
@@ -293,7 +293,7 @@ class Transfer:
                 self._pool.abandon(run.range)
 
     def finish(self) -> None:
-        """Give back what nobody uses, and allocate no staging buffer any more; waits for copies under way."""
+        """Give back what is unused, and allocate no staging buffer any more; waits for copies under way."""
         self.inflight.close()
         self._pool.trim()
         if self._staging is not None:

@@ -13,7 +13,7 @@ import torch
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.rpc import clearing, runtime, segments, store
-from gpu_cache.rpc.client import connection, memory
+from gpu_cache.rpc.client import connection, memory, pool
 from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache.rpc.server import expiry, requests, same_host
 from gpu_cache.rpc.server import main as rpc_server
@@ -37,7 +37,7 @@ SPARE = {f"spare-{n}": torch.ones(1) for n in range(600)}
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """Garbage that locks collect if they are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, requests, connection, segments, memory, same_host):
+    for module in (runtime, store, clearing, expiry, requests, connection, pool, segments, memory, same_host):
         monkeypatch.setattr(module, "threading", garbage.threading())
     monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
@@ -65,7 +65,7 @@ def use_everything(garbage: Garbage) -> None:
         reader.cancel()
         reader.close()
         backend._connections.wake()
-        backend._connections.make_room(connection.Place())
+        backend._connections.make_room(pool.Place())
         backend._connections.forget(server.address)
         backend.close()
     set_backend(None)

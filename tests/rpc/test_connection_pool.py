@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gpu_cache.rpc.client.connection import ConnectionPool, NodeConnection, Place
+from gpu_cache.rpc.client.connection import NodeConnection
+from gpu_cache.rpc.client.pool import ConnectionPool, Place
 from tests.support.areal_fixtures import ask, asked_once, nothing_forgotten
 from tests.support.fault_server import FaultServer, reply, whole
 
@@ -93,7 +94,7 @@ def test_a_node_is_forgotten(server: FaultServer, pool: ConnectionPool) -> None:
 def test_the_longest_idle_makes_room(
     server: FaultServer, pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_cache.rpc.client.connection._MAX_IDLE", 2)
+    monkeypatch.setattr("gpu_cache.rpc.client.pool._MAX_IDLE", 2)
     connections = [asked_once(server.address) for _ in range(3)]
     for connection in connections:
         pool.release(connection)

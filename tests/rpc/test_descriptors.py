@@ -17,7 +17,7 @@ PROGRAM = """
 import json, os, resource, sys
 import torch
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.client.connection import Place
+from gpu_cache.rpc.client.pool import Place
 from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, get_backend
 from gpu_cache import FetchError
 

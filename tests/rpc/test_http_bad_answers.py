@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gpu_cache.rpc.client.connection import ConnectionPool
+from gpu_cache.rpc.client.pool import ConnectionPool
 from gpu_cache.rpc.wire.serialization import tensor_to_json
 from tests.support.bad_frames import BAD_FRAMES, PAIR, A, B
 from tests.support.fault_server import FaultServer, frames_of, json_of, reply, whole

@@ -11,8 +11,8 @@ import torch
 
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import requester as http_requester
-from gpu_cache.rpc.client.connection import ConnectionPool
 from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.client.pool import ConnectionPool
 from gpu_cache.rpc.rtensor import RTensor
 from gpu_cache.rpc.shard import ShardTimeoutError
 from tests.support.areal_fixtures import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_cache.rpc.client import requester as http_requester
-from gpu_cache.rpc.client.connection import ConnectionPool
+from gpu_cache.rpc.client.pool import ConnectionPool
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.fault_server import (
     FaultServer,

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gpu_cache.rpc.client.connection import ConnectionPool, NodeConnection
+from gpu_cache.rpc.client.connection import NodeConnection
+from gpu_cache.rpc.client.pool import ConnectionPool
 from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
 from tests.support.fault_server import (
     FaultServer,

@@ -11,7 +11,7 @@ import torch
 
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
+from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.rtensor import RTensor, ShardLostError, ShardMissingError
 from gpu_cache.rpc.server import main as rpc_server
@@ -194,3 +194,16 @@ def test_each_start_of_a_server_is_an_incarnation_of_its_own() -> None:
         with rpc_server.start(owner=owner) as server:
             drained(reader_of(server.address, ["a"], node=node))
     assert node.restart is not None
+
+
+def test_the_removals_of_a_new_server_are_no_news_of_the_old_one() -> None:
+    told: list[None] = []
+    node = NodeState(lambda: told.append(None))
+    node.note("A")
+    for removals in ("0", "0", "5"):
+        node.note_removals(removals)
+    assert len(told) == 1
+    node.note("B")
+    for removals in ("0", "0", "1"):
+        node.note_removals(removals)
+    assert len(told) == 2

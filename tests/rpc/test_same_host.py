@@ -21,9 +21,9 @@ import torch
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import memory
-from gpu_cache.rpc.client.connection import NodeState
 from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader
 from gpu_cache.rpc.client.memory import OwnersMemory
+from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer, set_backend
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server import same_host
@@ -153,6 +153,23 @@ def test_shards_that_lie_elsewhere_come_over_http_with_the_others(owner: FakeOwn
     assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
 
 
+def test_shards_that_lie_elsewhere_are_not_lost_when_the_path_goes(
+    owner: FakeOwner, known: str, shared: HttpRTensorBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(owner, {"a": torch.ones(5)})
+    owner.store["elsewhere"] = torch.zeros(3)
+    put(owner, {"later": torch.ones(7)})
+    monkeypatch.setattr("gpu_cache.rpc.client.same_host.MAX_IDS", 2)
+    source = reader(shared, known, "a", "elsewhere", "later")
+    assert [spec.key for spec in source.next_specs() or ()] == ["a"]
+    assert read(source, 20) == bytes(torch.ones(5).numpy())
+    source.confirm()
+    assert shared.memories is not None
+    shared.memories.refuse(source._path() or "", known, "another reader found it out of reach")
+    assert sorted(spec.key for spec in source.next_specs() or ()) == ["elsewhere", "later"]
+    source.close()
+
+
 @pytest.mark.parametrize("case", ["missing", "shape", "dtype"])
 def test_failures_read_as_over_http(owner: FakeOwner, known: str, case: str) -> None:
     put(owner, {"a": torch.ones(4), "b": torch.zeros(2)})
@@ -208,12 +225,12 @@ def _drop_mapped(backend: HttpRTensorBackend) -> None:
 
 def _be_another(patch: pytest.MonkeyPatch, backend: HttpRTensorBackend, address: str) -> None:
     _drop_mapped(backend)
-    patch.setattr(memory, "_user_of", lambda sock: os.geteuid() + 1)
+    patch.setattr(memory, "user_of", lambda sock: os.geteuid() + 1)
 
 
 def _refuse_user(patch: pytest.MonkeyPatch, backend: HttpRTensorBackend, address: str) -> None:
     _drop_mapped(backend)
-    patch.setattr(same_host, "_user_of", lambda sock: os.geteuid() + 1)
+    patch.setattr(same_host, "user_of", lambda sock: os.geteuid() + 1)
 
 
 def _lack_descriptors(patch: pytest.MonkeyPatch, backend: HttpRTensorBackend, address: str) -> None:

@@ -275,7 +275,7 @@ def test_the_longest_idle_client_makes_room_and_one_that_holds_does_not(
 
 def test_another_users_process_is_refused(store: ShardStore, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve()
-    monkeypatch.setattr(same_host, "_user_of", lambda sock: os.geteuid() + 1)
+    monkeypatch.setattr(same_host, "user_of", lambda sock: os.geteuid() + 1)
     with contextlib.closing(Client(server.path).sock) as sock:
         assert sock.recv(1) == b""
 

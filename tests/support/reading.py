@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec
-from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
+from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.requester import FETCH, HttpSettings, Requester
 from gpu_cache.rpc.shard import ShardFetchError

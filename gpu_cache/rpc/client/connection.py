@@ -1,4 +1,4 @@
-"""Kept-alive HTTP connections whose bodies are received straight into the caller's buffers, and the pool of them.
+"""Kept-alive HTTP connections whose bodies are received straight into the caller's buffers.
 
 `http.client` writes requests and reads headers. Few, large calls on a blocking socket receive the bodies: beside a busy
 Python thread each call costs up to 5 ms, the time to get the interpreter back.
@@ -8,7 +8,6 @@ Source: our measurement over loopback, 0.6 to 1.7 GB/s this way beside such a th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import http.client
 import re
@@ -18,10 +17,10 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from gpu_cache.process import forget_sockets, leave_to_parent
-from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER, RETRY_AFTER_MS_HEADER
+from gpu_cache.rpc.shard import INCARNATION_HEADER, MAX_INCARNATION, REMOVALS_HEADER, RETRY_AFTER_MS_HEADER
 from gpu_cache.rpc.wire.records import MEMORY_HEADER
 
 _BYTES_RECEIVED = struct.Struct("@128xQ")  # in Linux's `struct tcp_info`
@@ -124,7 +123,6 @@ _MAX_BUFFERS = 1000
 # A text is read in pieces of so many bytes: a length that was only announced must not cost memory.
 _PIECE_BYTES = 1 << 20
 _RETRY_AFTER_DATE_S = 1.0
-_MAX_INCARNATION = 64  # characters; ours have 32
 # The kernel asks after an idle peer: a NAT in between remembers the connection, and a dead one is known after a minute.
 # The kernel also gives up a request that was not even acknowledged.
 _KEEPALIVE = (
@@ -166,9 +164,9 @@ class HttpAnswer:
         self.status = response.status
         self.content_type = response.headers.get_content_type()
         self.retry_after_s = _retry_after_s(response.headers)
-        self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:_MAX_INCARNATION]
+        self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:MAX_INCARNATION]
         self.memory = response.headers.get(MEMORY_HEADER, "")
-        self.removals = response.headers.get(REMOVALS_HEADER, "")[:_MAX_INCARNATION]
+        self.removals = response.headers.get(REMOVALS_HEADER, "")[:MAX_INCARNATION]
         self.unread_bytes = -1 if response.length is None else response.length
         self.ends_connection = response.will_close
         self._response, self._sock = response, sock
@@ -428,227 +426,3 @@ def _retry_after_s(headers: http.client.HTTPMessage) -> float | None:
     if told is None:
         return None
     return float(told) if told.isdecimal() else _RETRY_AFTER_DATE_S
-
-
-class Restart(NamedTuple):
-    """Another server took the place of one that had answered from the same address."""
-
-    before: str  # the incarnation that answered first
-    now: str
-
-
-class NodeState:
-    """The form that one node's server spoke when it last answered, and which server that was.
-
-    A server names its incarnation, a random id that it takes when it starts. AReaL's do not, and are taken to be one.
-
-    Args:
-        on_removal: Called when an answer says that the owner has removed shards since the answer before.
-    Attributes:
-        is_binary: Whether it spoke the binary form; few shards are asked for before it did.
-        memory: What its server announces to processes of its host; None before it answered.
-    Thread-safety: any thread; what two find out at once is the same.
-    """
-
-    def __init__(self, on_removal: Callable[[], object] = lambda: None) -> None:
-        self.is_binary = False
-        self.memory: str | None = None
-        self._on_removal = on_removal
-        self._removals = ""
-        self._known = Restart("", "")
-
-    @property
-    def restart(self) -> Restart | None:
-        """The latest restart that was noticed."""
-        return self._known if self._known.before else None
-
-    def note(self, incarnation: str) -> bool:
-        """Note who answered.
-
-        Returns:
-            Whether it is another than before: then nothing that was learnt of that one holds any more.
-        """
-        known = self._known
-        if not incarnation or incarnation in known:  # a late answer of the incarnation before
-            return False
-        self._known = Restart(known.now, incarnation)  # one step: who reads it sees two that belong together
-        if known.now:
-            self.is_binary = False
-        return bool(known.now)
-
-    def note_removals(self, removals: str) -> None:
-        """Note how often the owner has removed shards, as an answer says; another server's number says nothing."""
-        known, self._removals = self._removals, removals
-        if known and known != removals:
-            self._on_removal()
-
-
-# Idle connections are kept so long, over all nodes: a connection to a worker that is gone would stay open for ever.
-_MAX_IDLE = 256
-# Shares of the descriptors that this process may have: for all connections, and for idle ones.
-_SHARE, _IDLE_SHARE = 1 / 2, 1 / 4
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Place:
-    """One requester's place among those that may be connected at once."""
-
-    is_taken: bool = False
-    is_given_up: bool = False  # set by any thread, which then calls `wake`
-
-
-class ConnectionPool:
-    """Idle connections, and places for those in use: together at most half of the descriptors that there may be.
-
-    Args:
-        descriptors: How many this process may have; asked before each place is given.
-    Thread-safety: any thread.
-    """
-
-    def __init__(self, descriptors: Callable[[], int] = max_descriptors) -> None:
-        self._descriptors, self._limit = descriptors, descriptors()
-        # Guards _limit and every field below.
-        self._lock = threading.Lock()
-        self._idle: list[NodeConnection] = []  # longest idle first
-        self._is_closed = False
-        self._queue: dict[Place, threading.Condition] = {}  # conditions of _lock, one for each waiter in order
-        self._num_places = 0
-        self._ceiling: int | None = None  # the most places, learnt when descriptors ran out; until none is taken
-        leave_to_parent(self)
-
-    def disown(self) -> object:
-        """Be empty in a forked child, where the lock may be held for good; sockets are left to the parent."""
-        self._lock, kept, self._idle = threading.Lock(), self._idle, []
-        self._queue, self._num_places, self._ceiling = {}, 0, None
-        return kept
-
-    def enter(self, place: Place, deadline: float) -> None:
-        """Wait for a place; first come, first served. The requester keeps it until it leaves.
-
-        Args:
-            place: The requester's.
-            deadline: As by `time.monotonic()`.
-        Raises:
-            OSError: There was none in time; its number is EMFILE.
-            ConnectionAbortedError: It was given up.
-        """
-        limit = self._descriptors()
-        with self._lock:
-            self._limit = limit
-            if self._queue or not self._has_room_locked():
-                self._wait_locked(place, deadline)
-            if place.is_given_up:
-                raise ConnectionAbortedError("the fetch was given up")
-            self._num_places += 1
-            place.is_taken = True
-
-    def leave(self, place: Place) -> None:
-        """Give a place back, if it is taken."""
-        with self._lock:
-            if place.is_taken:
-                self._leave_locked(place)
-
-    def wake(self) -> None:
-        """Let those who wait look whether they were given up."""
-        with self._lock:
-            for turn in self._queue.values():
-                turn.notify()
-
-    def make_room(self, place: Place) -> bool:
-        """Descriptors ran out: close what is idle; else give the place back, to enter again when others have left.
-
-        Returns:
-            Whether trying again may help; not if this place is the only one.
-        """
-        with self._lock:
-            idle, self._idle = self._idle, []
-            may_wait = not idle and self._num_places > 1
-            if may_wait:
-                self._leave_locked(place)
-                self._ceiling = self._num_places
-        for connection in idle:
-            connection.close()
-        return may_wait or bool(idle)
-
-    def acquire(self, address: str) -> NodeConnection:
-        """An idle connection to the node that is still alive, or a new one, not yet connected.
-
-        Raises:
-            AddressError: Not an address.
-        """
-        while (connection := self._take_idle(address)) is not None:
-            if not connection.is_stale:
-                return connection
-            connection.close()
-        self._close_surplus()
-        return NodeConnection(address)
-
-    def release(self, connection: NodeConnection) -> None:
-        """Keep the connection for the next request if its last answer was read to the end, else close it."""
-        if not connection.can_be_reused:
-            connection.close()
-            return
-        connection.idle_since = time.monotonic()
-        with self._lock:
-            self._idle.append(connection)
-        self._close_surplus()
-
-    def forget(self, address: str) -> None:
-        """Close the idle connections to a node: one of them turned out to be dead."""
-        while (connection := self._take_idle(address)) is not None:
-            connection.close()
-
-    def close(self) -> None:
-        """Close what is idle, and what comes back from now on. Idempotent."""
-        with self._lock:
-            self._is_closed = True
-        self._close_surplus()
-
-    def _close_surplus(self) -> None:
-        """Close the longest idle, where there are more than may be kept, or than places leave descriptors for."""
-        unwanted: list[NodeConnection] = []
-        with self._lock:
-            left = max(0, int(self._limit * _SHARE) - self._num_places)
-            most = min(_MAX_IDLE, int(self._limit * _IDLE_SHARE), left)
-            while len(self._idle) > (0 if self._is_closed else most):
-                unwanted.append(self._idle.pop(0))
-        for connection in unwanted:
-            connection.close()
-
-    def _has_room_locked(self) -> bool:
-        most = max(1, int(self._limit * _SHARE))
-        return self._num_places < (most if self._ceiling is None else min(most, self._ceiling))
-
-    def _wait_locked(self, place: Place, deadline: float) -> None:
-        """Wait for room, or until it was given up, behind those who came first."""
-        turn = self._queue[place] = threading.Condition(self._lock)
-        left_s = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-        try:
-            if not turn.wait_for(lambda: place.is_given_up or self._is_next_locked(place), left_s):
-                raise out_of_descriptors(f"{self._num_places:,} connections are in use")
-        finally:
-            del self._queue[place]
-            self._call_next_locked()  # there may be room for one more
-
-    def _is_next_locked(self, place: Place) -> bool:
-        return next(iter(self._queue)) is place and self._has_room_locked()
-
-    def _leave_locked(self, place: Place) -> None:
-        place.is_taken = False
-        self._num_places -= 1
-        if not self._num_places:
-            self._ceiling = None
-        self._call_next_locked()
-
-    def _call_next_locked(self) -> None:
-        """Let the first who waits look whether there is a place now."""
-        if self._queue:
-            next(iter(self._queue.values())).notify()
-
-    def _take_idle(self, address: str) -> NodeConnection | None:
-        """The one to the node that was idle for the shortest time."""
-        with self._lock:
-            for position in reversed(range(len(self._idle))):
-                if self._idle[position].address == address:
-                    return self._idle.pop(position)
-        return None

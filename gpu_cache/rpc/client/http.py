@@ -16,9 +16,9 @@ import torch
 from gpu_cache import FetchError, ShardReader, ShardSpec
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.rpc.clearing import in_own_thread
-from gpu_cache.rpc.client.connection import ConnectionPool, NodeState
 from gpu_cache.rpc.client.deleter import HttpDeleter
 from gpu_cache.rpc.client.memory import OwnersMemory
+from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.requester import (
     CLEAR,
@@ -209,7 +209,7 @@ class HttpSource:
         settings: The backend's settings.
         shards: Where each is.
         expected: Meta tensors as they should be, where known.
-        memories: What is mapped of owners of this host; None: all shards come over HTTP.
+        memories: Mapped segments of owners of this host; None: all shards come over HTTP.
     """
 
     def __init__(

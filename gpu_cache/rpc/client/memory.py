@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ import torch
 from gpu_cache.device.hostmem import POPULATE_READ, advise, mapped
 from gpu_cache.process import leave_to_parent
 from gpu_cache.rpc.client.connection import DeadlineSocket, is_out_of_descriptors
-from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.shard import MAX_INCARNATION, WireError
 from gpu_cache.rpc.wire.records import (
     COUNT,
     FETCH,
@@ -34,12 +33,11 @@ from gpu_cache.rpc.wire.records import (
     SEGMENT,
     SEGMENTS,
     Header,
+    user_of,
 )
 from gpu_cache.source import LentMemory
 
-_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
-_MAX_INCARNATION = 64
 _PAGES_BYTES = 2 << 20  # pages are mapped in such steps
 PATIENCE_S = 10.0  # the longest wait for an owner of this host; then HTTP is asked, which tells more
 _AGAIN_S = 30.0  # after this an owner whose memory was out of reach is asked for it again
@@ -59,7 +57,7 @@ class Segment:
     """An owner's segment, mapped here.
 
     Args:
-        descriptor: Of the segment; closing it is the caller's.
+        descriptor: The segment's; the caller closes it.
         nbytes: As the owner says.
     Raises:
         OutOfReachError: It is shorter, or its owner could make it so.
@@ -95,7 +93,7 @@ class Told(NamedTuple):
     """An owner's answer.
 
     Attributes:
-        records: Of the shards, in the order asked for.
+        records: One for each shard, in the order asked for.
         segments: Number, length and descriptor of new ones. The receiver closes the descriptors.
         alive: Numbers of all its segments.
         removals: How often it has removed shards.
@@ -111,13 +109,13 @@ class MemoryConnection:
     """A connection to an owner's socket.
 
     Args:
-        path: Of the socket.
-        deadline: Of connecting, as by `time.monotonic()`.
+        path: The socket's.
+        deadline: The end of connecting, as by `time.monotonic()`.
     Attributes:
         sock: The socket; `cut` from any thread makes every call fail.
-        incarnation: Of the owner's server.
+        incarnation: That of the owner's server.
     Raises:
-        OutOfReachError: Nobody of this user answers there, or what answers is no such server. By any call.
+        OutOfReachError: No process of this user answers there, or another program does. By any call.
     Thread-safety: one thread.
     """
 
@@ -127,7 +125,7 @@ class MemoryConnection:
         try:
             with _reasons(path):
                 self.sock.connect(path)
-                if _user_of(self.sock) != os.geteuid():
+                if user_of(self.sock) != os.geteuid():
                     raise OutOfReachError(f"{path} is another user's")
                 self.incarnation = self._hello()
         except BaseException:
@@ -151,8 +149,8 @@ class MemoryConnection:
 
         Args:
             text: Their ids, as of `joined_ids`.
-            number: Of them.
-            deadline: Of the fetch, as by `time.monotonic()`.
+            number: How many.
+            deadline: The end of the fetch, as by `time.monotonic()`.
         """
         now = time.monotonic()
         left_s = deadline - now
@@ -180,7 +178,7 @@ class MemoryConnection:
     def _hello(self) -> str:
         header, descriptors = self._header()
         _close_all(descriptors)
-        if header.kind != HELLO or header.nbytes > _MAX_INCARNATION:
+        if header.kind != HELLO or header.nbytes > MAX_INCARNATION:
             raise WireError(f"a greeting of kind {header.kind}, {header.nbytes:,} bytes long")
         return self._body(header.nbytes).decode("ascii", "replace")
 
@@ -333,12 +331,14 @@ class OwnersMemory:
             logger.info("shards of %s come over HTTP: %s", address, reason)
 
     def segments(self, path: str, told: Told) -> dict[int, Segment]:
-        """The segments of an owner, those among them that an answer brought; forgets those that are no more."""
+        """Map the segments that an answer brought; all of the owner's that are mapped now, by number."""
+        with self._lock:
+            known = set(self._owners[path].segments)
         made: dict[int, Segment] = {}
         try:
             with _reasons(path):
                 for number, nbytes, descriptor in told.segments:
-                    if number not in self._known(path):
+                    if number not in known:
                         made[number] = Segment(descriptor, nbytes)
         finally:
             _close_all(descriptor for _, _, descriptor in told.segments)
@@ -362,10 +362,6 @@ class OwnersMemory:
         with self._lock:
             self._is_closed = True
         self._drop(list(self._owners))
-
-    def _known(self, path: str) -> dict[int, Segment]:
-        with self._lock:
-            return self._owners[path].segments.copy()
 
     def _leave(self, path: str) -> None:
         with self._lock:
@@ -425,8 +421,3 @@ def _reasons(path: str) -> Iterator[None]:
 def _close_all(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _user_of(sock: socket.socket) -> int:
-    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(user)

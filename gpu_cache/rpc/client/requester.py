@@ -14,15 +14,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from gpu_cache.rpc.client.connection import (
-    BrokenOffError,
-    ConnectionPool,
-    HttpAnswer,
-    NodeConnection,
-    NodeState,
-    Place,
-    is_out_of_descriptors,
-)
+from gpu_cache.rpc.client.connection import BrokenOffError, HttpAnswer, NodeConnection, is_out_of_descriptors
+from gpu_cache.rpc.client.pool import ConnectionPool, NodeState, Place
 from gpu_cache.rpc.shard import (
     CLIENT_HEADER,
     ShardAnswerError,

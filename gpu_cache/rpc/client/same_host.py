@@ -1,7 +1,7 @@
 """Shards of owners on the same host, read where they are: in segments that are mapped once, without a socket's bytes.
 
 The owner holds what it answered about until it is told that the copies are done, or the connection ends. So a reader
-looks at its connection after each copy: if that is still open, the bytes were good.
+looks at its connection after the copies, before they land: if it is still open, the bytes were good.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 
 from gpu_cache import ShardSpec
+from gpu_cache.config import ALIGNMENT
 from gpu_cache.hosts import is_loopback
 from gpu_cache.report.schema import SHARED_MEMORY
-from gpu_cache.rpc.client.connection import NodeState, split_address
+from gpu_cache.rpc.client.connection import split_address
 from gpu_cache.rpc.client.memory import PATIENCE_S, MemoryConnection, OutOfReachError, OwnersMemory, Segment
+from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.shard import ShardUnreachableError, WireError
 from gpu_cache.rpc.wire.records import MAX_IDS, Found, boot_id, joined_ids, parse_records
 from gpu_cache.source import Stretch
-
-_GAP_BYTES = 512  # between the ends of neighbours in a run there is less
 
 
 class SameHostReader:
@@ -32,7 +32,7 @@ class SameHostReader:
         http: Reader of the same shards, which asks first: its answer announces the owner's socket. What is in no
             shared memory comes through it too.
         node: What is known of the owner.
-        memories: What is mapped here.
+        memories: Segments that this process maps.
         expected: Meta tensors as the handles promise them, where known.
         deadline: As by `time.monotonic()`.
     Attributes:
@@ -64,14 +64,17 @@ class SameHostReader:
         """Ask for the next shards, in memory where that is known to work."""
         self._end_part(is_good=True)
         while True:
-            if (path := self._path()) and (specs := self._shared_part(path)):
+            if (path := self._path()) is None:
+                self._http.put_back(self._elsewhere)
+                self._elsewhere = []
+            elif specs := self._shared_part(path):
                 self.transport = SHARED_MEMORY
                 return specs
             if (part := self._http.next_specs()) is not None:
                 self.transport = self._http.transport
                 self._tell_of_old_owner()
                 return part
-            if self._path() is None:
+            if self._path() is None and not self._elsewhere:
                 return None
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
@@ -94,7 +97,7 @@ class SameHostReader:
             segment, begin, whole = listed[number]
             begin += start
             gap = at - first
-            if segment is known and gap == begin - first_begin and 0 <= gap - length < _GAP_BYTES:
+            if segment is known and gap == begin - first_begin and 0 <= gap - length < ALIGNMENT:
                 length = gap + nbytes
             else:
                 if known is not None:
@@ -171,9 +174,7 @@ class SameHostReader:
             self._end_part(is_good=True)
         self._elsewhere += wanted
         self._http.put_back(later)
-        if self._is_over or not later:
-            self._is_over = True
-            self._http.put_back(self._elsewhere)
+        self._is_over = self._is_over or not later
         return specs or None
 
     def _asked(self, path: str, text: bytes, wanted: Sequence[Hashable]) -> list[ShardSpec]:

@@ -23,7 +23,6 @@ from gpu_cache.rpc.server.expiry import ShardExpiry
 from gpu_cache.rpc.server.requests import (
     DEFAULT_MAX_BODY_BYTES,
     DEFAULT_MAX_RESPONSES,
-    MAX_IDS_BYTES,
     DataOwner,
     RefusedError,
     check_length,
@@ -35,6 +34,7 @@ from gpu_cache.rpc.server.turns import Place, Turns
 from gpu_cache.rpc.shard import INCARNATION_HEADER, REMOVALS_HEADER
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
+from gpu_cache.rpc.wire.records import MAX_IDS_BYTES
 
 if TYPE_CHECKING:  # the names differ between releases of aiohttp
     from aiohttp.typedefs import Handler, Middleware

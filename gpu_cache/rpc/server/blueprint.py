@@ -34,6 +34,7 @@ from gpu_cache.rpc.server.turns import Place
 from gpu_cache.rpc.shard import CLIENT_HEADER, INCARNATION_HEADER, REMOVALS_HEADER
 from gpu_cache.rpc.tokens import find_token
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
+from gpu_cache.rpc.wire.records import MAX_IDS_BYTES
 
 __all__ = ["data_bp", "serialize_value"]
 
@@ -83,7 +84,7 @@ def _get(shard_id: str) -> Response:
 
 
 def _get_batch() -> Response:
-    shard_ids = requests.ids_to_read(requests.listed_ids(_body(requests.MAX_IDS_BYTES)))
+    shard_ids = requests.ids_to_read(requests.listed_ids(_body(MAX_IDS_BYTES)))
     if CONTENT_TYPE in request.headers.get("Accept", ""):
         return _send(lambda: requests.batch_answer(runtime.current(), shard_ids, is_binary=True))
     return _send(lambda: _array(shard_ids))
@@ -100,7 +101,7 @@ def _array(shard_ids: Sequence[str]) -> Answer:
 
 
 def _clear() -> Response:
-    return _json(requests.clear(runtime.current(), requests.listed_ids(_body(requests.MAX_IDS_BYTES))))
+    return _json(requests.clear(runtime.current(), requests.listed_ids(_body(MAX_IDS_BYTES))))
 
 
 def _reclaim() -> Response:

@@ -16,6 +16,7 @@ from gpu_cache.rpc.server.turns import RETRY_AFTER_S, Place, Turns
 from gpu_cache.rpc.shard import RETRY_AFTER_MS_HEADER, WireError
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE, PREFIX_BYTES, decode_frame
+from gpu_cache.rpc.wire.records import MAX_IDS
 from gpu_cache.rpc.wire.serialization import tensor_from_text
 
 DEFAULT_MAX_BODY_BYTES = 1 << 30
@@ -23,9 +24,6 @@ DEFAULT_MAX_BODY_BYTES = 1 << 30
 DEFAULT_MAX_RESPONSES = 32
 # The answer to clients beyond the limit. Seconds are whole in the standard's header; ours says it exactly.
 COME_BACK = {"Retry-After": "1", RETRY_AFTER_MS_HEADER: str(round(1000 * RETRY_AFTER_S))}
-# The most bytes in a list of shard ids. Parsing one keeps all other threads waiting: 30 ms for the longest.
-MAX_IDS = 65_536
-MAX_IDS_BYTES = 4 << 20
 _MAX_IDS_COMMAS = 4 * MAX_IDS  # in ids too
 # The most bytes in the header of a frame with one tensor.
 _MAX_PUT_HEADER_BYTES = 64 << 10

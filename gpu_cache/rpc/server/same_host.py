@@ -17,7 +17,6 @@ import secrets
 import selectors
 import socket
 import stat
-import struct
 import tempfile
 import threading
 import time
@@ -55,9 +54,9 @@ from gpu_cache.rpc.wire.records import (
     announced,
     segments_in,
     split_ids,
+    user_of,
 )
 
-_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 _MAX_PATH = 100  # bytes; the system takes 107
 _READ_BYTES = 256 << 10
 _PAUSE_S = 0.1  # without descriptors, until the next is accepted
@@ -89,7 +88,7 @@ class _Client:
     """One connection. Only the server's thread touches it.
 
     Attributes:
-        asked: Of a request that is not complete.
+        asked: The bytes so far of a request that is not complete.
         answers: What is still to be sent, with the descriptors that go with its first byte.
         held: Shards of the latest answer.
         hold_s: For how long they may be held once the answer is sent.
@@ -117,11 +116,11 @@ class SameHostServer:
 
     Args:
         store: Whose shards.
-        incarnation: Of the HTTP server beside it.
+        incarnation: That of the HTTP server beside it.
         limits: What it bears.
         folder: Where the socket is; None: a folder of this user alone.
     Attributes:
-        path: Of the socket.
+        path: The socket's path.
     Raises:
         OSError: There is no place for a socket.
     """
@@ -210,7 +209,7 @@ class SameHostServer:
                 self._selector.unregister(self._listener)
                 self._listens_at = time.monotonic() + _PAUSE_S
             return
-        if _user_of(sock) != os.geteuid() or not self._has_room():
+        if user_of(sock) != os.geteuid() or not self._has_room():
             self.num_refused += 1
             sock.close()
             return
@@ -331,25 +330,40 @@ class Offer:
     """The server beside an HTTP server that is not ours: starts when it is first announced, ends with the runtime.
 
     Args:
-        incarnation: Of the HTTP server.
+        incarnation: That of the HTTP server.
     Thread-safety: any thread.
     """
 
     def __init__(self, incarnation: str) -> None:
         self._incarnation = incarnation
-        # Guards _served. Held while a server starts; nothing else is taken under it.
+        # Guards _served.
         self._lock = threading.Lock()
         self._served: tuple[Runtime | None, SameHostServer | None] = None, None
+        leave_to_parent(self)
+
+    def disown(self) -> object:
+        """Offer nothing of the parent's in a forked child, where the lock may be held for good."""
+        kept, self._lock, self._served = self._served, threading.Lock(), (None, None)
+        return kept
 
     def server(self) -> SameHostServer | None:
         """The server of this process's store; None if there is none here."""
         current = runtime.current()
         with self._lock:
-            if self._served[0] is not current:
-                self._served = current, opened(current.store, self._incarnation)
-                if self._served[1] is not None:
-                    current.endings.append(self._served[1].stop)
-            return self._served[1]
+            owner, served = self._served
+        if owner is current:
+            return served
+        made = opened(current.store, self._incarnation)
+        with self._lock:
+            if is_first := self._served[0] is not current:
+                self._served = current, made
+            served = self._served[1]
+        if made is not None:
+            if is_first:
+                current.endings.append(made.stop)
+            else:  # another thread was first
+                made.stop()
+        return served
 
 
 def opened(store: ShardStore, incarnation: str) -> SameHostServer | None:
@@ -384,11 +398,6 @@ def _check(request: Header) -> None:
         )
 
 
-def _user_of(sock: socket.socket) -> int:
-    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(user)
-
-
 def _folder(environ: Mapping[str, str] | None = None) -> Path:
     """A folder that only this user enters, made if need be.
 
@@ -415,7 +424,7 @@ def _folder(environ: Mapping[str, str] | None = None) -> Path:
 
 
 def _listening(folder: Path) -> tuple[str, socket.socket]:
-    """A listening socket, which gets its name when it listens: whoever finds the name can connect."""
+    """A listening socket, which gets its name when it listens: a client that finds the name can connect."""
     _remove_dead(folder)
     name = f"{os.getpid()}-{secrets.token_hex(8)}"
     hidden, path = folder / f".{name}", str(folder / f"{name}{_SUFFIX}")
@@ -436,7 +445,7 @@ def _listening(folder: Path) -> tuple[str, socket.socket]:
 
 
 def _remove_dead(folder: Path) -> None:
-    """Remove sockets of owners that ended without a word: nobody listens there any more."""
+    """Remove sockets of owners that ended without a word: no process listens there any more."""
     for path in folder.glob(f"*{_SUFFIX}"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)

@@ -11,7 +11,9 @@ the server's incarnation; SEGMENTS, with descriptors, as they come to be needed;
 
 from __future__ import annotations
 
+import functools
 import math
+import socket
 import struct
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from gpu_cache.rpc.wire.serialization import DTYPES
 # A header of HTTP answers: the host's boot, and the path of the socket.
 MEMORY_HEADER = "X-Shard-Memory"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 
 _RECORD = struct.Struct("<QIBBxx6Q")
 RECORD_BYTES = _RECORD.size
@@ -53,10 +56,10 @@ class Header(NamedTuple):
     """The beginning of a message.
 
     Attributes:
-        kind: Of the message.
+        kind: The message's kind.
         number: FETCH: ids; SEGMENTS: segments; RECORDS: records.
         more: FETCH: how long the shards may have to be held, in milliseconds; RECORDS: the segments that there are.
-        nbytes: Of what follows.
+        nbytes: The length of what follows.
     """
 
     kind: int
@@ -82,7 +85,7 @@ class Found(NamedTuple):
 
     Attributes:
         segment: The number of its segment; 0 where it has no bytes.
-        place: Of its bytes there.
+        place: Where its bytes begin there.
         dtype: Its dtype.
         shape: Its shape.
         nbytes: Its length.
@@ -183,10 +186,17 @@ def split_ids(text: bytes | bytearray, count: int) -> list[str]:
 
 
 def announced(path: str) -> str:
-    """What an owner says of its socket in HTTP answers; "" if it has none."""
-    return f"{boot_id()} {path}" if path else ""
+    """The text by which an owner names its socket in HTTP answers."""
+    return f"{boot_id()} {path}"
 
 
+def user_of(sock: socket.socket) -> int:
+    """The user whose process is at the other end of a Unix socket."""
+    _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(user)
+
+
+@functools.cache
 def boot_id() -> str:
     """The same in all processes of one running system, whatever their namespaces; "" where it does not say."""
     try:
