@@ -1,4 +1,4 @@
-# make demo / test / areal / native / check / bench / plot / screenshots. Each makes .venv by itself.
+# make demo / test / scripts / areal / native / check / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=

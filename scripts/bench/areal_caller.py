@@ -1,7 +1,7 @@
 """The controller's side of the comparison, in a process of its own: calls engines as AReaL's schedulers do.
 
-Started with the addresses of owner and consumer. Reads lines of JSON, `[workload, fraction]`, and answers each with the
-seconds of its steps. Needs an installed AReaL.
+Started with the addresses of owner and consumer. Reads lines of JSON, `[measure or message, workload,
+fraction]`, and answers each with the seconds of its steps, or the bytes of a message. Needs an installed AReaL.
 """
 
 from __future__ import annotations
