@@ -8,9 +8,12 @@ FILE ?= docs/benchmark.json
 ifdef NO_VENV
 PY := $(PYTHON)
 READY :=
+PARALLEL :=
 else
 PY := .venv/bin/python
 READY := .venv/.ready
+# pytest-xdist: one process of tests for each core, up to four.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 endif
 
 .PHONY: help demo test scripts areal native check bench plot screenshots clean
@@ -43,7 +46,7 @@ demo: $(READY)
 endif
 
 test: $(READY)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 # Exit 3: the package index cannot be reached; then nothing can be said, and that is said.
 areal: $(READY)
@@ -59,7 +62,7 @@ native: $(READY)
 	GPU_CACHE_NATIVE=1 $(PY) -m pytest tests/native tests/pool/test_lease.py tests/index/test_loans.py tests/index/test_index.py $(ARGS)
 
 scripts: $(READY)
-	$(PY) -m pytest -m "scripts and not slow and not stress" $(ARGS)
+	$(PY) -m pytest -m "scripts and not slow and not stress" $(PARALLEL) $(ARGS)
 
 bench: $(READY)
 	$(PY) scripts/benchmark.py $(ARGS)

@@ -148,7 +148,7 @@ def test_a_profile_names_functions_of_both_threads(
     assert run("--workload", "W1,W4", "--profile") == 0
     caller, _, rest = capsys.readouterr().out.partition("The thread that receives")
     receiver, _, sampled = rest.partition("py-spy")
-    assert "(claim)" in caller
+    assert "(_claim_locked)" in caller
     assert "recv" in receiver
     assert " 75.0%  ours" in sampled
 
