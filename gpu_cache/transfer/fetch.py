@@ -21,7 +21,7 @@ from gpu_cache.index.entry import Claim, Entry, Holding, Promise, State
 from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
-from gpu_cache.process import OwnThread
+from gpu_cache.process import OwnThread, no_collections
 from gpu_cache.source import ShardReader, ShardSource, ShardSpec
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.host_tier import HostTier, ResidentReader
@@ -267,9 +267,11 @@ class Fetch:
                 self._refuse_misses(keys)
             engine.drain()
             try:
-                self._look_up(keys)
-                if self._engines.is_current(engine):
-                    self._start(source, level)
+                with no_collections:
+                    self._look_up(keys)
+                    if is_current := self._engines.is_current(engine):
+                        self._start(source, level)
+                if is_current:
                     if self.claim.claimed and self._index.is_closed:
                         self.cancel(CacheClosedError())
                     return engine
@@ -319,7 +321,10 @@ class Fetch:
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """A tensor of every shard that is as the caller expects, by key; after `wait`."""
-        return {**self.claim.hits, **self._index.lend(self._arrived)} if self._arrived else self.claim.hits
+        if not self._arrived:
+            return self.claim.hits
+        with no_collections:
+            return {**self.claim.hits, **self._index.lend(self._arrived)}
 
     def completions(self, *, on_host: bool) -> Iterable[Completion]:
         """Of the copies that shards handed out depend on, each once: to the host tier, or to the device."""
@@ -452,6 +457,7 @@ class Fetch:
         After `wait`, when everything is settled. Returns why, by key, for the last two.
         """
         claim, index, late = self.claim, self._index, None
+        looks_for_writes = index.looks_for_writes
         failures: dict[Hashable, BaseException] = {}
         for key, found in claim.refused.items():
             failures[key] = index.broken(key, claim.expected[key], found)
@@ -462,7 +468,7 @@ class Fetch:
                 failures[key] = entry.error or (late := late or self._late())
             elif expected is not None and entry.promise is not None and not entry.is_tensor_of(expected):
                 failures[key] = index.broken(key, expected, entry.promise)
-            elif index.looks_for_writes and entry.is_changed:
+            elif looks_for_writes and copy.counted._version != copy.version:
                 self._written.append(key)
             else:
                 self._arrived[key] = copy

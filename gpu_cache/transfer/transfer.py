@@ -93,15 +93,18 @@ def copies_of(window: Sequence[Piece], slot: torch.Tensor) -> list[tuple[torch.T
 def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
     """Group shards, in order, into runs of at most `run_bytes`; a larger shard is a run of its own."""
     run = Run()
+    nbytes = 0  # of the run so far; one loop without calls, as there are thousands
     for spec in specs:
-        need = aligned(spec.nbytes)
-        if run.specs and run.nbytes + need > run_bytes:
+        need = -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        if run.specs and nbytes + need > run_bytes:
+            run.nbytes = nbytes
             yield run
-            run = Run()
+            run, nbytes = Run(), 0
         run.specs.append(spec)
-        run.offsets.append(run.nbytes)
-        run.nbytes += need
+        run.offsets.append(nbytes)
+        nbytes += need
     if run.specs:
+        run.nbytes = nbytes
         yield run
 
 
@@ -273,11 +276,7 @@ class Transfer:
         try:
             with plain_tensors():  # once, as entering costs as much as three shards
                 while (specs := _next_specs(reader)) is not None:
-                    sink.expect(specs)
-                    full = [spec for spec in specs if spec.nbytes]
-                    if len(full) < len(specs):
-                        self._land_empty(specs, sink)
-                    runs = pack(full, self._run_bytes)
+                    runs = self._expect(specs, sink)
                     if resident is not None:
                         self._copy_all(deque(runs), place, resident, sink, placed)
                         continue
@@ -300,6 +299,15 @@ class Transfer:
             self._staging.close()
         if self._below is not None:
             self._below.finish()
+
+    def _expect(self, specs: Sequence[ShardSpec], sink: Sink) -> list[Run]:
+        """The runs of a part; shards without bytes land at once."""
+        with no_collections:
+            sink.expect(specs)
+            full = [spec for spec in specs if spec.nbytes]
+            if len(full) < len(specs):
+                self._land_empty(specs, sink)
+            return list(pack(full, self._run_bytes))
 
     def _move(
         self,
@@ -499,11 +507,11 @@ class Transfer:
         """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""
         if self._staging is None:
             with profiled(FETCH):
-                reader.read_into([view for piece in window for view in piece.buffers(None)])
+                reader.read_into(_views(window, None))
             return None
 
         def fill(slot: Slot) -> None:
-            reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
+            reader.read_into(_views(window, slot.pinned.view))
 
         return self._stage(window, fill, turn, deadline)
 
@@ -529,6 +537,12 @@ class Transfer:
                 self._staging.release(slot)
         self.copied.note(copies, started, guard)
         return Completion(self._device, guard)
+
+
+def _views(window: Sequence[Piece], slot: memoryview | None) -> list[memoryview]:
+    """The places of a window's shards in a staging slot, or, without one, in arenas in host memory."""
+    with no_collections:
+        return [view for piece in window for view in piece.buffers(slot)]
 
 
 Found = Sequence[tuple[Piece, Sequence[Stretch]]]

@@ -48,7 +48,8 @@ def put(store: ShardStore, *tensors: torch.Tensor) -> list[str]:
 
 def places(store: ShardStore, ids: list[str]) -> list[tuple[int, int]]:
     records = b"".join(shard.record for shard in store.find(ids) if shard is not None)
-    return [(one.segment, one.place) for one in parse_records(records, ids).found.values()]
+    found = {one.spec.key: (one.segment, one.place) for one in parse_records(records, ids).found}
+    return [found[shard_id] for shard_id in ids if shard_id in found]
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
@@ -58,8 +59,9 @@ def test_copies_have_every_bit_of_every_dtype_and_shape(store: ShardStore) -> No
     for tensor, shard_id in zip(tensors, ids, strict=True):
         assert same_bits(store[shard_id], tensor)
     records = b"".join(shard.record for shard in store.find(ids) if shard is not None)
-    found = parse_records(records, ids).found.values()
-    assert [(one.dtype, one.shape, one.nbytes) for one in found] == [(t.dtype, t.shape, t.nbytes) for t in tensors]
+    found = {one.spec.key: one.spec for one in parse_records(records, ids).found}
+    specs = [found[shard_id] for shard_id in ids]
+    assert [(one.dtype, one.shape, one.nbytes) for one in specs] == [(t.dtype, t.shape, t.nbytes) for t in tensors]
 
 
 def test_strided_and_lazily_conjugated_tensors_are_copied_dense(store: ShardStore) -> None:

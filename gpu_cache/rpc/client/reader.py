@@ -13,6 +13,7 @@ from typing import cast
 import torch
 
 from gpu_cache import ShardSpec, TensorReader
+from gpu_cache.process import no_collections
 from gpu_cache.rpc.client.connection import AddressError, HttpAnswer
 from gpu_cache.rpc.client.requester import (
     FAULTS,
@@ -252,7 +253,8 @@ class HttpReader:
 
     def _foresee(self, wanted: Sequence[Hashable]) -> None:
         """Lay out what the owner should answer, while it does the same."""
-        self._expectation = Expectation(wanted, self._expected, self._settings.max_unknown_bytes)
+        with no_collections:
+            self._expectation = Expectation(wanted, self._expected, self._settings.max_unknown_bytes)
 
     def _failed(self, kind: type[ShardFetchError], what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
         return kind(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
@@ -303,9 +305,11 @@ class HttpReader:
         header_bytes = header_nbytes(bytes(answer.read(min(PREFIX_BYTES, length))), length)
         self._expectation.check_header(header_bytes)
         header = answer.read(header_bytes)
-        shards = self._expectation.foreseen(header, answer.unread_bytes)
+        with no_collections:
+            shards = self._expectation.foreseen(header, answer.unread_bytes)
         if shards is None:
-            shards = parse_header(bytes(header), answer.unread_bytes)
+            with no_collections:
+                shards = parse_header(bytes(header), answer.unread_bytes)
             self._check_count(len(shards), wanted)
             if unwanted := {spec.key for spec in shards}.difference(wanted):
                 raise WireError(f"it sent shard {next(iter(unwanted))!r} without being asked for it")

@@ -15,6 +15,7 @@ import torch
 from gpu_cache import ShardSpec
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.hosts import is_loopback
+from gpu_cache.process import no_collections
 from gpu_cache.report.schema import SHARED_MEMORY
 from gpu_cache.rpc.client.connection import split_address
 from gpu_cache.rpc.client.memory import PATIENCE_S, MemoryConnection, OutOfReachError, OwnersMemory, Segment
@@ -188,8 +189,9 @@ class SameHostReader:
         segments = self._memories.segments(path, told)
         self._memories.forget(path, told.alive)
         try:
-            answer = parse_records(told.records, wanted)
-            specs = self._announce(answer.found, segments)
+            with no_collections:
+                answer = parse_records(told.records, wanted)
+                specs = self._announce(answer.found, segments)
         except WireError as error:
             raise OutOfReachError(str(error)) from error
         for key in answer.absent:
@@ -197,8 +199,8 @@ class SameHostReader:
         self._elsewhere += answer.elsewhere
         return specs
 
-    def _announce(self, found: Mapping[Hashable, Found], segments: Mapping[int, Segment]) -> list[ShardSpec]:
-        """Describe the shards in the order in which they lie; one loop, as there are thousands.
+    def _announce(self, found: Sequence[Found], segments: Mapping[int, Segment]) -> list[ShardSpec]:
+        """Describe the shards that are as promised; one loop, as there are thousands.
 
         Raises:
             WireError: One is outside of its segment.
@@ -206,17 +208,16 @@ class SameHostReader:
         specs: list[ShardSpec] = []
         announced: list[ShardSpec] = []
         places: list[tuple[Segment, int, int]] = []
-        for key, (number, place, dtype, shape, nbytes) in sorted(found.items(), key=_place_of):
-            spec = ShardSpec(key, dtype, shape)
-            promised = self._expected.get(key)
-            is_promised = promised is not None and promised.dtype is dtype and promised.shape == shape
+        for spec, number, place in found:
+            promised = self._expected.get(spec.key)
+            is_promised = promised is not None and promised.dtype is spec.dtype and promised.shape == spec.shape
             if not (is_promised or self._http.is_welcome(spec)):
                 continue
             specs.append(spec)
-            if nbytes:
+            if nbytes := spec.nbytes:
                 segment = segments.get(number)
                 if segment is None or place + nbytes > segment.nbytes:
-                    raise WireError(f"shard {key!r} is outside of segment {number}")
+                    raise WireError(f"shard {spec.key!r} is outside of segment {number}")
                 announced.append(spec)
                 places.append((segment, place, nbytes))
         self._announced, self._places = announced, places
@@ -245,8 +246,3 @@ class SameHostReader:
                 self._memories.tell(
                     self.node, "its server offers no shared memory (GPU_CACHE_SHM=0, or another version)"
                 )
-
-
-def _place_of(item: tuple[Hashable, Found]) -> tuple[int, int]:
-    """Where a shard lies."""
-    return item[1][:2]

@@ -12,7 +12,6 @@ the server's incarnation; SEGMENTS, with descriptors, as they come to be needed;
 from __future__ import annotations
 
 import functools
-import math
 import socket
 import struct
 from collections.abc import Hashable, Sequence
@@ -21,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gpu_cache import ShardSpec
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.wire.serialization import DTYPES
 
@@ -84,30 +84,26 @@ class Found(NamedTuple):
     """One shard of an answer.
 
     Attributes:
+        spec: The shard.
         segment: The number of its segment; 0 where it has no bytes.
         place: Where its bytes begin there.
-        dtype: Its dtype.
-        shape: Its shape.
-        nbytes: Its length.
     """
 
+    spec: ShardSpec
     segment: int
     place: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 class Answer(NamedTuple):
     """What an owner says of shards that it was asked for.
 
     Attributes:
-        found: In shared memory, in the order asked for.
+        found: In shared memory, in the order in which they lie there.
         absent: It does not have these.
         elsewhere: It has these, and they travel over HTTP.
     """
 
-    found: dict[Hashable, Found]
+    found: list[Found]
     absent: list[Hashable]
     elsewhere: list[Hashable]
 
@@ -139,27 +135,27 @@ def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
     if len(records) != len(ids) * RECORD_BYTES:
         raise WireError(f"{len(records):,} bytes of records for {len(ids):,} shards")
     fields = np.frombuffer(records, _FIELDS)
-    kinds: dict[bytes, tuple[torch.dtype, tuple[int, ...], int]] = {}
-    answer = Answer({}, [], [])
-    at = _KIND_AT - RECORD_BYTES
-    for key, segment, place in zip(ids, fields["segment"].tolist(), fields["place"].tolist(), strict=True):
-        at += RECORD_BYTES
+    segments, places = fields["segment"].tolist(), fields["place"].tolist()
+    kinds: dict[bytes, tuple[torch.dtype, tuple[int, ...]]] = {}
+    answer = Answer([], [], [])
+    for index in np.lexsort((fields["place"], fields["segment"])).tolist():
+        key, segment = ids[index], segments[index]
         if segment >= _ELSEWHERE:
             (answer.absent if segment == _ABSENT else answer.elsewhere).append(key)
             continue
+        at = index * RECORD_BYTES + _KIND_AT
         described = records[at : at + _KIND_BYTES]
         if (kind := kinds.get(described)) is None:
             kind = kinds[described] = _kind_of(described)
-        answer.found[key] = Found(segment, place, *kind)
+        answer.found.append(Found(ShardSpec(key, *kind), segment, places[index]))
     return answer
 
 
-def _kind_of(described: bytes) -> tuple[torch.dtype, tuple[int, ...], int]:
+def _kind_of(described: bytes) -> tuple[torch.dtype, tuple[int, ...]]:
     code, dims, *shape = struct.unpack("<BBxx6Q", described)
     if code >= len(_DTYPES) or dims > _MAX_DIMS:
         raise WireError(f"a record of dtype {code} and {dims} dimensions")
-    dtype, shape = _DTYPES[code], shape[:dims]
-    return dtype, tuple(shape), math.prod(shape) * dtype.itemsize
+    return _DTYPES[code], tuple(shape[:dims])
 
 
 def joined_ids(ids: Sequence[object]) -> bytes | None:

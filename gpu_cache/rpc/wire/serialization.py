@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.process import no_collections
 
 # Dtypes that travel, by the name that follows "torch." on the wire.
 DTYPES = {
@@ -119,7 +120,7 @@ def deserialize_value(value: Any) -> Any:
         ValueError: A tagged value that is broken, or a value that is nested too deeply.
     """
     try:
-        with plain_tensors():  # once, as entering costs more than a handle where a mode is active
+        with plain_tensors(), no_collections:  # once, as entering costs more than a handle where a mode is active
             return _deserialize(value)
     except RecursionError:
         raise ValueError("the value is nested too deeply") from None
