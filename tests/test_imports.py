@@ -30,7 +30,7 @@ RANKS_OF_RPC = [
     {"runtime", "views"},
     {"rtensor"},
     {"server"},
-    {"adopt"},
+    {"adopt", "node_cache"},
     {"doctor"},
 ]
 # What the tool, which runs without torch, reads of the cache.

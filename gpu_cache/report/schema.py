@@ -38,6 +38,7 @@ MAX_SURVIVED = 16  # entries that survived more clears count as survivors of thi
 LOCAL_SOURCE = "local"  # read from this node without a request over the network
 OTHER_SOURCES = "other"
 SHARED_MEMORY = "shm"  # a transport: from an owner of the same host, without a network
+NODE_CACHE = "node cache"  # another: from a process of the same host that fetches for all of it
 
 # Each follows a name. The lock goes last: while it is there, a reader knows whether the others are of a dead process.
 SUFFIXES = REPORT, WANT, LEAKS, LOCK = ".json", ".want", ".leaks.json", ".lock"
@@ -96,7 +97,8 @@ class SourceStats(TypedDict):
     # "local" (of LOCAL_SOURCE: this process could not ask), "other". They add up to `fetch_errors`.
     fetch_errors_by_reason: NotRequired[dict[str, int]]
     fetch_durations: list[int]  # counts by SOURCE_DURATION_EDGES_S, as in Histogram
-    transport: NotRequired[str]  # of the latest answer: SHARED_MEMORY, "http", another reader's word; "": unknown
+    # Of the latest answer: SHARED_MEMORY, NODE_CACHE, "http", another reader's word; "": unknown.
+    transport: NotRequired[str]
 
 
 class HostTierFigures(TypedDict, total=False):

@@ -179,6 +179,8 @@ class Runtime:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
         self._was_told = True
         wanted = list(shard_ids)
+        if isinstance(backend := self._backend, HttpRTensorBackend):
+            backend.forget(wanted)
         try:
             keys = dict.fromkeys(wanted)
         except TypeError:  # one cannot be hashed; a tuple says that it can, whatever it contains

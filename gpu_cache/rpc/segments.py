@@ -14,10 +14,13 @@ import fcntl
 import itertools
 import logging
 import os
+import stat
+import tempfile
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpu_cache.device.hostmem import POPULATE_WRITE, advise, mapped
@@ -25,9 +28,13 @@ from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.slab import HighWater
 from gpu_cache.process import forget_sockets, leave_to_parent
+from gpu_cache.report.files import problem_of
 from gpu_cache.throttle import Throttle
 
 VARIABLE = "GPU_CACHE_SHM"  # 0: neither offer shared memory nor read it
+NODE_CACHE_VARIABLE = "GPU_CACHE_NODE_CACHE"  # the path at which a node cache is found; auto: the usual one
+_NODE_CACHE = "node-cache"
+MAX_PATH = 100  # bytes of a socket's path; the system takes 107
 SEGMENT_BYTES = 256 << 20
 # The first one; each further one doubles what there is, up to SEGMENT_BYTES. A consumer's GPU driver takes all pages
 # of a segment that it registers.
@@ -42,6 +49,20 @@ logger = logging.getLogger(__name__)
 def is_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process offers its shards in shared memory, and reads those of others there."""
     return (os.environ if environ is None else environ).get(VARIABLE, "1").strip().lower() not in ("0", "no", "false")
+
+
+def node_cache_path(environ: Mapping[str, str] | None = None) -> str:
+    """Where consumers look for a node cache: a link to its socket. "" for nowhere, the default."""
+    said = (os.environ if environ is None else environ).get(NODE_CACHE_VARIABLE, "").strip()
+    if said.lower() in ("", "0", "no", "false"):
+        return ""
+    if said.lower() != "auto":
+        return said
+    try:
+        return str(socket_folder(environ) / _NODE_CACHE)
+    except OSError as error:
+        logger.info("no node cache is looked for: no folder for its socket (%s)", str(error))
+        return ""
 
 
 class Range(weakref.ref[Any]):
@@ -308,3 +329,28 @@ def _batches(sizes: Sequence[int]) -> list[list[int]]:
         groups[-1].append(nbytes)
         left -= aligned(nbytes)
     return groups
+
+
+def socket_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """A folder for sockets that only this user enters, made if need be.
+
+    Raises:
+        OSError: There is none.
+    """
+    given = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
+    problems = []
+    for base in dict.fromkeys([given, tempfile.gettempdir(), "/tmp"]):
+        path = Path(base, f"gpu-cache-memory-{os.geteuid()}")
+        if not base or len(os.fsencode(path)) > MAX_PATH - 40 or not os.path.isdir(base):
+            continue
+        try:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(0o700)
+            found = os.lstat(path)
+            problem = problem_of(found, None)
+            if problem is None and not stat.S_IMODE(found.st_mode) & 0o077:
+                return path
+            problems.append(f"{path} {problem or 'lets others in'}")
+        except OSError as error:
+            problems.append(str(error))
+    raise OSError(errno.EACCES, "; ".join(problems) or "there is no folder for a socket")

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gpu_cache.report.schema import LOCAL_SOURCE, OTHER_SOURCES, SHARED_MEMORY, SOURCE_DURATION_EDGES_S
+from gpu_cache.report.schema import LOCAL_SOURCE, NODE_CACHE, OTHER_SOURCES, SHARED_MEMORY, SOURCE_DURATION_EDGES_S
 from gpu_cache.smi import figures
 from gpu_cache.smi.process import Process
 from gpu_cache.units import ratio
@@ -31,7 +31,8 @@ class Source:
     def title(self) -> str:
         if self.address == LOCAL_SOURCE:
             return "local (same node)"
-        return f"{self.address} ({SHARED_MEMORY})" if SHARED_MEMORY in self.transports else self.address
+        ways = [way for way in (SHARED_MEMORY, NODE_CACHE) if way in self.transports]
+        return f"{self.address} ({', '.join(ways)})" if ways else self.address
 
     @property
     def bytes_per_second(self) -> float | None:

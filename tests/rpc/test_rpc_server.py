@@ -98,7 +98,7 @@ def test_a_process_binds_only_loopback_by_default_and_ends_on_sigint() -> None:
 def test_the_command_refuses_other_hosts_without_a_token_and_names_the_remedies(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rpc_server, "_readable_on", lambda *_: None)
+    monkeypatch.setattr(rpc_server, "readable_on", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         rpc_server.main(["--host", "0.0.0.0"])
     assert ended.value.code == 2
@@ -162,7 +162,7 @@ def test_the_flags_name_the_limits(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         raise ValueError("that will do")
 
     monkeypatch.setattr(rpc_server, "start", start)
-    monkeypatch.setattr(rpc_server, "_readable_on", lambda *_: None)
+    monkeypatch.setattr(rpc_server, "readable_on", lambda *_: None)
     limits = ["--header-timeout", "2m", "--body-timeout", "inf", "--idle-timeout", "90", "--max-connections", "7"]
     with pytest.raises(SystemExit):
         rpc_server.main([*limits, "--allow-host", "a", "--allow-host", "b"])

@@ -165,7 +165,9 @@ def test_shards_that_lie_elsewhere_are_not_lost_when_the_path_goes(
     assert read(source, 20) == bytes(torch.ones(5).numpy())
     source.confirm()
     assert shared.memories is not None
-    shared.memories.refuse(source._path() or "", known, "another reader found it out of reach")
+    way = source._way()
+    assert way is not None
+    shared.memories.refuse(way.path, known, "another reader found it out of reach")
     assert sorted(spec.key for spec in source.next_specs() or ()) == ["elsewhere", "later"]
     source.close()
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gpu_cache.device.hostmem import mapped
-from gpu_cache.rpc.segments import Segments
+from gpu_cache.rpc.segments import Segments, socket_folder
 from gpu_cache.rpc.server import same_host
 from gpu_cache.rpc.server.same_host import Limits, SameHostServer
 from gpu_cache.rpc.store import ShardStore
@@ -301,12 +301,12 @@ def test_descriptors_beyond_one_message_come_in_several(
 
 def test_the_socket_is_in_a_folder_of_this_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as base:
-        folder = same_host._folder({"XDG_RUNTIME_DIR": base})
+        folder = socket_folder({"XDG_RUNTIME_DIR": base})
         assert folder.parent == Path(base)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         folder.chmod(0o755)
         monkeypatch.setattr("tempfile.tempdir", base)
-        assert same_host._folder({"XDG_RUNTIME_DIR": base}).parent != Path(base), "others can look into that one"
+        assert socket_folder({"XDG_RUNTIME_DIR": base}).parent != Path(base), "others can look into that one"
 
 
 def test_sockets_of_killed_owners_are_removed_and_those_of_living_ones_stay(

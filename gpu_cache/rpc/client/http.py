@@ -9,18 +9,21 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from gpu_cache import FetchError, ShardReader, ShardSpec
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.rpc.clearing import in_own_thread
+from gpu_cache.rpc.client.connection import HttpAnswer
 from gpu_cache.rpc.client.deleter import HttpDeleter
 from gpu_cache.rpc.client.memory import OwnersMemory
 from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.requester import (
+    CHECK,
     CLEAR,
     DEFAULT_MAX_UNKNOWN_BYTES,
     FETCH,
@@ -31,11 +34,29 @@ from gpu_cache.rpc.client.requester import (
     shortened,
 )
 from gpu_cache.rpc.client.same_host import SameHostReader
-from gpu_cache.rpc.segments import is_wanted
-from gpu_cache.rpc.shard import TensorShardInfo
+from gpu_cache.rpc.segments import is_wanted, node_cache_path
+from gpu_cache.rpc.shard import ShardAnswerError, TensorShardInfo
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.tokens import find_token
 from gpu_cache.rpc.wire.serialization import check_stored, tensor_from_json
+
+_MAX_SERIAL, _ANSWER_SLACK_BYTES = 64, 4096  # bytes of a shard's serial in JSON, and of what is around all of them
+
+
+class Checked(NamedTuple):
+    """What an owner says of shards, without their bytes.
+
+    Attributes:
+        incarnation: That of its server.
+        removals: How often it has removed shards.
+        memory: Where processes of its host find its memory.
+        serials: By id, of those that it has. Equal serials of one incarnation mean equal bytes.
+    """
+
+    incarnation: str
+    removals: str
+    memory: str
+    serials: dict[str, str]
 
 
 class HttpRTensorBackend:
@@ -48,6 +69,8 @@ class HttpRTensorBackend:
         max_unknown_bytes: The longest shard that `fetch` takes, in bytes. `source` takes what the handles promise,
             however long it is, and nothing longer.
         same_host: Whether shards of owners on this host are read from their memory. None: unless GPU_CACHE_SHM says no.
+        node_cache: Where a node cache is looked for, by way of which shards of other hosts are read; "": nowhere. None:
+            where GPU_CACHE_NODE_CACHE says. Without shared memory there is none.
     Attributes:
         on_removal: Called when an owner's answer to a fetch says that it has removed shards since the answer before;
             set before the first request.
@@ -65,6 +88,7 @@ class HttpRTensorBackend:
         shards: ShardStore | None = None,
         max_unknown_bytes: int = DEFAULT_MAX_UNKNOWN_BYTES,
         same_host: bool | None = None,
+        node_cache: str | None = None,
     ) -> None:
         if max_shards_per_request <= 0:
             raise ValueError("max_shards_per_request must be positive")
@@ -80,7 +104,9 @@ class HttpRTensorBackend:
             max_unknown_bytes=max_unknown_bytes,
         )
         self._connections = ConnectionPool()
-        self.memories = OwnersMemory() if (is_wanted() if same_host is None else same_host) else None
+        has_memory = is_wanted() if same_host is None else same_host
+        proxy = node_cache_path() if node_cache is None and has_memory else node_cache or ""
+        self.memories = OwnersMemory(proxy) if has_memory else None
         self._nodes: dict[str, NodeState] = {}
 
     def __repr__(self) -> str:
@@ -183,6 +209,25 @@ class HttpRTensorBackend:
         """
         return await in_own_thread(self._delete, node_addr, list(shard_ids))
 
+    def forget(self, shard_ids: Sequence[Any]) -> None:
+        """Tell this host's node cache, if there is one, that shards were cleared. Does not block."""
+        if self.memories is not None:
+            self.memories.forget_shards(shard_ids)
+
+    def check(self, node_addr: str, shard_ids: Sequence[str], timeout_s: float) -> Checked:
+        """Ask an owner which shards it has at this moment.
+
+        Raises:
+            ShardFetchError: It did not answer, or is of a version that does not tell.
+        """
+        requester = self._requester(node_addr, CHECK, timeout_s)
+        try:
+            return requester.send(shard_ids, partial(_checked, requester, shard_ids))
+        except ValueError as error:
+            raise ShardAnswerError(f"Failed to look for shards at {requester.url}: {error}") from error
+        finally:
+            requester.release()
+
     def close(self) -> None:
         """Close the idle connections, and unmap what is mapped. Idempotent."""
         self._connections.close()
@@ -199,6 +244,7 @@ class HttpRTensorBackend:
             return HttpDeleter(requester).delete(shard_ids)
         finally:
             requester.release()
+            self.forget(shard_ids)  # once they are gone: a consumer could have read them again meanwhile
 
 
 class HttpSource:
@@ -236,6 +282,20 @@ class HttpSource:
         if self._memories is None:
             return reader
         return SameHostReader(reader, requester.node, self._memories, self._expected, time.monotonic() + timeout_s)
+
+
+def _checked(requester: Requester, shard_ids: Sequence[str], answer: HttpAnswer) -> Checked:
+    if answer.status != 200:
+        text = requester.text_of(answer)
+        raise kind_of_status(answer.status)(
+            f"Failed to look for shards at {requester.url}: {requester.refusal_of(answer.status, text)}"
+        )
+    found = json.loads(answer.read_rest(_MAX_SERIAL * len(shard_ids) + _ANSWER_SLACK_BYTES))
+    serials = found.get("serials") if isinstance(found, dict) else None
+    if not isinstance(serials, list) or len(serials) != len(shard_ids):
+        raise ValueError("it sent no serials, or not so many")
+    told = {key: one for key, one in zip(shard_ids, serials, strict=True) if isinstance(one, str) and one}
+    return Checked(answer.incarnation, answer.removals, answer.memory, told)
 
 
 def drained(reader: ShardReader) -> dict[Hashable, torch.Tensor]:

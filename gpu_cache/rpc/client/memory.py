@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from gpu_cache.rpc.shard import MAX_INCARNATION, WireError
 from gpu_cache.rpc.wire.records import (
     COUNT,
     FETCH,
+    FORGET,
     HEADER,
     HELLO,
     MAX_DESCRIPTORS,
@@ -33,6 +34,7 @@ from gpu_cache.rpc.wire.records import (
     SEGMENT,
     SEGMENTS,
     Header,
+    joined_ids,
     user_of,
 )
 from gpu_cache.source import LentMemory
@@ -41,6 +43,7 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 _PAGES_BYTES = 2 << 20  # pages are mapped in such steps
 PATIENCE_S = 10.0  # the longest wait for an owner of this host; then HTTP is asked, which tells more
 _AGAIN_S = 30.0  # after this an owner whose memory was out of reach is asked for it again
+_LATE_AGAIN_S = 600.0  # and a node cache for shards of an owner of which it could not tell in time: that took long
 _LOOK_S = 1.0  # between two looks at which owners are gone
 _MAX_IDLE = 8  # connections to one owner
 _MAX_MAPPED = 1024  # segments of all owners
@@ -144,26 +147,41 @@ class MemoryConnection:
             return False
         return False
 
-    def ask(self, text: bytes, number: int, deadline: float) -> Told:
+    def ask(self, text: bytes, number: int, deadline: float, kind: int = FETCH) -> Told:
         """Ask for shards, which the owner then holds until `release`.
 
         Args:
-            text: Their ids, as of `joined_ids`.
+            text: Their ids, as of `joined_ids`; for FETCH_FOR, as of `proxied_text`.
             number: How many.
             deadline: The end of the fetch, as by `time.monotonic()`.
+            kind: The request's.
         """
         now = time.monotonic()
         left_s = deadline - now
-        self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, PATIENCE_S), PATIENCE_S
+        patience_s = PATIENCE_S if kind == FETCH else left_s / 3  # a node cache has to fetch them first
+        self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, patience_s), patience_s
         hold_ms = min(int((max(left_s, 0.0) + _HOLD_SLACK_S) * 1000), 0xFFFFFFFF)
         segments: list[tuple[int, int, int]] = []
         try:
             with _reasons(self.path):
-                self.sock.sendall(Header(FETCH, number, hold_ms, len(text)).encoded() + text)
+                self.sock.sendall(Header(kind, number, hold_ms, len(text)).encoded() + text)
                 return self._told(number, segments)
         except BaseException:
             _close_all(descriptor for _, _, descriptor in segments)
             raise
+
+    def forget(self, text: bytes, number: int) -> bool:
+        """Tell a node cache of shards that were cleared, without a wait; whether it was told.
+
+        Args:
+            text: Their ids, as of `joined_ids`.
+            number: How many.
+        """
+        message = Header(FORGET, number, 0, len(text)).encoded() + text
+        try:
+            return self.sock.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(message)
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Tell the owner that the shards are copied."""
@@ -250,10 +268,13 @@ class OwnerMemory:
 class OwnersMemory:
     """The memory of owners of this host that is mapped here, kept until they are gone.
 
+    Args:
+        node_cache: Where a node cache says which socket is its own; "": shards of other hosts come over HTTP.
     Thread-safety: any thread. Connects, maps and closes outside the lock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, node_cache: str = "") -> None:
+        self._node_cache = node_cache
         # Guards every field below, and every `OwnerMemory`.
         self._lock = threading.Lock()
         self._owners: dict[str, OwnerMemory] = {}  # by path
@@ -279,10 +300,42 @@ class OwnersMemory:
                 "mapped_bytes": sum(one.nbytes for one in segments),
             }
 
-    def is_worth_trying(self, path: str) -> bool:
-        """Whether it was not out of reach just now."""
+    def is_worth_trying(self, path: str, address: str = "") -> bool:
+        """Whether it was not out of reach just now; a node cache also for shards of one owner."""
+        now = time.monotonic()
         with self._lock:
-            return not self._is_closed and self._refused.get(path, 0.0) <= time.monotonic()
+            return not self._is_closed and max(self._refused.get(one, 0.0) for one in (path, path + address)) <= now
+
+    def proxy(self, address: str) -> str | None:
+        """The socket of this host's node cache, if there is one that is worth trying for an owner's shards."""
+        path = self._proxy_path()
+        return path if path and self.is_worth_trying(path, address) else None
+
+    def _proxy_path(self) -> str:
+        """The socket's own name, which no other node cache will have: its segments are known by that."""
+        try:
+            return os.path.realpath(self._node_cache, strict=True) if self._node_cache else ""
+        except OSError:
+            return ""
+
+    def tell_of_no_proxy(self, address: str) -> bool:
+        """Say that shards of an owner come over HTTP as there is no node cache; whether one was asked for."""
+        if self._node_cache and not self._proxy_path():
+            self.tell(address, f"no node cache at {self._node_cache}")
+        return bool(self._node_cache)
+
+    def forget_shards(self, shard_ids: Sequence[Hashable]) -> None:
+        """Tell the node cache that shards were cleared, where this process has read from it. Does not block."""
+        path = self._proxy_path()
+        if not path or not shard_ids or (text := joined_ids(shard_ids)) is None:
+            return
+        with self._lock:
+            owner = self._owners.get(path)
+            connection = owner.idle.pop() if owner is not None and owner.idle else None
+            if owner is None or connection is None:
+                return
+            owner.num_readers += 1
+        self.give_back(connection, is_good=connection.forget(text, len(shard_ids)))
 
     def borrow(self, path: str, deadline: float) -> MemoryConnection:
         """A connection to an owner; give it back by `give_back`.
@@ -317,10 +370,11 @@ class OwnersMemory:
             connection.close()
         self._leave(connection.path)
 
-    def refuse(self, path: str, address: str, reason: str) -> None:
-        """Ask over HTTP for a while, and say why, once."""
+    def refuse(self, path: str, address: str, reason: str, *, is_of_owner: bool = False) -> None:
+        """Ask over HTTP for a while, and say why, once; of a node cache, for this owner's shards alone if so said."""
+        key, again_s = (path + address, _LATE_AGAIN_S) if is_of_owner else (path, _AGAIN_S)
         with self._lock:
-            self._refused[path] = time.monotonic() + _AGAIN_S
+            self._refused[key] = time.monotonic() + again_s
         self.tell(address, reason)
 
     def tell(self, address: str, reason: str) -> None:

@@ -86,6 +86,7 @@ class Route:
 
 FETCH = Route("POST", "/data/batch", "fetch shards from")
 CLEAR = Route("DELETE", "/data/clear", "clear shards at")
+CHECK = Route("POST", "/data/serials", "look for shards at")
 
 
 class Requester:
@@ -234,7 +235,7 @@ class Requester:
             self.node.memory = answer.memory
         if self.node.note(answer.incarnation):
             self._pool.forget(self.address)  # the idle ones are connected to a server that is gone
-        if self._route is FETCH:
+        if self._route is not CLEAR:
             self.node.note_removals(answer.removals)
         if answer.status == 503 and answer.retry_after_s is not None:
             raise NodeBusyError(f"503 body={shortened(self.text_of(answer))}", answer.retry_after_s)

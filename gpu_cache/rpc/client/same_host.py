@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,18 +17,46 @@ from gpu_cache import ShardSpec
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.hosts import is_loopback
 from gpu_cache.process import no_collections
-from gpu_cache.report.schema import SHARED_MEMORY
+from gpu_cache.report.schema import NODE_CACHE, SHARED_MEMORY
 from gpu_cache.rpc.client.connection import split_address
 from gpu_cache.rpc.client.memory import PATIENCE_S, MemoryConnection, OutOfReachError, OwnersMemory, Segment
 from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.shard import ShardUnreachableError, WireError
-from gpu_cache.rpc.wire.records import MAX_IDS, Found, boot_id, joined_ids, parse_records
+from gpu_cache.rpc.wire.records import (
+    ELSEWHERE,
+    FETCH,
+    FETCH_FOR,
+    MAX_IDS,
+    Found,
+    boot_id,
+    joined_ids,
+    parse_records,
+    proxied_text,
+    record_of,
+)
 from gpu_cache.source import Stretch
+
+# A node cache is asked for so much at once: its answer comes when the last shard is there.
+_PROXIED_BYTES, _PROXIED_IDS = 64 << 20, 4096
+
+
+class _Way(NamedTuple):
+    """A socket to ask for shards.
+
+    Attributes:
+        path: Where it is.
+        is_proxy: Whether a node cache answers there, for owners on other hosts.
+    """
+
+    path: str
+    is_proxy: bool = False
 
 
 class SameHostReader:
-    """A `ShardReader` that reads shared memory if the owner turns out to be of this host, and else over HTTP.
+    """A `ShardReader` that reads shared memory: the owner's, if it turns out to be of this host, or a node cache's.
+
+    What is in neither comes over HTTP.
 
     Args:
         http: Reader of the same shards, which asks first: its answer announces the owner's socket. What is in no
@@ -53,7 +82,9 @@ class SameHostReader:
         self.is_lending, self.transport = False, ""
         self._http, self._node, self._memories = http, node, memories
         self._expected, self._deadline = expected, deadline
-        self._is_over = self._is_cancelled = False  # nothing is read from memory any more
+        self._is_over = self._is_cancelled = False  # nothing is read from the owner's memory any more
+        self._is_proxy_over = False  # nor from a node cache's
+        self._way_of_part = _Way("")
         self._elsewhere: list[Hashable] = []  # over HTTP, when the others are here
         self._connection: MemoryConnection | None = None
         self._announced: list[ShardSpec] = []  # of the part, those with bytes
@@ -65,17 +96,17 @@ class SameHostReader:
         """Ask for the next shards, in memory where that is known to work."""
         self._end_part(is_good=True)
         while True:
-            if (path := self._path()) is None:
+            if (way := self._way()) is None:
                 self._http.put_back(self._elsewhere)
                 self._elsewhere = []
-            elif specs := self._shared_part(path):
-                self.transport = SHARED_MEMORY
+            elif specs := self._shared_part(way):
+                self.transport = NODE_CACHE if way.is_proxy else SHARED_MEMORY
                 return specs
             if (part := self._http.next_specs()) is not None:
                 self.transport = self._http.transport
-                self._tell_of_old_owner()
+                self._tell_why()
                 return part
-            if self._path() is None and not self._elsewhere:
+            if self._way() is None and not self._elsewhere:
                 return None
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
@@ -125,13 +156,14 @@ class SameHostReader:
         if connection is not None and connection.is_open and not self._is_cancelled:
             self._num_confirmed = self._at
             return
+        holder = "the node cache" if self._way_of_part.is_proxy else "the owner"
         lost = ShardUnreachableError(
-            f"Failed to fetch shards from {self.node}: the owner ended the connection under which it held them"
+            f"Failed to fetch shards from {self.node}: {holder} ended the connection under which it held them"
         )
         lost.may_go_on = not self._is_cancelled
         self._http.put_back([spec.key for spec in self._announced[self._num_confirmed :]])
-        self._is_over = True
         self._end_part(is_good=False)
+        self._leave(self._way_of_part)
         raise lost
 
     @property
@@ -151,43 +183,80 @@ class SameHostReader:
         self._end_part(is_good=not self._is_cancelled)
         self._http.close()
 
-    def _path(self) -> str | None:
-        """The owner's socket, if there is one on this host that is worth trying."""
+    def _way(self) -> _Way | None:
+        """The socket to ask next: the owner's, if it is of this host, or a node cache's; if it is worth trying."""
         boot, _, path = (self._node.memory or "").partition(" ")
-        if self._is_over or self._is_cancelled or not path or boot != boot_id():
+        if self._is_cancelled:
             return None
-        return path if self._memories.is_worth_trying(path) else None
+        if path and boot == boot_id():
+            return _Way(path) if not self._is_over and self._memories.is_worth_trying(path) else None
+        found = None if self._is_proxy_over else self._memories.proxy(self.node)
+        return None if found is None else _Way(found, is_proxy=True)
 
-    def _shared_part(self, path: str) -> list[ShardSpec] | None:
+    def _shared_part(self, way: _Way) -> list[ShardSpec] | None:
         """Ask for what is left; None if that failed, or nothing of it is in memory: HTTP goes on."""
-        left = self._http.take_left()
-        wanted, later = left[:MAX_IDS], left[MAX_IDS:]
+        left, self._way_of_part = self._http.take_left(), way
+        wanted, text, later = self._proxied(left) if way.is_proxy else _direct(left)
         specs: list[ShardSpec] = []
+        is_over = not later
         try:
-            if wanted and (text := joined_ids(wanted)) is not None:
-                specs, wanted = self._asked(path, text, wanted), []
+            if text is not None:
+                specs, wanted = self._asked(way, text, wanted), []
         except OutOfReachError as error:
-            self._is_over = True
+            is_over, is_of_owner = True, way.is_proxy and self._connection is not None  # it is there, and told nothing
             self._end_part(is_good=False)
             if not self._is_cancelled:
-                self._memories.refuse(path, self.node, str(error))
+                self._memories.refuse(way.path, self.node, str(error), is_of_owner=is_of_owner)
         if not specs:
             self._end_part(is_good=True)
         self._elsewhere += wanted
         self._http.put_back(later)
-        self._is_over = self._is_over or not later
+        if is_over:
+            self._leave(way)
         return specs or None
 
-    def _asked(self, path: str, text: bytes, wanted: Sequence[Hashable]) -> list[ShardSpec]:
+    def _leave(self, way: _Way) -> None:
+        """Ask there no more."""
+        if way.is_proxy:
+            self._is_proxy_over = True
+            self._http.put_back(self._elsewhere)  # the owner is asked now, and may turn out to be of this host
+            self._elsewhere = []
+        else:
+            self._is_over = True
+
+    def _proxied(self, left: Sequence[Hashable]) -> tuple[list[Hashable], bytes | None, list[Hashable]]:
+        """As many as a node cache is asked for at once, the request's body, and those behind them.
+
+        Shards without a promise that fits a record come over HTTP.
+        """
+        promises: dict[Hashable, bytes] = {}
+        nbytes, end = 0, len(left)
+        for number, key in enumerate(left):
+            promised = self._expected.get(key)
+            record = ELSEWHERE if promised is None else record_of(promised.dtype, promised.shape, 0, 0)
+            if promised is None or record is ELSEWHERE:
+                self._elsewhere.append(key)
+                continue
+            nbytes += promised.nbytes
+            if promises and (nbytes > _PROXIED_BYTES or len(promises) == _PROXIED_IDS):
+                end = number
+                break
+            promises[key] = record
+        text = proxied_text(self.node, promises) if promises else None
+        return list(promises), text, list(left[end:])
+
+    def _asked(self, way: _Way, text: bytes, wanted: Sequence[Hashable]) -> list[ShardSpec]:
         """The shards that are in memory, in the order in which they lie there."""
-        self._connection = connection = self._memories.borrow(path, min(self._deadline, time.monotonic() + PATIENCE_S))
+        ends = min(self._deadline, time.monotonic() + PATIENCE_S)
+        self._connection = connection = self._memories.borrow(way.path, ends)
         if self._is_cancelled:  # looked at after _connection was filled: from here on it can be cut
             raise OutOfReachError("the fetch was given up")
-        self._node.note(connection.incarnation)
-        told = connection.ask(text, len(wanted), self._deadline)
+        if not way.is_proxy:
+            self._node.note(connection.incarnation)
+        told = connection.ask(text, len(wanted), self._deadline, FETCH_FOR if way.is_proxy else FETCH)
         self._node.note_removals(str(told.removals))
-        segments = self._memories.segments(path, told)
-        self._memories.forget(path, told.alive)
+        segments = self._memories.segments(way.path, told)
+        self._memories.forget(way.path, told.alive)
         try:
             with no_collections:
                 answer = parse_records(told.records, wanted)
@@ -239,10 +308,20 @@ class SameHostReader:
                 is_good = False
         self._memories.give_back(connection, is_good=is_good)
 
-    def _tell_of_old_owner(self) -> None:
-        """Say that an owner of this host announces no memory."""
+    def _tell_why(self) -> None:
+        """Say that an owner of this host announces no memory, or that there is no node cache for one of another."""
+        if self._node.memory is None or self._node.memory.partition(" ")[0] == boot_id():
+            return
+        if self._memories.tell_of_no_proxy(self.node):
+            return
         with contextlib.suppress(ValueError):
             if self._node.memory == "" and is_loopback(split_address(self.node)[0]):
                 self._memories.tell(
                     self.node, "its server offers no shared memory (GPU_CACHE_SHM=0, or another version)"
                 )
+
+
+def _direct(left: Sequence[Hashable]) -> tuple[list[Hashable], bytes | None, list[Hashable]]:
+    """As many as an owner is asked for at once, the request's body, and those behind them."""
+    wanted = list(left[:MAX_IDS])
+    return wanted, joined_ids(wanted) if wanted else None, list(left[MAX_IDS:])

@@ -94,6 +94,7 @@ def make_app(
         [
             web.get("/health", routes.health),
             web.post("/data/batch", routes.get_batch),
+            web.post("/data/serials", routes.serials),
             web.delete("/data/clear", routes.clear),
             web.post("/data/reclaim", routes.reclaim),
             web.put("/data/{shard_id:.+}", routes.put),
@@ -228,6 +229,10 @@ class _DataRoutes:
     async def clear(self, request: web.Request) -> web.Response:
         shard_ids = await self._bodies.shard_ids(request)
         return web.json_response(await asyncio.to_thread(requests.clear, self._owner, shard_ids))
+
+    async def serials(self, request: web.Request) -> web.Response:
+        shard_ids = await self._bodies.shard_ids(request)
+        return web.json_response(await asyncio.to_thread(requests.serials, self._owner, shard_ids))
 
     async def reclaim(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "trimmed": await asyncio.to_thread(self._owner.trim)})

@@ -100,6 +100,10 @@ def _array(shard_ids: Sequence[str]) -> Answer:
     return requests.missing_answer(missing) if missing else serialize_value(found)
 
 
+def _serials() -> Response:
+    return _json(requests.serials(runtime.current(), requests.listed_ids(_body(MAX_IDS_BYTES))))
+
+
 def _clear() -> Response:
     return _json(requests.clear(runtime.current(), requests.listed_ids(_body(MAX_IDS_BYTES))))
 
@@ -293,6 +297,7 @@ data_bp.register_error_handler(RefusedError, _refused)
 data_bp.register_error_handler(Exception, _failed)
 data_bp.record_once(_join_guard)
 data_bp.add_url_rule("/data/batch", "get_batch", _get_batch, methods=["POST"])
+data_bp.add_url_rule("/data/serials", "serials", _serials, methods=["POST"])
 data_bp.add_url_rule("/data/clear", "clear", _clear, methods=["DELETE"])
 data_bp.add_url_rule("/data/reclaim", "reclaim", _reclaim, methods=["POST"])
 data_bp.add_url_rule("/data/<path:shard_id>", "put", _put, methods=["PUT"])

@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         token = None if options.token_file is None else read_token_file(options.token_file)
         shard_ttl_s = None if options.shard_ttl is None else parse_seconds(options.shard_ttl)
-        ending = _readable_on(signal.SIGTERM, signal.SIGINT)
+        ending = readable_on(signal.SIGTERM, signal.SIGINT)
         server = start(
             options.host,
             options.port,
@@ -331,7 +331,7 @@ def _limit(text: str) -> float:
     return math.inf if text.strip() == "inf" else parse_seconds(text)
 
 
-def _readable_on(*signals: signal.Signals) -> socket.socket:
+def readable_on(*signals: signal.Signals) -> socket.socket:
     """A socket to block on until a signal comes. Unlike `sigwait`, it sees those that reach a thread of a library."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)

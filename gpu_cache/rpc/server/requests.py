@@ -156,6 +156,16 @@ def _too_many_ids(num_ids: int) -> RefusedError:
     return RefusedError(413, f"about {num_ids:,} shard ids in one request, the limit is {MAX_IDS:,}")
 
 
+def serials(owner: DataOwner, shard_ids: list[Any] | None) -> dict[str, Any]:
+    """Which of these shards there are at this moment, and the serial of each; None for those that there are not.
+
+    Raises:
+        RefusedError: That is no list of strings.
+    """
+    shards = owner.store.find(ids_to_read(shard_ids))
+    return {"status": "ok", "serials": [None if shard is None else shard.serial for shard in shards]}
+
+
 def put(owner: DataOwner, shard_id: str, body: bytes | bytearray, content_type: str) -> None:
     """Store the tensor of a body, in either form.
 

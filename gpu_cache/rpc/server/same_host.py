@@ -16,29 +16,28 @@ import os
 import secrets
 import selectors
 import socket
-import stat
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
-from gpu_cache.report.files import problem_of
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.runtime import Runtime
-from gpu_cache.rpc.segments import is_wanted
+from gpu_cache.rpc.segments import MAX_PATH, is_wanted, socket_folder
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire.frame import OwnedShard
 from gpu_cache.rpc.wire.records import (
     ABSENT,
     COUNT,
     ELSEWHERE,
     FETCH,
+    FETCH_FOR,
+    FORGET,
     HEADER,
     HELLO,
     MAX_DESCRIPTORS,
@@ -46,18 +45,20 @@ from gpu_cache.rpc.wire.records import (
     MAX_IDS_BYTES,
     MEMORY_HEADER,
     NUMBER,
+    RECORD_BYTES,
     RECORDS,
     RELEASE,
     SEGMENT,
     SEGMENTS,
     Header,
+    Proxied,
     announced,
+    parse_proxied,
     segments_in,
     split_ids,
     user_of,
 )
 
-_MAX_PATH = 100  # bytes; the system takes 107
 _READ_BYTES = 256 << 10
 _PAUSE_S = 0.1  # without descriptors, until the next is accepted
 _BACKLOG = 256
@@ -84,11 +85,36 @@ class Limits:
     num_clients: int = 256
 
 
+class Located(NamedTuple):
+    """What is answered about shards.
+
+    Attributes:
+        records: One for each, in the order asked for.
+        held: Keep the shards where they are.
+        removals: How often their owner has removed shards.
+    """
+
+    records: bytes
+    held: Sequence[object]
+    removals: int
+
+
+class Proxy(Protocol):
+    """Brings shards of owners on other hosts into the segments of the server's store."""
+
+    def begin(self, asked: Proxied, answer: Callable[[Located], None]) -> None:
+        """Look for shards; does not block. Calls `answer` once, on any thread."""
+
+    def forget(self, shard_ids: Sequence[str]) -> None:
+        """These were cleared. Does not block."""
+
+
 class _Client:
     """One connection. Only the server's thread touches it.
 
     Attributes:
         asked: The bytes so far of a request that is not complete.
+        is_waiting: Whether a proxy is at work on its request.
         answers: What is still to be sent, with the descriptors that go with its first byte.
         held: Shards of the latest answer.
         hold_s: For how long they may be held once the answer is sent.
@@ -99,8 +125,9 @@ class _Client:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.asked = bytearray()
+        self.is_waiting = False
         self.answers: deque[tuple[memoryview, Sequence[int]]] = deque()
-        self.held: list[OwnedShard] = []
+        self.held: Sequence[object] = ()
         self.hold_s = 0.0
         self.ends_at = math.inf
         self.used_at = time.monotonic()
@@ -108,7 +135,7 @@ class _Client:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.asked or self.answers or self.held)
+        return not (self.asked or self.answers or self.held or self.is_waiting)
 
 
 class SameHostServer:
@@ -119,6 +146,7 @@ class SameHostServer:
         incarnation: That of the HTTP server beside it.
         limits: What it bears.
         folder: Where the socket is; None: a folder of this user alone.
+        proxy: Brings shards of owners on other hosts; None: it serves the store's alone.
     Attributes:
         path: The socket's path.
     Raises:
@@ -126,13 +154,19 @@ class SameHostServer:
     """
 
     def __init__(
-        self, store: ShardStore, incarnation: str, limits: Limits | None = None, folder: Path | None = None
+        self,
+        store: ShardStore,
+        incarnation: str,
+        limits: Limits | None = None,
+        folder: Path | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
-        self._store, self._incarnation = store, incarnation
+        self._store, self._incarnation, self._proxy = store, incarnation, proxy
         self._limits = limits or Limits()
-        self.path, self._listener = _listening(folder or _folder())
+        self.path, self._listener = _listening(folder or socket_folder())
         self._waking, self._wake = socket.socketpair()
         self._clients: dict[int, _Client] = {}  # by descriptor
+        self._located: deque[tuple[_Client, float, Located]] = deque()  # by a proxy; appended to by any thread
         self._selector = selectors.DefaultSelector()
         self._listens_at = 0.0  # from when on, as there were no descriptors
         self._is_stopping = self._is_inherited = False
@@ -146,6 +180,11 @@ class SameHostServer:
 
     def __repr__(self) -> str:
         return f"SameHostServer({self.path}, {len(self._clients)} clients)"
+
+    @property
+    def num_clients(self) -> int:
+        """Connections that there are; any thread."""
+        return len(self._clients)
 
     def stop(self) -> None:
         """Close every connection, and remove the socket. Idempotent; any thread."""
@@ -164,6 +203,9 @@ class SameHostServer:
 
     def _ask_to_stop(self) -> None:
         self._is_stopping = True
+        self._wake_up()
+
+    def _wake_up(self) -> None:
         with contextlib.suppress(OSError):  # full: it will wake; closed: it has stopped
             self._wake.send(b"x", socket.MSG_DONTWAIT)
 
@@ -184,8 +226,11 @@ class SameHostServer:
         for key, _ in self._selector.select(self._wait_s()):
             if key.fileobj is self._listener:
                 self._accept()
-            elif key.fileobj is not self._waking and (client := self._clients.get(key.fd)) is not None:
+            elif key.fileobj is self._waking:
+                self._waking.recv(_READ_BYTES)
+            elif (client := self._clients.get(key.fd)) is not None:
                 self._serve(client)
+        self._pass_on()
         now = time.monotonic()
         for client in [one for one in self._clients.values() if one.ends_at <= now]:
             logger.warning("closed a connection on %s whose client was too slow", self.path)
@@ -235,17 +280,26 @@ class SameHostServer:
         self._selector.unregister(client.sock)
         del self._clients[client.sock.fileno()]
         client.sock.close()
-        client.held = []
+        client.held = ()
         self._store.segments.settle()
+
+    def _pass_on(self) -> None:
+        """Answer clients for whom a proxy has done its work, and who are still there."""
+        while self._located:
+            client, hold_s, located = self._located.popleft()
+            if self._clients.get(client.sock.fileno()) is client:
+                client.is_waiting = False
+                self._attempt(client, partial(self._reply, client, located, hold_s))
 
     def _serve(self, client: _Client) -> None:
         """Send what is left of an answer, else read."""
         client.used_at = time.monotonic()
+        self._attempt(client, partial(self._flush if client.answers else self._read, client))
+
+    def _attempt(self, client: _Client, work: Callable[[], None]) -> None:
+        """Do something for a client, and what it asked for meanwhile; a fault is the end of its connection."""
         try:
-            if client.answers:
-                self._flush(client)
-            else:
-                self._read(client)
+            work()
             self._parse(client)
         except (OSError, WireError) as error:
             if isinstance(error, WireError):
@@ -260,15 +314,17 @@ class SameHostServer:
             return
         if not part:
             raise ConnectionResetError("the client is gone")
-        if not client.asked:
+        if not (client.asked or client.is_waiting):
             client.ends_at = min(client.ends_at, time.monotonic() + self._limits.request_s)
         client.asked += part
+        if client.is_waiting and len(client.asked) > MAX_IDS_BYTES:
+            raise WireError("a client that asks on and on, and waits for no answer")
 
     def _parse(self, client: _Client) -> None:
         """Answer requests that are complete, one at a time; raises `WireError` for what is none."""
-        while len(client.asked) >= HEADER.size and not client.answers:
+        while len(client.asked) >= HEADER.size and not (client.answers or client.is_waiting):
             request = Header.decoded(client.asked[: HEADER.size])
-            _check(request)
+            _check(request, self._proxy)
             if len(client.asked) < (end := HEADER.size + request.nbytes):
                 return
             body = client.asked[HEADER.size : end]
@@ -277,21 +333,42 @@ class SameHostServer:
 
     def _answer(self, client: _Client, request: Header, body: bytearray) -> None:
         client.ends_at = math.inf
-        client.held = []
+        client.held = ()
+        hold_s = min(request.more / 1000, self._limits.hold_s)
         if request.kind == RELEASE:
             self._store.segments.settle()
+        elif request.kind == FETCH:
+            shards = self._store.find(split_ids(body, request.number) if request.number else [])
+            records = b"".join([ABSENT if shard is None else shard.record for shard in shards])
+            held = [shard for shard in shards if shard is not None and shard.record is not ELSEWHERE]
+            self.num_bytes += sum(shard.nbytes for shard in held)
+            self._reply(client, Located(records, held, self._store.num_removals), hold_s)
+        elif self._proxy is not None:
+            self._ask_proxy(client, request, body, hold_s)
+
+    def _ask_proxy(self, client: _Client, request: Header, body: bytearray, hold_s: float) -> None:
+        assert self._proxy is not None
+        if request.kind == FORGET:
+            self._proxy.forget(split_ids(body, request.number))
             return
-        shards = self._store.find(split_ids(body, request.number) if request.number else [])
-        records = b"".join([ABSENT if shard is None else shard.record for shard in shards])
-        client.held = [shard for shard in shards if shard is not None and shard.record is not ELSEWHERE]
-        client.hold_s = min(request.more / 1000, self._limits.hold_s)
+        asked = parse_proxied(body, request)
+        client.is_waiting = True
+
+        def answer(located: Located) -> None:
+            self._located.append((client, hold_s, located))
+            self._wake_up()
+
+        self._proxy.begin(asked, answer)
+
+    def _reply(self, client: _Client, located: Located, hold_s: float) -> None:
+        """Answer, and hold what the answer is about."""
+        records, client.held, client.hold_s = located.records, located.held, hold_s
         self.num_answers += 1
-        self.num_bytes += sum(shard.nbytes for shard in client.held)
         numbers = self._store.segments.numbers()
-        alive = COUNT.pack(self._store.num_removals) + b"".join(map(NUMBER.pack, numbers))
+        alive = COUNT.pack(located.removals) + b"".join(map(NUMBER.pack, numbers))
         client.knows.intersection_update(numbers)
         news = [number for number in segments_in(records) if number not in client.knows]
-        answer = Header(RECORDS, len(shards), len(numbers), len(alive) + len(records))
+        answer = Header(RECORDS, len(records) // RECORD_BYTES, len(numbers), len(alive) + len(records))
         self._send(client, [*self._segments(client, news), (answer, alive + records, ())])
 
     def _segments(self, client: _Client, numbers: Sequence[int]) -> Iterator[tuple[Header, bytes, Sequence[int]]]:
@@ -388,39 +465,16 @@ def figures(store: ShardStore, server: SameHostServer | None) -> dict[str, Any]:
     return {"same_host": {**served, **store.segments.stats()}}
 
 
-def _check(request: Header) -> None:
+def _check(request: Header, proxy: Proxy | None) -> None:
     """Raise `WireError` for a request that is none, or asks for too much."""
-    is_fetch = request.kind == FETCH and request.number <= MAX_IDS and request.nbytes <= MAX_IDS_BYTES
+    most = MAX_IDS_BYTES + (request.number * RECORD_BYTES if request.kind == FETCH_FOR else 0)
+    kinds = (FETCH,) if proxy is None else (FETCH, FETCH_FOR, FORGET)
+    is_about_ids = request.kind in kinds and request.number <= MAX_IDS and request.nbytes <= most
     is_release = request.kind == RELEASE and not request.nbytes
-    if not (is_fetch or is_release):
+    if not (is_about_ids or is_release):
         raise WireError(
             f"a request of kind {request.kind} for {request.number:,} shards, {request.nbytes:,} bytes long"
         )
-
-
-def _folder(environ: Mapping[str, str] | None = None) -> Path:
-    """A folder that only this user enters, made if need be.
-
-    Raises:
-        OSError: There is none.
-    """
-    given = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
-    problems = []
-    for base in dict.fromkeys([given, tempfile.gettempdir(), "/tmp"]):
-        path = Path(base, f"gpu-cache-memory-{os.geteuid()}")
-        if not base or len(os.fsencode(path)) > _MAX_PATH - 40 or not os.path.isdir(base):
-            continue
-        try:
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(0o700)
-            found = os.lstat(path)
-            problem = problem_of(found, None)
-            if problem is None and not stat.S_IMODE(found.st_mode) & 0o077:
-                return path
-            problems.append(f"{path} {problem or 'lets others in'}")
-        except OSError as error:
-            problems.append(str(error))
-    raise OSError(errno.EACCES, "; ".join(problems) or "there is no folder for a socket")
 
 
 def _listening(folder: Path) -> tuple[str, socket.socket]:
@@ -428,7 +482,7 @@ def _listening(folder: Path) -> tuple[str, socket.socket]:
     _remove_dead(folder)
     name = f"{os.getpid()}-{secrets.token_hex(8)}"
     hidden, path = folder / f".{name}", str(folder / f"{name}{_SUFFIX}")
-    if not path.isprintable() or not path.isascii() or len(path) > _MAX_PATH:
+    if not path.isprintable() or not path.isascii() or len(path) > MAX_PATH:
         raise OSError(errno.ENAMETOOLONG, f"{path} cannot be announced")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

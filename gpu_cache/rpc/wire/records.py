@@ -7,6 +7,9 @@ describes (in plain memory, or of more than six dimensions) has the record ELSEW
 
 A message is a header of 24 bytes and what it announces. Requests: FETCH with ids, RELEASE. Answers: HELLO once, with
 the server's incarnation; SEGMENTS, with descriptors, as they come to be needed; RECORDS.
+
+A node cache takes two requests more. FETCH_FOR has a record for each shard, as its handle promises it, then the address
+of its owner and the ids. FORGET has ids that were cleared, and no answer.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import functools
 import socket
 import struct
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +44,7 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 HEADER = struct.Struct("<4sIIIQ")
 _MAGIC = b"gcm1"
-FETCH, RELEASE, HELLO, SEGMENTS, RECORDS = range(1, 6)
+FETCH, RELEASE, HELLO, SEGMENTS, RECORDS, FETCH_FOR, FORGET = range(1, 8)
 SEGMENT = struct.Struct("<IxxxxQ")  # of SEGMENTS: number and length
 COUNT = struct.Struct("<Q")  # RECORDS begin with how often the owner has removed shards
 NUMBER = struct.Struct("<I")  # then come the numbers of its segments, and the records
@@ -57,8 +60,9 @@ class Header(NamedTuple):
 
     Attributes:
         kind: The message's kind.
-        number: FETCH: ids; SEGMENTS: segments; RECORDS: records.
-        more: FETCH: how long the shards may have to be held, in milliseconds; RECORDS: the segments that there are.
+        number: FETCH, FETCH_FOR, FORGET: ids; SEGMENTS: segments; RECORDS: records.
+        more: FETCH, FETCH_FOR: how long the shards may have to be held, in milliseconds; RECORDS: the segments that
+            there are.
         nbytes: The length of what follows.
     """
 
@@ -149,6 +153,43 @@ def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
             kind = kinds[described] = _kind_of(described)
         answer.found.append(Found(ShardSpec(key, *kind), segment, places[index]))
     return answer
+
+
+class Proxied(NamedTuple):
+    """A request for shards of an owner on another host.
+
+    Attributes:
+        address: The owner's.
+        ids: Of the shards, in the order in which they are to be answered about.
+        promised: Dtype and shape of each, as its handle says.
+        timeout_s: The time left for the caller's fetch, in seconds.
+    """
+
+    address: str
+    ids: list[str]
+    promised: dict[Hashable, ShardSpec]
+    timeout_s: float
+
+
+def proxied_text(address: str, promises: Mapping[Hashable, bytes]) -> bytes | None:
+    """The body of a request for shards by way of a node cache; None where they cannot be in one.
+
+    Args:
+        address: Of their owner.
+        promises: A record of each by id, as its handle promises it.
+    """
+    text = joined_ids([address, *promises])
+    return None if text is None else b"".join(promises.values()) + text
+
+
+def parse_proxied(body: bytes | bytearray, request: Header) -> Proxied:
+    """Read such a request; raises `WireError` if it is none."""
+    end = request.number * RECORD_BYTES
+    address, *ids = split_ids(body[end:], request.number + 1)
+    promised = {one.spec.key: one.spec for one in parse_records(bytes(body[:end]), ids).found}
+    if len(promised) != request.number:
+        raise WireError(f"{len(promised):,} promises for {request.number:,} shards, or a shard is named twice")
+    return Proxied(address, ids, promised, request.more / 1000)
 
 
 def _kind_of(described: bytes) -> tuple[torch.dtype, tuple[int, ...]]:
