@@ -79,7 +79,7 @@ _LARGE = (
     "samehost/cold",
     *("pinned_peak", "*/pipeline", "upstream_*"),
 )
-_ROWS_OF = {"W2": _LARGE, "W3": _LARGE, "W5": ("raw", "memcpy", "defaults/cold*", "defaults/step*")}
+_ROWS_OF = {"W2": _LARGE, "W3": _LARGE, "W5": ("raw*", "memcpy", "defaults/cold*", "defaults/step*", "samehost/cold*")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

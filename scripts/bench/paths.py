@@ -156,13 +156,14 @@ def open_paths(
     with contextlib.closing(raw), contextlib.closing(client):
         part = JsonPart.of(workload, client, offer.shard_ids, json_bytes)
         json = Path("json", part.fetch, partial(part.check, original), part.nbytes, len(part.shard_ids))
-        paths = [*_byte_paths(workload, raw, original), json]
+        socket, memory = _byte_paths(workload, raw, original)
+        paths = [*variants([socket], trainers.tuned.device), memory, json]
         paths += variants(_handle_paths(DEFAULTS, workload, owner, trainers.defaults, original), trainers.tuned.device)
         cold, *others = selected(
             _handle_paths(TUNED, workload, owner, trainers.tuned, original), [f"{TUNED}/{name}" for name in _TUNED_ROWS]
         )
-        same_host = _same_host_paths(workload, trainers.same_host, original)
-        yield [*paths, *variants([cold], trainers.tuned.device), *others, *same_host], part
+        whole, one = _same_host_paths(workload, trainers.same_host, original)
+        yield [*paths, *variants([cold, whole], trainers.tuned.device), *others, one], part
 
 
 def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> list[Path]:

@@ -153,6 +153,9 @@ HOST_TARGETS = [
     Target("W1 warm beside Python, times quiet", _figure("W1", f"{WARM}+python", "times_quiet"), 3, 1.5),
     Target("W1 cold beside Python, times quiet", _figure("W1", f"{COLD}+python", "times_quiet"), 3, 2),
     Target("W5 cold beside Python, times quiet", _figure("W5", f"{COLD}+python", "times_quiet"), 1.5, 1.2),
+    Target(
+        "W5 same host beside Python, times quiet", _figure("W5", f"{SAME_HOST_COLD}+python", "times_quiet"), 1.5, 1.2
+    ),
     Target("W5 step, stall of busy Python, ms", _figure("W5", f"{STEP}+python", "stall_ms"), 6, 2),
     Target("W5 step, stall of busy torch, ms", _figure("W5", f"{STEP}+torch", "stall_ms"), 6, 2),
     Target("steps, slabs taken or given back", _summed(STEP, "num_slabs"), 0),

@@ -15,7 +15,7 @@ from bench.meter import Cost, Meter
 from bench.paths import Path
 from bench.rounds import Course, rows
 
-# Targets of every row, by the issue that asked for them.
+# Figures that every row has.
 KEYS = {
     "workload", "path", "seconds", "gb_per_s", "us_per_shard", "cpu_s_per_gb_client", "cpu_s_per_gb_server",
     "rss_growth_bytes", "ratio_raw", "ratio_json",
@@ -28,19 +28,19 @@ def _beside_each(*names: str) -> list[str]:
 
 _USERS = ["cold", "warm", "localized", "clear", "step"]
 HOST_PATHS = [
-    *("raw", "memcpy", "json"),
+    *_beside_each("raw"),
+    *("memcpy", "json"),
     *_beside_each(*(f"defaults/{name}" for name in _USERS)),
-    *_beside_each("tuned/cold"),
+    *_beside_each("tuned/cold", "samehost/cold"),
     "tuned/warm",
     "tuned/clear",
-    "samehost/cold",
     "samehost/one",
 ]
 HIT_PATHS = _beside_each("areal/hits", "areal/own_hits", "defaults/hits", "defaults/hits_get_many")
 DEVICE_PATHS = [
     "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "upstream_cold", "upstream_second",
 ]  # fmt: skip
-_BATCH_PATHS = _beside_each("defaults/cold", "defaults/step")
+_BATCH_PATHS = _beside_each("defaults/cold", "defaults/step", "samehost/cold")
 # Rows of each workload; those of W2 and W3 are the same.
 _LARGE_PATHS = [
     *("raw", "memcpy", "json", *_beside_each("defaults/cold"), "defaults/warm", "defaults/clear"),
@@ -51,7 +51,7 @@ _LARGE_PATHS = [
 def paths_of(workload: str, *, on_gpu: bool = False) -> list[str]:
     """Names of the rows of a workload, in order."""
     if workload == "W5":
-        return ["raw", "memcpy", *_BATCH_PATHS]
+        return [*_beside_each("raw"), "memcpy", *_BATCH_PATHS]
     if workload != "W1":
         return _LARGE_PATHS + ([name for name in DEVICE_PATHS if "30" not in name] if on_gpu else [])
     return HOST_PATHS + HIT_PATHS + (DEVICE_PATHS if on_gpu else [])
