@@ -40,7 +40,7 @@ from gpu_cache import CacheConfig, Promise, ShardReader, ShardSpec, TensorCache
 from gpu_cache.config import parse_size
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena
-from gpu_cache.process import OwnThread
+from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc.client.http import Checked, HttpRTensorBackend
 from gpu_cache.rpc.segments import NODE_CACHE_VARIABLE, Segments, node_cache_path
 from gpu_cache.rpc.server.connections import raise_descriptor_limit
@@ -327,6 +327,13 @@ class Running:
             _link(path, self.server.path)
             stack.callback(path.unlink, missing_ok=True)
             self._stack = stack.pop_all()
+        leave_to_parent(self)
+
+    def disown(self) -> object:
+        """Let go of the place in a forked child, which else keeps it taken when the parent is gone."""
+        forget_sockets([self._lock])
+        kept, self._stack = self._stack, contextlib.ExitStack()
+        return kept
 
     def __enter__(self) -> Running:
         return self

@@ -23,6 +23,7 @@ import torch
 
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
+from gpu_cache.rpc.node_cache import Running
 from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.store import ShardStore
@@ -110,6 +111,42 @@ def forking_consumer(address: str) -> None:
         *(["descriptors were left"] if num_descriptors() != before else []),
     ]
     tell(problems=problems)
+
+
+def remote_owner(port: str) -> None:
+    """An owner as of another host, which stores its shards again and again."""
+    os.environ["GPU_CACHE_SHM"] = "0"
+    current = runtime.current()
+    fill(current.store)
+    server = rpc_server.start(owner=current, port=int(port))
+    tell(address=server.address)
+    churn(current.store)
+
+
+def node_cache(path: str) -> None:
+    """Tells its figures when it gets SIGUSR1, and forks a child that sleeps when it gets SIGUSR2."""
+    asked = {signal.SIGUSR1, signal.SIGUSR2}
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    running = Running(Path(path), 256 << 20)
+    tell()
+    while True:
+        if signal.sigwait(asked) == signal.SIGUSR1:
+            tell(descriptors=num_descriptors(), cached=len(running.cache.cache), **running.cache.segments.stats())
+        elif (child := os.fork()) == 0:
+            time.sleep(600)
+            os._exit(0)
+        else:
+            tell(child=child)
+
+
+def node_consumer(address: str, path: str) -> None:
+    os.environ["GPU_CACHE_NODE_CACHE"] = path
+    consumer(address)
+
+
+def forking_node_consumer(address: str, path: str) -> None:
+    os.environ["GPU_CACHE_NODE_CACHE"] = path
+    forking_consumer(address)
 
 
 def num_descriptors() -> int:
