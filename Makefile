@@ -1,4 +1,4 @@
-# make demo / test / scripts / areal / native / check / bench / plot / screenshots. Each makes .venv by itself.
+# make demo / test / scripts / areal / ray / native / check / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +16,7 @@ READY := .venv/.ready
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 endif
 
-.PHONY: help demo test scripts areal native check bench plot screenshots clean
+.PHONY: help demo test scripts areal ray native check bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
@@ -24,6 +24,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make scripts  run the tests of whole scripts and processes: demo, benchmark, soak, exits, README's commands"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
+	@echo "make ray    run the tests that need Ray, beside Ray 2.60 or RAY_VERSION in a virtual environment of its own"
 	@echo "make native  build the C++ functions, and run the tests of blocks and hits with them"
 	@echo "make check  lint, format, types, import ranks"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
@@ -37,7 +38,7 @@ help:
 
 ifeq ($(BACKEND),areal)
 demo: $(READY)
-	@$(PY) scripts/areal_venv.py; found=$$?; \
+	@$(PY) scripts/beside_venv.py areal; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
 	.venv-areal/bin/python scripts/areal_demo.py $(ARGS)
 else
@@ -50,9 +51,15 @@ test: $(READY)
 
 # Exit 3: the package index cannot be reached; then nothing can be said, and that is said.
 areal: $(READY)
-	@$(PY) scripts/areal_venv.py; found=$$?; \
+	@$(PY) scripts/beside_venv.py areal; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
 	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/beside_areal
+
+ray: export PYTHONPATH := $(CURDIR)
+ray: $(READY)
+	@$(PY) scripts/beside_venv.py ray; found=$$?; \
+	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	.venv-ray/bin/python -m pytest -m ray $(ARGS) tests/beside_ray
 
 # Exit 2: no compiler.
 native: export GPU_CACHE_NATIVE_DIR := $(CURDIR)/.venv/native
@@ -81,4 +88,4 @@ check: $(READY)
 	$(PY) -m pytest -q tests/test_imports.py
 
 clean:
-	rm -rf .venv .venv-areal build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-areal .venv-ray build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

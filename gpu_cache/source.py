@@ -39,12 +39,14 @@ class LentMemory:
         turn: Held while a device registers it.
         readers: Whether a device's copies read it without staging, by device.
         endings: Called before it is unmapped, when no copy is under way any more.
+        is_lasting: Whether it stays mapped for other reads, so that a device may register it.
     """
 
     tensor: torch.Tensor
     turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     readers: dict[object, bool] = dataclasses.field(default_factory=dict)
     endings: list[Callable[[], object]] = dataclasses.field(default_factory=list)
+    is_lasting: bool = True
 
 
 class Stretch(NamedTuple):

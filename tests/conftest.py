@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import signal
 import sys
@@ -31,9 +32,11 @@ os.environ["GPU_CACHE_STATS"] = "0"  # but in the tests of reports, which have a
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A gpu test skips without CUDA, with a reason; where a GPU is promised, that is an error. So for AReaL."""
+    """A gpu test skips without CUDA, with a reason; where a GPU is promised, that is an error. So for others."""
     if item.get_closest_marker("areal") is not None and not _has_areal():
         pytest.skip("needs AReaL and the wheel in this interpreter: make areal")
+    if item.get_closest_marker("ray") is not None and importlib.util.find_spec("ray") is None:
+        pytest.skip("needs Ray in this interpreter: make ray")
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
     if os.environ.get("GPU_CACHE_REQUIRE_GPU") == "1":

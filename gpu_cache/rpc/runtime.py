@@ -27,7 +27,15 @@ from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend
 from gpu_cache.rpc.client.connection import AddressError, split_address
 from gpu_cache.rpc.client.http import HttpRTensorBackend, drained
 from gpu_cache.rpc.client.ray import RayRTensorBackend
-from gpu_cache.rpc.shard import ShardMissingError, TensorShardInfo, answer_error, promise_of
+from gpu_cache.rpc.shard import (
+    ShardFetchError,
+    ShardMissingError,
+    TensorShardInfo,
+    answer_error,
+    is_of_ray,
+    promise_of,
+    ray_objects,
+)
 from gpu_cache.rpc.store import ShardStore, owned_copy
 
 
@@ -73,8 +81,10 @@ class Runtime:
 
     @property
     def backend(self) -> RTensorBackend:
-        """The backend; Ray's if Ray is in use when this is first asked, else HTTP."""
+        """The backend; Ray's if Ray is in use when first asked, else HTTP. After Ray's shutdown, chosen again."""
         with self._lock:
+            if self._is_chosen_here and isinstance(self._backend, RayRTensorBackend) and not is_ray_in_use():
+                self._backend = None
             if self._backend is None:
                 self._backend = RayRTensorBackend() if is_ray_in_use() else self._http_backend()
                 self._is_chosen_here = True
@@ -165,11 +175,16 @@ class Runtime:
         shards: dict[Hashable, TensorShardInfo] = {}
         expected: dict[Hashable, torch.Tensor] = {}
         own: set[Hashable] = set()
+        addressless = False
         for key, handle in handles.items():
             shards[key], expected[key], address = handle.shard, handle.data, handle.shard.node_addr
+            addressless = addressless or not address
             if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
                 own.add(key)
-        remote = _source_of(self.backend, shards, expected)
+        backend = self.backend
+        if addressless and isinstance(backend, HttpRTensorBackend):
+            _check_not_of_ray(shards)
+        remote = _source_of(backend, shards, expected)
         if not own:
             return remote
         local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
@@ -186,6 +201,11 @@ class Runtime:
         except TypeError:  # one cannot be hashed; a tuple says that it can, whatever it contains
             keys = dict.fromkeys(filter(_can_be_id, wanted))
         return self.cache.clear(keys)
+
+    def release(self, shard_ids: Sequence[Any]) -> None:
+        """Let go of shards in Ray's object store of which this process has handles; others are passed over."""
+        if ray_objects and isinstance(backend := self.backend, RayRTensorBackend):
+            backend.take_back(shard_ids)
 
     def note_removal(self) -> None:
         """An owner has removed shards: count a clear, unless this process was told to clear meanwhile.
@@ -205,6 +225,8 @@ class Runtime:
     def trim(self) -> bool:
         """Give unused memory of cache and store back; whether any was."""
         is_trimmed = self.store.segments.trim()
+        if isinstance(self._backend, RayRTensorBackend):
+            is_trimmed |= self._backend.trim()
         return bool(self.cache.trim()) or is_trimmed
 
     def add_own_address(self, address: str) -> None:
@@ -308,6 +330,21 @@ def _source_of(
     return CallSource(nodes, load, promises_of(shards, expected))
 
 
+def _check_not_of_ray(shards: Iterable[Hashable]) -> None:
+    """Refuse to ask owners over HTTP for what is in Ray's object store.
+
+    Raises:
+        ShardFetchError: Some is; names one, and the remedy.
+    """
+    of_ray = [key for key in shards if is_of_ray(key)]
+    if of_ray:
+        remedy = ": call set_backend(None)" if is_ray_in_use() else "; Ray is not initialised here: call ray.init"
+        raise ShardFetchError(
+            f"Failed to fetch shard {of_ray[0]} ({len(of_ray):,} such): in Ray's object store, and the backend of "
+            f"this process is HTTP{remedy}"
+        )
+
+
 def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:
     """The promises of handles, by key."""
     return {key: promise_of(one.data, one.shard.node_addr) for key, one in handles.items()}
@@ -343,7 +380,7 @@ takes_any_address = False
 
 
 def is_ray_in_use() -> bool:
-    """Whether Ray is initialised. Does not import it: who uses Ray has."""
+    """Whether Ray is initialised here, and not in the parent of a forked child. Does not import it: its user has."""
     ray = sys.modules.get("ray") if may_use_ray else None
     return ray is not None and bool(ray.is_initialized())
 
@@ -389,8 +426,9 @@ def _install(runtime: Runtime, instead_of: Runtime | None) -> Runtime:
 
 
 def _forget_lock() -> None:
-    """In a forked child the lock may be held by a thread that does not exist there."""
-    global _lock
+    """In a forked child the lock may be held by a thread that does not exist there, and Ray is the parent's."""
+    global _lock, may_use_ray
+    may_use_ray = may_use_ray and not is_ray_in_use()
     _lock = threading.Lock()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -19,6 +20,12 @@ LeafT = TypeVar("LeafT")
 
 _CONTAINERS = (dict, list, tuple)
 
+# Begins the ids of shards in Ray's object store. A process without Ray knows them by it, too.
+RAY_PREFIX = "ray:"
+# Objects of Ray's store that this process holds a reference of, by the part of a shard's id before the slash. Module
+# state as Ray's own is: a process has one Ray, and a handle finds its object where it is unpickled.
+ray_objects: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
 # A header of every answer: the random id that the server took when it started.
 INCARNATION_HEADER = "X-Shard-Incarnation"
 MAX_INCARNATION = 64  # characters; ours have 32
@@ -30,17 +37,58 @@ CLIENT_HEADER = "X-Shard-Client"
 RETRY_AFTER_MS_HEADER = "Retry-After-Ms"
 
 
+def is_of_ray(shard_id: object) -> bool:
+    """Whether an id is that of a shard in Ray's object store, as our backend makes them."""
+    return type(shard_id) is str and shard_id.startswith(RAY_PREFIX)
+
+
 @dataclass
 class TensorShardInfo:
     """Where a shard lives.
 
     Args:
-        shard_id: Opaque id, unique in the cluster. HTTP: a string; Ray: an `ObjectRef`.
+        shard_id: Opaque id, unique in the cluster: a string. AReaL's own Ray backend makes it an `ObjectRef`.
         node_addr: `host:port` of the owner's server; empty for Ray.
     """
 
     shard_id: Any
     node_addr: str
+
+    # The object of Ray's store with the shard, which stays there while this lives. No annotation, no field.
+    _object = cast(Any, None)
+
+    def __post_init__(self) -> None:
+        if is_of_ray(self.shard_id):
+            self._object = ray_objects.get(self.shard_id.partition("/")[0])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Take the reference of Ray's object along."""
+        return super().__reduce_ex__(protocol) if self._object is None else self._object.reduced(self)
+
+    def __wire_fields__(self) -> dict[str, Any]:
+        """The fields that travel in a message.
+
+        Raises:
+            TypeError: The shard is in Ray's object store.
+        """
+        check_has_text_form(self.shard_id)
+        return {"shard_id": self.shard_id, "node_addr": self.node_addr}
+
+
+def check_has_text_form(shard_id: object) -> None:
+    """Refuse ids of Ray's object store.
+
+    Raises:
+        TypeError: It is one.
+    """
+    if is_of_ray(shard_id):
+        raise TypeError(f"the handle of shard {shard_id} cannot be written as text or bytes: {ONLY_RAYS_SERIALIZER}")
+
+
+ONLY_RAYS_SERIALIZER = (
+    "its shard is in Ray's object store, which keeps it only for references that travel through Ray's own serializer; "
+    "pass the handle to a method of an actor, or to ray.put, or store over HTTP: set_backend(HttpRTensorBackend())"
+)
 
 
 class ShardFetchError(FetchError):

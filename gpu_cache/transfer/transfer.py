@@ -387,7 +387,7 @@ class Transfer:
         """Copy a window from lent memory: by the host into its own, else by the device, else through staging."""
         with profiled(FETCH):
             found = [(piece, reader.read_run(list(piece.places()))) for piece in window]
-        if self._staging is not None and not all(self._device.reads(one.memory) for _, of in found for one in of):
+        if self._staging is not None and not all(self._reads(one.memory) for _, of in found for one in of):
             return self._stage(window, partial(_copy_to_slot, found), turn, deadline)
         copies = _lent_copies(found)
         if self._staging is None:
@@ -404,6 +404,10 @@ class Transfer:
         ended = self._device.record(self.stream, timing=True)
         self.copied.note(copies, started, ended)
         return Completion(self._device, ended)
+
+    def _reads(self, memory: LentMemory) -> bool:
+        """Whether the device copies from it without staging."""
+        return memory.is_lasting and self._device.reads(memory)
 
     def _copy_all(
         self,

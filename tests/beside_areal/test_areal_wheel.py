@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-import areal_venv
+import beside_venv
 
 pytestmark = pytest.mark.areal
 
@@ -38,9 +38,9 @@ def names_in(folder: Path) -> set[str]:
 
 def test_pip_brings_the_switch_and_takes_all_of_it_away(tmp_path: Path) -> None:
     venv.create(tmp_path)
-    purelib, python = areal_venv._purelib(tmp_path), tmp_path / "bin" / "python"
+    purelib, python = beside_venv._purelib(tmp_path), tmp_path / "bin" / "python"
     before, files_before = names_in(purelib), set(tmp_path.rglob("*"))
-    assert areal_venv._install_wheel(tmp_path) == 0
+    assert beside_venv._install_wheel(tmp_path) == 0
     brought = names_in(purelib) - before
     assert {"gpu_cache", "gpu_cache_areal.pth"} < brought
     assert len(brought) == 3, "and its metadata: no package areal"

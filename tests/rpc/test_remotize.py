@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpu_cache.rpc import rtensor, runtime
 from gpu_cache.rpc import store as store_module
 from gpu_cache.rpc.client.http import HttpRTensorBackend
-from gpu_cache.rpc.rtensor import RTensor, RTensorBackend, set_backend, storage_stats, store
+from gpu_cache.rpc.rtensor import RTensor, set_backend, storage_stats, store
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.serialization import serialize_value
-from tests.rpc.test_ray_backend import FakeRay, RayRTensorBackend
 from tests.support.users_backend import UsersBackend
 
 Pair = namedtuple("Pair", "left right")
@@ -237,16 +236,9 @@ def test_a_deletion_that_fails_too_is_logged_and_hides_nothing(
     )
 
 
-def make_http() -> RTensorBackend:
-    return HttpRTensorBackend(shards=runtime.current().store)
-
-
-@pytest.mark.parametrize("make", [make_http, lambda: RayRTensorBackend(FakeRay())], ids=["http", "ray"])
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_our_backends_fetch_their_own_shards(
-    make: Callable[[], Any], error: BaseException, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend = make()
+def test_our_backend_takes_back_what_it_had_stored(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = HttpRTensorBackend(shards=runtime.current().store)
     set_backend(backend)
     stored, num_left = backend.store, [2]
 
@@ -260,7 +252,6 @@ def test_our_backends_fetch_their_own_shards(
     with pytest.raises(type(error)):
         RTensor.remotize(BATCH, "me:1")
     assert storage_stats() == NOTHING
-    assert not getattr(getattr(backend, "_ray", None), "objects", None)
     set_backend(None)
 
 

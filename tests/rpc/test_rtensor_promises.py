@@ -19,7 +19,6 @@ from gpu_cache.rpc import runtime, shard
 from gpu_cache.rpc.rtensor import RTensor, ShardAnswerError, ShardConflictError, TensorShardInfo, set_backend, store
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.wire.serialization import deserialize_value, serialize_value
-from tests.rpc.test_ray_backend import FakeRay, RayRTensorBackend
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, json_of, whole
@@ -29,7 +28,7 @@ from tests.support.users_backend import UsersBackend
 RIGHT = torch.arange(6, dtype=torch.int32)
 # As many bytes of another dtype, as many elements of another shape, more, fewer, none, another dtype of fewer.
 WRONG = [RIGHT.float(), RIGHT.view(2, 3), torch.zeros(7).int(), RIGHT[:3], RIGHT[:0], RIGHT.long()[:3]]
-WAYS = ["binary", "json", "own store", "user's backend", "ray"]
+WAYS = ["binary", "json", "own store", "user's backend"]
 
 
 class Way:
@@ -58,10 +57,6 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
             for name, tensor in tensors.items():
                 store(name, tensor)
             yield Way(stack.enter_context(rpc_server.start()).address, same)
-        elif request.param == "ray":
-            backend = RayRTensorBackend(FakeRay())
-            set_backend(backend)
-            yield Way("", {name: backend.store(tensor) for name, tensor in tensors.items()})
         else:
             users = UsersBackend()
             users.tensors.update(tensors)

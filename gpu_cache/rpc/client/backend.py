@@ -116,6 +116,14 @@ class TakingBack(Protocol):
         """Forget it. Called by the owner, and not for what others may know of."""
 
 
+@runtime_checkable
+class StoringMany(Protocol):
+    """A backend that keeps the tensors of a call together, and copies them itself."""
+
+    def store_many(self, tensors: Sequence[torch.Tensor]) -> Sequence[TensorShardInfo]:
+        """Keep tensors, all or none; returns where each is."""
+
+
 # Takes keys and how long that may take, in seconds; returns a tensor or an exception for each, in order.
 Load = Callable[[Sequence[Hashable], float], Sequence[torch.Tensor | Exception]]
 

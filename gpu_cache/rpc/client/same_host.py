@@ -14,12 +14,18 @@ from typing import NamedTuple
 import torch
 
 from gpu_cache import ShardSpec
-from gpu_cache.config import ALIGNMENT
 from gpu_cache.hosts import is_loopback
 from gpu_cache.process import no_collections
 from gpu_cache.report.schema import NODE_CACHE, SHARED_MEMORY
 from gpu_cache.rpc.client.connection import split_address
-from gpu_cache.rpc.client.memory import PATIENCE_S, MemoryConnection, OutOfReachError, OwnersMemory, Segment
+from gpu_cache.rpc.client.memory import (
+    PATIENCE_S,
+    MemoryConnection,
+    OutOfReachError,
+    OwnersMemory,
+    Segment,
+    joined_places,
+)
 from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.shard import ShardUnreachableError, WireError
@@ -122,25 +128,7 @@ class SameHostReader:
 
     def read_run(self, places: Sequence[tuple[int, int]]) -> list[Stretch]:
         """Where the next bytes are in the owner's memory; neighbours are one stretch."""
-        runs: list[tuple[int, Segment, int, int]] = []
-        listed, number, start = self._places, self._at, self._start
-        first, known, first_begin, length = 0, None, 0, 0
-        for at, nbytes in places:
-            segment, begin, whole = listed[number]
-            begin += start
-            gap = at - first
-            if segment is known and gap == begin - first_begin and 0 <= gap - length < ALIGNMENT:
-                length = gap + nbytes
-            else:
-                if known is not None:
-                    runs.append((first, known, first_begin, length))
-                first, known, first_begin, length = at, segment, begin, nbytes
-            start += nbytes
-            if start == whole:
-                number, start = number + 1, 0
-        if known is not None:
-            runs.append((first, known, first_begin, length))
-        self._at, self._start = number, start
+        runs, self._at, self._start = joined_places(self._places, self._at, self._start, places)
         for _, segment, begin, nbytes in runs:
             segment.populate(begin, nbytes)
             self._num_shared_bytes += nbytes

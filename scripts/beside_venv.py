@@ -1,7 +1,8 @@
-"""Make a virtual environment that has AReaL, this project's wheel, and the packages of the interpreter that runs this.
+"""Make a virtual environment beside the packages of the interpreter that runs this: `beside_venv.py areal` or `ray`.
 
-`make areal` runs the tests marked `areal` in it. What comes from the package index is installed once, until
-tests/beside_areal/requirements.txt changes; the wheel is built each time. Exit 3: the index cannot be reached.
+The first, for `make areal`, has AReaL and this project's wheel, which is built each time; the second, for `make ray`,
+has the Ray of RAY_VERSION. What comes from the package index is installed once, until the requirements change. Exit 3:
+the index cannot be reached.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ROOT / "tests" / "beside_areal" / "requirements.txt"
+CONSTRAINTS = ROOT / "constraints.txt"
 AREAL = "areal==1.0.4"
+RAY = f"ray=={os.environ.get('RAY_VERSION', '2.60.0')}"
 UNREACHABLE = 3
 # pip says this where it has found no index, or nothing in it.
 _NOTHING_FOUND = "(from versions: none)"
@@ -27,23 +30,23 @@ _WHEEL_OF = ("gpu_cache", "pyproject.toml", "setup.py", "MANIFEST.in", "gpu_cach
 _LEAST_SETUPTOOLS = 70
 
 
-def main() -> int:
-    folder = ROOT / ".venv-areal"
-    ready, key = folder / ".ready", _key()
+def main(kind: str) -> int:
+    folder = ROOT / f".venv-{kind}"
+    ready, key = folder / ".ready", _key(kind)
     if not ready.exists() or ready.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder)
         purelib = _purelib(folder)
         (purelib / "over.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        if failure := _install_areal(folder):
+        if failure := (_install_areal if kind == "areal" else _install_ray)(folder):
             return failure
         ready.write_text(key)
-    return _install_wheel(folder)
+    return _install_wheel(folder) if kind == "areal" else 0
 
 
-def _key() -> str:
-    text = f"{AREAL} {sys.version} {sysconfig.get_path('purelib')}\n{REQUIREMENTS.read_text()}"
-    return hashlib.sha256(text.encode()).hexdigest()
+def _key(kind: str) -> str:
+    wanted = f"{AREAL}\n{REQUIREMENTS.read_text()}" if kind == "areal" else RAY
+    return hashlib.sha256(f"{sys.version} {sysconfig.get_path('purelib')}\n{wanted}".encode()).hexdigest()
 
 
 def _purelib(folder: Path) -> Path:
@@ -52,19 +55,28 @@ def _purelib(folder: Path) -> Path:
 
 def _install_areal(folder: Path) -> int:
     # Not with what it requires: that is torch of another version, and much that only engines need.
-    first = _pip(folder, "--no-deps", "--retries", "1", AREAL)
-    if first.returncode and _NOTHING_FOUND in first.stderr:
-        said = next((line for line in first.stderr.splitlines() if "onnection" in line), "it has nothing there")
-        print(f"SKIPPED: the package index that has {AREAL} cannot be reached: {said.strip()}")
-        return UNREACHABLE
-    done = first if first.returncode else _pip(folder, "-r", str(REQUIREMENTS))
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        return 1
+    if failure := _install(folder, AREAL, "--no-deps") or _install(folder, "-r", str(REQUIREMENTS)):
+        return failure
     # Importing it compiles what it needs of hundreds of MB; each process would do so where bytecode is not written.
     written = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     code = "import areal.infra.rpc.rpc_server, areal.infra.rpc.guard.engine_blueprint"
     return subprocess.run([folder / "bin" / "python", "-c", code], cwd=folder, env=written, check=False).returncode
+
+
+def _install_ray(folder: Path) -> int:
+    return _install(folder, RAY, "-c", str(CONSTRAINTS))
+
+
+def _install(folder: Path, *arguments: str) -> int:
+    done = _pip(folder, "--retries", "1", *arguments)
+    if done.returncode and _NOTHING_FOUND in done.stderr and arguments[0] in (AREAL, RAY):  # the others come from there
+        said = next((line for line in done.stderr.splitlines() if "onnection" in line), "it has nothing there")
+        print(f"SKIPPED: the package index that has {arguments[0]} cannot be reached: {said.strip()}")
+        return UNREACHABLE
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _pip(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,4 +110,4 @@ def _has_setuptools() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))

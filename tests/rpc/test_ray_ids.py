@@ -1,0 +1,118 @@
+"""Shards in Ray's object store as a process without Ray knows them. With a real Ray: tests/beside_ray."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpu_cache import FetchError
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client import ray_objects
+from gpu_cache.rpc.client.memory import joined_places
+from gpu_cache.rpc.client.ray import RayRTensorBackend
+from gpu_cache.rpc.rtensor import (
+    HttpRTensorBackend,
+    RTensor,
+    TensorShardInfo,
+    clear_batches,
+    get_backend,
+    handle_to_json,
+    set_backend,
+)
+from gpu_cache.rpc.wire.serialization import serialize_value
+from tests.support.wire_tensors import WIRE_DTYPES
+
+OF_RAY = "ray:00ff.1234/7"
+
+
+def handle(shard_id: str = OF_RAY) -> RTensor:
+    return RTensor(TensorShardInfo(shard_id, ""), torch.empty(2, device="meta"))
+
+
+def test_without_ray_a_fetch_says_what_is_missing() -> None:
+    for one in (handle(), [handle(), handle("ray:00ff.1234/8")]):
+        with pytest.raises(FetchError, match=r"in Ray's object store.*Ray is not initialised here: call ray.init"):
+            RTensor.localize(one)
+    clear_batches([OF_RAY])
+
+
+@pytest.mark.parametrize("dumps", [serialize_value, handle_to_json])
+def test_rays_handles_have_no_text_form(dumps: object) -> None:
+    with pytest.raises(
+        TypeError, match=r"shard ray:00ff.1234/7 cannot be written as text.*pass the handle to a method"
+    ):
+        dumps(handle())  # type: ignore[operator]
+    assert json.dumps(serialize_value(handle("another")))
+
+
+def test_without_ray_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it would fail
+    assert isinstance(get_backend(), HttpRTensorBackend)
+    with pytest.raises(ImportError):
+        RayRTensorBackend()
+
+
+def test_nothing_is_stored_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    set_backend(RayRTensorBackend(SimpleNamespace()))
+    with pytest.raises(RuntimeError, match="cannot store 1 shards in Ray's object store: Ray is not initialised"):
+        RTensor.remotize(torch.ones(2), "")
+    with pytest.raises(FetchError, match=f"shard {OF_RAY} from ray: Ray is not initialised in this process"):
+        RTensor.localize(handle())
+
+
+def test_the_choice_is_made_again_when_ray_is_shut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_on = [True]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: is_on[0]))
+    first = get_backend()
+    assert isinstance(first, RayRTensorBackend)
+    assert get_backend() is first
+    is_on[0] = False
+    assert isinstance(get_backend(), HttpRTensorBackend)
+    chosen = RayRTensorBackend()
+    set_backend(chosen)
+    assert get_backend() is chosen
+    monkeypatch.setattr(runtime, "may_use_ray", False)
+    set_backend(None)
+    assert isinstance(get_backend(), HttpRTensorBackend)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_a_pickled_handle_has_no_tensor_in_it() -> None:
+    for dtype in WIRE_DTYPES:
+        for shape in [(), (3,), (0, 2), (4, 1, 5)]:
+            made = RTensor(TensorShardInfo("a", "node:1"), torch.empty(shape, dtype=dtype, device="meta"))
+            text = pickle.dumps(made)
+            assert b"_rebuild_meta_tensor_no_storage" in text
+            back = pickle.loads(text)
+            assert (back.data.dtype, back.data.shape, back.data.stride()) == (dtype, shape, made.data.stride())
+            assert back.data.is_meta
+            assert back.shard == made.shard
+
+
+def test_shards_are_laid_side_by_side_up_to_a_limit() -> None:
+    whole = ray_objects.GROUP_BYTES
+    tensors = [torch.empty(size, dtype=torch.uint8) for size in (1, 0, 513, whole // 2, ray_objects.LONE_BYTES, 7)]
+    tensors[3] = torch.empty(1, dtype=torch.uint8).expand(whole // 4 - 1)
+    groups = list(ray_objects.packed(tensors))
+    assert [len(group.tensors) for group in groups] == [4, 1, 1]
+    assert groups[0].begins == [0, 512, 512, 1536]
+    assert [group.nbytes for group in groups] == [1536 + whole // 4, ray_objects.LONE_BYTES, 512]
+    assert list(ray_objects.packed([])) == []
+
+
+def test_neighbours_are_one_stretch() -> None:
+    a, b = object(), object()
+    listed = [(a, 0, 512), (a, 512, 100), (a, 1024, 50), (b, 0, 10), (b, 4096, 10)]
+    places = [(0, 512), (512, 100), (1024, 50), (1536, 10), (2048, 10)]
+    runs, number, start = joined_places(listed, 0, 0, places)
+    assert runs == [(0, a, 0, 1074), (1536, b, 0, 10), (2048, b, 4096, 10)]
+    assert (number, start) == (5, 0)
+    runs, number, start = joined_places(listed, 0, 500, [(0, 12), (12, 40)])
+    assert runs == [(0, a, 500, 52)]
+    assert (number, start) == (1, 40)
