@@ -1,7 +1,8 @@
-# make demo / test / scripts / areal / ray / native / check / bench / plot / screenshots. Each makes .venv by itself.
+# make demo / test / scripts / areal / ray / native / check / site / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
 PYTHON ?= python3
 ARGS ?=
+SITE_PACKAGES := "mkdocs<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
 # What `make plot` draws: as written by make bench ARGS="--json docs/benchmark.json".
 FILE ?= docs/benchmark.json
 
@@ -16,7 +17,7 @@ READY := .venv/.ready
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 endif
 
-.PHONY: help demo test scripts areal ray native check bench plot screenshots clean
+.PHONY: help demo test scripts areal ray native check site bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
@@ -27,6 +28,7 @@ help:
 	@echo "make ray    run the tests that need Ray, beside Ray 2.60 or RAY_VERSION in a virtual environment of its own"
 	@echo "make native  build the C++ functions, and run the tests of blocks and hits with them"
 	@echo "make check  lint, format, types, import ranks"
+	@echo "make site   build the documentation as a site, in site/"
 	@echo "make bench  time the paths side by side (options: ARGS=--quick, ARGS=\"--json docs/benchmark.json\")"
 	@echo "make screenshots  take the README's pictures of gpu-cache-smi from runs of the demo (needs a Chromium)"
 	@echo "make plot   draw docs/benchmark.png and .svg from docs/benchmark.json (another file: FILE=...)"
@@ -87,5 +89,12 @@ check: $(READY)
 	$(PY) -m mypy --strict --config-file= tests/typed_user.py
 	$(PY) -m pytest -q tests/test_imports.py
 
+# MkDocs needs nothing of the project. Broken links and names without docstrings end it.
+site:
+	@test -x .venv-site/bin/mkdocs || { $(PYTHON) -m venv .venv-site && \
+	.venv-site/bin/python -m pip install --quiet --disable-pip-version-check $(SITE_PACKAGES); } || \
+	{ rm -rf .venv-site; echo "SKIPPED: the package index cannot be reached"; exit 0; }; \
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --quiet
+
 clean:
-	rm -rf .venv .venv-areal .venv-ray build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-areal .venv-ray .venv-site site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -188,6 +188,13 @@ def test_readme_is_short_and_names_every_page() -> None:
     assert set(re.findall(r"\((docs/\w[\w-]*\.md)\)", README)) == PAGES.keys() - {"README.md"}
 
 
+def test_the_site_has_every_page() -> None:
+    navigation = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    written_elsewhere = {"index.md", "contributing.md", "changelog.md", "reference.md"}
+    assert sorted(set(navigation) - written_elsewhere) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert len(set(navigation)) == len(navigation)
+
+
 def test_every_file_that_is_named_exists() -> None:
     for text in (*PAGES.values(), CONTRIBUTING):
         for path in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|toml))`", text):
