@@ -8,6 +8,7 @@ the wheel brings; `adopt()` installs it in this process, and sets the variable f
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
@@ -32,6 +33,8 @@ _HOST_READS = {
     "areal.v2.inference_service.controller.workflow": "InferenceServiceWorkflow._run_online",
 }
 _OUR_RTENSOR = "gpu_cache.rpc.rtensor"
+_CONTAINERS = (dict, list, tuple)
+_nothing = contextlib.nullcontext()
 # AReaL's name of each module that we replace, and ours.
 SERVED = {_RTENSOR: _OUR_RTENSOR, _BLUEPRINT: "gpu_cache.rpc.server.blueprint"}
 # AReaL's launchers hand these on to processes on other nodes, beside their own list.
@@ -335,21 +338,29 @@ def _keep_handles_small(codec: ModuleType) -> None:
 
 
 def _handle_codec(codec: ModuleType) -> None:
-    """Let AReaL's codec, which looks its two functions up for each value inside, use ours for handles."""
+    """Let AReaL's codec, which looks its two functions up for each value inside, use ours for handles.
+
+    Containers are walked without cyclic collections, which thousands of handles would set off.
+    """
     _keep_handles_small(codec)
     ours = importlib.import_module(_OUR_RTENSOR)
+    pause = importlib.import_module("gpu_cache.process").no_collections
     serialize, deserialize = codec.serialize_value, codec.deserialize_value
     handle_kind, to_json, from_json = ours.RTensor, ours.handle_to_json, ours.handle_from_json
 
     @functools.wraps(serialize)
     def serialize_value(value: Any) -> Any:
-        described = to_json(value) if type(value) is handle_kind else None
-        return serialize(value) if described is None else described
+        if type(value) is handle_kind and (described := to_json(value)) is not None:
+            return described
+        with pause if isinstance(value, _CONTAINERS) else _nothing:
+            return serialize(value)
 
     @functools.wraps(deserialize)
     def deserialize_value(value: Any) -> Any:
-        handle = from_json(value) if type(value) is dict and "class_path" in value else None
-        return deserialize(value) if handle is None else handle
+        if type(value) is dict and "class_path" in value and (handle := from_json(value)) is not None:
+            return handle
+        with pause if isinstance(value, _CONTAINERS) else _nothing:
+            return deserialize(value)
 
     codec.__dict__.update(serialize_value=serialize_value, deserialize_value=deserialize_value)
 

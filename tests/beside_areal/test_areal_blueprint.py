@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import importlib
 import json
@@ -297,3 +298,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("setting", "is_frozen"), [(None, True), ("0", False)])
+def test_the_first_engine_takes_the_heap_out_of_collections(
+    setting: str | None, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, answers = application(), iter([("no such class", 500), ("made", 200), ("made", 200)])
+    app.add_url_rule("/create_engine", "create_engine", lambda: next(answers), methods=["POST"])
+    monkeypatch.setattr(blueprint, "_has_engine", False)
+    if setting is not None:
+        monkeypatch.setenv(blueprint.FREEZE_VARIABLE, setting)
+    client, counts = app.test_client(), []
+    gc.unfreeze()
+    for _ in range(3):
+        client.post("/create_engine")
+        counts.append(gc.get_freeze_count())
+        gc.unfreeze()
+    assert [count > 0 for count in counts] == [False, is_frozen, False]

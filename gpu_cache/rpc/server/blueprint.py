@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
 import socket
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ _PIECE_BYTES = 1 << 20
 _STALLED_S = 30.0
 _READ_BYTES = 1 << 20
 _MAX_BODY_BYTES = DEFAULT_MAX_BODY_BYTES
+_ENGINE_ROUTE = "/create_engine"  # of AReaL's own blueprint
 _MAX_NAME = 64  # characters; our clients' names have 16
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ def serialize_value(value: torch.Tensor | Sequence[tuple[str, torch.Tensor]]) ->
 
 
 TTL_VARIABLE = "GPU_CACHE_SHARD_TTL"
+FREEZE_VARIABLE = "GPU_CACHE_FREEZE_HEAP"
+_has_engine = False
 _expiry: ShardExpiry | None = None
 _sending = Sending(DEFAULT_MAX_RESPONSES)
 _incarnation = uuid.uuid4().hex
@@ -279,6 +284,25 @@ def _expire() -> None:
         _expiry.sweep_in_thread()
 
 
+def _note_engine(response: Response) -> Response:
+    """Once AReaL has made an engine, leave all that this process has loaded out of Python's cyclic collections.
+
+    Reference counts free these objects as before. A cycle of objects that were loaded by then stays when it dies.
+    Source: our measurement; half a million objects of AReaL's take 0.6 s to look at, and every other read of 3,072
+    shards set that off. vLLM freezes its heap after start-up, too.
+    """
+    global _has_engine
+    is_first = not _has_engine and request.path == _ENGINE_ROUTE and response.status_code == HTTPStatus.OK
+    if is_first and os.environ.get(FREEZE_VARIABLE) != "0":
+        gc.collect()
+        gc.freeze()
+        logger.info(
+            "cyclic collections skip %d objects from now on (%s=0: none)", gc.get_freeze_count(), FREEZE_VARIABLE
+        )
+    _has_engine = _has_engine or is_first
+    return response
+
+
 def _join_guard(state: Any) -> None:
     """Add our figures to `/health` of AReaL's guard, and take from it what this process is."""
     guard = state.app.config.get("guard_state")
@@ -295,6 +319,7 @@ data_bp.before_request(_check)
 data_bp.after_request(_name)
 data_bp.register_error_handler(RefusedError, _refused)
 data_bp.register_error_handler(Exception, _failed)
+data_bp.after_app_request(_note_engine)
 data_bp.record_once(_join_guard)
 data_bp.add_url_rule("/data/batch", "get_batch", _get_batch, methods=["POST"])
 data_bp.add_url_rule("/data/serials", "serials", _serials, methods=["POST"])
