@@ -22,6 +22,7 @@ endif
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
 	@echo "make demo BACKEND=areal  the same over AReaL's own controllers and servers (options: ARGS=\"--steps 10\")"
+	@echo "make demo BACKEND=ray  the same with Ray's actors as workers, over its object store"
 	@echo "make test   run the tests"
 	@echo "make scripts  run the tests of whole scripts and processes: demo, benchmark, soak, exits, README's commands"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
@@ -43,6 +44,11 @@ demo: $(READY)
 	@$(PY) scripts/beside_venv.py areal; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
 	.venv-areal/bin/python scripts/areal_demo.py $(ARGS)
+else ifeq ($(BACKEND),ray)
+demo: $(READY)
+	@$(PY) scripts/beside_venv.py ray; found=$$?; \
+	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	.venv-ray/bin/python scripts/ray_demo.py $(ARGS)
 else
 demo: $(READY)
 	$(PY) scripts/train_demo.py $(ARGS)

@@ -6,9 +6,13 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+
+from gpu_cache.config import ALIGNMENT
+
+MemoryT = TypeVar("MemoryT")
 
 
 @dataclasses.dataclass(slots=True, init=False)
@@ -133,6 +137,40 @@ class LendingReader(ShardReader, Protocol):
 
     def confirm(self) -> None:
         """Raise, as `read_into` does, unless the bytes of all stretches so far were what they should be until now."""
+
+
+def joined_places(
+    listed: Sequence[tuple[MemoryT, int, int]], number: int, start: int, places: Sequence[tuple[int, int]]
+) -> tuple[list[tuple[int, MemoryT, int, int]], int, int]:
+    """Where the next bytes of some shards are; neighbours are one stretch. One loop, as there are thousands.
+
+    Args:
+        listed: Of each shard: its memory, its begin there and its length.
+        number: The first to be read.
+        start: Its bytes that were read before.
+        places: Of each shard, or piece of one, where it goes and its length.
+    Returns:
+        Where it goes, memory, begin and length of each stretch; then `number` and `start` of what is next.
+    """
+    runs: list[tuple[int, MemoryT, int, int]] = []
+    first, first_begin, length = 0, 0, 0
+    known: MemoryT | None = None
+    for at, nbytes in places:
+        memory, begin, whole = listed[number]
+        begin += start
+        gap = at - first
+        if memory is known and gap == begin - first_begin and 0 <= gap - length < ALIGNMENT:
+            length = gap + nbytes
+        else:
+            if known is not None:
+                runs.append((first, known, first_begin, length))
+            first, known, first_begin, length = at, memory, begin, nbytes
+        start += nbytes
+        if start == whole:
+            number, start = number + 1, 0
+    if known is not None:
+        runs.append((first, known, first_begin, length))
+    return runs, number, start
 
 
 class ShardSource(Protocol):

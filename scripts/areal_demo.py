@@ -32,7 +32,7 @@ LOG_TAIL = 4000  # characters of AReaL's log that are shown when something fails
 
 def main() -> int:
     """Run the demo; the exit status is 1 without AReaL, or if a process still holds a shard in the end."""
-    options = _parser().parse_args()
+    options = parser_of(__doc__).parse_args()
     try:
         areal = importlib.metadata.version("areal")
     except importlib.metadata.PackageNotFoundError:
@@ -48,7 +48,7 @@ def main() -> int:
         except Exception:
             print(Path(folder, "areal.log").read_text()[-LOG_TAIL:], file=err)
             raise
-        console.print(table(figures, areal))
+        console.print(table(figures, f"AReaL {areal}"))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     left = {role: held for role, held in figures["held"].items() if any(held.values())}
@@ -67,10 +67,10 @@ def own_output(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
         yield own[0], own[1]
 
 
-def table(figures: dict[str, Any], areal: str) -> Table:
-    """The figures, for reading."""
+def table(figures: dict[str, Any], beside: str) -> Table:
+    """The figures, for reading; `beside` is what the demo ran over."""
     actor, num_left = figures["actor"], sum(sum(held.values()) for held in figures["held"].values())
-    grid = Table(title=f"RTensor demo beside AReaL {areal}", show_header=False)
+    grid = Table(title=f"RTensor demo beside {beside}", show_header=False)
     rows = {
         "steps": f"{figures['steps']:,}",
         f"mean reward, first {REWARD_STEPS} steps": f"{mean(figures['rewards'][:REWARD_STEPS]):.3f}",
@@ -90,8 +90,9 @@ def _fail(message: str) -> int:
     return EXIT_FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of a demo over several processes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="steps (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="rollout workers (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step (default: %(default)s)")

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from areal.api import TrainEngine
-from torch.nn.utils.rnn import pad_sequence
 
 from areal.infra.rpc import rtensor
-from demo.learner import Learner, Targets
+from demo.learner import Learner, targets_of
 from demo.policy import Policy, sample
 from demo.task import random_prompts
-from demo.trajectory import Trajectory, rewards, trajectories
+from demo.trajectory import Trajectory, cut_rows, rewards, trajectories
 
 
 class Engine(TrainEngine):
@@ -89,7 +88,7 @@ class Reference(Engine):
 
     def compute_logp(self, batch: Sequence[Trajectory]) -> list[torch.Tensor]:
         """Log-probs of each trajectory's answer, `(1, tokens - 1)`, by the policy as it is."""
-        return _cut(self._learner.actor_logprobs(batch), batch)
+        return cut_rows(self._learner.actor_logprobs(batch), batch)
 
 
 class Actor(Reference):
@@ -109,17 +108,7 @@ class Actor(Reference):
 
     def update(self, batch: Sequence[Any]) -> float:
         """Train one epoch; returns the mean loss."""
-        advantages = torch.cat([one["advantages"] for one in batch])
-        return self._learner.update(batch, Targets(_padded(batch, "ref_logp"), _padded(batch, "prox_logp"), advantages))
-
-
-def _cut(logprobs: torch.Tensor, batch: Sequence[Trajectory]) -> list[torch.Tensor]:
-    """The rows of a rectangle, each as long as its trajectory."""
-    return [logprobs[row : row + 1, : one["input_ids"].shape[1] - 1].clone() for row, one in enumerate(batch)]
-
-
-def _padded(batch: Sequence[Any], name: str) -> torch.Tensor:
-    return pad_sequence([one[name][0] for one in batch], batch_first=True)
+        return self._learner.update(batch, targets_of(batch))
 
 
 for kind in (Engine, Sampler, Reference, Actor):

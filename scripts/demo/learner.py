@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from demo.policy import Policy, token_logprobs
-from demo.trajectory import PaddedBatch, Trajectory, padded, rewards
+from demo.trajectory import PaddedBatch, Trajectory, padded, padded_rows, rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ class Targets:
     reference: torch.Tensor
     actor: torch.Tensor
     advantages: torch.Tensor
+
+
+def targets_of(batch: Sequence[Any]) -> Targets:
+    """The targets that other roles have put into the trajectories."""
+    advantages = torch.cat([one["advantages"] for one in batch])
+    return Targets(padded_rows(batch, "ref_logp"), padded_rows(batch, "prox_logp"), advantages)
 
 
 class Learner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -69,6 +69,16 @@ def padded(batch: Sequence[Trajectory], device: torch.device) -> PaddedBatch:
     loss_mask = pad_sequence([t["loss_mask"][0] for t in batch], batch_first=True)
     logprobs = pad_sequence([t["logprobs"][0] for t in batch], batch_first=True)
     return PaddedBatch(token_ids.to(device), loss_mask[:, 1:].bool().to(device), logprobs[:, 1:].to(device))
+
+
+def cut_rows(logprobs: torch.Tensor, batch: Sequence[Trajectory]) -> list[torch.Tensor]:
+    """The rows of a rectangle, each as long as its trajectory's log-probs; the inverse of `padded_rows`."""
+    return [logprobs[row : row + 1, : one["input_ids"].shape[1] - 1].clone() for row, one in enumerate(batch)]
+
+
+def padded_rows(batch: Sequence[Any], name: str) -> torch.Tensor:
+    """What other roles computed for each trajectory, `(rows, tokens - 1)`."""
+    return pad_sequence([one[name][0] for one in batch], batch_first=True)
 
 
 def rewards(batch: Sequence[Trajectory]) -> torch.Tensor:

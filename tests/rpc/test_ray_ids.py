@@ -13,7 +13,6 @@ import torch
 from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import ray_objects
-from gpu_cache.rpc.client.memory import joined_places
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
@@ -25,6 +24,7 @@ from gpu_cache.rpc.rtensor import (
     set_backend,
 )
 from gpu_cache.rpc.wire.serialization import serialize_value
+from gpu_cache.source import joined_places
 from tests.support.wire_tensors import WIRE_DTYPES
 
 OF_RAY = "ray:00ff.1234/7"

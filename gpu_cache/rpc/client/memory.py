@@ -11,11 +11,10 @@ import socket
 import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
-from gpu_cache.config import ALIGNMENT
 from gpu_cache.device.hostmem import POPULATE_READ, advise, mapped
 from gpu_cache.process import leave_to_parent
 from gpu_cache.rpc.client.connection import DeadlineSocket, is_out_of_descriptors
@@ -51,42 +50,6 @@ _MAX_MAPPED = 1024  # segments of all owners
 _HOLD_SLACK_S = 5.0
 
 logger = logging.getLogger(__name__)
-
-MemoryT = TypeVar("MemoryT")
-
-
-def joined_places(
-    listed: Sequence[tuple[MemoryT, int, int]], number: int, start: int, places: Sequence[tuple[int, int]]
-) -> tuple[list[tuple[int, MemoryT, int, int]], int, int]:
-    """Where the next bytes of some shards are; neighbours are one stretch. One loop, as there are thousands.
-
-    Args:
-        listed: Of each shard: its memory, its begin there and its length.
-        number: The first to be read.
-        start: Its bytes that were read before.
-        places: Of each shard, or piece of one, where it goes and its length.
-    Returns:
-        Where it goes, memory, begin and length of each stretch; then `number` and `start` of what is next.
-    """
-    runs: list[tuple[int, MemoryT, int, int]] = []
-    first, first_begin, length = 0, 0, 0
-    known: MemoryT | None = None
-    for at, nbytes in places:
-        memory, begin, whole = listed[number]
-        begin += start
-        gap = at - first
-        if memory is known and gap == begin - first_begin and 0 <= gap - length < ALIGNMENT:
-            length = gap + nbytes
-        else:
-            if known is not None:
-                runs.append((first, known, first_begin, length))
-            first, known, first_begin, length = at, memory, begin, nbytes
-        start += nbytes
-        if start == whole:
-            number, start = number + 1, 0
-    if known is not None:
-        runs.append((first, known, first_begin, length))
-    return runs, number, start
 
 
 class OutOfReachError(Exception):

@@ -18,7 +18,6 @@ from gpu_cache import Promise, ShardSpec
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
-from gpu_cache.rpc.client.memory import joined_places
 from gpu_cache.rpc.shard import (
     ONLY_RAYS_SERIALIZER,
     RAY_PREFIX,
@@ -33,7 +32,7 @@ from gpu_cache.rpc.shard import (
     ray_objects,
 )
 from gpu_cache.rpc.wire.serialization import DTYPES, host_bytes
-from gpu_cache.source import LentMemory, Stretch
+from gpu_cache.source import LentMemory, Stretch, joined_places
 
 # Shards of one call share objects of about this length: one of 9 KiB alone would cost 0.5 to 0.8 ms.
 GROUP_BYTES = 128 << 20

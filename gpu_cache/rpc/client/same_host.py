@@ -24,7 +24,6 @@ from gpu_cache.rpc.client.memory import (
     OutOfReachError,
     OwnersMemory,
     Segment,
-    joined_places,
 )
 from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.client.reader import HttpReader
@@ -41,7 +40,7 @@ from gpu_cache.rpc.wire.records import (
     proxied_text,
     record_of,
 )
-from gpu_cache.source import Stretch
+from gpu_cache.source import Stretch, joined_places
 
 # A node cache is asked for so much at once: its answer comes when the last shard is there.
 _PROXIED_BYTES, _PROXIED_IDS = 64 << 20, 4096
