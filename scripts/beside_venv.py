@@ -28,6 +28,8 @@ UNREACHABLE = 3
 _NOTHING_FOUND = "(from versions: none)"
 _WHEEL_OF = ("gpu_cache", "pyproject.toml", "setup.py", "MANIFEST.in", "gpu_cache_areal.pth", "README.md", "LICENSE")
 _LEAST_SETUPTOOLS = 70
+# Of Ray, the libraries that no test uses.
+_NOT_COMPILED = r"/ray/(rllib|data|train|tune|serve|llm|air|thirdparty_files)/"
 
 
 def main(kind: str) -> int:
@@ -64,7 +66,12 @@ def _install_areal(folder: Path) -> int:
 
 
 def _install_ray(folder: Path) -> int:
-    return _install(folder, RAY, "-c", str(CONSTRAINTS))
+    if failure := _install(folder, RAY, "-c", str(CONSTRAINTS)):
+        return failure
+    # Each of its processes imports hundreds of modules; where bytecode is not written they would not start in time.
+    command = [folder / "bin" / "python", "-m", "compileall", "-q", "-j", "0", "-x", _NOT_COMPILED, _purelib(folder)]
+    subprocess.run(command, capture_output=True, check=False)
+    return 0
 
 
 def _install(folder: Path, *arguments: str) -> int:

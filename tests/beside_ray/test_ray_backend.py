@@ -200,7 +200,8 @@ def test_an_id_of_store_is_kept_until_it_is_deleted(
     assert same_bits(backend.fetch([place, place])[1], tensor)
     assert buffer_stats()["requested"] == 0
     del place
-    assert asyncio.run(RTensor.clear_node("", [shard_id, "unknown", 7, [1], shard_id]))["cleared_count"] == 1
+    ids = [shard_id, "unknown", 7, [1], shard_id, shard_id + "x", shard_id[:-2]]
+    assert asyncio.run(RTensor.clear_node("", ids))["cleared_count"] == 1
     nothing_stored()
 
 

@@ -131,14 +131,15 @@ def clear(shard_ids: Iterable[Any]) -> tuple[int, list[Any]]:
     unused: list[Any] = []
     whole: list[Any] = []
     for shard_id in shard_ids:
-        name, _, number = shard_id.partition("/") if isinstance(shard_id, str) else ("", "", "")
+        name, _, text = shard_id.partition("/") if isinstance(shard_id, str) else ("", "", "")
+        number = int(text) if text.isdecimal() else -1
         with _lock:
             found = ray_objects.get(name)
-            if found is None or int(number) not in found.left:
+            if found is None or number not in found.left:
                 continue
             num_known += 1
-            found.left.discard(int(number))
-            found.cleared.add(int(number))
+            found.left.discard(number)
+            found.cleared.add(number)
             if not found.left:
                 unused.append(found.ref)  # the last reference may go where no lock is held
                 if len(found.cleared) == found.num_shards:
