@@ -27,7 +27,7 @@ UNREACHABLE = 3
 # pip says this where it has found no index, or nothing in it.
 _NOTHING_FOUND = "(from versions: none)"
 _WHEEL_OF = ("gpu_cache", "pyproject.toml", "setup.py", "MANIFEST.in", "gpu_cache_areal.pth", "README.md", "LICENSE")
-_LEAST_SETUPTOOLS = 70
+_LEAST_SETUPTOOLS = 77
 # Of Ray, the libraries that no test uses.
 _NOT_COMPILED = r"/ray/(rllib|data|train|tune|serve|llm|air|thirdparty_files)/"
 

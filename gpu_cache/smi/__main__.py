@@ -15,7 +15,7 @@ def run() -> None:
     try:
         sys.exit(importlib.import_module("gpu_cache.smi.main").main(sys.argv[1:]))
     except ModuleNotFoundError as error:
-        sys.exit(f"gpu-cache-smi: {error}; pip install rich nvidia-ml-py prometheus-client")
+        sys.exit(f"gpu-cache-smi: {error}; pip install 'rtensor-data-plane[smi]'")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpu_cache.smi"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == "gpu-cache-smi: No module named rich; pip install rich nvidia-ml-py prometheus-client\n"
+    assert done.stderr == "gpu-cache-smi: No module named rich; pip install 'rtensor-data-plane[smi]'\n"
 
 
 def test_a_reader_that_goes_away_ends_it_in_silence(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The tool `gpu-cache-smi` without the data plane."""

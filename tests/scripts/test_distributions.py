@@ -1,0 +1,154 @@
+"""The source distribution, the wheel, and the tool's own distribution: what is in them, and that it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import gpu_cache
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = "https://example.org/owner/project"
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv*", "build", "dist", "site", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
+)
+LIBRARIES = ("rich", "pygments", "markdown_it", "mdurl", "pynvml.py", "prometheus_client")
+
+setuptools = pytest.importorskip("setuptools", "77", reason="builds without an index need setuptools 77 here")
+pytestmark = pytest.mark.scripts
+
+
+def build(what: str, tree: Path, into: Path) -> Path:
+    """Build as pip does, without isolation; the build must not see this checkout's packages."""
+    code = f"import setuptools.build_meta as backend; print(backend.build_{what}({str(into)!r}))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env=environment | {"PROJECT_URL": HOME},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return into / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree unpacked from the source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(ROOT, folder / "tree", ignore=LEFT_OUT)
+    with tarfile.open(build("sdist", folder / "tree", folder)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"rtensor_data_plane-{gpu_cache.__version__}"
+
+
+@pytest.fixture(scope="module")
+def tool(tmp_path_factory: pytest.TempPathFactory, unpacked: Path) -> Path:
+    """The tool's wheel."""
+    return build("wheel", unpacked / "packaging" / "smi", tmp_path_factory.mktemp("tool"))
+
+
+def files_of(tree: Path, *folders: str) -> set[str]:
+    found = (path for folder in folders for path in (tree / folder).rglob("*"))
+    return {str(path.relative_to(tree)) for path in found if path.is_file() and "__pycache__" not in path.parts}
+
+
+def bare_venv(folder: Path) -> Path:
+    """Its Python; it sees none of the packages of the one that runs this."""
+    venv.create(folder)
+    return folder / "bin" / "python"
+
+
+def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GPU_CACHE_", "PYTHON"))}
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env=kept | variables,
+        timeout=60,
+        check=False,
+    )
+
+
+def install(python: Path, wheel: Path) -> None:
+    done = run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", wheel)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_source_distribution_is_whole_and_its_tests_run(unpacked: Path) -> None:
+    folders = ("tests", "scripts", "docs", "dashboards", "packaging", "gpu_cache", "areal", ".ci")
+    ours = {name for name in files_of(ROOT, *folders) if "/build/" not in name and ".egg-info" not in name}
+    assert not ours - files_of(unpacked, *folders)
+    names = ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "gpu_cache_areal.pth")
+    assert all((unpacked / name).is_file() for name in names)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/smi/test_smi_units.py"]
+    done = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_wheel_has_the_package_and_an_index_can_show_it(unpacked: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as wheel:
+        tops = {name.partition("/")[0] for name in wheel.namelist()}
+        about = HeaderParser().parsestr(
+            wheel.read(next(n for n in wheel.namelist() if n.endswith("/METADATA"))).decode()
+        )
+    info = f"rtensor_data_plane-{gpu_cache.__version__}.dist-info"
+    assert tops == {"gpu_cache", "gpu_cache_areal.pth", info}, "no areal, no tests"
+    assert (about["Version"], about["Description-Content-Type"]) == (gpu_cache.__version__, "text/markdown")
+    assert f"Homepage, {HOME}" in about.get_all("Project-URL", [])
+    text = about.get_payload()
+    assert isinstance(text, str)
+    assert text.startswith("# RTensor data plane")
+    assert "](docs/" not in text
+    assert f"({HOME}/blob/v{gpu_cache.__version__}/docs/areal.md)" in text
+    assert f"({HOME}/raw/v{gpu_cache.__version__}/docs/screens/" in text
+
+
+def test_the_tool_runs_in_an_environment_without_torch(tool: Path, tmp_path: Path) -> None:
+    python = bare_venv(tmp_path / "node")
+    install(python, tool)
+    here = Path(next(iter(__import__("rich").__path__))).parent
+    script = python.parent / "gpu-cache-smi"
+    reports = tmp_path / "reports"
+    reports.mkdir(mode=0o700)
+    assert "pip install" in run(script, "--json", "--dir", reports).stderr + run(script, "--dir", reports).stderr
+    libraries = tmp_path / "libraries"
+    libraries.mkdir()
+    for name in LIBRARIES:
+        (libraries / name).symlink_to(here / name)
+    known = run(python, "-c", "import torch, numpy, aiohttp", PYTHONPATH=str(libraries))
+    assert "No module named 'torch'" in known.stderr
+    seen = {
+        option: run(script, *option, "--dir", reports, PYTHONPATH=str(libraries))
+        for option in ((), ("--json",), ("--prom",), ("--check",))
+    }
+    assert {option: done.returncode for option, done in seen.items()} == dict.fromkeys(seen, 0), seen
+    assert json.loads(seen["--json",].stdout)["processes"] == []
+    assert gpu_cache.__version__ in run(python, "-m", "gpu_cache_smi", "--version", PYTHONPATH=str(libraries)).stdout
+
+
+def test_both_distributions_in_one_environment_share_the_script_alone(
+    tool: Path, unpacked: Path, tmp_path: Path
+) -> None:
+    python = bare_venv(tmp_path / "both")
+    install(python, build("wheel", unpacked, tmp_path))
+    before = files_of(tmp_path / "both", "lib")
+    install(python, tool)
+    added = files_of(tmp_path / "both", "lib") - before
+    assert {Path(name).parts[3].partition("-")[0] for name in added} == {"gpu_cache_smi"}
+    run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-qy", "gpu-cache-smi")
+    assert files_of(tmp_path / "both", "lib") == before
