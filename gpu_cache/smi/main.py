@@ -32,8 +32,8 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a role may have letters that the locale has not
     options = command_line.parse(arguments)
-    if options.help or options.help_query:
-        print(command_line.HELP if options.help else query.help_text(options.help_query), end="\n" * (not options.help))
+    if (text := _text(options)) is not None:
+        sys.stdout.write(text)
         return 0
     found = observer or Observer(lambda: options.dir or folders(os.environ, os.getuid()), dead_s=dead_s(os.environ))
     has_color = True if options.color else False if options.no_color else None
@@ -49,6 +49,15 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         else:
             print(f"gpu-cache-smi: {type(error).__name__}: {error} (--debug tells where)", file=sys.stderr)
         return 1
+
+
+def _text(options: Namespace) -> str | None:
+    """Words about the tool itself, if the command line asks for them."""
+    if options.completion:
+        return command_line.completion_for(options.completion)
+    if options.help_query:
+        return query.help_text(options.help_query) + "\n"
+    return command_line.HELP if options.help else None
 
 
 def _carry_out(commands: Commands, options: Namespace) -> int:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from gpu_cache import __version__
 from gpu_cache.config import near, seconds
+from gpu_cache.smi import completion
 from gpu_cache.smi.boxes import DEVICES, PROCESSES, SOURCES
 from gpu_cache.smi.node import Filters
 from gpu_cache.smi.query import FIELDS
@@ -54,6 +55,7 @@ Show:
   --ascii                  no block characters in --watch
   --strict                 exit 9 or 12 where NVML cannot be used
   --debug                  a traceback for an unexpected error
+  --completion SHELL       a script for bash, zsh or fish that completes all this
   --version, -h, --help
 
 Exit: 0 shown, 1 unexpected error, 2 bad argument, 3 --check found LEAK, HUNG or DEAD, 4 reports
@@ -91,6 +93,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def completion_for(shell: str) -> str:
+    """The script that completes these options in a shell."""
+    return completion.script(shell, _parser(), {f"--query-{kind}": names for kind, names in FIELDS.items()})
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gpu-cache-smi", add_help=False, allow_abbrev=False)
     _add_modes(parser.add_mutually_exclusive_group())
@@ -111,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_modes(modes: argparse._MutuallyExclusiveGroup) -> None:
     modes.add_argument("--version", action="version", version=f"gpu-cache-smi {__version__}")
     modes.add_argument("-h", "--help", action="store_true")
+    modes.add_argument("--completion", choices=completion.SHELLS)
     modes.add_argument("--watch", nargs="?", type=_seconds, const=_WATCH_S, metavar="SEC")
     modes.add_argument("-L", "--list", action="store_true")
     for kind in FIELDS:
