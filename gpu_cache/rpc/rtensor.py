@@ -389,12 +389,13 @@ def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
         dtype = DTYPES.get(meta["dtype"].removeprefix("torch."))
         if not is_remote or dtype is None or type(shard_id) is not str or type(node_addr) is not str:
             return None
-        data = torch.empty(shape, dtype=dtype, device="meta")
+        data = torch.empty(shape, dtype=dtype, device=_META)
     except (KeyError, TypeError, AttributeError, RuntimeError):
         return None
     return RTensor(TensorShardInfo(shard_id, node_addr), data)
 
 
+_META = torch.device("meta")  # read from its name it takes 1.5 us more, of 13 a handle
 _DICT_OR_TENSOR: Any = (dict, torch.Tensor)
 _DATA_OF = operator.attrgetter("data")
 

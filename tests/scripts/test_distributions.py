@@ -93,7 +93,15 @@ def test_the_source_distribution_is_whole_and_its_tests_run(unpacked: Path) -> N
     folders = ("tests", "scripts", "docs", "dashboards", "packaging", "gpu_cache", "areal", ".ci")
     ours = {name for name in files_of(ROOT, *folders) if "/build/" not in name and ".egg-info" not in name}
     assert not ours - files_of(unpacked, *folders)
-    names = ("Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "gpu_cache_areal.pth")
+    names = (
+        "Makefile",
+        "mkdocs.yml",
+        "constraints.txt",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "gpu_cache_areal.pth",
+    )
     assert all((unpacked / name).is_file() for name in names)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/smi/test_smi_units.py"]
     done = subprocess.run(command, cwd=unpacked, capture_output=True, text=True, timeout=120, check=False)
