@@ -100,6 +100,10 @@ class TensorCache:
         """The line that `gpu-cache-smi` shows of this process, in its box, for a log or a notebook."""
         return self._publisher.summary() or repr(self)
 
+    def report_beside(self, figures: Callable[[], Mapping[str, int]]) -> None:
+        """Add figures of what is no part of the cache to its reports for `gpu-cache-smi`, under names that it knows."""
+        self._publisher.report_beside(figures)
+
     def reset_peak_stats(self) -> None:
         """Make the peaks what is in use now. Counters are never reset."""
         if (engine := self._engine) is not None:

@@ -7,6 +7,7 @@ trainer receives handles, reads each batch five times through its cache, clears 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo.learner import Learner
 from demo.report import LiveProgress, introduction, summary, table
+from demo.roles import ACTOR, ROLES, Roles, node_cache, remote_workers
 from demo.rollouts import WorkerError, Workers
 from demo.session import Outcome, Plan, Session
 
@@ -46,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--kill-worker-at {plan.kill_worker_at}: there are {plan.steps} steps")
     if options.workers > plan.num_prompts:
         parser.error(f"--workers {options.workers}: there are {plan.num_prompts} prompts per step to share out")
+    if plan.roles and (plan.roles[0] != ACTOR or not set(plan.roles) <= set(ROLES)):
+        parser.error(f"--roles {options.roles}: write {ACTOR} first, then any of {', '.join(ROLES[1:])}")
+    if plan.roles and plan.kill_worker_at:
+        parser.error("--roles and --kill-worker-at: choose one")
     if options.json and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no such folder")
     try:
@@ -54,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     console = Console(quiet=options.quiet)
     try:
-        outcome = run(plan, options.workers, device, console)
+        outcome = run(plan, options.workers, device, console, by_node_cache=options.node_cache)
     except WorkerError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -67,19 +73,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _check(figures)
 
 
-def run(plan: Plan, num_workers: int, device: torch.device, console: Console) -> Outcome:
+def run(
+    plan: Plan, num_workers: int, device: torch.device, console: Console, *, by_node_cache: bool = False
+) -> Outcome:
     """Train according to plan; on return, and on any error, the workers are gone.
 
+    Args:
+        plan: How much to run.
+        num_workers: Rollout workers.
+        device: The trainer's.
+        console: Where to show progress.
+        by_node_cache: Whether the workers are as on another host, and a node cache fetches from them.
     Raises:
         WorkerError: A worker died or failed.
     """
     torch.set_num_threads(1)
-    with Workers(num_workers) as workers, LiveProgress(plan, console) as progress:
+    with contextlib.ExitStack() as stack:
+        if by_node_cache:
+            stack.enter_context(node_cache())
+            runtime.current().set_backend(None)  # the one that reads by way of it
+        workers = stack.enter_context(remote_workers(num_workers) if by_node_cache else Workers(num_workers))
+        progress = stack.enter_context(LiveProgress(plan, console))
+        roles = stack.enter_context(Roles(plan.roles, plan.seed, plan.learner)) if plan.roles else None
         learner = Learner(device, plan.seed, plan.learner)
         console.print(introduction(learner.num_parameters, num_workers, str(device)), highlight=False)
-        runtime.configure(device=str(device), role="trainer")
-        with rpc_server.start() as server:
-            return Session(plan, learner, workers, server.address, progress.show, progress.tell).run()
+        runtime.configure(device=str(device), role="actor" if plan.roles else "trainer")
+        server = stack.enter_context(rpc_server.start())
+        return Session(plan, learner, workers, server.address, progress.show, progress.tell, roles).run()
 
 
 def _device(name: str) -> torch.device:
@@ -98,6 +118,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         options.steps,
         options.uncached_steps,
         options.seed,
+        roles=tuple(dict.fromkeys(name for name in options.roles.split(",") if name)),
         kill_worker_at=options.kill_worker_at,
         on_worker_death=options.on_worker_death,
     )
@@ -145,6 +166,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=["fail", "restart"],
         default=plan.on_worker_death,
         help="end the run, or restart the worker and go on without what was lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--roles",
+        default="",
+        metavar="NAMES",
+        help='such as "actor,ref,critic": each a process with a cache of its own, which reads every batch',
+    )
+    parser.add_argument(
+        "--node-cache", action="store_true", help="have the workers as on another host, and a node cache on this one"
     )
     parser.add_argument("--quiet", action="store_true", help="neither progress nor table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there; waits are seconds per step")

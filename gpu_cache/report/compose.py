@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from gpu_cache import __version__, units
@@ -50,6 +50,7 @@ class Reporter:
         self._window = RateWindow(time.monotonic())
         self._seq = 0
         self._identity: tuple[Engine | None, dict[str, Any]] = None, {}  # with the engine that it describes
+        self.beside: Callable[[], Mapping[str, int]] = dict  # figures of what is no part of the cache
 
     def compose(self, engine: Engine) -> dict[str, Any]:
         """A `Report` as of now, with all sources."""
@@ -64,6 +65,7 @@ class Reporter:
             "unix_time": round(time.time(), 3),
             **self._identity[1],
             **{key: figure for key, figure in figures.items() if key not in missing},
+            **self.beside(),
             "rates_10s": self._window.rates(figures, time.monotonic()),
         }
 

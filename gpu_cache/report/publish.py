@@ -64,6 +64,10 @@ class Publisher:
     def __repr__(self) -> str:
         return f"Publisher({self._files or 'off'})"
 
+    def report_beside(self, figures: Callable[[], Mapping[str, int]]) -> None:
+        """Add these figures, asked at each report, to all that follow."""
+        self._reporter.beside = figures
+
     def touch(self) -> None:
         """Report from a call of the cache if the thread is late. A comparison otherwise."""
         if time.monotonic() >= self._late_at:

@@ -147,6 +147,10 @@ class Report(BufferStats, HostTierFigures):
     dropped_bytes: int
     pinned_peak_bytes: NotRequired[int]  # with staging, as the next
     pinned_alloc_failures: NotRequired[int]
+    # Memory of this process that others of its host map, in use and taken from the system: counted here alone. The
+    # pool of a node cache lies in its.
+    shared_bytes: NotRequired[int]
+    shared_reserved_bytes: NotRequired[int]
 
 
 class LeakReport(TypedDict):

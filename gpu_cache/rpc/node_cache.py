@@ -126,6 +126,7 @@ class NodeCache:
             rank=0, host_tier_bytes=0, on_mutation="ignore", debug_checksum=False, ready="host",
         )  # fmt: skip
         self.cache = TensorCache(config, device=SharedMemory(self.segments))
+        self.cache.report_beside(self.segments.reported)
         self.cache.get_many([], NO_SOURCE)  # reports from now on
         # Guards every field below.
         self._lock = threading.Lock()

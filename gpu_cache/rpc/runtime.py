@@ -73,8 +73,9 @@ class Runtime:
         self._lock = threading.Lock()
         self._backend: RTensorBackend | None = None
         self._is_chosen_here = False  # the backend, so that the runtime closes it
-        # A single value without a lock; a race counts one step too many, or too few.
-        self._was_told = False  # to clear, since an owner was last seen to have removed shards
+        # Single values without a lock; a race counts one step too many, or too few.
+        self._num_told = 0  # times that this process was told to clear
+        self._told_before: dict[str, int] = {}  # by owner, how many those were when it last had removed shards
 
     def __repr__(self) -> str:
         return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
@@ -192,7 +193,7 @@ class Runtime:
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
-        self._was_told = True
+        self._num_told += 1
         wanted = list(shard_ids)
         if isinstance(backend := self._backend, HttpRTensorBackend):
             backend.forget(wanted)
@@ -207,14 +208,14 @@ class Runtime:
         if ray_objects and isinstance(backend := self.backend, RayRTensorBackend):
             backend.take_back(shard_ids)
 
-    def note_removal(self) -> None:
-        """An owner has removed shards: count a clear, unless this process was told to clear meanwhile.
+    def note_removal(self, address: str) -> None:
+        """An owner has removed shards: count a clear, unless this process was told to clear since it last had.
 
         So what stays in a consumer that is never told to clear has outlived clears, and is a leak for all to see.
         """
-        if not self._was_told:
+        if self._told_before.get(address, 0) == self._num_told:
             self.cache.clear([_NO_SHARD])
-        self._was_told = False
+        self._told_before[address] = self._num_told
 
     def name_process(self, role: str, rank: int) -> None:
         """Say what this process is, for its reports, where neither the program nor a variable does."""
@@ -274,7 +275,9 @@ class Runtime:
     def _cache_of(self, config: gpu_cache.CacheConfig | None) -> gpu_cache.TensorCache:
         config = settings_of(config)
         unsaid = {name: value for name, value in self._names.items() if getattr(config, name) is None}
-        return gpu_cache.TensorCache(dataclasses.replace(config, **unsaid), broken=answer_error)
+        cache = gpu_cache.TensorCache(dataclasses.replace(config, **unsaid), broken=answer_error)
+        cache.report_beside(self.store.segments.reported)
+        return cache
 
     def close(self) -> None:
         """Close the cache, what serves the store beside others' servers, and the backend's connections. Idempotent."""
@@ -295,9 +298,9 @@ class Runtime:
         ]
 
 
-def _note_removal(of: weakref.ref[Runtime]) -> None:
+def _note_removal(of: weakref.ref[Runtime], address: str) -> None:
     if (runtime := of()) is not None:
-        runtime.note_removal()
+        runtime.note_removal(address)
 
 
 class _HandleSource:

@@ -230,6 +230,10 @@ class Segments:
             self._gather_locked()
             return {"shared_bytes": self._used_bytes, "shared_reserved_bytes": self._reserved_bytes}
 
+    def reported(self) -> dict[str, int]:
+        """The same for the report of this process; nothing if it has taken none."""
+        return found if (found := self.stats())["shared_reserved_bytes"] else {}
+
     def disown(self) -> object:
         """Close the descriptors in a forked child, where the lock may be held for good, and offer nothing there."""
         self._lock, self._is_inherited = threading.Lock(), True

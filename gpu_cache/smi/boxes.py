@@ -109,13 +109,16 @@ def _head(node: Node, is_wide: bool) -> list[Text]:
     used, capacity = (node.summed(f"host_{key}") for key in ("bytes", "capacity_bytes"))
     if is_wide:
         versions = f"GPU-CACHE-SMI {__version__:<10} Driver Version: {driver:<12} CUDA Version: {cuda:<10}"
-        host_tier = f"host tier {units.size(used)} / {units.size(capacity)}" if capacity else ""
+        host_tier = [f"host tier {units.size(used)} / {units.size(capacity)}"] if capacity else []
     else:
-        versions, host_tier = f"GPU-CACHE-SMI {__version__:<8} Driver: {driver:<12} CUDA: {cuda:<7}", ""
+        versions, host_tier = f"GPU-CACHE-SMI {__version__:<8} Driver: {driver:<12} CUDA: {cuda:<7}", []
+    shared, reserved = (node.summed(f"shared_{key}") for key in ("bytes", "reserved_bytes"))
+    if reserved:
+        host_tier.insert(0, f"shared {units.size(shared)} / {units.size(reserved)}")
     return [
         _rule("-", is_wide),
         _spread(versions, rates, is_wide),
-        _spread(f"Node {node.hostname}   {_census(node)}", host_tier, is_wide),
+        _spread(f"Node {node.hostname}   {_census(node)}", "  ".join(host_tier), is_wide),
     ]
 
 

@@ -86,11 +86,18 @@ def _process(process: Process, sources: tuple[str, ...]) -> dict[str, Any]:
         "pinned_bytes": process.figure("pinned_capacity_bytes"),
         "host_bytes": process.figure("host_bytes"),
         "entries": process.figure("num_entries"),
+        **_shared(process),
         **{key: process.figure(key) for key in ("evictions", "overflows", "alloc_failures", "fetch_errors", "clears")},
         "version": figures.text(process.report, "version") or None,
         "user": process.user,
         "command": process.command or None,
     }
+
+
+def _shared(process: Process) -> dict[str, float]:
+    """Memory that it shares, if it does: counted for its owner alone."""
+    keys = ("shared_bytes", "shared_reserved_bytes")
+    return {key: found for key in keys if (found := process.figure(key)) is not None}
 
 
 def _link(process: Process, link: str) -> dict[str, float | None]:

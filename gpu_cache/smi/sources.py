@@ -12,6 +12,8 @@ from gpu_cache.smi import figures
 from gpu_cache.smi.process import Process
 from gpu_cache.units import ratio
 
+_SHORT_WAYS = {SHARED_MEMORY: "shm", NODE_CACHE: "node"}  # that are shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -31,8 +33,8 @@ class Source:
     def title(self) -> str:
         if self.address == LOCAL_SOURCE:
             return "local (same node)"
-        ways = [way for way in (SHARED_MEMORY, NODE_CACHE) if way in self.transports]
-        return f"{self.address} ({', '.join(ways)})" if ways else self.address
+        way = next((short for way, short in _SHORT_WAYS.items() if way in self.transports), "")
+        return f"{self.address} ({way})" if way else self.address
 
     @property
     def bytes_per_second(self) -> float | None:

@@ -27,7 +27,7 @@ class RemoteBatch:
     """One step's trajectories, as the text that the workers sent. One thread.
 
     Args:
-        texts: One for each worker: a list of trajectories of handles.
+        texts: One for each worker: a list of trajectories of handles. Also an attribute, without what was dropped.
         is_cached: False: forget before each read what the last one brought, so that every read goes over the wire.
     Attributes:
         handles: The batch in handles that are never localized, for prefetching and clearing.
@@ -38,8 +38,8 @@ class RemoteBatch:
     """
 
     def __init__(self, texts: Sequence[str], *, is_cached: bool) -> None:
-        self._texts = list(texts)
-        self._is_cached = is_cached
+        self.texts = list(texts)
+        self.is_cached = is_cached
         self.handles = self._new_handles()
         self.shard_ids: list[Any] = flatten_shard_ids(self.handles)
         self.nbytes = _nbytes(self.handles)
@@ -49,7 +49,7 @@ class RemoteBatch:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to read."""
-        return not self._texts
+        return not self.texts
 
     def owners_of(self, shard_ids: Container[Any]) -> Counter[str]:
         """At how many of these shards each owner's address is."""
@@ -58,16 +58,16 @@ class RemoteBatch:
 
     def drop_owner(self, address: str) -> int:
         """Read nothing of one owner's any more; returns its trajectories. They stay in `handles`, to be cleared."""
-        by_text = {text: from_text(text) for text in self._texts}
+        by_text = {text: from_text(text) for text in self.texts}
         dropped = {text for text, owned in by_text.items() if next(iter(owned[0].values())).shard.node_addr == address}
-        self._texts = [text for text in self._texts if text not in dropped]
+        self.texts = [text for text in self.texts if text not in dropped]
         self.nbytes = _nbytes(self._new_handles())
         return sum(len(by_text[text]) for text in dropped)
 
     def read(self) -> list[Trajectory]:
         """The batch in tensors on the trainer's device, through handles of this read's own."""
         handles = self._new_handles()
-        if not self._is_cached:
+        if not self.is_cached:
             clear_fetch_buffer(self.shard_ids)
         start = time.perf_counter()
         tensors = RTensor.localize(handles)
@@ -76,7 +76,7 @@ class RemoteBatch:
         return cast(list[Trajectory], tensors)
 
     def _new_handles(self) -> list[dict[str, RTensor]]:
-        return [trajectory for text in self._texts for trajectory in from_text(text)]
+        return [trajectory for text in self.texts for trajectory in from_text(text)]
 
 
 def _nbytes(handles: Sequence[dict[str, RTensor]]) -> int:

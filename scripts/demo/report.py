@@ -110,6 +110,8 @@ def summary(outcome: Outcome, *, device: str, workers: int, seed: int) -> dict[s
         "num_worker_restarts": outcome.num_worker_restarts,
         "num_retried_clears": outcome.num_retried_clears,
         "num_given_up_clears": outcome.num_given_up_clears,
+        "roles": outcome.roles,
+        "http_bytes": outcome.http_bytes,
     }
 
 
@@ -156,9 +158,24 @@ def rows(figures: Mapping[str, Any]) -> dict[str, str]:
         f"the same without the cache (steps: {figures['uncached_steps']})": milliseconds(
             figures["wait_seconds_uncached"]
         ),
+        **of_roles(figures),
         **deaths(figures),
         "bytes in the cache after the last clear": f"{figures['device_bytes_after_clear']:,}",
         "run time": f"{figures['seconds']:.1f} s",
+    }
+
+
+def of_roles(figures: Mapping[str, Any]) -> dict[str, str]:
+    """What the roles fetched, and how, if they are processes."""
+    if not (roles := figures["roles"]):
+        return {}
+    fetched = sum(one["fetch_bytes"] for one in roles.values())
+    ways = sorted({way for one in roles.values() for way in one["sources"].values()})
+    return {
+        "roles, each a process with a cache": ", ".join(roles),
+        "they fetched, together": f"{fetched:,}",
+        "of that over the network": f"{figures['http_bytes']:,}",
+        "read by way of": ", ".join(ways),
     }
 
 

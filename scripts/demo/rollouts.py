@@ -6,7 +6,8 @@ import contextlib
 import http.client
 import json
 import multiprocessing
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -47,51 +48,61 @@ class Death:
     new_address: str
 
 
-class Worker:
-    """One worker process and the pipe to it. Orders are sent one at a time, from a thread of its own.
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Let processes that are started meanwhile, and this one, see these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Child:
+    """One process and the pipe to it. Orders are sent one at a time, from a thread of its own.
 
     Args:
-        number: Its place among the workers, from 0.
-        port: Of its shard server, if it can be had.
+        main: Runs there, with its end of the pipe, `port` and `number`; sends a text first.
+        number: Its place among its kind, from 0.
+        title: What messages call it.
+        port: For `main`.
+        variables: Of its environment, beside this process's.
     """
 
-    def __init__(self, number: int, port: int = 0) -> None:
-        self._number = number
+    def __init__(
+        self,
+        main: Callable[[connection.Connection, int, int], None],
+        number: int,
+        title: str,
+        port: int = 0,
+        **variables: str,
+    ) -> None:
+        self._title = title
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker.main, args=(theirs, port, number), name=f"rollout-worker-{number}", daemon=True
+            target=main, args=(theirs, port, number), name=title.replace(" ", "-"), daemon=True
         )
-        self._process.start()
-        # With our copy of its end closed, the pipe ends when the worker does.
+        with environment(**variables):
+            self._process.start()
+        # With our copy of its end closed, the pipe ends when the process does.
         theirs.close()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"worker-{number}")
-        self._address = self._thread.submit(self._receive)
-
-    @property
-    def address(self) -> str:
-        """Of its shard server; waits until the worker is up."""
-        return str(self._address.result())
-
-    @property
-    def port(self) -> int:
-        """Of its shard server."""
-        return int(self.address.rpartition(":")[2])
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=title.replace(" ", "-"))
+        self._greeting = self._thread.submit(self._receive)
 
     @property
     def sentinel(self) -> int:
         """Becomes readable when the process ends."""
         return self._process.sentinel
 
-    def order(self, order: SampleOrder | ClearOrder) -> Future[Any]:
+    def order(self, order: object) -> Future[Any]:
         """Send an order; the future is its result, or fails with `WorkerError`."""
         return self._thread.submit(self._exchange, order)
-
-    def health(self) -> dict[str, Any]:
-        """What its shard server says about itself."""
-        with contextlib.closing(http.client.HTTPConnection(self.address, timeout=_HEALTH_TIMEOUT_S)) as server:
-            server.request("GET", "/health")
-            return dict(json.load(server.getresponse()))
 
     def check(self) -> None:
         """Raise `WorkerDiedError` if the process has ended."""
@@ -118,7 +129,7 @@ class Worker:
         self._thread.shutdown(cancel_futures=True)
         self._pipe.close()
 
-    def _exchange(self, order: SampleOrder | ClearOrder) -> Any:
+    def _exchange(self, order: object) -> Any:
         try:
             self._pipe.send(order)
         except OSError:
@@ -131,14 +142,41 @@ class Worker:
         except (EOFError, OSError):
             raise self._death() from None
         if isinstance(answer, Failure):
-            raise WorkerError(f"rollout worker {self._number} (pid {self._process.pid}) failed:\n{answer.text}")
+            raise WorkerError(f"{self._title} (pid {self._process.pid}) failed:\n{answer.text}")
         return answer
 
     def _death(self) -> WorkerDiedError:
         self._process.join(_REAP_WAIT_S)
-        return WorkerDiedError(
-            f"rollout worker {self._number} (pid {self._process.pid}) died with exit code {self._process.exitcode}"
-        )
+        return WorkerDiedError(f"{self._title} (pid {self._process.pid}) died with exit code {self._process.exitcode}")
+
+
+class Worker(Child):
+    """One rollout worker.
+
+    Args:
+        number: Its place among the workers, from 0.
+        port: Of its shard server, if it can be had.
+        variables: Of its environment, beside this process's.
+    """
+
+    def __init__(self, number: int, port: int = 0, **variables: str) -> None:
+        super().__init__(worker.main, number, f"rollout worker {number}", port, **variables)
+
+    @property
+    def address(self) -> str:
+        """Of its shard server; waits until the worker is up."""
+        return str(self._greeting.result())
+
+    @property
+    def port(self) -> int:
+        """Of its shard server."""
+        return int(self.address.rpartition(":")[2])
+
+    def health(self) -> dict[str, Any]:
+        """What its shard server says about itself."""
+        with contextlib.closing(http.client.HTTPConnection(self.address, timeout=_HEALTH_TIMEOUT_S)) as server:
+            server.request("GET", "/health")
+            return dict(json.load(server.getresponse()))
 
 
 class Workers:
@@ -146,10 +184,12 @@ class Workers:
 
     Args:
         num_workers: Processes to start. They also end by themselves when this process does, however it ends.
+        variables: Of their environment, beside this process's.
     """
 
-    def __init__(self, num_workers: int) -> None:
-        self._workers = [Worker(number) for number in range(num_workers)]
+    def __init__(self, num_workers: int, **variables: str) -> None:
+        self._variables = variables
+        self._workers = [Worker(number, **variables) for number in range(num_workers)]
         self._sent_by_dead = 0  # bytes of tensors, as far as is known
 
     def __len__(self) -> int:
@@ -198,7 +238,7 @@ class Workers:
             except WorkerDiedError as error:
                 one.stop()
                 dead[number] = one, error
-                self._workers[number] = Worker(number, one.port)
+                self._workers[number] = Worker(number, one.port, **self._variables)
         return [
             Death(number, str(error), one.address, self._workers[number].address)
             for number, (one, error) in dead.items()

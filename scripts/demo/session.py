@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from demo.handles import RemoteBatch
 from demo.learner import Learner, LearnerConfig, Targets
 from demo.meter import Meter, Phase
 from demo.recovery import OnDeath, Recovery
+from demo.roles import CRITIC, REFERENCE, Roles
 from demo.rollouts import WorkerDiedError, WorkerError, Workers
 from demo.trajectory import rewards
 from demo.weights import WeightPublisher, clear_everywhere
@@ -34,6 +36,7 @@ class Plan:
         seed: Of the weights, the prompts and the sampling. On a CPU, equal plans bring equal batches.
         num_prompts: Prompts per step, over all workers.
         learner: Settings of the update.
+        roles: Those that are processes, each with a cache; the actor is the trainer. Empty: the trainer does all.
         kill_worker_at: The step, from 1, whose batch loses a worker between the handles and the first read.
         on_worker_death: End the run, or restart the worker and go on without what was lost.
     """
@@ -43,6 +46,7 @@ class Plan:
     seed: int = 0
     num_prompts: int = 32
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    roles: tuple[str, ...] = ()
     kill_worker_at: int | None = None
     on_worker_death: OnDeath = "fail"
 
@@ -67,6 +71,8 @@ class Outcome:
         num_worker_restarts: Workers that were started anew.
         num_retried_clears: Shards that somebody had to be told of twice.
         num_given_up_clears: Shards that somebody could not be told of twice.
+        roles: What each role has fetched in the steps with the cache, and from where in which way.
+        http_bytes: Bytes of tensors that the workers sent over HTTP meanwhile.
     """
 
     step_rewards: list[float]
@@ -80,6 +86,8 @@ class Outcome:
     num_worker_restarts: int = 0
     num_retried_clears: int = 0
     num_given_up_clears: int = 0
+    roles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    http_bytes: int = 0
 
 
 class Session:
@@ -95,6 +103,7 @@ class Session:
         address: Of this process's shard server.
         on_step: Told after each step with the cache: its mean reward, and the figures so far.
         tell: Takes lines about what went wrong and was mended.
+        roles: The other processes that read each batch.
     """
 
     def __init__(
@@ -105,7 +114,9 @@ class Session:
         address: str,
         on_step: Callable[[float, Phase], None],
         tell: Callable[[str], None] = print,
+        roles: Roles | None = None,
     ) -> None:
+        self._roles = roles
         self._plan = plan
         self._learner = learner
         self._workers = workers
@@ -141,7 +152,8 @@ class Session:
         self._recovery.revive(self._plan.steps)  # servers are asked now
         if not step_rewards:
             raise WorkerError("every batch died with its workers")
-        cached, meter = meter.phase(ask_servers=True), self._meter()
+        cached, http_bytes = meter.phase(ask_servers=True), self._workers.health_total("sent_payload_bytes")
+        fetched, meter = {} if self._roles is None else self._roles.fetched(), self._meter()
         for step in range(self._plan.steps, self._plan.total_steps):
             batch = self._train_step(step, batch, meter, [])
         self._recovery.revive(self._plan.total_steps)
@@ -160,6 +172,8 @@ class Session:
             num_worker_restarts=self._recovery.num_restarts,
             num_retried_clears=clearer.num_retried,
             num_given_up_clears=clearer.num_given_up,
+            roles=fetched,
+            http_bytes=http_bytes,
         )
 
     def _meter(self) -> Meter:
@@ -175,7 +189,8 @@ class Session:
         self._recovery.revive(step + 1)
         following = self._order_batch(step + 1)
         step_rewards += self._train(step, batch)
-        clear_everywhere(batch.handles, is_strict=not self._recovery.is_on)
+        consumers = [] if self._roles is None else [self._roles.clear]
+        clear_everywhere(batch.handles, consumers, is_strict=not self._recovery.is_on)
         meter.note(batch)
         return following
 
@@ -183,7 +198,7 @@ class Session:
         """The mean reward of a batch; none if all of it was lost. What is lost is found out by reading it."""
         while not batch.is_empty:
             try:
-                return [train(self._learner, batch)]
+                return [train(self._learner, batch, self._roles)]
             except FetchError as error:
                 self._recovery.drop_lost(step + 1, batch, error)
         return []
@@ -224,19 +239,30 @@ class Session:
         return (self._plan.seed * 1_000_003 + step) * 1_009 + worker
 
 
-def train(learner: Learner, batch: RemoteBatch) -> float:
+def train(learner: Learner, batch: RemoteBatch, roles: Roles | None = None) -> float:
     """One training step: five reads of the batch, each as if it had come in an RPC of its own.
 
+    Args:
+        learner: Of this process.
+        batch: The batch to train on.
+        roles: Other processes that make some of the reads, at once.
     Returns:
         The mean reward of the batch.
     """
-    reference = learner.reference_logprobs(batch.read())
+    asked = {} if roles is None else roles.ask(batch)
+    reference = None if REFERENCE in asked else learner.reference_logprobs(batch.read())
     actor = learner.actor_logprobs(batch.read())
-    scored = batch.read()
-    targets = Targets(reference, actor, learner.advantages(scored))
+    if CRITIC in asked:
+        advantages, reward = asked[CRITIC].result()
+    else:
+        scored = batch.read()
+        advantages, reward = learner.advantages(scored), float(rewards(scored).mean())
+    if reference is None:
+        reference = asked[REFERENCE].result()
+    targets = Targets(reference.to(actor.device), actor, advantages.to(actor.device))
     for _ in range(NUM_EPOCHS):
         learner.update(batch.read(), targets)
-    return float(rewards(scored).mean())
+    return reward
 
 
 def split(total: int, parts: int) -> list[int]:

@@ -502,6 +502,23 @@ def _reads(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tensor]
     return consumer.transport
 
 
+def test_it_and_owners_report_the_memory_that_they_share(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], local: HttpRTensorBackend
+) -> None:
+    put(owner, tensors := batch())
+    consumers[0].read(address, tensors)
+    cache = running.cache.cache
+    report = cache._publisher._reporter.compose(cache._lazy.open())
+    assert 0 < report["shared_bytes"] <= report["shared_reserved_bytes"]
+    current = runtime.current()
+    current.cache.put("a", torch.ones(3))
+    composed = current.cache._publisher._reporter.compose
+    assert "shared_bytes" not in composed(current.cache._lazy.open()), "it shares none"
+    handles = RTensor.remotize([torch.ones(3)], "127.0.0.1:1")
+    assert composed(current.cache._lazy.open())["shared_bytes"] == 512
+    del handles
+
+
 def test_steps_leave_neither_memory_nor_descriptors(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:

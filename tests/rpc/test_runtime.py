@@ -15,6 +15,7 @@ import torch
 
 from gpu_cache import CacheClosedError, CacheConfig, FetchError
 from gpu_cache.rpc import runtime
+from gpu_cache.rpc.client.backend import CallSource
 from gpu_cache.rpc.client.http import HttpSource
 from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
@@ -288,3 +289,17 @@ def test_a_shard_that_is_not_here_is_asked_for_at_an_address_that_remotize_was_g
         here = RTensor.remotize(torch.zeros(3), server.address)
         there = remote(server.address, "there", torch.ones(3))
         assert [tensor.sum() for tensor in RTensor.localize([here, there])] == [0, 3]
+
+
+def test_a_step_of_several_owners_is_one_clear_for_a_process_that_was_told() -> None:
+    current = runtime.configure(device="cpu")
+    source = CallSource("of the next step", lambda keys, _: [torch.ones(3) for _ in keys], {})
+    current.cache.get_many(["first"], source)
+    current.evict(["first"])
+    before = current.cache.buffer_stats()["clears"]
+    for owner in ("a:1", "b:2"):
+        current.cache.get_many([f"shard of {owner}"], source)
+        current.note_removal(owner)
+    assert current.cache.buffer_stats()["clears"] == before
+    current.note_removal("a:1")
+    assert current.cache.buffer_stats()["clears"] == before + 1, "it was told of the first removal alone"

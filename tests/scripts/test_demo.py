@@ -28,7 +28,7 @@ OTHER_KEYS = {
     "device", "workers", "seed", "reward_first", "reward_last", "rewards", "steps", "trajectories", "shards",
     "hit_rate", "wait_seconds", "wait_seconds_total", "uncached_steps", "wait_seconds_uncached",
     "rollout_wait_seconds", "seconds", "device_bytes_after_clear", "shards_left", "evictions", "overflows",
-    "num_lost_shards", "num_worker_restarts", "num_retried_clears", "num_given_up_clears",
+    "num_lost_shards", "num_worker_restarts", "num_retried_clears", "num_given_up_clears", "roles", "http_bytes",
 }  # fmt: skip
 
 
@@ -276,3 +276,22 @@ def test_a_failure_of_a_worker_is_told_with_its_pid_and_traceback() -> None:
             workers.sample([bad_order])[0].result(DEADLINE_S)
         assert workers.health_total("num_tensors") == 0
     assert not child.is_running()
+
+
+@pytest.mark.parametrize("way", [pytest.param("shm", marks=pytest.mark.slow), "node cache"])
+def test_roles_that_are_processes_share_what_crosses_the_network(way: str, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    arguments = ["--quiet", "--steps", "1", "--uncached-steps", "0", "--workers", "1", "--roles", "actor,ref,critic"]
+    with started(*arguments, *(["--node-cache"] if way == "node cache" else []), "--json", str(path)) as process:
+        figures = figures_of(process, path)
+    fetched = [one["fetch_bytes"] for one in figures["roles"].values()]
+    assert fetched == [figures["wire_bytes"]] * 3, "each has read every batch"
+    assert {one for role in figures["roles"].values() for one in role["sources"].values()} == {way}
+    assert 3 * figures["http_bytes"] <= sum(fetched)
+    assert report.rows(figures)["read by way of"] == way
+
+
+@pytest.mark.parametrize("roles", ["ref", "actor,teacher"])
+def test_roles_that_there_are_not_are_refused(roles: str) -> None:
+    with pytest.raises(SystemExit):
+        train_demo.main(["--quiet", "--roles", roles])

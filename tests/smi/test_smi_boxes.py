@@ -11,7 +11,7 @@ import pytest
 from gpu_cache.smi import boxes
 from tests.support.smi_machine import Machine, Run, add_strange, add_trainers, machine, matches_golden
 from tests.support.smi_nvml import FakeNvml
-from tests.support.smi_reports import report
+from tests.support.smi_reports import durations, report, source
 
 MIB = 1 << 20
 WIDTHS = pytest.mark.parametrize("width", [80, 100])
@@ -185,3 +185,22 @@ def test_below_78_columns_each_process_has_a_short_line(node: Machine, width: in
     assert "   3   41876  actor/3" in shown
     assert "LEAK    14.1GiB  1h12m\n" in shown
     assert "+--" not in shown
+
+
+@WIDTHS
+def test_shared_memory_is_counted_for_its_owners_alone_and_sources_say_how_they_are_read(
+    bare: Machine, width: int
+) -> None:
+    for number, way in enumerate(["shm", "node cache"]):
+        made = report(number)
+        made["sources"] = {f"gpu-a-02{number}:35221": source(3, 40, 4e9, 2e9, durations(3.1, 8.4)) | {"transport": way}}
+        made |= {"shared_bytes": 4 * MIB, "shared_reserved_bytes": 16 * MIB} if number else {}
+        bare.folder.add(made, host_pid=41873 + number)
+    out = bare.run("--by", "source", width=width).out
+    assert "gpu-a-020:35221 (shm) " in out
+    assert "gpu-a-021:35221 (node) " in out
+    out = bare.run(width=width).out
+    assert "shared 4MiB / 16MiB" in out
+    first, second = json.loads(bare.run("--json").out)["processes"]
+    assert "shared_bytes" not in first
+    assert (second["shared_bytes"], second["shared_reserved_bytes"]) == (4 * MIB, 16 * MIB)

@@ -72,8 +72,8 @@ class HttpRTensorBackend:
         node_cache: Where a node cache is looked for, by way of which shards of other hosts are read; "": nowhere. None:
             where GPU_CACHE_NODE_CACHE says. Without shared memory there is none.
     Attributes:
-        on_removal: Called when an owner's answer to a fetch says that it has removed shards since the answer before;
-            set before the first request.
+        on_removal: Called with an owner's address when its answer to a fetch says that it has removed shards since the
+            answer before; set before the first request.
     Raises:
         ValueError: `max_shards_per_request` or `max_unknown_bytes` is not positive, or the token is not one line of
             printable ASCII.
@@ -96,7 +96,7 @@ class HttpRTensorBackend:
             raise ValueError("max_unknown_bytes must be positive")
         self.max_shards_per_request = max_shards_per_request
         self.shards = shards
-        self.on_removal: Callable[[], object] = lambda: None
+        self.on_removal: Callable[[str], object] = lambda _: None
         secret = find_token(token)
         self._settings = HttpSettings(
             {"Authorization": f"Bearer {secret}"} if secret else {},
@@ -235,7 +235,7 @@ class HttpRTensorBackend:
             self.memories.close()
 
     def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
-        node = self._nodes.setdefault(address, NodeState(self.on_removal))
+        node = self._nodes.setdefault(address, NodeState(partial(self.on_removal, address)))
         return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s, node)
 
     def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:
