@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import urllib.request
@@ -332,3 +334,63 @@ def test_alerts_ask_for_exported_metrics() -> None:
     assert asked_for(text) <= names_of()
     assert len(re.findall(r"^      - alert: ", text, re.M)) == 5
     assert len(re.findall(r"^        for: ", text, re.M)) == 5
+
+
+def promtool(*arguments: str, text: str = "") -> str:
+    """Run Prometheus' own checker; it must succeed."""
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool on the PATH: apt-get install prometheus")
+    done = subprocess.run(["promtool", *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prometheus_takes_the_alerts() -> None:
+    assert "SUCCESS: 5 rules found" in promtool("check", "rules", str(DASHBOARDS / "alerts.yml"))
+
+
+def test_prometheus_takes_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    dashboard = json.loads((DASHBOARDS / "grafana.json").read_text())
+    queries = [
+        re.sub(r"\$__\w+", "5m", target["expr"]) for panel in dashboard["panels"] for target in panel.get("targets", ())
+    ]
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    path = tmp_path / "queries.yml"
+    path.write_text(json.dumps({"groups": [{"name": "queries", "rules": rules}]}))  # JSON is YAML too
+    assert f"SUCCESS: {len(queries)} rules found" in promtool("check", "rules", "--lint=none", str(path))
+
+
+def test_the_dashboard_has_what_grafana_asks_for() -> None:
+    """Fields and ranges of Grafana's own `kinds/dashboard/dashboard_kind.cue`, in the classic form that it imports."""
+    dashboard = json.loads((DASHBOARDS / "grafana.json").read_text())
+    assert 8 <= len(dashboard["uid"]) <= 40
+    assert dashboard["title"]
+    assert 36 <= dashboard["schemaVersion"] < 1 << 16
+    assert set(dashboard["time"]) == {"from", "to"}
+    assert dashboard["editable"] in (True, False)
+    for variable in dashboard["templating"]["list"]:
+        assert variable["type"] in ("query", "datasource"), variable["name"]
+        assert variable.get("hide", 0) in (0, 1, 2)
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["type"], panel["title"]
+        at = panel["gridPos"]
+        assert at["h"] > 0
+        assert at["w"] > 0
+        assert at["y"] >= 0
+        assert 0 <= at["x"] <= 24 - at["w"], panel["title"]
+        if panel["type"] != "row":
+            _check_panel(panel)
+
+
+def _check_panel(panel: dict[str, Any]) -> None:
+    references = [target["refId"] for target in panel["targets"]]
+    assert len(set(references)) == len(references) > 0, panel["title"]
+    assert set(panel["datasource"]) <= {"type", "uid"}
+    assert set(panel["fieldConfig"]) == {"defaults", "overrides"}, panel["title"]
+    thresholds = panel["fieldConfig"]["defaults"].get("thresholds", {"mode": "absolute", "steps": []})
+    assert thresholds["mode"] in ("absolute", "percentage")
+    assert all(step["color"] for step in thresholds["steps"])
+    for mapping in panel["fieldConfig"]["defaults"].get("mappings", ()):
+        assert mapping["type"] in ("value", "range", "regex", "special")
