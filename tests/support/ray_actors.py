@@ -62,3 +62,11 @@ class Worker:
 
     def backend(self) -> str:
         return type(rtensor.get_backend()).__name__
+
+
+class AsyncWorker:
+    """An actor with an event loop, in which coroutines call what blocks."""
+
+    async def handed_on(self, handles: list[RTensor]) -> list[RTensor]:
+        """The same tensors, stored by this process."""
+        return RTensor.remotize(RTensor.localize(handles), "")  # type: ignore[no-any-return]
