@@ -20,6 +20,7 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine exceeds what Ray gives a node to start
 }
 
 
@@ -34,7 +35,6 @@ def started() -> Any:
             )  # fmt: skip
             break
         except Exception as error:
-            # Its node has 30 s to start, which a busy machine may exceed.
             if is_last or "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
