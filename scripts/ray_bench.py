@@ -114,9 +114,7 @@ class Reader:
 def main() -> int:
     """Run the rounds and print medians."""
     options = _parser().parse_args()
-    os.environ.setdefault(
-        "RAY_raylet_start_wait_time_s", "120"
-    )  # a busy machine exceeds what Ray gives a node to start
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # more than Ray gives a node to start
     ray = importlib.import_module("ray")
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])

@@ -24,9 +24,7 @@ STORE_BYTES = 256 << 20
 def main() -> int:
     """Run the demo; the exit status is 1 without Ray, or if a process still holds a shard in the end."""
     options = parser_of(__doc__).parse_args()
-    os.environ.setdefault(
-        "RAY_raylet_start_wait_time_s", "120"
-    )  # a busy machine exceeds what Ray gives a node to start
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # more than Ray gives a node to start
     try:
         ray = importlib.import_module("ray")
     except ImportError:
