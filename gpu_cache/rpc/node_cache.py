@@ -199,10 +199,11 @@ class NodeCache:
     def _versions(self, address: str, checked: Checked) -> dict[str, Version]:
         """The keys of the shards that an owner has; what the cache has under earlier ones is dropped."""
         versions = {key: Version(key, address, (checked.incarnation, one)) for key, one in checked.serials.items()}
+        num_cached = len(self.cache)
         with self._lock:
             old = [self._latest[key] for key, one in versions.items() if self._latest.get(key, one) != one]
             self._latest.update(versions)
-            is_long = len(self._latest) > _MAX_FORGOTTEN + 2 * len(self.cache)
+            is_long = len(self._latest) > _MAX_FORGOTTEN + 2 * num_cached
         if old:
             self.cache.clear(old)
         if is_long:  # of shards that were evicted

@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import errno
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from gpu_cache import CacheConfig, FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
-from gpu_cache.rpc import clearing, runtime, segments, store
-from gpu_cache.rpc.client import connection, memory, pool
+from gpu_cache.rpc import clearing, node_cache, runtime, segments, store
+from gpu_cache.rpc.client import connection, memory, pool, ray_objects
+from gpu_cache.rpc.client.http import Checked
 from gpu_cache.rpc.rtensor import HttpRTensorBackend, RTensor, clear_fetch_buffer, set_backend
 from gpu_cache.rpc.server import expiry, requests, same_host
 from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.shard import ShardUnreachableError
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.records import MEMORY_HEADER, announced
 from tests.support.areal_fixtures import delete, remote
@@ -37,16 +40,18 @@ SPARE = {f"spare-{n}": torch.ones(1) for n in range(600)}
 def garbage(monkeypatch: pytest.MonkeyPatch) -> Garbage:
     """Garbage that locks collect if they are made from here on."""
     garbage = Garbage()
-    for module in (runtime, store, clearing, expiry, requests, connection, pool, segments, memory, same_host):
+    modules = runtime, store, clearing, expiry, requests, connection, pool, segments, memory, same_host, node_cache
+    for module in modules:
         monkeypatch.setattr(module, "threading", garbage.threading())
-    monkeypatch.setattr(runtime, "_lock", CollectingLock(runtime._lock, garbage))
+    for module in (runtime, ray_objects):
+        monkeypatch.setattr(module, "_lock", CollectingLock(module._lock, garbage))
     donor = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="1MiB"), device=HostDevice())
     garbage.stock += donor.get_many(list(SPARE), DictSource(SPARE))
     donor.clear()
     return garbage
 
 
-def use_everything(garbage: Garbage) -> None:
+def use_everything(garbage: Garbage, folder: Path) -> None:
     """Store, fetch from a server and from this process, lose a connection, clear, and start again."""
     owner, own = FakeOwner(), runtime.current().store
     with rpc_server.start(owner=owner) as server:
@@ -82,6 +87,8 @@ def use_everything(garbage: Garbage) -> None:
     refuse_the_second(requests.Sending(1))
     share_memory(garbage)
     offer_memory(own)
+    keep_for_the_host(folder / "node-cache")
+    hold_an_object_of_ray()
 
 
 def refuse_the_second(sending: requests.Sending) -> None:
@@ -169,8 +176,38 @@ def offer_memory(own: ShardStore) -> None:
     give_back(own)
 
 
-def test_tensors_die_in_every_critical_section_of_the_data_plane(garbage: Garbage) -> None:
-    in_background(lambda: use_everything(garbage)).result(DEADLOCK_S)
+def keep_for_the_host(path: Path) -> None:
+    """Read shards by way of a node cache, whose owner then does not say what it has cleared."""
+    owner, backend = FakeOwner(), HttpRTensorBackend(same_host=True, node_cache=str(path))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv(segments.VARIABLE, "0")
+        patched.setattr(node_cache, "_MAX_FORGOTTEN", -10)
+        with rpc_server.start(owner=owner) as server, node_cache.Running(path, 8 << 20) as running:
+            set_backend(backend)
+            for name in "ab":
+                read_back(owner.store, server.address, name)
+                assert transport(server.address) == "node cache"
+            clear_fetch_buffer(["a"])
+            eventually(lambda: "a" not in running.cache._latest)
+            patched.setattr(running.cache, "_drop_gone", unreachable)
+            with pytest.raises(ShardUnreachableError):
+                running.cache._sweep(server.address, Checked("another", "1", "", {}))
+            backend.close()
+    set_backend(None)
+
+
+def unreachable(address: str) -> None:
+    raise ShardUnreachableError(address)
+
+
+def hold_an_object_of_ray() -> None:
+    """Have a handle of one of its shards, and clear that."""
+    info = ray_objects.info_of(ray_objects.Sent("ray:object", object(), 2), 1)
+    assert ray_objects.clear([info.shard_id]) == (1, [])
+
+
+def test_tensors_die_in_every_critical_section_of_the_data_plane(garbage: Garbage, tmp_path: Path) -> None:
+    in_background(lambda: use_everything(garbage, tmp_path)).result(DEADLOCK_S)
     assert garbage.stock, "there was always one to die"
     never = critical_sections("gpu_cache/rpc") - {place for place, count in garbage.collected.items() if count}
     assert not never, "nothing died there"

@@ -248,7 +248,7 @@ class Writer:
         try:
             memory = self._spare.pop()
         except IndexError:
-            memory = torch.empty(0, dtype=torch.uint8)
+            memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         if len(memory) < group.nbytes:
             memory = host_tensor(group.nbytes)
         for tensor, begin in zip(group.tensors, group.begins, strict=True):
