@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +75,13 @@ class Learner:
         torch.manual_seed(seed)
         self.policy = Policy().to(device)
         self._reference = copy.deepcopy(self.policy).requires_grad_(False)
-        self._optimizer = torch.optim.AdamW(
-            self.policy.parameters(), self._config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
         self._shuffle = torch.Generator().manual_seed(seed)
+
+    @functools.cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Made by the first update: torch takes seconds for that, and a reference needs none."""
+        parameters = self.policy.parameters()
+        return torch.optim.AdamW(parameters, self._config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
 
     @property
     def num_parameters(self) -> int:

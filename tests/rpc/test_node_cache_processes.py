@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +23,8 @@ from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import clear_fetch_buffer, set_backend
 from tests.support.free_ports import free_ports
 from tests.support.interleave_stage import eventually
-from tests.support.same_host_process import KEYS, Nursery, fetched, num_descriptors, nursery
+from tests.support.same_host_process import KEYS, ROOT, Nursery, fetched, num_descriptors, nursery
+from tests.support.two_hosts import NUM_CONSUMERS
 
 pytestmark = pytest.mark.scripts
 
@@ -154,3 +159,28 @@ def test_a_killed_one_is_gone_at_once_though_its_child_lives(
     finally:
         os.kill(child, signal.SIGKILL)
         cast.close()
+
+
+def _lacks_namespaces() -> str:
+    """Why there are no network namespaces here; "" if there are."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None or shutil.which("nsenter") is None:
+        return "needs unshare, nsenter and ip"
+    command = ["unshare", "-rn", "ip", "link", "add", "cable1", "type", "veth", "peer", "name", "cable2"]
+    tried = subprocess.run(command, capture_output=True, text=True)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+def test_two_hosts_over_ipv4_and_ipv6_one_of_which_is_cut_off_amid_a_fetch(tmp_path: Path) -> None:
+    if why := _lacks_namespaces():
+        pytest.skip(f"no network namespaces here: {why}")
+    command = ["unshare", "-rn", sys.executable, "-W", "ignore", "-m", "tests.support.two_hosts", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    nbytes = sum(int(key.split(":")[1]) for key in KEYS)
+    by_way = {"ways": ["node cache"] * NUM_CONSUMERS, "errors": []}
+    for how in ("v4", "v6"):
+        assert found[f"2 from 1, {how}"] == found[f"1 from 2, {how}"] == found["again, v6"] == by_way
+    assert found["fetched by 1"] == found["fetched by 2"] == 2 * nbytes, "once over each protocol, for all consumers"
+    assert found["cut off"]["errors"]
+    assert found["again, v4"]["errors"] == []
