@@ -215,6 +215,30 @@ def test_a_failing_eviction_is_reported_but_the_store_is_cleared(server: ServerH
     assert len(owner.store) == 0
 
 
+def test_serials_tell_which_shards_there_are_and_whether_they_are_the_same(
+    server: ServerHandle, owner: FakeOwner
+) -> None:
+    def serials() -> list[str | None]:
+        reply = ask(server, "POST", "/data/serials", {"shard_ids": ["a", "gone", "b", "a"]})
+        assert reply.status == 200
+        found: list[str | None] = reply.json["serials"]
+        return found
+
+    owner.store.update({"a": torch.ones(1), "b": torch.ones(1)})
+    before = serials()
+    assert before == serials()
+    assert (before[1], before[0], len(set(before))) == (None, before[3], 3)
+    owner.store["a"] = torch.ones(1)
+    owner.store["b"].add_(1)
+    owner.store["gone"] = torch.ones(1)
+    assert not set(before) & set(serials())
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=repr)
+def test_serials_with_a_bad_body_are_refused(server: ServerHandle, body: object) -> None:
+    assert_refused(ask(server, "POST", "/data/serials", body), 400, BATCH_MESSAGE)
+
+
 @pytest.mark.parametrize("trims", [True, False])
 def test_reclaim_says_whether_memory_was_given_back(server: ServerHandle, owner: FakeOwner, trims: bool) -> None:
     owner.trims = trims

@@ -66,7 +66,7 @@ def test_without_the_token_every_route_but_health_is_closed(owner: FakeOwner, gi
     owner.store["a"] = torch.ones(1)
     headers = {} if given is None else {"Authorization": given.encode().decode("latin-1")}
     routes = [("GET", "/data/a"), ("PUT", "/data/a"), ("POST", "/data/batch"), ("DELETE", "/data/clear")]
-    routes += [("POST", "/data/reclaim"), ("GET", "/nothing"), ("GET", "/health/../data/a")]
+    routes += [("POST", "/data/reclaim"), ("POST", "/data/serials"), ("GET", "/nothing"), ("GET", "/health/../data/a")]
     with rpc_server.start(owner=owner, token="secretx") as server:
         for method, path in routes:
             reply = ask(server, method, path, b"", headers)
@@ -99,7 +99,7 @@ def test_a_web_page_gets_nothing_and_changes_nothing(
 ) -> None:
     owner.store["a"] = torch.ones(1)
     routes = [("GET", "/health"), ("GET", "/data/a"), ("POST", "/data/batch"), ("DELETE", "/data/clear")]
-    for method, path in [*routes, ("PUT", "/data/a"), ("POST", "/data/reclaim"), ("OPTIONS", "/data/a")]:
+    for method, path in [*routes, ("PUT", "/data/a"), ("POST", "/data/serials"), ("OPTIONS", "/data/a")]:
         reply = ask(server, method, path, {"shard_ids": ["a"]}, headers)
         assert (reply.status, reply.json["status"]) == (403, "error")
         assert reply.json["message"].endswith("allow_hosts= or --allow-host lets more names in")
