@@ -304,11 +304,23 @@ class Segments:
         self._used_bytes -= nbytes
 
     def _gather_locked(self) -> None:
+        """Take back what was freed; neighbours that died one after the other go back as one range."""
+        segment: Segment | None = None
+        start = end = 0
         with contextlib.suppress(IndexError):
             while True:
                 lease = self._freed.popleft()
                 lease.segment.leases.discard(lease)
-                self._give_locked(lease.segment, lease.start, lease.nbytes)
+                if lease.segment is segment and lease.start == end:
+                    end += lease.nbytes
+                elif lease.segment is segment and lease.start + lease.nbytes == start:
+                    start = lease.start  # a list drops its items from the last to the first
+                else:
+                    if segment is not None:
+                        self._give_locked(segment, start, end - start)
+                    segment, start, end = lease.segment, lease.start, lease.start + lease.nbytes
+        if segment is not None:
+            self._give_locked(segment, start, end - start)
 
     def _surplus_locked(self) -> list[Segment]:
         """Unused segments beyond what is kept, the smallest first; forgotten here."""

@@ -85,6 +85,16 @@ def test_a_range_comes_free_shard_by_shard_and_is_used_again(store: ShardStore) 
     assert places(store, put(store, torch.ones(2048, dtype=torch.uint8))) == [before[0]]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 2, 3), (0, 2, 1, 3), (2, 3, 0, 1)])
+def test_ranges_that_die_in_any_order_come_free_as_one(store: ShardStore, order: tuple[int, ...]) -> None:
+    ids = put(store, *(torch.zeros(512 * length, dtype=torch.uint8) for length in (1, 2, 3, 1)))
+    before = places(store, ids)
+    for number in order:
+        store.remove([ids[number]])
+    assert places(store, put(store, torch.ones(512 * 7, dtype=torch.uint8))) == [before[0]]
+    assert store.segments.stats()["shared_bytes"] == 512 * 7
+
+
 @pytest.mark.parametrize(
     "alias",
     [
