@@ -36,7 +36,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from gpu_cache import CacheConfig, Promise, ShardReader, ShardSpec, TensorCache
+from gpu_cache import CacheClosedError, CacheConfig, Promise, ShardReader, ShardSpec, TensorCache
 from gpu_cache.config import parse_size
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena
@@ -49,7 +49,7 @@ from gpu_cache.rpc.server.main import readable_on
 from gpu_cache.rpc.server.same_host import Located, SameHostServer
 from gpu_cache.rpc.shard import ShardFetchError, TensorShardInfo
 from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire.records import ELSEWHERE, Proxied, boot_id, record_of
+from gpu_cache.rpc.wire.records import ELSEWHERE, MAX_COUNT, Proxied, boot_id, record_of
 from gpu_cache.source import NO_SOURCE
 
 ROLE = "node-cache"
@@ -60,6 +60,7 @@ _MAX_UNDER_WAY = 128  # questions; those beyond are left to their owners at once
 _MAX_FORGOTTEN = 65_536  # shards that were evicted, and are still known by name
 _MAX_CHECKED = 16_384  # shards in one question to an owner
 _SWEEP_S = 10.0
+_LONGEST_S = 600.0  # for an answer
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +160,11 @@ class NodeCache:
     def _work(self, asked: Proxied, answer: Callable[[Located], None]) -> None:
         located, checked = _left_to_owner(asked), None
         try:
-            deadline = time.monotonic() + asked.timeout_s
-            checked = self._backend.check(asked.address, asked.ids, asked.timeout_s)
+            timeout_s = min(asked.timeout_s, _LONGEST_S)
+            deadline = time.monotonic() + timeout_s
+            checked = self._backend.check(asked.address, asked.ids, timeout_s)
             located = self._brought(asked, checked, deadline)
-        except ShardFetchError as error:  # whatever fails, the consumer asks the owner itself
+        except (ShardFetchError, CacheClosedError) as error:  # whatever fails, the consumer asks the owner itself
             logger.info("leaving %d shards of %s to their owner: %s", len(asked.ids), asked.address, str(error))
         except Exception:
             logger.exception("fetching %d shards of %s failed", len(asked.ids), asked.address)
@@ -193,7 +195,7 @@ class NodeCache:
             expected=promises,
         )
         records = {key: self._record(tensor) for key, tensor in zip(versions, tensors, strict=True)}
-        removals = int(checked.removals) if checked.removals.isdecimal() else 0
+        removals = min(int(checked.removals), MAX_COUNT) if checked.removals.isdecimal() else 0
         return Located(b"".join([records.get(key, ELSEWHERE) for key in asked.ids]), tensors, removals)
 
     def _versions(self, address: str, checked: Checked) -> dict[str, Version]:

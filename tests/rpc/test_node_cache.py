@@ -432,7 +432,7 @@ def test_a_dead_owner_stalls_only_its_own_shards(
         asking.start()
         eventually(lambda: running.cache._num_under_way == 1)
         for _ in range(5):
-            consumers[1].read(address, tensors, timeout_s=1.0)
+            consumers[1].read(address, tensors)
             assert consumers[1].transport == "node cache"
         asking.join()
         assert failed
@@ -456,6 +456,33 @@ def test_an_owner_without_serials_is_asked_itself(
     server = serve(lambda exchange: exchange.send(next(answers)))
     consumers[0].read(server.address, tensors)
     assert consumers[0].transport == "http"
+
+
+SAID = {
+    "removals": (b'{"serials": ["1"]}', {"X_Shard_Incarnation": "x", "X_Shard_Removals": "9" * 40}),
+    "numbers": (b'{"serials": [7]}', {"X_Shard_Incarnation": "x"}),
+    "too few": (b'{"serials": []}', {"X_Shard_Incarnation": "x"}),
+    "list": (b"[]", {}),
+    "no text": (b"\xff" * 10_000, {}),
+}
+
+
+@pytest.mark.parametrize("said", SAID.values(), ids=list(SAID))
+def test_nothing_that_an_owner_says_of_its_shards_hurts_it(
+    owner: FakeOwner,
+    address: str,
+    running: Running,
+    consumers: list[Consumer],
+    serve: Callable[..., FaultServer],
+    said: tuple[bytes, dict[str, str]],
+) -> None:
+    tensors = {"a": torch.ones(3)}
+    body, headers = said
+    answers = iter([reply(body, content_type="application/json", **headers), *[reply(frame(tensors))] * 3])
+    consumers[0].read(serve(lambda exchange: exchange.send(next(answers))).address, tensors)
+    put(owner, tensors := batch())
+    consumers[0].read(address, tensors)
+    assert consumers[0].transport == "node cache"
 
 
 # Memory.

@@ -42,6 +42,7 @@ from gpu_cache.source import LentMemory
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 _PAGES_BYTES = 2 << 20  # pages are mapped in such steps
 PATIENCE_S = 10.0  # the longest wait for an owner of this host; then HTTP is asked, which tells more
+_PROXY_PATIENCE_S = 30.0  # for a node cache, which may have to fetch the shards first
 _AGAIN_S = 30.0  # after this an owner whose memory was out of reach is asked for it again
 _LATE_AGAIN_S = 600.0  # and a node cache for shards of an owner of which it could not tell in time: that took long
 _LOOK_S = 1.0  # between two looks at which owners are gone
@@ -158,7 +159,7 @@ class MemoryConnection:
         """
         now = time.monotonic()
         left_s = deadline - now
-        patience_s = PATIENCE_S if kind == FETCH else left_s / 3  # a node cache has to fetch them first
+        patience_s = PATIENCE_S if kind == FETCH else _PROXY_PATIENCE_S
         self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, patience_s), patience_s
         hold_ms = min(int((max(left_s, 0.0) + _HOLD_SLACK_S) * 1000), 0xFFFFFFFF)
         segments: list[tuple[int, int, int]] = []

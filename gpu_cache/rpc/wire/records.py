@@ -47,6 +47,7 @@ _MAGIC = b"gcm1"
 FETCH, RELEASE, HELLO, SEGMENTS, RECORDS, FETCH_FOR, FORGET = range(1, 8)
 SEGMENT = struct.Struct("<IxxxxQ")  # of SEGMENTS: number and length
 COUNT = struct.Struct("<Q")  # RECORDS begin with how often the owner has removed shards
+MAX_COUNT = (1 << 64) - 1
 NUMBER = struct.Struct("<I")  # then come the numbers of its segments, and the records
 MAX_IDS = 65_536
 MAX_IDS_BYTES = 4 << 20
