@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import os
 import statistics
@@ -118,22 +119,23 @@ def main() -> int:
     ray = importlib.import_module("ray")
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])
-    with_second = _start(ray, options.nodes)
-    try:
+    with contextlib.ExitStack() as stack:
+        placement = _start(ray, options.nodes, stack)
         for name in options.workloads:
-            _run(ray, make_workload(name, options.fraction), options, with_second)
-    finally:
-        ray.shutdown()
+            _run(ray, make_workload(name, options.fraction), options, placement)
     return 0
 
 
-def _start(ray: Any, num_nodes: int) -> dict[str, Any]:
-    """Start the nodes; returns options of an actor on the last."""
+def _start(ray: Any, num_nodes: int, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Start the nodes, which end with `stack`; returns options of an actor on the last."""
     settings = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     if num_nodes == 1:
-        ray.init(**settings, log_to_driver=False, logging_level="ERROR")
+        stack.callback(ray.shutdown)
+        ray.init(address="local", **settings, log_to_driver=False, logging_level="ERROR")
         return {}
     cluster = importlib.import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=settings)
+    stack.callback(cluster.shutdown)
+    stack.callback(ray.shutdown)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, resources={"second": 1})
     return {"resources": {"second": 1}}

@@ -33,7 +33,7 @@ def main() -> int:
     console.print(f"Ray {ray.__version__} starts {options.workers + 2} actors.")
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])  # of the actors
     ray.init(
-        num_cpus=options.workers + 2, include_dashboard=False, object_store_memory=STORE_BYTES,
+        address="local", num_cpus=options.workers + 2, include_dashboard=False, object_store_memory=STORE_BYTES,
         log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ def started() -> Any:
     for is_last in (False, True):
         try:
             ray.init(
-                num_cpus=2, include_dashboard=False, object_store_memory=STORE_BYTES, log_to_driver=False,
-                logging_level="ERROR",
+                address="local", num_cpus=2, include_dashboard=False, object_store_memory=STORE_BYTES,
+                log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
             break
         except Exception as error:
@@ -64,6 +65,7 @@ def nothing_stored(used_bytes: Callable[[], float]) -> Callable[[], None]:
     """Wait until the store has nothing to keep; the raylet reports every 100 ms or so."""
 
     def check() -> None:
+        gc.collect()  # errors that tests caught, and the handles in their frames
         deadline = time.monotonic() + PATIENCE_S
         while (left := used_bytes()) > 0:
             assert time.monotonic() < deadline, f"{left:,.0f} bytes stay in the object store"
