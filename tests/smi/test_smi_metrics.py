@@ -345,6 +345,15 @@ def promtool(*arguments: str, text: str = "") -> str:
     return done.stdout
 
 
+def test_prometheus_takes_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with machine(tmp_path, monkeypatch, capsys) as node:
+        add_trainers(node.folder)
+        text = exposition.text(node.look)
+    assert promtool("check", "metrics", text=text) == ""
+
+
 def test_prometheus_takes_the_alerts() -> None:
     assert "SUCCESS: 5 rules found" in promtool("check", "rules", str(DASHBOARDS / "alerts.yml"))
 
