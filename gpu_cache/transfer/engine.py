@@ -54,8 +54,7 @@ class Engine:
         )
         self.room = RoomMaker(index, self.pool, *([] if self.tier is None else [self.tier.take_in]))
         self.staging = StagingRing(device, self.config) if device.stages else None
-        below = None if self.tier is None else self.tier.transfer
-        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, inflight, below)
+        self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, inflight)
         self.fence.note(self.transfer.stream)
         self.pools = [self.pool] if self.tier is None else [self.pool, self.tier.pool]
         self.reaper = Reaper(self, self.husks)
@@ -121,6 +120,8 @@ class Engine:
     def finish(self) -> None:
         """Give back what is unused; waits for copies under way."""
         self.transfer.finish()
+        if self.tier is not None:
+            self.tier.finish()
 
     def stats(self) -> dict[str, float]:
         """The device's part of `BufferStats`."""

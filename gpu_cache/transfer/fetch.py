@@ -27,7 +27,6 @@ from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.host_tier import HostTier, ResidentReader
 from gpu_cache.transfer.inflight import Turn
 from gpu_cache.transfer.tensor_reader import TensorReader
-from gpu_cache.transfer.transfer import Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class ReaderTask:
     ) -> None:
         self.reader, self.entries = reader, entries
         self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
-        self._index, self._transfer, self._live = level.index, level.transfer, live
+        self._index, self._level, self._live = level.index, level, live
         self._is_fetch = any(entry.is_fetch for entry in entries.values())
         self._deadline, self._may_overflow = deadline, may_overflow
         self._announced: set[Hashable] = set()
@@ -92,7 +91,7 @@ class ReaderTask:
             if self._is_fetch:
                 self._index.note_fetch(self.reader.node, begins=False)
             if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
-                _finish(self._transfer)
+                _finish(self._level)
             self._live.discard(self)  # last: from here on `close` waits for the thread no more
 
     def take_over(self) -> bool:
@@ -123,7 +122,7 @@ class ReaderTask:
         """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
         self._index.abort(self.entries.values(), error)
         self._turn.is_given_up = True
-        self._transfer.inflight.wake()
+        self._level.transfer.inflight.wake()
         try:
             self.reader.cancel()
         except Exception:
@@ -160,7 +159,9 @@ class ReaderTask:
     def _drain(self) -> BaseException | None:
         self._began, self._ended = None, time.monotonic()
         try:
-            self._transfer.drain(self.reader, self, self._deadline, may_overflow=self._may_overflow, turn=self._turn)
+            self._level.transfer.drain(
+                self.reader, self, self._deadline, may_overflow=self._may_overflow, turn=self._turn
+            )
             self._note_answer()
         except BaseException as caught:  # top of a thread: the waiters re-raise it
             traceback.clear_frames(caught.__traceback__)  # a kept error must not keep blocks
@@ -181,9 +182,9 @@ class ReaderTask:
             self._index.note_answer(self.reader.node, self._ended - self._began, transport)
 
 
-def _finish(transfer: Transfer) -> None:
+def _finish(level: Engine | HostTier) -> None:
     try:
-        transfer.finish()
+        level.finish()
     except Exception:  # top of a thread
         logger.exception("giving back the memory of a closed cache failed")
 

@@ -166,6 +166,10 @@ class HostTier:
                 logger.warning("evicted shards could not be copied to the host tier: %s", str(error))
         return refuges.copies
 
+    def finish(self) -> None:
+        """Give back what is unused; waits for copies under way."""
+        self.transfer.finish()
+
     def stats(self) -> dict[str, float]:
         """The tier's part of `BufferStats`."""
         return {

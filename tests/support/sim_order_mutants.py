@@ -11,11 +11,11 @@ from gpu_cache.pool.block import Quarantine
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.slab import SlabPool
-from gpu_cache.source import ShardReader
 from gpu_cache.transfer.engine import Engine
 from gpu_cache.transfer.inflight import Turn
+from gpu_cache.transfer.runs import Piece
 from gpu_cache.transfer.staging import Slot, StagingRing
-from gpu_cache.transfer.transfer import Piece, Transfer
+from gpu_cache.transfer.transfer import Delivery
 from tests.support.sim_mutant import Mutants
 
 ORDER_MUTANTS = Mutants()
@@ -117,38 +117,37 @@ def _stale_events(original: Any, self: SlabPool) -> list[Quarantine]:
 # Copies.
 
 
-@_mutant("the copies' event recorded before them", Transfer, "_receive")
-def _early_event(original: Any, self: Transfer, *args: Any) -> Completion:
+@_mutant("the copies' event recorded before them", Delivery, "_receive")
+def _early_event(original: Any, self: Delivery, *args: Any) -> Completion:
     return _receive_marked(self, *args, before=0)
 
 
-@_mutant("the copies' event recorded behind the first", Transfer, "_receive")
-def _first_copy(original: Any, self: Transfer, *args: Any) -> Completion:
+@_mutant("the copies' event recorded behind the first", Delivery, "_receive")
+def _first_copy(original: Any, self: Delivery, *args: Any) -> Completion:
     return _receive_marked(self, *args, before=1)
 
 
-def _receive_marked(
-    self: Transfer, reader: ShardReader, window: list[Piece], turn: Turn, deadline: float, *, before: int
-) -> Completion:
+def _receive_marked(self: Delivery, window: list[Piece], *, before: int) -> Completion:
     """`_receive` as it is, but for the place of the event: before the copy of that number, at the latest at the end."""
     assert self._staging is not None
-    slot = self._staging.acquire(max(0.0, deadline - time.monotonic()), turn)
+    stream = self._transfer.stream
+    slot = self._staging.acquire(max(0.0, self._deadline - time.monotonic()), self._turn)
     try:
-        reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
+        self._reader.read_into([view for piece in window for view in piece.buffers(slot.pinned.view)])
         for number, piece in enumerate(window):
             if number == before:
-                slot.guard = self._device.record(self.stream, timing=True)
-            self._device.copy_async(piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], self.stream)
-        slot.guard = guard = slot.guard or self._device.record(self.stream, timing=True)
+                slot.guard = self._device.record(stream, timing=True)
+            self._device.copy_async(piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], stream)
+        slot.guard = guard = slot.guard or self._device.record(stream, timing=True)
     finally:
         self._staging.release(slot)
     return Completion(self._device, guard)
 
 
-@_mutant("copies on streams that no fence knows", Transfer, "_receive")
-def _other_stream(original: Any, self: Transfer, *args: Any) -> Any:
+@_mutant("copies on streams that no fence knows", Delivery, "_receive")
+def _other_stream(original: Any, self: Delivery, *args: Any) -> Any:
     completion = original(self, *args)
-    self.stream = self._device.new_stream()
+    self._transfer.stream = self._device.new_stream()
     return completion
 
 

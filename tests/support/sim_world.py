@@ -76,7 +76,7 @@ class World:
             engine.reaper._period_s = 0.001
             # Its threads must not give back a pool that a mutant broke.
             engine.reaper._pool = SimpleNamespace(is_busy=False, drain=gc.collect, finish=gc.collect)
-            engine.transfer.finish = gc.collect
+            engine.finish = gc.collect
         with contextlib.suppress(Exception):
             self.cache.close()
         if engine is not None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gpu_cache import ShardSpec, TensorReader
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.completion import Completion
-from gpu_cache.transfer.transfer import Backlog, Piece, Run, pack
+from gpu_cache.transfer.runs import Backlog, Piece, Run, pack
 
 
 def specs_of(*lengths: int) -> list[ShardSpec]:

@@ -1,0 +1,158 @@
+"""Runs, and the windows and copies that move them. A run is consecutive shards, placed as one range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from gpu_cache.config import ALIGNMENT
+from gpu_cache.errors import CacheFullError
+from gpu_cache.pool.block import Range, aligned
+from gpu_cache.source import ShardSpec
+
+Copies: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]  # uint8 ranges, to and from
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Run:
+    """Consecutive shards of one node, each aligned, placed as one range."""
+
+    specs: list[ShardSpec] = dataclasses.field(default_factory=list)
+    offsets: list[int] = dataclasses.field(default_factory=list)
+    nbytes: int = 0
+    most_bytes: float = math.inf  # the longest run that room could be made for when this was last looked at
+    range: Range = dataclasses.field(init=False)  # once it is placed
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Piece:
+    """A part of a run that is received and copied at once: all of it, or a stretch of one large shard."""
+
+    run: Run
+    start: int  # within the run
+    nbytes: int
+    at: int  # within the staging slot
+    is_last: bool  # the run is complete with it
+
+    @property
+    def place(self) -> tuple[torch.Tensor, int]:
+        """The arena that it goes to, and where it begins there."""
+        return self.run.range.slab.arena.tensor, self.run.range.offset + self.start
+
+    def arena_bytes(self) -> torch.Tensor:
+        """Its bytes in the arena: `(nbytes,)` uint8 on the device."""
+        arena, begin = self.place
+        return arena[begin : begin + self.nbytes]
+
+    def buffers(self, slot: memoryview | None) -> Iterator[memoryview]:
+        """The shards' places in a staging slot, or, without one, in an arena in host memory; no alignment gaps."""
+        arena = cast(Any, self.arena_bytes().numpy() if slot is None else None)
+        room = memoryview(arena) if slot is None else slot[self.at : self.at + self.nbytes]
+        first = self.start  # only a run of one large shard is cut into pieces
+        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
+            yield room[offset : offset - first + spec.nbytes]
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Where each shard goes within the piece, and how many of its bytes."""
+        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
+            begin = max(offset, self.start)
+            yield begin - self.start, min(offset + spec.nbytes, self.start + self.nbytes) - begin
+
+
+def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
+    """Group shards, in order, into runs of at most `run_bytes`; a larger shard is a run of its own."""
+    run = Run()
+    nbytes = 0  # of the run so far; one loop without calls, as there are thousands
+    for spec in specs:
+        need = -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        if run.specs and nbytes + need > run_bytes:
+            run.nbytes = nbytes
+            yield run
+            run, nbytes = Run(), 0
+        run.specs.append(spec)
+        run.offsets.append(nbytes)
+        nbytes += need
+    if run.specs:
+        run.nbytes = nbytes
+        yield run
+
+
+class Backlog:
+    """The runs of a part that have yet to be received, cut into windows: what one slot takes and one read fills.
+
+    Args:
+        runs: In the order of their bytes.
+        window_bytes: The most bytes of a window.
+        place: Finds room for the first of the runs, which it may cut in two, and returns it.
+    """
+
+    def __init__(self, runs: Iterable[Run], window_bytes: int, place: Callable[[deque[Run]], Run]) -> None:
+        self._runs, self._window_bytes, self._place = deque(runs), window_bytes, place
+        self._start = 0  # of what is left of the first run
+        self.nbytes = sum(run.nbytes for run in self._runs)
+
+    def next_window(self) -> list[Piece]:
+        """Place as many runs as fill a window; if one finds no room, those before it are a window first.
+
+        Raises:
+            CacheFullError: The first one finds none.
+        """
+        window: list[Piece] = []
+        room = self._window_bytes
+        while self._runs:
+            try:
+                run = self._place(self._runs)
+            except CacheFullError:
+                if not window:
+                    raise
+                break
+            left = run.nbytes - self._start
+            nbytes = min(left, self._window_bytes)
+            if nbytes > room:
+                break
+            window.append(Piece(run, self._start, nbytes, self._window_bytes - room, nbytes == left))
+            room -= nbytes
+            self._start += nbytes
+            if nbytes == left:
+                self._runs.popleft()
+                self._start = 0
+        self.nbytes -= self._window_bytes - room
+        return window
+
+
+def joined(spans: Iterable[tuple[torch.Tensor, int, torch.Tensor, int, int]]) -> Copies:
+    """The copies that fill places in arenas; one for neighbours on both sides, with the alignment gap between them.
+
+    Args:
+        spans: Arena, begin there, source, begin there, length; in stream order.
+    """
+    found: list[tuple[torch.Tensor, int, torch.Tensor, int, int]] = []
+    for arena, to, source, begin, nbytes in spans:
+        if found:
+            other, other_to, other_source, other_begin, length = found[-1]
+            gap = to - other_to
+            is_beside = gap == begin - other_begin and 0 <= gap - length < ALIGNMENT
+            if is_beside and other is arena and other_source is source:
+                found[-1] = (arena, other_to, source, other_begin, gap + nbytes)
+                continue
+        found.append((arena, to, source, begin, nbytes))
+    return [(arena[to : to + n], source[begin : begin + n]) for arena, to, source, begin, n in found]
+
+
+def smallest(run: Run) -> int:
+    """Bytes that a run of its smallest shard takes."""
+    return aligned(min(spec.nbytes for spec in run.specs))
+
+
+def halves(run: Run) -> list[Run]:
+    """Two runs of half its shards each, or more where one of those is longer than the run was."""
+    middle = len(run.specs) // 2
+    found = [half for specs in (run.specs[:middle], run.specs[middle:]) for half in pack(specs, run.nbytes)]
+    for half in found:
+        half.most_bytes = run.most_bytes
+    return found
