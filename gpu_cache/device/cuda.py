@@ -97,9 +97,6 @@ class CudaDevice:
     def fence_streams(self) -> Sequence[Stream]:
         return self._streams
 
-    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
-        self.copy_all([(dst, src)], stream)
-
     def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
         raw = self._runtime.raw
         with self._here():
@@ -141,9 +138,9 @@ class CudaDevice:
         with self._here():
             return self._events.elapsed_s(start, end)
 
-    def is_capturing(self, stream: Stream | None = None) -> bool:
-        asked = self.current_stream() if stream is None else stream
-        return bool(asked.cuda_stream) and self.is_any_capturing([asked])  # the default stream cannot be captured
+    def is_capturing(self) -> bool:
+        current = self.current_stream()
+        return bool(current.cuda_stream) and self.is_any_capturing([current])  # the default stream cannot be captured
 
     def is_any_capturing(self, streams: Sequence[Stream]) -> bool:
         with self._here():

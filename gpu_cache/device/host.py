@@ -45,9 +45,6 @@ class HostDevice:
     def fence_streams(self) -> Sequence[Stream]:
         return ["host"]
 
-    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
-        dst.copy_(src)
-
     def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
         for dst, src in pairs:
             dst.copy_(src)
@@ -73,7 +70,7 @@ class HostDevice:
     def elapsed_s(self, start: Event, end: Event) -> float:
         return float(end - start)
 
-    def is_capturing(self, stream: Stream | None = None) -> bool:
+    def is_capturing(self) -> bool:
         return False
 
     def is_any_capturing(self, streams: Sequence[Stream]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gpu_cache.device.host import HostDevice
-from gpu_cache.device.protocol import Arena, Device, Event, Pinned, Stream
+from gpu_cache.device.protocol import Arena, Device, Event, Pinned
 
 _ON_THE_HOST = HostDevice()
 
@@ -44,8 +44,8 @@ class HostArenas:
     def synchronize(self, event: Event) -> None:
         self._device.synchronize(event)
 
-    def is_capturing(self, stream: Stream | None = None) -> bool:
-        return self._device.is_capturing(stream)
+    def is_capturing(self) -> bool:
+        return self._device.is_capturing()
 
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes of the host."""

@@ -79,8 +79,8 @@ class Memory(Protocol):
     def synchronize(self, event: Event) -> None:
         """Block the calling thread until `event` is done."""
 
-    def is_capturing(self, stream: Stream | None = None) -> bool:
-        """Whether a CUDA graph is being captured on `stream` (None: the calling thread's current stream)."""
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured on the calling thread's current stream."""
 
     def memory_info(self) -> tuple[int, int]:
         """Free and total bytes."""
@@ -117,11 +117,10 @@ class Device(Memory, Protocol):
     def fence_streams(self) -> Sequence[Stream]:
         """Every stream on which a reader may have enqueued work: the default one, then the pooled ones."""
 
-    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
-        """Enqueue a copy of equal uint8 ranges on `stream`; a pageable `src` may be read before this returns."""
-
     def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
-        """Enqueue copies of contiguous uint8 ranges (to, from) at once, in any order; the ranges do not overlap.
+        """Enqueue copies of contiguous uint8 ranges (to, from), in any order; the ranges do not overlap.
+
+        The device may read a pageable source before this returns.
 
         Raises:
             RuntimeError: One was refused; others may be under way.

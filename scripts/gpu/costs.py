@@ -98,7 +98,7 @@ def _bytes_per_s(rig: Rig, dst: torch.Tensor, src: torch.Tensor, piece_bytes: in
     for _ in range(rig.times(_ROUNDS)):
         start = device.record(stream, timing=True)
         for begin in range(0, nbytes, piece_bytes):
-            device.copy_async(dst[begin : begin + piece_bytes], src[begin : begin + piece_bytes], stream)
+            device.copy_all([(dst[begin : begin + piece_bytes], src[begin : begin + piece_bytes])], stream)
         end = device.record(stream, timing=True)
         device.synchronize(end)
         rates.append(nbytes / device.elapsed_s(start, end))
@@ -152,7 +152,7 @@ def look_at_events(rig: Rig) -> Figures:
     return {
         "record": microseconds(rig, lambda _: device.record(stream), 500),
         "query": microseconds(rig, device.query, 500, event),
-        "is capturing": microseconds(rig, lambda _: device.is_capturing(stream), 500),
+        "is capturing": microseconds(rig, lambda _: device.is_any_capturing([stream]), 500),
         "current stream": microseconds(rig, lambda _: device.current_stream(), 500),
         "wait": microseconds(rig, partial(device.wait, stream), 500, event),
     }

@@ -271,7 +271,7 @@ def test_scattered_copies_are_one_call_where_the_runtime_has_it(
 def test_one_copy_is_no_batch_and_enters_no_stream(gpu: CudaDevice, cuda: FakeCuda) -> None:
     arena, pinned, stream = memory(gpu)
     before = cuda.calls["stream"]
-    gpu.copy_async(arena.tensor[512:1024], pinned.tensor[512:1024], stream)
+    gpu.copy_all([(arena.tensor[512:1024], pinned.tensor[512:1024])], stream)
     assert cuda.library.calls[COPY] == 1
     assert cuda.calls["stream"] == before
     gpu.release_arena(arena)

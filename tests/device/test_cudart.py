@@ -82,11 +82,11 @@ def test_a_captured_stream_takes_no_copy(gpu: CudaDevice, cuda: FakeCuda) -> Non
     arena, pinned = gpu.arena(512), gpu.pinned(512)
     fence = gpu.fence_streams()
     with cuda.capture(stream):
-        assert gpu.is_capturing(stream)
+        assert gpu.is_any_capturing([stream])
         assert gpu.fence_streams() == fence
         assert not in_thread(gpu.is_capturing)
         with pytest.raises(RuntimeError, match="a part of that graph"):
-            in_thread(lambda: gpu.copy_async(arena.tensor, pinned.tensor, stream))
+            in_thread(lambda: gpu.copy_all([(arena.tensor, pinned.tensor)], stream))
 
     assert gpu.fence_streams() == fence
     gpu.release_arena(arena)
@@ -159,7 +159,7 @@ def test_a_failed_registration_degrades_and_warns_once(
         assert part in warning
     arena = gpu.arena(8192)
     buffers[1].tensor.fill_(4)
-    gpu.copy_async(arena.tensor, buffers[1].tensor, gpu.new_stream())  # would stumble over a sticky error
+    gpu.copy_all([(arena.tensor, buffers[1].tensor)], gpu.new_stream())  # would stumble over a sticky error
     assert int(arena.tensor.sum()) == 4 * 8192
     registered = [buffers[0].tensor.data_ptr()]
     for buffer in buffers:
@@ -187,7 +187,7 @@ def test_lent_memory_is_registered_for_reading_once_and_until_it_is_unmapped(gpu
     assert cuda.register_flags == [9], "portable, and read-only"
     arena = gpu.arena(8192)
     lent.tensor.fill_(3)
-    gpu.copy_async(arena.tensor, lent.tensor, gpu.new_stream())
+    gpu.copy_all([(arena.tensor, lent.tensor)], gpu.new_stream())
     assert int(arena.tensor.sum()) == 3 * 8192
     gpu.release_arena(arena)
     for end in lent.endings:

@@ -86,7 +86,7 @@ def test_a_copy_arrives_byte_for_byte_and_spares_its_neighbours(device: Device) 
     pinned.view[:] = bytes(range(256)) * 4
     event = device.record(device.current_stream())
     device.wait(stream, event)
-    device.copy_async(arena.tensor[512:1024], pinned.tensor[256:768], stream)
+    device.copy_all([(arena.tensor[512:1024], pinned.tensor[256:768])], stream)
     device.synchronize(device.record(stream))
 
     arrived = bytes(arena.tensor.tolist())
@@ -131,7 +131,7 @@ def test_every_call_works_in_a_thread_that_never_chose_a_device(device: Device) 
     def use() -> bytes:
         arena, pinned, stream = device.arena(512), device.pinned(512), device.new_stream()
         pinned.tensor.fill_(3)
-        device.copy_async(arena.tensor, pinned.tensor, stream)
+        device.copy_all([(arena.tensor, pinned.tensor)], stream)
         done = device.record(stream)
         device.wait(device.current_stream(), done)
         device.synchronize(done)
@@ -184,7 +184,7 @@ def test_elapsed_time_is_in_seconds(gpu: CudaDevice, cuda: FakeCuda) -> None:
 
 def test_a_copy_runs_on_the_stream_it_names(gpu: CudaDevice, cuda: FakeCuda) -> None:
     arena, pinned, stream = gpu.arena(512), gpu.pinned(512), gpu.new_stream()
-    gpu.copy_async(arena.tensor, pinned.tensor, stream)
+    gpu.copy_all([(arena.tensor, pinned.tensor)], stream)
 
     assert cuda.copies == [stream]
     assert gpu.current_stream() == cuda.default_stream(CUDA_1)

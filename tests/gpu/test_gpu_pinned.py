@@ -57,7 +57,7 @@ def test_a_copy_from_a_pinned_buffer_does_not_wait_for_the_stream(device: CudaDe
     stream, arena, pinned = device.new_stream(), device.arena(4 * MIB), device.pinned(4 * MIB)
     pinned.tensor.fill_(3)
     keep_busy(stream, 2 * LONG_CYCLES)
-    device.copy_async(arena.tensor, pinned.tensor, stream)
+    device.copy_all([(arena.tensor, pinned.tensor)], stream)
     assert not device.query(device.record(stream)), "it blocked until the copy was done"
     stream.synchronize()
     assert is_all(arena.tensor, 3)

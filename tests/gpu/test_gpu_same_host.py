@@ -56,13 +56,13 @@ def test_a_read_only_mapping_is_registered_and_copied_at_the_speed_of_pinned_mem
         arena, pinned, stream = device.arena(nbytes), device.pinned(nbytes), device.new_stream()
         rates = []
         for source in (segment.lent.tensor, pinned.tensor):
-            device.copy_async(arena.tensor, source, stream)
+            device.copy_all([(arena.tensor, source)], stream)
             device.synchronize(device.record(stream))
             began = time.perf_counter()
-            device.copy_async(arena.tensor, source, stream)
+            device.copy_all([(arena.tensor, source)], stream)
             device.synchronize(device.record(stream))
             rates.append(nbytes / (time.perf_counter() - began) / 1e9)
-        device.copy_async(arena.tensor, segment.lent.tensor, stream)
+        device.copy_all([(arena.tensor, segment.lent.tensor)], stream)
         device.synchronize(device.record(stream))
         assert bool((arena.tensor == 7).all())
         print(f"from another process's memory {rates[0]:.1f} GB/s, from pinned memory {rates[1]:.1f}")

@@ -87,11 +87,11 @@ def test_a_timed_copy_takes_as_long_as_it_can() -> None:
     device = CudaDevice(GPU.index)
     nbytes = 64 * MIB
     arena, pinned, stream = device.arena(nbytes), device.pinned(nbytes), device.new_stream()
-    device.copy_async(arena.tensor, pinned.tensor, stream)
+    device.copy_all([(arena.tensor, pinned.tensor)], stream)
     device.synchronize(device.record(stream))
     began = time.perf_counter()
     start = device.record(stream, timing=True)
-    device.copy_async(arena.tensor, pinned.tensor, stream)
+    device.copy_all([(arena.tensor, pinned.tensor)], stream)
     end = device.record(stream, timing=True)
     device.synchronize(end)
     wall_s = time.perf_counter() - began

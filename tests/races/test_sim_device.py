@@ -29,7 +29,7 @@ class Bench:
         self.slot.tensor.fill_(1)
 
     def copy(self) -> None:
-        self.device.copy_async(self.arena.tensor, self.slot.tensor, self.copies)
+        self.device.copy_all([(self.arena.tensor, self.slot.tensor)], self.copies)
 
     def read(self, stream: SimStream | None = None) -> None:
         self.device.kernel(stream or self.reader, self.arena.tensor, ONES)
@@ -173,7 +173,7 @@ def test_two_readers_do_not_race_and_neighbours_do_not_either(bench: Bench) -> N
     poison = np.full(GRANULE, POISON, dtype=np.uint8)
     bench.device.kernel(bench.reader, tensor[:GRANULE], poison)
     bench.device.kernel(bench.other, tensor[:GRANULE], poison)
-    bench.device.copy_async(tensor[GRANULE:], bench.slot.tensor[GRANULE:], bench.copies)
+    bench.device.copy_all([(tensor[GRANULE:], bench.slot.tensor[GRANULE:])], bench.copies)
     assert bench.finish() == []
 
 
@@ -234,7 +234,7 @@ def test_threads_may_call_it_at_once() -> None:
         stream = bench.device.new_stream()
         arena = bench.device.arena(NBYTES)
         for _ in range(50):
-            bench.device.copy_async(arena.tensor, bench.slot.tensor, stream)
+            bench.device.copy_all([(arena.tensor, bench.slot.tensor)], stream)
             bench.device.kernel(stream, arena.tensor, ONES)
             bench.device.synchronize(bench.device.record(stream))
 
@@ -260,8 +260,8 @@ def test_it_refuses_as_often_as_it_is_told(bench: Bench, what: str, error: type[
 def test_a_captured_stream_is_not_for_use_nor_is_any_to_its_thread(bench: Bench) -> None:
     event = bench.device.record(bench.other)
     bench.device.captured = bench.reader
-    assert bench.device.is_capturing(bench.reader)
-    assert not bench.device.is_capturing(bench.other)
+    assert bench.device.is_any_capturing([bench.reader])
+    assert not bench.device.is_any_capturing([bench.other])
     bench.device.record(bench.other)
     assert bench.device.is_capturing(), "the reader is the default stream, and so the current one"
     with bench.device.stream(bench.other):

@@ -111,7 +111,7 @@ class SimRig(Rig):
         return self.device.pinned(SHARD_BYTES).tensor[:nbytes]
 
     def read(self, block: torch.Tensor, seen: torch.Tensor, stream: SimStream) -> None:
-        self.device.copy_async(seen, block, stream)
+        self.device.copy_all([(seen, block)], stream)
 
     def record_stream(self, block: torch.Tensor, stream: SimStream) -> None:
         """Torch's allocator has no say here, as on a GPU."""

@@ -128,8 +128,8 @@ class SimDevice(SimHost):
     def fence_streams(self) -> Sequence[SimStream]:
         return self.pooled
 
-    def is_capturing(self, stream: SimStream | None = None) -> bool:
-        return self.captured is not None and self.captured is (stream or self.current_stream())
+    def is_capturing(self) -> bool:
+        return self.is_any_capturing([self.current_stream()])
 
     def record(self, stream: SimStream, *, timing: bool = False) -> SimEvent:
         event = SimEvent(stream, timing)
@@ -147,7 +147,7 @@ class SimDevice(SimHost):
         pass
 
     def is_any_capturing(self, streams: Sequence[SimStream]) -> bool:
-        return any(map(self.is_capturing, streams))
+        return any(self.captured is stream for stream in streams)
 
     def wait(self, stream: SimStream, event: SimEvent) -> None:
         self._enqueue(stream, lambda at: join(at.clock, event.clock or {}), event)
@@ -183,7 +183,7 @@ class SimDevice(SimHost):
 
     # Work.
 
-    def copy_async(self, dst: torch.Tensor, src: torch.Tensor, stream: SimStream) -> None:
+    def _copy(self, dst: torch.Tensor, src: torch.Tensor, stream: SimStream) -> None:
         assert dst.numel() == src.numel()
         self._refuse("copy", RuntimeError)
         with self._lock:
@@ -202,7 +202,7 @@ class SimDevice(SimHost):
 
     def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: SimStream) -> None:
         for dst, src in pairs:
-            self.copy_async(dst, src, stream)
+            self._copy(dst, src, stream)
 
     def write(self, stream: SimStream, tensor: torch.Tensor, values: np.ndarray) -> None:
         """Enqueue a kernel that writes into a contiguous tensor in place, which torch counts at once."""

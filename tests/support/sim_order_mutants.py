@@ -84,7 +84,7 @@ def _none_noted(original: Any, self: StreamFence, stream: Stream) -> None:
 
 @_mutant("a fence that skips a stream under capture", StreamFence, "record")
 def _skips_captured(original: Any, self: StreamFence) -> list[Event]:
-    return [self._device.record(one) for one in self._streams() if not self._device.is_capturing(one)]
+    return [self._device.record(one) for one in self._streams() if not self._device.is_any_capturing([one])]
 
 
 @_mutant("release events recorded and queried under capture", SlabPool, "drain")
@@ -137,7 +137,7 @@ def _receive_marked(self: Delivery, window: list[Piece], *, before: int) -> Comp
         for number, piece in enumerate(window):
             if number == before:
                 slot.guard = self._device.record(stream, timing=True)
-            self._device.copy_async(piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes], stream)
+            self._device.copy_all([(piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes])], stream)
         slot.guard = guard = slot.guard or self._device.record(stream, timing=True)
     finally:
         self._staging.release(slot)
