@@ -420,13 +420,8 @@ class TensorCache:
         return inherited
 
     def _start_empty(self) -> None:
-        counter = AliasCounter()
-        index = self._index = ShardIndex(
-            counter.is_held,
-            mutations=Mutations(self.config.on_mutation),
-            is_held_beside_loan=counter.is_held_beside_loan,
-            broken=self._broken,
-        )
+        mutations = Mutations(self.config.on_mutation)
+        index = self._index = ShardIndex(AliasCounter().is_held, mutations=mutations, broken=self._broken)
         if self.config.host_tier_bytes:
             index.add_level()
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)

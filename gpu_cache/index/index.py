@@ -46,10 +46,9 @@ class ShardIndex:
     it rises, the lower entry is READY, and the upper one PENDING, of the same generation.
 
     Args:
-        is_held: Whether a base has holders beside the index.
+        is_held: Whether a base has more aliases than so many loans of the index.
         now: Seconds, monotonic.
         mutations: What is done about entries that a reader wrote into; None: nothing.
-        is_held_beside_loan: The same, where the index has an alias of it to lend; None: as `is_held`.
         broken: The error for a key whose shard is not as promised, of the promise and of what there is.
     Attributes:
         below: The other level, if there is one and this is the device's.
@@ -59,10 +58,9 @@ class ShardIndex:
 
     def __init__(
         self,
-        is_held: Callable[[torch.Tensor], bool],
+        is_held: Callable[[torch.Tensor, int], bool],
         now: Callable[[], float] = time.monotonic,
         mutations: Mutations | None = None,
-        is_held_beside_loan: Callable[[torch.Tensor], bool] | None = None,
         broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
     ) -> None:
         # Guards _shared with its tables and ledger, _mutations, and the fields of every entry; of both levels.
@@ -71,8 +69,7 @@ class ShardIndex:
         self._ledger = Ledger(now)
         self._shared = Shared(self._ledger, [self._entries])
         self._mutations = mutations or Mutations()
-        self._is_held, self._is_held_beside_loan = is_held, is_held_beside_loan or is_held
-        self.broken = broken
+        self._is_held, self.broken = is_held, broken
         self.below: ShardIndex | None = None
 
     def add_level(self) -> ShardIndex:
@@ -596,9 +593,9 @@ class ShardIndex:
         if entry.flight.num_awaiting > 0 or (at := entry.copy) is None:
             return entry.flight.num_awaiting > 0
         if (loan := at.loan) is None:
-            return self._is_held(at.base)
+            return self._is_held(at.base, 0)
         is_lent = getrefcount(loan) != UNSHARED or num_owners(loan) != 1
-        return is_lent or self._is_held_beside_loan(at.base)
+        return is_lent or self._is_held(at.base, 1)
 
     def _take_place_locked(self, entry: Entry, left: list[Entry]) -> None:
         """Index what landed instead of another owner's shard; not if that went, or anything was dropped, meanwhile."""

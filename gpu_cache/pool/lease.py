@@ -113,10 +113,12 @@ class Husks:
 
 
 class Catch:
-    """Takes the leases of one run where they fire to, and the twins of its blocks.
+    """Takes the leases that fire, and the twins of blocks.
 
+    Args:
+        freed: Gets the leases when they fire.
     Attributes:
-        append: Of the deque that leases fire into.
+        append: That of `freed`.
         twins: Tensors like those that `carve` returned, with version counters of their own; for the caller to take out.
     """
 
@@ -131,29 +133,29 @@ def carve(
     nbytes: int,
     template: torch.Tensor,
     shape: tuple[int, ...],
-    freed: deque[Lease] | Catch,
+    catch: Catch,
 ) -> tuple[torch.Tensor, Lease]:
-    """A tensor over `nbytes` (at least 1) of an arena, and the lease that goes to `freed` when it is unused.
+    """A tensor over `nbytes` (at least 1) of an arena, and the lease that fires when its last alias dies.
 
     Call inside `plain_tensors()`. The tensor is like `template`, which is empty, in dtype and device; it has a storage
-    of its own, of exactly `nbytes`, that cannot be resized. With a `Catch` this never gives the GIL away.
+    of its own, of exactly `nbytes`, that cannot be resized. It gives the GIL away only where this
+    torch lacks the quick ways to build one.
     """
     if blocks is not None:
-        base, twin, ends = blocks.carve(arena, offset, nbytes, template, shape, freed.append)
-        if isinstance(freed, Catch):
-            freed.twins.append(twin)
-        return base, ends
+        base, twin, lease = blocks.carve(arena, offset, nbytes, template, shape, catch.append)
+        catch.twins.append(twin)
+        return base, lease
     hidden = _slice_of(arena, slice(offset, offset + nbytes))
     inner = _slice_of(hidden, _WHOLE)
     layout = _layout_of(shape, template.dtype)
     if layout.nbytes != nbytes:
         raise ValueError(f"{nbytes:,} bytes are no {template.dtype} tensor of shape {shape}")
     tensor, twin = (_builders.get(template.is_cpu) or _choose_builder(template, inner))(template, inner, layout)
-    if twin is not None and (twins := getattr(freed, "twins", None)) is not None:
+    if twin is not None:
         twin.data = tensor
-        twins.append(twin)
+        catch.twins.append(twin)
     # Last: had building failed with the lease made, it would have fired for a range that is still the caller's.
-    return tensor, Lease(hidden, freed.append)
+    return tensor, Lease(hidden, catch.append)
 
 
 @functools.lru_cache(_LAYOUTS)
@@ -239,16 +241,14 @@ class AliasCounter:
                 self._count = None
             del alias
 
-    def is_held(self, base: torch.Tensor) -> bool:
-        """Whether anybody but the index holds `base`; False where this torch cannot tell."""
-        return self._has_more_aliases(base, 0)
+    def is_held(self, base: torch.Tensor, num_loans: int = 0) -> bool:
+        """Whether readers hold aliases of `base`; False where this torch cannot tell.
 
-    def is_held_beside_loan(self, base: torch.Tensor) -> bool:
-        """The same, where the index has one alias, its loan."""
-        return self._has_more_aliases(base, 1)
-
-    def _has_more_aliases(self, base: torch.Tensor, number: int) -> bool:
-        return self._count is not None and self._count(base.untyped_storage()._cdata) > self._baseline + number
+        Args:
+            base: A block's tensor.
+            num_loans: Aliases that the index itself has.
+        """
+        return self._count is not None and self._count(base.untyped_storage()._cdata) > self._baseline + num_loans
 
 
 def lease_fault() -> str:
@@ -283,4 +283,4 @@ def _lease_fault() -> str:
 def _trial_block(freed: deque[Lease]) -> tuple[torch.Tensor, Lease]:
     with plain_tensors():
         arena = torch.empty(64, dtype=torch.uint8, device="cpu")
-        return carve(arena.untyped_storage(), 0, 64, arena, (64,), freed)
+        return carve(arena.untyped_storage(), 0, 64, arena, (64,), Catch(freed))

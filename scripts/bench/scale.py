@@ -53,7 +53,7 @@ class IndexTable:
     """The cache's index, called as a fetch calls it: claim, publish, release; hits are aliases."""
 
     def __init__(self) -> None:
-        self._index = ShardIndex(lambda base: False)
+        self._index = ShardIndex(lambda base, num_loans: False)
 
     def insert(self, keys: Sequence[str], landings: Sequence[Copy]) -> None:
         claimed = self._index.claim(keys).claimed.values()

@@ -238,7 +238,7 @@ def test_a_second_cache_on_one_gpu_is_warned_about(tmp_path: Path, caplog: pytes
 
 
 def test_an_engine_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = LazyEngine(CacheConfig(), HostDevice(), ShardIndex(lambda base: False))
+    lazy = LazyEngine(CacheConfig(), HostDevice(), ShardIndex(lambda base, num_loans: False))
     assert lazy.current is None
     assert lazy.open() is lazy.open() is lazy.current
     lazy.close()

@@ -11,14 +11,14 @@ from gpu_cache.index.entry import Entry, State
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import Lease, carve
+from gpu_cache.pool.lease import Catch, Lease, carve
 
 KEYS = "abcdef"
 
 
 def index_of(held: set[int] | None = None) -> ShardIndex:
     """An index whose bases are never held but those whose ids are in `held`."""
-    return ShardIndex(lambda base: id(base) in (held or set()))
+    return ShardIndex(lambda base, num_loans: id(base) in (held or set()))
 
 
 def landing(entry: Entry, nbytes: int = 8) -> tuple[Entry, Copy]:
@@ -230,7 +230,7 @@ def test_a_reserved_key_counts_as_no_look_up() -> None:
 
 def test_the_oldest_entry_has_an_age() -> None:
     now = [10.0]
-    index = ShardIndex(lambda base: False, lambda: now[0])
+    index = ShardIndex(lambda base, num_loans: False, lambda: now[0])
     assert index.stats()["oldest_entry_age_seconds"] == 0.0
     cached(index, "a")
     now[0] = 12.5
@@ -257,7 +257,7 @@ def test_a_block_that_died_under_its_entry_takes_the_entry_along() -> None:
     index, freed, arena = index_of(), deque[Lease](), torch.zeros(64, dtype=torch.uint8)
     (entry,) = index.claim(["a"]).claimed.values()
     with plain_tensors():
-        base, lease = carve(arena.untyped_storage(), 0, 8, arena, (8,), freed)
+        base, lease = carve(arena.untyped_storage(), 0, 8, arena, (8,), Catch(freed))
     lease.key = "a"
     index.publish([(entry, Copy("a", base, lease, 8))], "n:1", None)
     base.share_memory_()
@@ -362,7 +362,7 @@ def test_a_clear_wins_over_a_following_shard() -> None:
 
 @pytest.mark.parametrize("policy", ["refetch", "ignore"])
 def test_a_write_while_it_rises_harms_only_the_calls_that_wait(policy: MutationPolicy) -> None:
-    index, below = tiered_index(ShardIndex(lambda base: False, mutations=Mutations(policy)))
+    index, below = tiered_index(ShardIndex(lambda base, num_loans: False, mutations=Mutations(policy)))
     claim = index.claim(["a"])
     low = claim.below["a"]
     assert low.copy is not None

@@ -27,7 +27,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.held: set[int] = set()  # ids of bases
-        self.index = ShardIndex(lambda base: id(base) in self.held, mutations=Mutations("refetch"))
+        self.index = ShardIndex(lambda base, num_loans: id(base) in self.held, mutations=Mutations("refetch"))
         self.written: set[Entry] = set()  # by a reader
         self.standing: dict[str, Entry] = {}  # one for each key, least recently used first
         self.ready: dict[str, int] = {}  # bytes of those that arrived, oldest first

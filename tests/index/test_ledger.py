@@ -16,7 +16,7 @@ from tests.support.clocks import Clock
 
 @pytest.fixture
 def index(clock: Clock) -> ShardIndex:
-    return ShardIndex(lambda base: False, clock)
+    return ShardIndex(lambda base, num_loans: False, clock)
 
 
 def fetch(index: ShardIndex, *keys: str, node: str = "n:1", nbytes: int = 8) -> list[Entry]:

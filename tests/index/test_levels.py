@@ -29,7 +29,7 @@ class Levels:
         self.random = random.Random(seed)
         self.held: set[int] = set()
         mutations = Mutations("refetch", lambda: 0.0)
-        self.index = ShardIndex(lambda base: id(base) in self.held, mutations=mutations)
+        self.index = ShardIndex(lambda base, num_loans: id(base) in self.held, mutations=mutations)
         self.below = self.index.add_level()
         self.flying: list[tuple[ShardIndex, Entry]] = []
         self.calls: list[Claim] = []

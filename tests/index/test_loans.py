@@ -256,7 +256,7 @@ def built(shape: tuple[int, ...]) -> tuple[torch.Tensor, lease.Lease, deque[leas
     freed: deque[lease.Lease] = deque()
     with plain_tensors():
         arena = torch.zeros(4096, dtype=torch.uint8).untyped_storage()
-        return *lease.carve(arena, 512, 48, torch.empty(0, dtype=torch.int16), shape, freed), freed
+        return *lease.carve(arena, 512, 48, torch.empty(0, dtype=torch.int16), shape, lease.Catch(freed)), freed
 
 
 def refuse(*args: Any) -> Any:

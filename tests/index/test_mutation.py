@@ -283,7 +283,7 @@ def test_a_capture_is_told_that_it_cannot_be_fetched(tmp_path: Path, source: Dic
 
 @pytest.mark.parametrize("claims", [True, False])
 def test_a_dropped_block_dies_outside_the_lock(claims: bool) -> None:
-    index = ShardIndex(lambda base: False, mutations=Mutations("refetch"))
+    index = ShardIndex(lambda base, num_loans: False, mutations=Mutations("refetch"))
     entry = index.reserve("a")
     assert entry is not None
     base = torch.zeros(4)
