@@ -277,31 +277,6 @@ def _program() -> str:
     return (path.parent.name if path.stem == "__main__" else path.stem.removeprefix("-c")) or "python"
 
 
-def _checked(field: str, value: Any) -> Any:
-    """The value in its field's type, in range."""
-    if field == "device":
-        return _one_of(value, r"auto|cpu|cuda|cuda:\d+", "auto, cpu, cuda or cuda:N, such as cuda:0")
-    if field == "ready":
-        return _one_of(value, "host|stream")
-    if field == "reuse_fence":
-        return _one_of(value, "all|noted")
-    if field == "on_mutation":
-        return _one_of(value, "refetch|error|ignore")
-    if field == "fetch_timeout_s":
-        return seconds(value, least=1e-3)
-    if field == "staging_slots":
-        return _at_least(int(value), 1)
-    if value is None and field in ("prealloc_bytes", "pool_bytes", "stats", "role", "rank"):
-        return None
-    if field in ("stats", "debug_checksum"):
-        return _switch(value)
-    if field == "role":
-        return _named(value)
-    if field == "rank":
-        return _at_least(int(value), 0)
-    return _at_least(parse_size(value), 0 if field in ("prealloc_bytes", "host_tier_bytes") else ALIGNMENT)
-
-
 def _switch(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -317,19 +292,57 @@ def _named(value: Any) -> str:
     return value
 
 
-def _one_of(value: Any, pattern: str, words: str = "") -> Any:
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
-        raise ValueError(f"must be {words or ' or '.join(map(repr, pattern.split('|')))}")
+def _one_of(pattern: str, words: str = "") -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {words or ' or '.join(map(repr, pattern.split('|')))}")
+        return value
+
+    return check
+
+
+def _number(least: int) -> Callable[[Any], int]:
+    return lambda value: _at_least(int(value), least)
+
+
+def _size(least: int) -> Callable[[Any], int]:
+    return lambda value: _at_least(parse_size(value), least)
+
+
+def _at_least(value: int, least: int) -> int:
+    if not value >= least:
+        raise ValueError(f"must be at least {least}")
     return value
+
+
+# What each field takes: these return its value in the field's type, or raise. The other fields are sizes of a block
+# or more.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "device": _one_of(r"auto|cpu|cuda|cuda:\d+", "auto, cpu, cuda or cuda:N, such as cuda:0"),
+    "prealloc_bytes": _size(0),
+    "staging_slots": _number(1),
+    "fetch_timeout_s": functools.partial(seconds, least=1e-3),
+    "ready": _one_of("host|stream"),
+    "reuse_fence": _one_of("all|noted"),
+    "stats": _switch,
+    "role": _named,
+    "rank": _number(0),
+    "on_mutation": _one_of("refetch|error|ignore"),
+    "debug_checksum": _switch,
+    "host_tier_bytes": _size(0),
+}
+_OPTIONAL = {"prealloc_bytes", "pool_bytes", "stats", "role", "rank"}  # None: decided later
+
+
+def _checked(field: str, value: Any) -> Any:
+    """The value in its field's type, in range."""
+    if value is None and field in _OPTIONAL:
+        return None
+    check: Callable[[Any], Any] = _CHECKS.get(field, _size(ALIGNMENT))
+    return check(value)
 
 
 def near(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
     """The question whether a misspelt name means a known one, for the end of a message; "" if none is near."""
     found = difflib.get_close_matches(name.lower(), known, 1)
     return f"; did you mean {spell(found[0])}?" if found else ""
-
-
-def _at_least(value: Any, least: float) -> Any:
-    if not value >= least:
-        raise ValueError(f"must be at least {least}")
-    return value
