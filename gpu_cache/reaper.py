@@ -40,9 +40,9 @@ class Reaper:
     Thread-safety: any thread.
     """
 
-    def __init__(self, pool: Drainable, husks: Husks | None = None, period_s: float | None = None) -> None:
+    def __init__(self, pool: Drainable, husks: Husks, period_s: float | None = None) -> None:
         self._pool, self._period_s = pool, PERIOD_S if period_s is None else period_s
-        self._husks = Husks() if husks is None else husks
+        self._husks = husks
         self.awake, self._is_retired = threading.Event(), threading.Event()
         self._is_ended = threading.Event()
         # Guards _thread.

@@ -1,4 +1,4 @@
-"""Entries of the index and what passes between the index and a transfer. Plain records; the index lock guards them."""
+"""Entries of the index, and records that the index and a transfer exchange. The index lock guards them all."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from gpu_cache.pool.block import Copy
 
-# Dtype, shape and owner of a shard, as a caller was promised them or as they are. None: any owner, or an unknown one.
+# Dtype, shape and owner of a shard: as a caller expects them, or as they are. None: any owner, or an unknown one.
 Promise: TypeAlias = tuple[torch.dtype, tuple[int, ...], str | None]
 
 
 class State(enum.Enum):
-    """An entry's state, as its key's waiters see it."""
+    """An entry's state, as callers that wait for its key see it."""
 
     PENDING = enum.auto()  # a call is fetching it
     READY = enum.auto()  # its tensor can be handed out
-    GONE = enum.auto()  # cleared, evicted or failed; holders of the entry object still own its tensor
+    GONE = enum.auto()  # cleared, evicted or failed; callers that hold the entry keep its tensor alive
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Flight:
-    """How a shard comes, and the calls that wait for it. The index lock guards it; `error` is final once it is set.
+    """How a shard comes, and the calls that wait for it. The index lock guards it. `error` is set once at most.
 
     Attributes:
         kind: "fetch": from a source. "put": by the caller, which counts as no look-up. "rise": a copy of what the level
@@ -34,12 +34,12 @@ class Flight:
     """
 
     kind: Literal["fetch", "put", "rise", "follow"] = "fetch"
-    deadline: float = 0.0  # of the claiming call
-    num_awaiting: int = 1  # calls that claimed or joined it and have yet to hand it out; meanwhile it is no victim
+    deadline: float = 0.0  # the claiming call's
+    num_awaiting: int = 1  # calls that claimed or joined it and have yet to hand it out; until then it is no victim
     num_joined: int = 0
-    landed: Future[None] | None = None  # made when the first other call joins; done when the entry is settled
+    landed: Future[None] | None = None  # made by the first call that joins; done when the entry is settled
     error: BaseException | None = None
-    # The generation, of another owner, whose place it takes when it lands; and the drops on request seen before.
+    # It takes the place of this generation, another owner's, if no drop on request comes after this many.
     replaces: tuple[int, int] | None = None
 
     @property
@@ -48,17 +48,17 @@ class Flight:
         return self.kind in ("rise", "follow")
 
     def join(self) -> None:
-        """One more call waits for it."""
+        """Count one more call that waits for it."""
         self.num_joined, self.num_awaiting = self.num_joined + 1, self.num_awaiting + 1
         self.landed = self.landed or Future()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Entry:
-    """One generation of a key, at one level: a cleared and refetched key has a new one, a moved one keeps it.
+    """One generation of a key, at one level. A refetched key has a new generation; a move to another level keeps it.
 
-    The index lock guards every field. A waiter may read `copy` and `flight.error` without it once the entry is
-    settled: an awaited entry moves to no other level.
+    The index lock guards every field. Once the entry is settled, a call that waits may read `copy` and
+    `flight.error` without the lock. An awaited entry moves to no other level.
     """
 
     key: Hashable
@@ -66,8 +66,8 @@ class Entry:
     flight: Flight = dataclasses.field(default_factory=Flight)
     state: State = State.PENDING
     node: str = ""
-    promise: Promise | None = None  # PENDING: of the claiming call, if it has one; READY: what the shard is
-    copy: Copy | None = None  # its bytes, from its landing on
+    promise: Promise | None = None  # PENDING: what the claiming call expects, if it says; READY: what the shard is
+    copy: Copy | None = None  # its bytes; None until it lands
     is_kept: bool = False  # meant to outlive clears
     born: float = 0.0  # when its generation was first READY
     epoch: int = 0  # clears seen by then
@@ -79,7 +79,7 @@ class Entry:
 
     @property
     def error(self) -> BaseException | None:
-        """Why it did not arrive."""
+        """The reason why it did not arrive; None: it did, or may yet."""
         return self.flight.error
 
     @property
@@ -94,11 +94,11 @@ class Entry:
 
     @property
     def is_changed(self) -> bool:
-        """Whether a reader wrote into it, as far as torch counts."""
+        """Whether a reader wrote into it, as far as torch counts writes."""
         return (copy := self.copy) is not None and copy.counted._version != copy.version
 
     def is_owned_as(self, promise: Promise | None) -> bool:
-        """Whether it is of the owner that a caller means, as far as both say."""
+        """Whether its owner is the one that a caller means, as far as both name one."""
         if promise is None or self.promise is None:
             return True
         return promise[2] == self.promise[2] or promise[2] is None or self.promise[2] is None
@@ -111,18 +111,20 @@ class Entry:
 
 @dataclasses.dataclass(slots=True)
 class Claim:
-    """The result of a look-up of several keys, by key. `hits` are aliases already, safe to read after `completions`."""
+    """The result of a look-up of several keys, by key. `hits` are tensors, safe to read after `completions`."""
 
     hits: dict[Hashable, torch.Tensor] = dataclasses.field(default_factory=dict)
-    completions: dict[Any, bool] = dataclasses.field(default_factory=dict)  # of the hits; whether they are on the host
+    completions: dict[Any, bool] = dataclasses.field(
+        default_factory=dict
+    )  # the hits' copies; whether each is on the host
     joined: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
     claimed: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)
-    below: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)  # that claimed ones are to be copied from
-    num_removals: int | None = None  # before the call's first look-up
+    below: dict[Hashable, Entry] = dataclasses.field(default_factory=dict)  # claimed ones are copied from these
+    num_removals: int | None = None  # drops on request before the call's first look-up
     deadline: float = 0.0
     mutated: dict[Hashable, None] = dataclasses.field(default_factory=dict)  # dropped: a reader wrote into them
     expected: Mapping[Hashable, Promise] = dataclasses.field(default_factory=dict)  # by the caller
-    refused: dict[Hashable, Promise] = dataclasses.field(default_factory=dict)  # cached, and other than expected
+    refused: dict[Hashable, Promise] = dataclasses.field(default_factory=dict)  # cached, but not as expected
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -131,12 +133,12 @@ class Holding:
 
     outer: Holding | None = None
     keys: dict[int, Hashable] = dataclasses.field(default_factory=dict)
-    prune_at: int = 4096  # of what it once held, much may be gone, in a scope around many steps
+    prune_at: int = 4096  # keys; in a scope around many steps most of them may be gone
     is_over: bool = False
 
 
 class Candidate(NamedTuple):
-    """An entry that may be evicted, and its bytes when that was looked at."""
+    """An entry that may be evicted, and the copy that it had when the index looked."""
 
     entry: Entry
     copy: Copy

@@ -29,29 +29,29 @@ from gpu_cache.report.schema import EntryInfo
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Shared:
-    """What the levels of an index have in common. The index lock guards it."""
+    """The part of an index that its levels share. The index lock guards it."""
 
     ledger: Ledger
     tables: list[Table]  # the device's first
     generations: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
-    num_removals: int = 0  # calls that dropped entries on request, whether or not there were any
+    num_removals: int = 0  # calls that dropped entries on request, also if they found none
     is_closed: bool = False
 
 
 class ShardIndex:
     """Entries by key, in order of use: of the device, or of the level below it.
 
-    A level answers for both: look-ups at the upper one claim copies of what the lower one has, look-ups at the lower
-    one take what the upper one has, and what drops a key drops it from both. READY is a key at one level at most. While
-    it rises, the lower entry is READY, and the upper one PENDING, of the same generation.
+    A look-up at the upper level claims a copy of a shard that the lower level has. A look-up at the lower level takes
+    the shard that the upper level has. A drop of a key drops it from both levels. A key is READY at one level at most.
+    While a shard rises, its lower entry is READY, and its upper one PENDING, of the same generation.
 
     Args:
         is_held: Whether a base has more aliases than so many loans of the index.
         now: Seconds, monotonic.
-        mutations: What is done about entries that a reader wrote into; None: nothing.
-        broken: The error for a key whose shard is not as promised, of the promise and of what there is.
+        mutations: The policy about entries that a reader wrote into; None: nothing is done.
+        broken: Makes the error for a key whose shard is not as promised, from the promise and the truth.
     Attributes:
-        below: The other level, if there is one and this is the device's.
+        below: The lower level; None: there is none, or this is it.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
@@ -65,18 +65,19 @@ class ShardIndex:
     ) -> None:
         # Guards _shared with its tables and ledger, _mutations, and the fields of every entry; of both levels.
         self._lock = threading.Lock()
-        self._entries, self._above, self._below = Table(), Table(), Table()  # what there is no level for stays empty
+        self._entries, self._above, self._below = Table(), Table(), Table()  # a table without a level stays empty
         self._ledger = Ledger(now)
         self._shared = Shared(self._ledger, [self._entries])
         self._mutations = mutations or Mutations()
         self._is_held, self.broken = is_held, broken
         self.below: ShardIndex | None = None
+        self._is_low = False
 
     def add_level(self) -> ShardIndex:
         """Make the level below, before anything is indexed."""
         self.below = copying.copy(self)
         self.below._entries, self.below._above = self._below, self._entries
-        self.below._below = Table()
+        self.below._below, self.below._is_low = Table(), True
         self._shared.tables.append(self._below)
         return self.below
 
@@ -104,18 +105,18 @@ class ShardIndex:
             return (entry := self._entries.get(key)) is not None and entry.copy is not None
 
     def note_fetch(self, node: str, *, begins: bool) -> None:
-        """A reader of a node begins to deliver, or has ended."""
+        """Count a reader of a node that begins to deliver, or has ended."""
         with self._lock:
             self._ledger.fetching(node, begins=begins)
 
     def note_answer(self, node: str, seconds: float, transport: str = "") -> None:
-        """An answer of a node took so long, from the request to its last byte, and came this way."""
+        """Count an answer of a node: its seconds from the request to the last byte, and its transport."""
         with self._lock:
             self._ledger.answered(node, seconds, transport)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing is indexed any more."""
+        """Whether the index is closed, and indexes nothing more."""
         return self._shared.is_closed
 
     @property
@@ -131,7 +132,7 @@ class ShardIndex:
     def hits(
         self, keys: Sequence[Hashable], expected: Mapping[Hashable, Promise]
     ) -> tuple[list[torch.Tensor], dict[Any, None]] | None:
-        """The way of most calls: a tensor of each key, in order, if all are plain hits; else None, and `claim` decides.
+        """Hand out a tensor of each key, in order, if all are plain hits, as most calls are; else None.
 
         A plain hit is at this level, is what the caller expects, and was not written into. A key may repeat. Nothing is
         counted unless all are plain hits.
@@ -152,23 +153,26 @@ class ShardIndex:
         return lent, completions
 
     def claim(self, keys: Collection[Hashable], found: Claim | None = None, *, hands_out: bool = True) -> Claim:
-        """Look distinct keys up: each is a hit, a join (a call is fetching it) or a claim, which the caller must
-        end with `publish`, `deliver` or `abort`. `found` is filled and returned: who passes it can do so whatever
-        interrupts this, and can look up again what it lacks. Those who join a claim may give it up after its deadline.
+        """Look distinct keys up: each is a hit, a join (another call is fetching it) or a claim.
 
-        At the lower level what the upper one has, or is about to have, is a hit or a join. At the upper one what the
-        lower has, or is about to have, is a claim of a copy, and in `found.below`.
+        The caller must end each claim with `publish`, `deliver` or `abort`; joiners may give it up after its deadline.
+        A caller that passes `found` can end its claims whatever interrupts this, and look up again what `found` lacks.
 
-        Of a call that looks up again after something was cleared, claims are not indexed: the clear may have meant
-        them, and a call that began before it must not bring them back.
+        At the lower level, a shard of the upper one is a hit, or a join while it is on its way. At the upper level, a
+        shard of the lower one, also one on its way, is a claim of a copy. `found.below` has its entry.
 
-        A cached shard of another dtype or shape than `found.expected` says is `refused`, and stays. One of another
-        owner is a miss; what is fetched takes its place when it lands.
+        When a call looks up again after a clear, its claims are not indexed. The clear may have meant those keys, and a
+        call that began before it must not bring them back.
 
-        Where tensors are to be handed out, an entry that a reader wrote into is dropped, and is a miss.
+        A cached shard of another dtype or shape than `found.expected` says is `refused`, and stays. A cached shard of
+        another owner is a miss; the fetched one takes its place when it lands.
 
+        Args:
+            keys: No key repeats.
+            found: Filled and returned; None: a new one.
+            hands_out: Whether the caller gets the tensors. An entry that a reader wrote into is then dropped: a miss.
         Raises:
-            MutatedError: There is one, and that is how the policy wants it. Nothing was claimed.
+            MutatedError: A reader wrote into a shard, and the policy is "error". Nothing was claimed.
         """
         found = Claim() if found is None else found
         changed: list[Entry] = []
@@ -189,7 +193,7 @@ class ShardIndex:
         return found
 
     def lend(self, copies: Mapping[Hashable, Copy]) -> dict[Hashable, torch.Tensor]:
-        """A tensor for one reader, of each of the shards that are there."""
+        """A tensor of each copy, for one reader."""
         left: list[torch.Tensor | None] = []
         with self._lock:
             lent = lending.lend(list(copies.values()), left)
@@ -197,9 +201,9 @@ class ShardIndex:
         return dict(zip(copies, lent, strict=True))
 
     def reserve(self, key: Hashable, deadline: float = 0.0) -> Entry | None:
-        """A claim on one key that counts as no look-up; None if the key has an entry. `deadline` as of a `Claim`.
+        """Claim one key without counting a look-up; None if the key has an entry. `deadline` is as in a `Claim`.
 
-        What a reader wrote into is dropped first. Raises `MutatedError` as `claim` does.
+        An entry that a reader wrote into is dropped first. Raises `MutatedError` as `claim` does.
         """
         entry, changed = None, list[Entry]()
         with self._lock:
@@ -212,17 +216,17 @@ class ShardIndex:
         return entry
 
     def publish(self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None) -> list[Entry]:
-        """Make arrived shards READY; a clear that came meanwhile wins, then only those already waiting get them.
+        """Make arrived shards READY. If a clear came meanwhile, only calls that already wait get them.
 
-        A copy of what the level below has takes its place, unless a reader holds that, who may have written into it
-        while it was copied, or is about to: then only those who waited get the copy.
+        A copy from the level below takes the place of the shard there. If a reader holds that shard, only calls that
+        already wait get the copy. The reader may write into the shard, or may have done so.
 
         Args:
             landings: Entries, and the bytes of each.
             node: Where from.
             completion: Of the copy that filled them; None: nothing to wait for.
         Returns:
-            What left the level below with it, or gave way to another owner's, for the caller to let die.
+            Entries that left the level below, or gave way to another owner's shard, for the caller to let die.
         """
         with self._lock:
             left: list[Entry] = []
@@ -236,16 +240,16 @@ class ShardIndex:
                 left += self._drop_all_locked(standing)
             else:
                 fresh = [entry for entry in standing if not entry.flight.is_copy] if rising else standing
-                self._ledger.indexed(fresh, node, is_low=self._is_low(self._entries))
+                self._ledger.indexed(fresh, node, is_low=self._is_low)
                 for entry in rising:
                     self._rise_locked(entry, left)
         _wake(landed)
         return left
 
     def deliver(self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None) -> None:
-        """Hand shards that arrived to those who wait for them, without caching: the pool had no room.
+        """Hand arrived shards to the calls that wait for them, uncached: the pool had no room.
 
-        What is a copy of the level below stays there.
+        A shard that was copied from the level below stays there.
         """
         with self._lock:
             landed = self._land_locked(landings, node, completion)
@@ -255,7 +259,7 @@ class ShardIndex:
         _wake(landed)
 
     def abort(self, entries: Iterable[Entry], error: BaseException) -> None:
-        """Give up on those of `entries` that are still PENDING; their waiters get `error`."""
+        """Give up on those of `entries` that are still PENDING; calls that wait for them get `error`."""
         reason = failure_reason(error)
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
@@ -272,9 +276,9 @@ class ShardIndex:
     def remove(self, keys: Iterable[Hashable], node: str | None = None) -> list[Entry]:
         """Drop entries by key (and node), and return the READY ones, for the caller to let die.
 
-        A PENDING one will not be cached when it arrives. Unknown keys are ignored.
+        A PENDING shard will not be cached when it arrives. Unknown keys are ignored.
         """
-        # Outside the lock: it may be a generator that asks the cache; and what is no key must not stop us half-way.
+        # Outside the lock: a generator may ask the cache. Before any drop: an object that is no key raises here.
         wanted = dict.fromkeys(keys)
         with self._lock:
             self._shared.num_removals += 1
@@ -303,7 +307,7 @@ class ShardIndex:
         return self.remove_node(None)
 
     def forget_dead(self, leases: Iterable[Lease]) -> None:
-        """Drop entries whose block died under them, as when `share_memory_()` swapped a tensor's storage."""
+        """Drop entries whose block died, as when `share_memory_()` swapped a tensor's storage."""
         with self._lock:
             dead = [
                 entry
@@ -315,11 +319,11 @@ class ShardIndex:
                 self._ledger.died(self._drop_all_locked(dead))
 
     def candidates(self, most: int | None = None, *, held: bool = False) -> list[Candidate]:
-        """What may be evicted from this level, the least recently used first.
+        """Entries of this level that may be evicted, the least recently used first.
 
         Args:
-            most: No more than so many.
-            held: Also what readers hold, or are about to get.
+            most: The most to return.
+            held: Whether to return also shards that readers hold, or are about to get.
         """
         with self._lock:
             found = (
@@ -336,18 +340,18 @@ class ShardIndex:
         *,
         held: bool = False,
     ) -> bool:
-        """Drop all of these, or none if one is elsewhere or held by now. They die with the caller's `victims`.
+        """Drop all victims; or none, if one of them has moved or is held by now. They die with the caller's list.
 
         Args:
             victims: From `candidates`, with the same `held`.
-            refuges: Copies at the level below, by key. These entries move there; but not those that a reader holds or
-                has written into by now, of which the copy may be of other bytes.
+            refuges: Copies at the level below, by key; these entries move there. An entry that a reader holds, or has
+                written into, does not move: its copy may be of other bytes.
             held: See `candidates`.
         """
         with self._lock:
             if not all(self._can_evict_locked(one, held) for one in victims):
                 return False
-            self._ledger.evicted([one.entry for one in victims], is_low=self._is_low(self._entries))
+            self._ledger.evicted([one.entry for one in victims], is_low=self._is_low)
             gone = []
             for entry, *_ in victims:
                 is_copy = not (entry.is_changed or (held and self._is_in_use_locked(entry)))
@@ -361,7 +365,7 @@ class ShardIndex:
     def missing(
         self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise] = MappingProxyType({})
     ) -> list[Hashable]:
-        """Those of `keys` that a call at this level would have to fetch, or to copy. Counts nothing."""
+        """Those of `keys` that a call at this level would have to fetch, or to copy. Counts no look-up."""
         with self._lock:
             entries = [(key, self._entries.get(key) or self._above.get(key)) for key in keys]
             return [
@@ -374,7 +378,7 @@ class ShardIndex:
             ]
 
     def find(self, key: Hashable) -> tuple[torch.Tensor, Completion | None] | None:
-        """An alias of what is READY at this level, safe to read after the completion; counts as no look-up.
+        """An alias of a shard that is READY at this level, safe to read after the completion. Counts no look-up.
 
         Raises `MutatedError` as `claim` does.
         """
@@ -390,13 +394,13 @@ class ShardIndex:
         return found
 
     def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Copy, torch.Tensor]]:
-        """The bytes of what is READY, and an alias of each; counts as no look-up."""
+        """The copies of the READY shards among `keys`, and an alias of each. Counts no look-up."""
         with self._lock:
             found = [one.copy for key in keys for one in self._at_locked(key) if one.copy is not None]
             return list(zip(found, aliases_of([one.base for one in found]), strict=True))
 
     def compare_checksums(self, checksums: Iterable[tuple[Copy, int]]) -> None:
-        """Note a copy's first checksum; let one that has another by now be found changed."""
+        """Note the first checksum of each copy. The next look-up finds a copy changed that has another one by now."""
         with self._lock:
             for one, checksum in checksums:
                 if one.checksum is None:
@@ -405,7 +409,7 @@ class ShardIndex:
                     one.version = DOUBTED
 
     def adopt(self, holding: Holding, entries: Iterable[Entry]) -> None:
-        """Drop these when a scope ends; of one that is over, when the next one around it does."""
+        """Let a scope drop these at its end. If the scope is over, the next open one around it does."""
         with self._lock:
             holder: Holding | None = holding
             while holder is not None and holder.is_over:
@@ -424,13 +428,13 @@ class ShardIndex:
             return [entry for entry in self._held_locked(holding) if entry.state is State.READY]
 
     def end_scope(self, holding: Holding) -> list[Entry]:
-        """Drop what was fetched inside a scope, but for what is meant to stay; return the READY ones, as `remove`."""
+        """Drop the shards that were fetched inside a scope, but for kept ones; return the READY ones, as `remove`."""
         with self._lock:
             self._shared.num_removals += 1
             held, over = self._held_locked(holding), holding.keys
             holding.keys, holding.is_over = {}, True
             dropped = self._drop_all_locked(held)
-            # What an outer scope holds has outlived no step yet.
+            # The end of an inner scope ends no step: shards of the outer one have outlived nothing yet.
             self._ledger.cleared(dropped, ends_step=holding.outer is None)
         del over  # keys may be anything, and die outside the lock
         return list(dropped)
@@ -446,7 +450,7 @@ class ShardIndex:
             return {**self._ledger.stats(), **self._ledger.details(), "mutations": self._mutations.num_found}
 
     def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
-        """The oldest READY entries, oldest first; only those that outlived clears and should not, if so wanted."""
+        """The oldest READY entries, oldest first. `is_outlived`: only those that outlived clears, and are not kept."""
         with self._lock:
             entries = (entry for key in self._ledger.births for entry in self._at_locked(key))
             wanted = (entry for entry in entries if entry.state is State.READY)
@@ -455,7 +459,7 @@ class ShardIndex:
             return [self._ledger.about(entry) for entry in itertools.islice(wanted, most)]
 
     def keep(self, keys: Iterable[Hashable], found: Claim) -> None:
-        """Say that what a call found is meant to outlive clears, cached or on its way: it is no leak."""
+        """Mark shards that a call found, cached or on their way, as meant to outlive clears: they are no leak."""
         with self._lock:
             for key in keys:
                 claimed = found.claimed.get(key)
@@ -465,27 +469,24 @@ class ShardIndex:
                         self._ledger.kept(entry)
 
     def came_from(self, entries: Iterable[Entry], node: str) -> None:
-        """Say which node PENDING entries are asked of, so that clearing the node finds them."""
+        """Note the node that PENDING entries are asked of, so that a clear of the node finds them."""
         with self._lock:
             for entry in entries:
                 if not entry.flight.is_copy:
                     entry.node = node
 
     def release(self, entries: Iterable[Entry]) -> None:
-        """A call that claimed or joined these has handed them out, or will not: it keeps them from eviction no more."""
+        """Note that a call has handed these out, or will not. It no longer keeps them from eviction."""
         with self._lock:
             for entry in entries:
                 entry.flight.num_awaiting -= 1
 
-    def _is_low(self, table: Table) -> bool:
-        return table is not self._shared.tables[0]
-
     def _at_locked(self, key: Hashable) -> list[Entry]:
-        """The entries of a key: of more than one level only while it rises."""
+        """The entries of a key: two only while it rises."""
         return [entry for table in self._shared.tables if (entry := table.get(key)) is not None]
 
     def _look_up_locked(self, keys: Collection[Hashable], found: Claim) -> tuple[dict[Hashable, Copy], int]:
-        """Join or claim what is not there; return what is there, and how many of that are at the lower level."""
+        """Join or claim missing shards; return the copies of the others, and how many of these are below."""
         ready: dict[Hashable, Copy] = {}
         num_low = 0
         for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
@@ -502,13 +503,13 @@ class ShardIndex:
                 continue
             table.move_to_end(key)
             ready[key] = at
-            num_low += (is_low := self._is_low(table))
+            num_low += (is_low := self._is_low and table is self._entries)
             if at.completion is not None:
                 found.completions[at.completion] = is_low
         return ready, num_low
 
     def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
-        """Claim what is not there: from a source, or a copy of what is below."""
+        """Claim a missing shard: a fetch, or a copy of the shard below."""
         if (low := self._below.get(key)) is None:
             entry = Entry(key, next(self._shared.generations), Flight(deadline=found.deadline), promise=promise)
         elif promise is not None and self._is_other_locked(low, promise, found):
@@ -520,7 +521,7 @@ class ShardIndex:
             self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
 
     def _copy_of_locked(self, low: Entry, found: Claim) -> Entry:
-        """Claim a copy of what is below, or will be. Until it has landed, or has failed, that stays there."""
+        """Claim a copy of a shard that is below, or will be. It stays there until the copy has landed or failed."""
         if low.copy is None:
             low.flight.join()
         else:
@@ -530,9 +531,9 @@ class ShardIndex:
         return Entry(low.key, low.generation, flight, node=low.node, promise=low.promise)
 
     def _is_other_locked(self, entry: Entry, promise: Promise, found: Claim) -> bool:
-        """Refuse an entry that is not what the caller expects, or claim the shard of the owner that is meant.
+        """Refuse an entry that is not as the caller expects, or claim the shard of the expected owner.
 
-        Whether either was done. What is on its way is compared when it is here.
+        Returns whether it did either. `Fetch` compares a shard that is on its way once it is here.
         """
         if entry.promise == promise:
             return False
@@ -546,7 +547,7 @@ class ShardIndex:
         return False
 
     def _claim_rival_locked(self, entry: Entry, promise: Promise, found: Claim) -> None:
-        """Claim the same key of another owner. The entry stays until that has landed: it may never."""
+        """Claim the same key of another owner. The entry stays until the claim has landed, which may never happen."""
         flight = Flight(deadline=found.deadline)
         if found.num_removals == self._shared.num_removals:
             flight.replaces = entry.generation, self._shared.num_removals
@@ -555,11 +556,11 @@ class ShardIndex:
     def _drop_changed_locked(
         self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise], changed: list[Entry]
     ) -> None:
-        """Drop those of `keys` that a reader wrote into, and that are of the owner that the caller means.
+        """Drop those of `keys` that a reader wrote into, and whose owner is the one that the caller means.
 
         Args:
             keys: May be indexed.
-            expected: By the caller.
+            expected: See `claim`.
             changed: Gets the dropped entries, for the caller to let die outside the lock, after `Mutations.tell`.
         Raises:
             MutatedError: There are some, and the policy is "error": none was dropped, and `changed` is empty.
@@ -570,7 +571,7 @@ class ShardIndex:
             self._drop_all_locked(changed)
 
     def _changed_locked(self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise]) -> list[Entry]:
-        """See `_drop_changed_locked`, which may raise: this frame, which refers to blocks, is over by then."""
+        """Find them for `_drop_changed_locked`. That may raise: this frame, which refers to blocks, is over by then."""
         changed = []
         for table in self._shared.tables:
             for entry in map(table.get, keys):
@@ -598,7 +599,7 @@ class ShardIndex:
         return is_lent or self._is_held(at.base, 1)
 
     def _take_place_locked(self, entry: Entry, left: list[Entry]) -> None:
-        """Index what landed instead of another owner's shard; not if that went, or anything was dropped, meanwhile."""
+        """Index a landed shard in the place of another owner's, unless a drop on request came meanwhile."""
         old = next(iter(self._at_locked(entry.key)), None)
         if old is not None and entry.flight.replaces == (old.generation, self._shared.num_removals):
             left += self._drop_all_locked([old])
@@ -614,7 +615,7 @@ class ShardIndex:
         self._ledger.moved(1)
 
     def _rise_locked(self, entry: Entry, left: list[Entry]) -> None:
-        """Let a copy that landed take the place of what it was copied from; where it may not, forget the copy."""
+        """Let a landed copy take the place of the shard below; forget the copy if it may not."""
         low = self._below.get(entry.key)
         if low is None or low.generation != entry.generation or not self._can_rise_locked(low):
             self._forget_locked(entry)
@@ -632,7 +633,7 @@ class ShardIndex:
         return not (self._mutations.is_on and low.is_changed)
 
     def _let_go_below_locked(self, entry: Entry) -> None:
-        """A claim of a copy is settled: what it is copied from is awaited by one less."""
+        """Note that a claim of a copy is settled: one call less awaits the entry below."""
         low = self._shared.tables[-1].get(entry.key)
         if low is not None and low.generation == entry.generation:
             low.flight.num_awaiting -= 1
@@ -640,7 +641,7 @@ class ShardIndex:
     def _land_locked(
         self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None
     ) -> list[Entry]:
-        """Give entries their bytes, but for those that their calls gave up on meanwhile."""
+        """Give entries their bytes, but for entries that their calls gave up on meanwhile."""
         landed = []
         for entry, one in landings:
             if entry.is_settled:
@@ -659,25 +660,24 @@ class ShardIndex:
         return landed
 
     def _stands_locked(self, entry: Entry) -> bool:
-        """Whether the index knows this entry still: it was not cleared, evicted or refetched."""
+        """Whether the entry is still indexed: it was not cleared, evicted or refetched."""
         return self._entries.get(entry.key) is entry
 
     def _drop_all_locked(self, entries: Collection[Entry]) -> dict[Entry, bool]:
-        """Forget entries, at both levels; PENDING ones keep flying, for those who wait.
+        """Forget entries, at both levels. PENDING ones still arrive, for the calls that wait.
 
         Returns:
             The READY ones, and whether each was at the lower level. They must not die under the lock.
         """
         dropped: dict[Entry, bool] = {}
-        for table in self._shared.tables:
-            is_low = self._is_low(table)
+        for number, table in enumerate(self._shared.tables):
             for entry in entries:
                 one = table.get(entry.key)
                 if one is None or one.generation != entry.generation:
                     continue
                 del table[one.key]
                 if one.state is State.READY:
-                    dropped[one] = is_low
+                    dropped[one] = bool(number)
                 one.state = State.GONE
         for entry in entries:
             entry.state = State.GONE
@@ -692,13 +692,13 @@ class ShardIndex:
         entry.state = State.GONE
 
     def _held_locked(self, holding: Holding) -> list[Entry]:
-        """What of a scope's is indexed still, in the generation that it fetched, and not meant to stay."""
+        """Entries that a scope will drop: still indexed, of the generation that was fetched inside, and not kept."""
         found = ((entry, generation) for generation, key in holding.keys.items() for entry in self._at_locked(key))
         return [entry for entry, generation in found if generation == entry.generation and not entry.is_kept]
 
 
 def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
-    """Take the tensors from dropped entries that only the list refers to; a call may yet hand out those of others."""
+    """Take the tensors from dropped entries. An entry that more than the list refers to keeps its own, for a call."""
     found: list[torch.Tensor] = []
     for entry in dropped:
         if getrefcount(entry) == UNSHARED and (one := entry.copy) is not None:
@@ -709,7 +709,7 @@ def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
 
 
 def _wake(entries: Iterable[Entry]) -> None:
-    """Resolve the flights of settled entries. Outside the lock: done-callbacks may do anything."""
+    """Resolve the futures of settled entries. Outside the lock: done-callbacks may do anything."""
     for entry in entries:
         if (landed := entry.flight.landed) is not None:
             landed.set_result(None)  # not the entry: a cycle would keep its block until a collection

@@ -1,4 +1,4 @@
-"""What is cached and what was asked for, in numbers."""
+"""The accounts of an index: cached shards, look-ups and fetches, in numbers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gpu_cache.report.schema import (
     SourceStats,
 )
 
-# Told apart; what comes from others is one. Addresses of a job are few, but nothing bounds those of a year.
+# Sources with figures of their own; further ones share one. A job has few addresses; those of a year have no bound.
 _MAX_SOURCES = 256
 
 
 class Tally:
-    """A histogram under way, with these upper edges."""
+    """A histogram that values are added to. `edges` are its buckets' upper bounds."""
 
     def __init__(self, edges: Sequence[float]) -> None:
         self._edges = edges
@@ -38,12 +38,12 @@ class Tally:
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one."""
+        """Count one value."""
         self.counts[bisect_left(self._edges, value)] += 1
         self.sum += value
 
     def observe_all(self, values: Iterable[float], total: float) -> None:
-        """Count many, whose sum is known."""
+        """Count many values, whose sum is `total`."""
         ordered, counted = sorted(values), 0
         for bucket, edge in enumerate(self._edges):
             end = bisect_right(ordered, edge)
@@ -67,7 +67,7 @@ class BusyClock:
 
     @property
     def seconds(self) -> float:
-        """Busy seconds so far, those of an activity under way included."""
+        """Busy seconds so far, with those of activities under way."""
         return self._seconds + (self._now() - self._since if self._num_active else 0.0)
 
     def note(self, *, begins: bool) -> None:
@@ -92,7 +92,7 @@ class Survivors:
             self._kept[epoch] = (entries + num_entries, total + nbytes)
 
     def since(self, epoch: int) -> tuple[int, int]:
-        """Entries and bytes that are as old as `epoch`, or older."""
+        """Number and bytes of the entries that came at `epoch` or before."""
         old = [kept for came, kept in self._kept.items() if came <= epoch]
         return sum(entries for entries, _ in old), sum(nbytes for _, nbytes in old)
 
@@ -102,14 +102,14 @@ class Survivors:
 
 
 class SourceTally:
-    """What came from one node, and what of it is cached."""
+    """The figures of one node: what came from it, and the entries of it that are cached."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.fetching = BusyClock(now)
         self.fetch_bytes = 0
         self.errors: dict[str, int] = {}  # by reason
         self.durations = Tally(SOURCE_DURATION_EDGES_S)
-        self.transport = ""  # of the latest answer
+        self.transport = ""  # the latest answer's
         self._num_entries = self._resident_bytes = 0
         self._births: dict[float, int] = {}  # time -> cached entries that were published then, in order
 
@@ -158,7 +158,7 @@ class Sources:
         return found
 
     def name(self, node: str) -> str:
-        """Under which name a node is counted; "" is the cache's own."""
+        """The name under which a node is counted; "" is the cache itself."""
         name = node or LOCAL_SOURCE
         return name if name in self._tallies or len(self._tallies) < _MAX_SOURCES else OTHER_SOURCES
 
@@ -168,7 +168,7 @@ class Sources:
         return {node: tally.stats(now) for node, tally in self._tallies.items()}
 
 
-OUTLIVED = 2  # clears survived, from which on an entry is a leak: the next step's tensors may arrive before one
+OUTLIVED = 2  # clears; an entry that survived as many is a leak: the next step's tensors may arrive before a clear
 
 
 class Ledger:
@@ -188,13 +188,13 @@ class Ledger:
         self._fetching = BusyClock(now)
         self._sources = Sources(now)
         self._durations, self._entry_sizes = Tally(FETCH_DURATION_EDGES_S), Tally(ENTRY_SIZE_EDGES_BYTES)
-        self._host_entries = 0  # of `births`, in the host tier
+        self._host_entries = 0  # those in the host tier
         self._host_evictions = self._host_evicted_bytes = self._host_cleared = self._host_cleared_bytes = 0
         self._has_fetched = False  # since the last clear
-        self._dropped = self._dropped_bytes = 0  # whose storage died under them
+        self._dropped = self._dropped_bytes = 0  # entries whose storage died
 
     def claimed(self, found: Claim, num_hits: int, hit_bytes: int, num_low: int = 0) -> None:
-        """A look-up found so much; `num_low` of the hits are handed out in the host tier."""
+        """Count a look-up. The caller gets `num_low` of the hits in the host tier."""
         num_rising = 0
         for key in found.below:
             num_rising += found.claimed[key].flight.kind == "rise"
@@ -206,20 +206,20 @@ class Ledger:
         self._has_fetched = self._has_fetched or len(found.claimed) > len(found.below)
 
     def fetching(self, node: str, *, begins: bool) -> None:
-        """A reader of that node begins to deliver, or has ended."""
+        """Count a reader of a node that begins to deliver, or has ended."""
         self.counters.fetches += begins
         self._fetching.note(begins=begins)
         self._sources[node].fetching.note(begins=begins)
 
     def answered(self, node: str, seconds: float, transport: str = "") -> None:
-        """A node's answer took so long, and came this way."""
+        """Count a node's answer, its seconds and its transport."""
         self._durations.observe(seconds)
         source = self._sources[node]
         source.durations.observe(seconds)
         source.transport = transport
 
     def landed(self, entries: Iterable[Entry], node: str) -> None:
-        """Entries got their tensors."""
+        """Count entries that got their tensors."""
         fetched_bytes = 0
         for entry in entries:
             nbytes, flight = entry.nbytes, entry.flight
@@ -234,7 +234,7 @@ class Ledger:
             self._sources[node].fetch_bytes += fetched_bytes
 
     def indexed(self, entries: Sequence[Entry], node: str, *, is_low: bool) -> None:
-        """Entries of a node are READY from now on, on the device or in the host tier."""
+        """Make entries of a node READY, and count them on the device or in the host tier."""
         if not entries:
             return
         born, epoch = self._now(), self.counters.clears
@@ -256,7 +256,7 @@ class Ledger:
         self._survivors.add(epoch, len(entries) - num_kept, pool_bytes - kept_bytes)
 
     def dropped(self, entries: Mapping[Entry, bool]) -> None:
-        """READY entries are indexed no more; those that map to true were in the host tier."""
+        """Count READY entries out. Those that map to true were in the host tier."""
         sums: dict[tuple[str, float, int, bool], list[int]] = {}
         for entry in entries:
             del self.births[entry.key]
@@ -272,22 +272,22 @@ class Ledger:
                 self._survivors.add(epoch, -num_entries, -pool_bytes)
 
     def moved(self, number: int) -> None:
-        """So many READY entries went to the host tier; of a negative number, to the device."""
+        """Count READY entries that moved to the host tier, or, with a negative number, to the device."""
         self._host_entries += number
 
     def kept(self, entry: Entry) -> None:
-        """An entry is meant to stay: it is no survivor any more."""
+        """Mark an entry as meant to stay. It is no survivor from then on."""
         if entry.state is State.READY and not entry.is_kept:
             self._survivors.add(entry.epoch, -1, -aligned(entry.nbytes))
         entry.is_kept = True
 
     def overflowed(self, entries: Collection[Entry]) -> None:
-        """Entries were handed out without being cached."""
+        """Count entries that were handed out uncached."""
         self.counters.overflows += len(entries)
         self.counters.overflow_bytes += sum(entry.nbytes for entry in entries)
 
     def failed(self, entries: Sequence[Entry], reason: str) -> None:
-        """Entries did not arrive."""
+        """Count entries that did not arrive."""
         for entry in entries:
             if entry.is_fetch:
                 self.counters.fetch_errors += 1
@@ -295,7 +295,7 @@ class Ledger:
                 errors[reason] = errors.get(reason, 0) + 1
 
     def evicted(self, entries: Collection[Entry], *, is_low: bool) -> None:
-        """Entries went to make room, from the device or from the host tier."""
+        """Count entries that were evicted, from the device or from the host tier."""
         if is_low:
             self._host_evictions += len(entries)
             self._host_evicted_bytes += sum(entry.nbytes for entry in entries)
@@ -304,14 +304,14 @@ class Ledger:
         self.counters.evicted_bytes += sum(entry.nbytes for entry in entries)
 
     def died(self, entries: Collection[Entry]) -> None:
-        """Entries went because their storage did."""
+        """Count entries that were dropped because their storage died."""
         self._dropped += len(entries)
         self._dropped_bytes += sum(entry.nbytes for entry in entries)
 
     def cleared(self, entries: Mapping[Entry, bool], *, ends_step: bool = True) -> None:
-        """Entries went on request, those that map to true from the host tier.
+        """Count entries that were dropped on request. Those that map to true were in the host tier.
 
-        All clears between two fetches are one: a step clears its owners one by one.
+        All clears between two fetches count as one: a step clears its owners one by one.
         """
         if self._has_fetched and ends_step:
             self._has_fetched = False
@@ -324,11 +324,11 @@ class Ledger:
         self.counters.cleared += len(entries)
 
     def is_outlived(self, entry: Entry) -> bool:
-        """Whether it survived so many clears that it is a leak, unless it is kept; true of all that are older."""
+        """Whether an entry survived so many clears that it is a leak, unless it is kept. True of every older one."""
         return self.counters.clears - entry.epoch >= OUTLIVED
 
     def about(self, entry: Entry) -> EntryInfo:
-        """A READY entry, for people."""
+        """Describe a READY entry."""
         assert entry.copy is not None
         return EntryInfo(
             key=entry.key,
@@ -358,7 +358,7 @@ class Ledger:
         }
 
     def details(self) -> dict[str, Any]:
-        """What a report has beyond that, under the report's names."""
+        """Further figures of a report, under the report's names."""
         table = self._survivors.table(self.counters.clears)
         return {
             "sources": self._sources.stats(),
@@ -379,7 +379,7 @@ class Ledger:
 
 
 def capped(table: Sequence[list[int]], most: int) -> list[list[int]]:
-    """Rows of [clears, entries, bytes] from 1 clear on, ascending, those of more than `most` summed up with it."""
+    """Rows of [clears, entries, bytes] from 1 clear on, ascending. The row of `most` sums up all beyond it."""
     rows: dict[int, list[int]] = {}
     for survived, num_entries, nbytes in sorted(table):
         if survived > 0:

@@ -1,11 +1,12 @@
 """Lends shards to readers: by the loan of each. In C++ where that is built (`gpu_cache.native`), else in Python.
 
-A shard's loan is one tensor object. A reader gets it if no other has it, made to look like the shard again: the reader
-before may have changed how it looks (`t_`, `resize_`, `data`). While a reader keeps the loan, the next reader gets an
-alias, which is the loan from then on. Loans that autograd knows of stay with their reader. An alias for each reader
-would cost twice the time, and dropping it would give the GIL away, in the reader's thread. One object for all readers
-would cost less still, but a reader's `requires_grad_` would reach the others.
-Source: our measurement, torch 2.13: a loan 0.45 us, an alias and its drop 1.1, beside a busy thread 56 to 210.
+A shard's loan is one tensor object. A reader gets it if no other reader has it. It is made to look like the shard
+again first: the reader before may have changed its look (`t_`, `resize_`, `data`). While a reader keeps the loan,
+the next reader gets an alias, which is the loan from then on. A loan that autograd knows of stays with its reader.
+
+An alias for each reader would cost twice the time. Its drop gives the GIL away in the reader's thread. One
+object for all readers would cost less, but a reader's `requires_grad_` would reach the others.
+Source: our measurement, torch 2.13: a loan takes 0.45 us, an alias and its drop 1.1, beside a busy thread 56 to 210.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import UNSHARED, aliases_of, num_owners
 
-Table: TypeAlias = OrderedDict[Hashable, Entry]  # of one level, least recently used first
+Table: TypeAlias = OrderedDict[Hashable, Entry]  # one level's entries, least recently used first
 
 
 def lend_in_python(copies: Sequence[Copy], left: list[torch.Tensor | None]) -> list[torch.Tensor]:
     """A tensor of each copy, for one reader. Under the index lock.
 
     Args:
-        copies: Of shards that are there.
+        copies: Of READY shards.
         left: Gets the loans that readers keep, for the caller to let die outside the lock.
     """
     lent = []
@@ -71,10 +72,10 @@ def hits_in_python(
     Args:
         table: Of one level.
         keys: May repeat.
-        expected: By the caller.
+        expected: What the caller says of each.
         checks_versions: Whether a shard that a reader wrote into is no plain hit.
         left: As for `lend_in_python`.
-        completions: Gets those that the tensors are safe to read after.
+        completions: Gets the completions that the tensors are safe to read after.
     """
     copies: list[Copy] = []
     nbytes, latest = 0, None

@@ -1,4 +1,4 @@
-"""What a cache does about shards that a reader wrote into."""
+"""The policy about shards that a reader wrote into."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Mutations:
     Attributes:
         is_on: Whether hand-outs look for writes at all.
         num_found: Shards found changed. Guarded by the index lock.
-    Thread-safety: the index calls `found` under its lock, and `tell`, which logs, outside of it, from any thread; the
-        worst that a race does there is a second line, or a count that lacks some.
+    Thread-safety: the index calls `found` under its lock, and `tell`, which logs, outside of it. The worst that a
+        race in `tell` does is a second line, or a count that lacks some.
     """
 
     def __init__(self, policy: MutationPolicy = "ignore", now: Callable[[], float] = time.monotonic) -> None:
@@ -40,8 +40,8 @@ class Mutations:
         """Count entries that were found changed.
 
         Raises:
-            MutatedError: There are some, and the policy is "error". The list is empty then: an error that is kept
-                keeps the frames that it passed, and they must not keep blocks.
+            MutatedError: There are some, and the policy is "error". The list is empty then: a kept error keeps its
+                frames, which must not keep blocks.
         """
         self.num_found += len(changed)
         if changed and self.is_error:

@@ -1,4 +1,4 @@
-"""Makes room in a pool: asks the index who may go, the pool where that leaves consecutive bytes, and lets those go."""
+"""Makes room in a pool. The index names entries that may go, the pool its free ranges; the choice is `eviction`'s."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FEW = 1024  # are looked at first: about twice the shards of a run, if these ar
 
 
 class RoomMaker:
-    """Evicts from the pool of one level.
+    """Evicts shards of one level.
 
     Args:
-        index: Of the level.
-        pool: That its blocks are in.
-        refuge: Copies victims to the level below; gives what it had room for, by key.
+        index: The level's.
+        pool: The level's.
+        refuge: Copies victims to the level below, and returns the copies that had room, by key; None: there is none.
     Thread-safety: any thread. The choice is made outside of every lock, and checked under the index's.
     """
 
@@ -29,17 +29,17 @@ class RoomMaker:
         self,
         index: ShardIndex,
         pool: SlabPool,
-        refuge: Callable[[Sequence[Candidate]], Mapping[Hashable, Copy]] = lambda victims: {},
+        refuge: Callable[[Sequence[Candidate]], Mapping[Hashable, Copy]] | None = None,
     ) -> None:
         self._index, self._pool, self._refuge = index, pool, refuge
 
     def make(self, nbytes: int) -> int:
-        """Evict what makes room for a run, when what was freed by then is reusable; or nothing, if that cannot be.
+        """Evict shards so that a run has room once the freed bytes are reusable; or none, if that cannot be.
 
         Returns:
-            The longest run that room was, or could be, made for: at least `nbytes` if it was.
+            The longest run that room could be made for; at least `nbytes` if room was made.
         """
-        if not self._pool.can_reuse:  # what is evicted now would stay out of use for an unknown time
+        if not self._pool.can_reuse:  # evicted bytes would stay out of use for an unknown time
             return self._pool.stats()["device_largest_free_bytes"]
         for _ in range(_ATTEMPTS):
             victims, most_bytes = self._choose(nbytes)
@@ -50,11 +50,11 @@ class RoomMaker:
         return nbytes
 
     def _choose(self, nbytes: int) -> tuple[list[Candidate] | None, int]:
-        """Victims among the oldest; among more, as long as these are not enough: the index is locked meanwhile."""
+        """Choose among the oldest entries; among more, if these are not enough: the index is locked meanwhile."""
         most = _FEW
         while True:
             candidates = self._index.candidates(most)
-            candidates.sort(key=_is_pending)  # the last to go are those whose copy is under way; the fence covers it
+            candidates.sort(key=_is_pending)  # those whose copy is under way go last; the fence covers it
             plan = choose(nbytes, [_span_of(one) for one in candidates], self._pool.layout())
             if plan.victims is not None:
                 return [candidates[number] for number in plan.victims], nbytes
@@ -63,7 +63,7 @@ class RoomMaker:
             most *= 8
 
     def empty(self) -> None:
-        """Evict everything, also what is held: its bytes are free when the last alias is gone."""
+        """Evict everything, also held shards. Their bytes are free when the last alias is gone."""
         for _ in range(_ATTEMPTS):
             if self._evict(self._index.candidates(held=True), held=True):
                 break
@@ -71,14 +71,14 @@ class RoomMaker:
     def _evict(self, victims: list[Candidate], *, held: bool = False) -> bool:
         """Evict all of these, or none; the list is empty afterwards.
 
-        A block that a reader wrote into, or may write into while it is copied, is no copy of its shard's bytes.
+        A block that a reader wrote into, or may write into during the copy, is not copied below.
         """
         movable = [one for one in victims if not (one.entry.is_changed or one.is_held)]
-        if not self._index.evict(victims, self._refuge(movable), held=held):
+        if not self._index.evict(victims, self._refuge(movable) if self._refuge else {}, held=held):
             return False
         movable.clear()
         tensors = [tensor for one in victims for tensor in (one.copy.base, one.copy.loan) if tensor is not None]
-        victims.clear()  # with them the entries and their copies die, of which no call is about to hand one out
+        victims.clear()  # the entries and their copies die with it; no call is about to hand one out
         self._pool.husks.strip(tensors)
         return True
 

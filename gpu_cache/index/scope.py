@@ -1,4 +1,4 @@
-"""Scopes: what is fetched inside a `with` is dropped at its end, even if the caller lost the keys."""
+"""Scopes: the end of a `with` drops the shards that were fetched inside, even if the caller lost their keys."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ScopeVariable = ContextVar[Holding | None]
 
 
 class Scope:
-    """A part of a program whose shards go when it ends. Made by `TensorCache.scope`; a context manager, to enter once.
+    """A part of a program whose shards are dropped at its end. `TensorCache.scope` makes it; it is entered once.
 
     Attributes:
-        name: What it is called in messages.
+        name: Its name in messages.
     Thread-safety: any thread; entered and left once.
     """
 
@@ -33,12 +33,12 @@ class Scope:
 
     @property
     def num_shards(self) -> int:
-        """Shards that were fetched inside and are cached still; those on their way do not count. After the end: 0."""
+        """Shards that were fetched inside and are still cached, without those on their way. 0 after the end."""
         return self._held()[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these."""
+        """Bytes of the shards that `num_shards` counts."""
         return self._held()[1]
 
     @property
@@ -47,14 +47,14 @@ class Scope:
         return self._holding is not None and self._holding.is_over
 
     def keys(self) -> list[Hashable]:
-        """Keys of what was fetched inside and is cached still."""
+        """Keys of the shards that `num_shards` counts."""
         return [] if self._holding is None else [entry.key for entry in self._index().held_by(self._holding)]
 
     def __enter__(self) -> Scope:
         if self._holding is not None:
             raise RuntimeError(f"{self!r} was entered before; make another one")
         outer = self._variable.get()
-        while outer is not None and outer.is_over:  # of who started this task
+        while outer is not None and outer.is_over:  # those of the code that started this task
             outer = outer.outer
         self._holding = Holding(outer)
         self._token = self._variable.set(self._holding)
@@ -65,8 +65,8 @@ class Scope:
     ) -> None:
         assert self._holding is not None
         assert self._token is not None
-        # Left in another context, as a generator may be: there is nothing to set back there, and where it was entered
-        # a scope that is over counts for nothing.
+        # A generator may leave it in another context, where nothing is to be set back. Where it was entered, a scope
+        # that is over counts for nothing.
         with contextlib.suppress(ValueError):
             self._variable.reset(self._token)
         self._drop(self._index().end_scope(self._holding))

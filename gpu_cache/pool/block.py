@@ -1,4 +1,4 @@
-"""Slabs, ranges and freed ranges: the records that the pool keeps, and how a range becomes shards."""
+"""Slabs, ranges and copies: the records of a pool, and how a range becomes the tensors of shards."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from gpu_cache.source import ShardSpec
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Slab:
-    """One arena cut into blocks. Fields are guarded by the slab lock."""
+    """One arena cut into blocks. The pool's lock guards every field but `templates`."""
 
     arena: Arena
     free: FreeList
-    is_overflow: bool = False  # beyond the pool's cap: holds one run and is released with it
+    is_overflow: bool = False  # beyond the pool's cap: it holds one run, and is released with it
     leases: dict[int, Lease] = dataclasses.field(default_factory=dict)  # by offset, kept until they fire
-    templates: dict[torch.dtype, torch.Tensor] = dataclasses.field(default_factory=dict)  # empty; not under the lock
+    templates: dict[torch.dtype, torch.Tensor] = dataclasses.field(
+        default_factory=dict
+    )  # empty tensors; the worst that a race does is to make one twice
     used_at: int = 0  # the number of its last take
 
     @property
@@ -39,11 +41,11 @@ class Range:
     slab: Slab
     offset: int
     nbytes: int
-    leased_bytes: int = 0  # at its beginning: given back by leases, no longer by who took the range
+    leased_bytes: int = 0  # at its beginning; leases give these back, and no longer the thread that took the range
 
     @property
     def rest(self) -> Range:
-        """The part that no lease covers."""
+        """The part that no lease covers, for the thread that took the range to give back."""
         return Range(self.slab, self.offset + self.leased_bytes, self.nbytes - self.leased_bytes)
 
 
@@ -51,26 +53,26 @@ class Range:
 class Copy:
     """One shard's bytes in a pool, and the tensors over them.
 
-    The thread that fills it has it to itself until it is published. From then on the index lock guards `loan`,
-    `version` and `checksum`; the other fields stay as they are, and any thread may read them.
+    Until it is published only the thread that fills it has it. From then on the index lock guards `loan`, `version`
+    and `checksum`. The other fields stay as they are, and any thread may read them.
     """
 
     key: Hashable
     base: torch.Tensor  # on its block, and never handed out
     lease: Lease | None  # None: it has no bytes
     nbytes: int
-    loan: torch.Tensor | None = None  # what was, or will be, handed out: to one reader at a time, see `ShardIndex`
-    completion: Completion | None = None  # of the copy that filled it; None: nothing to wait for
-    version: int = 0  # of `counted` when its block was last known to hold what the source has
-    checksum: int | None = None  # of its bytes, with `debug_checksum`, before anybody had it
+    loan: torch.Tensor | None = None  # the tensor that one reader has, or the next one gets; see `index/lending.py`
+    completion: Completion | None = None  # done when its bytes are there; None: they are
+    version: int = 0  # `counted` had it when the block was last known to hold the source's bytes
+    checksum: int | None = None  # with `debug_checksum`: its bytes', before any reader had it
 
     @property
     def counted(self) -> torch.Tensor:
-        """A tensor that shares its version counter with everything that was handed out."""
+        """A tensor that shares its version counter with every tensor that was handed out."""
         return self.base if self.loan is None else self.loan
 
     def fill(self, completion: Completion | None) -> None:
-        """It holds its bytes when `completion` is done."""
+        """Note that it holds its bytes when `completion` is done."""
         self.completion, self.version = completion, (self.base if self.loan is None else self.loan)._version
 
 

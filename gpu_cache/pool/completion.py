@@ -1,4 +1,4 @@
-"""A copy to the device, and who may count on it."""
+"""Completions: whether a copy to the device is done, as far as the host has seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpu_cache.device.protocol import Device, Event, Stream
 class Completion:
     """A copy to the device, as far as the host has seen it.
 
-    "Done" is remembered only after the host saw it: that a stream waits for the copy proves nothing for another.
+    It remembers "done" only after the host saw it: a stream that waits for the copy proves nothing for another.
     Thread-safety: any thread; the worst that a race does is to look twice.
     """
 

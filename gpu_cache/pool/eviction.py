@@ -1,4 +1,4 @@
-"""Which blocks make room for a run: those least recently used that leave consecutive bytes. No torch, no lock."""
+"""Chooses blocks to evict: the least recently used that leave consecutive bytes. No torch, no lock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Layout:
     """The room of a pool besides the blocks in use.
 
     Attributes:
-        slab_bytes: By slab.
+        slab_bytes: Bytes of each slab.
         free: Ranges that are free, or will be when the work that was enqueued before is done.
         growth_bytes: What new slabs may take.
     """
@@ -47,14 +47,14 @@ class Plan:
 def choose(nbytes: int, blocks: Sequence[Span], layout: Layout) -> Plan:
     """Choose blocks to evict so that `nbytes` fit in one piece; none if they cannot.
 
-    Blocks are given back in thought, the first ones first, until a range is long enough; of these only the ones in that
-    range go, as few bytes as make room. So a run whose shards are used together goes as a whole, and nothing goes
-    that would leave holes which no run fits.
+    It gives blocks back in thought, the first ones first, until a range is long enough. Only blocks in that range
+    go, as few bytes as make room. So a run whose shards are used together goes as a whole. No block goes that
+    would leave a hole which no run fits.
 
     Args:
         nbytes: Bytes of the run.
-        blocks: What may go, the least recently used first.
-        layout: Of the pool.
+        blocks: The blocks that may go, the least recently used first.
+        layout: The pool's.
     Source: ours; the recency of the youngest victim is that of plain LRU in a pool without fragmentation.
     """
     spans, empty, empty_bytes = _Spans(), set[Hashable](), layout.growth_bytes
@@ -76,12 +76,12 @@ class _Spans:
 
     def __init__(self) -> None:
         self.longest = 0
-        self._end_of: dict[tuple[Hashable, int], int] = {}  # of what is taken together, by its start
+        self._end_of: dict[tuple[Hashable, int], int] = {}  # a joined span's end, by its start
         self._start_of: dict[tuple[Hashable, int], int] = {}
         self._parts: dict[tuple[Hashable, int], _Part] = {}  # by their starts
 
     def add(self, span: Span, number: int | None = None) -> tuple[int, int]:
-        """Add one, which is a block if it has a number; where what it is a part of now begins, and its length."""
+        """Add a span, a block if it has a number; return begin and length of the joined span around it."""
         slab, start, end = span.slab, span.start, span.start + span.nbytes
         self._parts[slab, start] = _Part(start, end, number)
         if (further := self._end_of.pop((slab, end), None)) is not None:
@@ -93,7 +93,7 @@ class _Spans:
         return start, end - start
 
     def cheapest(self, slab: Hashable, start: int, nbytes: int) -> list[int]:
-        """The blocks with the fewest bytes that make room for `nbytes`, of the neighbours from `start` on."""
+        """The blocks with the fewest bytes that make room for `nbytes`, among the neighbours from `start` on."""
         parts: deque[_Part] = deque()
         best: list[_Part] = []
         cost, best_cost = 0, -1
@@ -111,7 +111,7 @@ class _Spans:
 class _Part:
     start: int
     end: int
-    number: int | None  # of a block; None: free
+    number: int | None  # the block's; None: it is free
 
     @property
     def cost(self) -> int:

@@ -14,7 +14,7 @@ class StreamFence:
     Idle streams get events too, which are done at once: asking a stream whether it is idle breaks captures.
 
     Args:
-        device: Whose streams.
+        device: Has the streams.
         mode: "all": every stream of torch's pools too; "noted": the default stream and the noted ones.
     Thread-safety: any thread; the set of noted streams only grows, by single dict operations.
     """
@@ -27,7 +27,7 @@ class StreamFence:
 
     def note(self, stream: Stream) -> None:
         """Remember a stream that reads blocks."""
-        if stream is not self._last_noted:  # as for most hits; hashing a stream costs as much as a hand-out
+        if stream is not self._last_noted:  # seldom; hashing a stream costs as much as a hand-out
             self._noted[stream] = None
             self._last_noted = stream
 
@@ -40,8 +40,8 @@ class StreamFence:
         """Events on every stream, behind the work that is enqueued now; when all are done, no reader is left.
 
         Returns:
-            None while a graph is being captured on one of the streams: it cannot be recorded on, and work enqueued
-            before the capture began may still run.
+            None while a graph is being captured on one of the streams. Nothing can be recorded on that one, and work
+            enqueued before the capture began may still run.
         """
         streams = self._streams()
         if self._device.is_any_capturing(streams):

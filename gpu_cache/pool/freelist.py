@@ -1,7 +1,7 @@
 """Free byte ranges of one slab: take a range, give back any part of it, neighbours coalesce. No torch, no lock.
 
-Only free ranges are recorded (by start and by end), so a run may be taken as one range and given back shard by shard.
-Ranges are binned by length, eight bins per power of two, and one integer is the bitmap of bins in use.
+It records free ranges only, by start and by end. So a run is taken as one range and given back shard by shard. Bins
+hold ranges by length, eight per power of two; one integer is the bitmap of bins in use.
 Source: segregated fits after TLSF (Masmano et al., 2004); boundary look-ups after Knuth's boundary tags.
 """
 
@@ -86,7 +86,7 @@ class FreeList:
         self._insert(start, end - start)
 
     def _fit(self, nbytes: int) -> int | None:
-        """Start of a range that is long enough: any of a higher bin, else the first that fits in this one."""
+        """Start of a range that is long enough: any of a higher bin, else the first of this bin that fits."""
         own = bin_of(nbytes)
         higher = self._bitmap >> (own + 1)
         if higher:

@@ -1,12 +1,12 @@
-"""Blocks: zero-copy tensors over a part of an arena, and leases, which tell when the last alias of a block died.
+"""Blocks: zero-copy tensors over a part of an arena. Leases tell when the last alias of a block died.
 
-A block's tensor sits on a slice of a slice of the arena's storage. The outer slice is hidden: only the inner one
-refers to it, so it dies with the last alias of any kind (views, saved tensors, numpy arrays, DLPack capsules), which
-a weak reference on the public tensor or its storage does not see.
+A block's tensor sits on a slice of a slice of the arena's storage. Only the inner slice refers to the outer one. So
+the outer one dies with the last alias of any kind: views, saved tensors, numpy arrays, DLPack capsules. A weak
+reference on the public tensor or its storage does not see them all.
 Source: our measurement of 24 ways of keeping an alias, torch 2.9.1 and 2.13; for the public storage pytorch#145253.
 
-Beside a thread that runs Python, a call that gives the GIL away may wait 5 ms to get it back. Most calls of torch do,
-and dropping any tensor does, so blocks are built, aliased and emptied by the few that do not.
+While another thread runs Python, a call that gives the GIL away may wait 5 ms to get it back. Most calls of torch give
+it away, and so does the drop of any tensor. Blocks are built, aliased and emptied by the few calls that do not.
 Source: our count of `PyEval_SaveThread`, torch 2.13: `detach`, `empty` and the drop of a tensor 1 each, `set_` 4,
 `Tensor._make_subclass`, `Tensor.new(storage)`, `_reinterpret_tensor`, the setter of `data` and slices of storages 0.
 """
@@ -38,13 +38,13 @@ _slice_of: Callable[[torch.UntypedStorage, slice], torch.UntypedStorage] = torch
 _alias_of: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass
 num_owners: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]  # in C++: views, graphs
 
-# Makes a dense tensor of a shape over a whole storage, like an empty template in dtype and device; also returns another
-# one on that storage, of any shape, if it made one on the way.
+# Makes a dense tensor of a shape over a whole storage, like an empty template in dtype and device. If it makes another
+# tensor on that storage on the way, of any shape, it returns that too.
 Builder = Callable[[torch.Tensor, torch.UntypedStorage, "Layout"], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Layout(NamedTuple):
-    """Shape, strides and bytes of a dense tensor; also in the form that torch takes to rebuild one for CUDA graphs."""
+    """Shape, strides and bytes of a dense tensor. `described` has them as torch rebuilds a tensor of a CUDA graph."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -53,10 +53,10 @@ class Layout(NamedTuple):
 
 
 class Lease(weakref.ref[torch.UntypedStorage]):
-    """Fires into a deque when a block's last alias dies; says which bytes those were. Must be kept until then.
+    """Fires into a deque when a block's last alias dies, and says which bytes those were. Must be kept until then.
 
-    The callback is `deque.append` and nothing else: it runs on any thread, inside garbage collection, inside our own
-    critical sections and on threads that took the GIL just for it, where any lock may be held already.
+    The callback is `deque.append` and nothing else. It runs on any thread: inside garbage collection, inside our own
+    critical sections, or with a GIL taken just for it. Any lock may be held there already.
     """
 
     __slots__ = ("key", "nbytes", "offset", "slab")
@@ -64,7 +64,7 @@ class Lease(weakref.ref[torch.UntypedStorage]):
     key: Hashable
     slab: Any  # the Slab that the block was carved from
     offset: int
-    nbytes: int  # of the block, alignment included
+    nbytes: int  # the block's, alignment included
 
 
 def _num_references(holder: list[object]) -> int:
@@ -77,21 +77,21 @@ UNSHARED = _num_references([object()])
 
 
 class Husks:
-    """Tensors of one device and the host that have no bytes any more, for the reaper to drop: that gives the GIL away.
+    """Tensors without bytes, of one device and the host. The reaper drops them, as a drop gives the GIL away.
 
     Thread-safety: any thread, by single operations of a deque.
     """
 
     def __init__(self) -> None:
         self._kept: deque[torch.Tensor] = deque()
-        self.keep = self._kept.append  # takes one to be dropped later
-        self._nothing: dict[bool, torch.Tensor] = {}  # of the host (True), and of the one GPU
+        self.keep = self._kept.append  # takes a tensor to be dropped later
+        self._nothing: dict[bool, torch.Tensor] = {}  # an empty tensor on the host (True), and on the one GPU
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def strip(self, tensors: list[torch.Tensor]) -> None:
-        """Empty the list. Tensors that only the list holds lose their bytes now, and are dropped later."""
+        """Empty the list. A tensor that only the list holds loses its bytes now, and is dropped later."""
         while tensors:
             one = tensors[-1]
             if getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one):
@@ -102,7 +102,7 @@ class Husks:
             tensors.pop()
 
     def drop(self, most: int) -> None:
-        """Drop some of them, one by one."""
+        """Drop at most so many tensors, one by one."""
         with contextlib.suppress(IndexError):  # there are no more
             for _ in range(most):
                 self._kept.popleft()
@@ -137,8 +137,8 @@ def carve(
 ) -> tuple[torch.Tensor, Lease]:
     """A tensor over `nbytes` (at least 1) of an arena, and the lease that fires when its last alias dies.
 
-    Call inside `plain_tensors()`. The tensor is like `template`, which is empty, in dtype and device; it has a storage
-    of its own, of exactly `nbytes`, that cannot be resized. It gives the GIL away only where this
+    Call inside `plain_tensors()`. The tensor has dtype and device of `template`, which is empty. It has a storage of
+    its own, of exactly `nbytes`, that cannot be resized. It gives the GIL away only where this
     torch lacks the quick ways to build one.
     """
     if blocks is not None:
@@ -167,7 +167,7 @@ def _layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
     return Layout(shape, strides, math.prod(shape) * dtype.itemsize, described)
 
 
-_builders: dict[bool, Builder] = {}  # the quickest that is sound, for the host (True) or a GPU; each is found once
+_builders: dict[bool, Builder] = {}  # the quickest sound one, for the host (True) or a GPU; each is found once
 
 
 def _choose_builder(template: torch.Tensor, storage: torch.UntypedStorage) -> Builder:
@@ -220,15 +220,15 @@ def _is_as_wanted(build: Builder, template: torch.Tensor, storage: torch.Untyped
 
 
 def aliases_of(bases: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """A new tensor on the bytes of each, with autograd state of its own, and the version counter of the base.
+    """A new tensor on the bytes of each base, with autograd state of its own, and the base's version counter.
 
-    Whatever inference mode or dispatch mode is active in this thread, and never giving the GIL away.
+    No inference mode or dispatch mode of this thread changes that. It never gives the GIL away.
     """
     return [_alias_of(torch.Tensor, base) for base in bases]
 
 
 class AliasCounter:
-    """Tells whether a block's tensor has aliases, by the use count of its storage above that of an unaliased one."""
+    """Tells whether a block's tensor has aliases, by the use count of its storage."""
 
     def __init__(self) -> None:
         self._count = getattr(torch._C, "_storage_Use_Count", None)
@@ -252,7 +252,7 @@ class AliasCounter:
 
 
 def lease_fault() -> str:
-    """The fault of leases on this torch: they fire while an alias lives, or never. "" if they are sound. Under 1 ms."""
+    """The fault of leases on this torch: they fire while an alias lives, or never. "": they are sound. Under 1 ms."""
     with plain_tensors():
         return _lease_fault()
 

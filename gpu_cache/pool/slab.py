@@ -1,6 +1,6 @@
 """The pool: slabs, the blocks carved from them, and the quarantine that freed ranges pass before they are reused.
 
-Empty slabs are kept as far as they were preallocated, and as far as the latest steps had them in use.
+The pool keeps as many empty slabs as were preallocated, and as many as the latest steps had in use.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -27,33 +28,37 @@ from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.lease import Husks, Lease, lease_fault
 from gpu_cache.source import ShardSpec
 
-# The pool keeps the slabs that so many steps had in use. With fewer, batches of changing length take slabs again and
-# again. With more, one long batch, as of an evaluation, keeps its memory for longer.
+logger = logging.getLogger(__name__)
+
+_OFFSET, _NBYTES, _USED_AT = attrgetter("offset"), attrgetter("nbytes"), attrgetter("used_at")
+
+# The pool keeps the slabs that so many steps had in use. With fewer steps, batches of changing length take slabs again
+# and again. With more, one long batch, such as an evaluation's, keeps its memory for longer.
 NUM_STEPS = 16
-IDLE_S = 60.0  # without a take: counts as a step that needed no more than is in use
-LOOK_S = 1.0  # between two looks at whether the device is short of memory, and whether takes have ended
+IDLE_S = 60.0  # so long without a take counts as a step that needed no more than is in use
+LOOK_S = 1.0  # between two looks whether the device is short of memory, and whether takes have ended
 
 
 class HighWater:
     """The high-water mark of the latest steps, in bytes of slabs. The pool keeps as much for the next step.
 
-    A clear ends a step if at least half of what came free since the last one was taken again: the clears of one step,
-    one for each owner, count once, also while a prefetch takes the next batch. A minute without a take ends a step
-    too, so that an idle process keeps a peak for a quarter of an hour and no longer.
+    A clear ends a step if at least half of the bytes freed since the last one were taken again. So the clears of one
+    step, one for each owner, count once, also while a prefetch takes the next batch. A minute without a take ends a
+    step too, so an idle process keeps a peak for a quarter of an hour.
 
     Args:
         now: Seconds, of a clock that only goes forward.
     Thread-safety: none; the owner locks.
-    Source: our measurement: slabs that go and come back every step stall a trainer's launches for 31 ms on an H100,
-        and cost the host 0.76 instead of 0.12 CPU seconds per GB.
+    Source: our measurement. Slabs that go and come back every step stall a trainer's launches for 31 ms on an H100.
+        They cost the host 0.76 instead of 0.12 CPU seconds per GB.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._peaks: deque[int] = deque(maxlen=NUM_STEPS)
-        self._num_resting = 0  # steps for which nothing is kept
-        self._peak_bytes = 0  # of slabs in use in this step
-        self._most_bytes = self._least_bytes = 0  # in use in this step
+        self._num_resting = 0  # further steps during which nothing is kept
+        self._peak_bytes = 0  # the most slabs in use in this step
+        self._most_bytes = self._least_bytes = 0  # the most and the least bytes in use in this step
         self._taken_bytes = 0
         self._idle_since = now()
 
@@ -66,9 +71,9 @@ class HighWater:
         """Count a take.
 
         Args:
-            slab_bytes: Of the slabs that are in use with it.
-            used_bytes: In use with it, in all slabs.
-            taken_bytes: Of the take.
+            slab_bytes: Bytes of the slabs that are in use after it.
+            used_bytes: Bytes in use after it, in all slabs.
+            taken_bytes: Bytes taken.
         """
         self._peak_bytes = max(self._peak_bytes, slab_bytes)
         self._most_bytes = max(self._most_bytes, used_bytes)
@@ -77,7 +82,7 @@ class HighWater:
         self._idle_since = self._now()
 
     def clear(self, used_bytes: int) -> bool:
-        """Count a clear, when so many bytes are in use; whether it ends a step."""
+        """Count a clear after which so many bytes are in use; return whether it ends a step."""
         self._least_bytes = min(self._least_bytes, used_bytes)
         if not self._taken_bytes or 2 * self._taken_bytes < self._most_bytes - self._least_bytes:
             return False
@@ -85,12 +90,12 @@ class HighWater:
         return True
 
     def pass_time(self, used_bytes: int) -> None:
-        """End a step if nothing was taken for long."""
+        """End a step if nothing was taken for a minute."""
         if self._now() - self._idle_since >= IDLE_S:
             self._end_step(used_bytes)
 
     def rest(self) -> None:
-        """Count nothing that was in use until now, nor what the next steps have in use."""
+        """Keep nothing for what was in use until now, nor for what the next steps have in use."""
         self._peaks.clear()
         self._peak_bytes, self._num_resting = 0, NUM_STEPS
 
@@ -103,17 +108,12 @@ class HighWater:
         self._idle_since = self._now()
 
 
-logger = logging.getLogger(__name__)
-
-_OFFSET, _NBYTES, _USED_AT = attrgetter("offset"), attrgetter("nbytes"), attrgetter("used_at")
-
-
 class Shortage(NamedTuple):
     """Why a pool has no room.
 
     Attributes:
-        kind: In a word; each is warned about in turn.
-        words: What the pool is, has or does, and what helps.
+        kind: The reason in a word; each is warned about in turn.
+        words: The reason and the remedy, after the pool's name.
     """
 
     kind: str
@@ -127,9 +127,12 @@ class SlabPool:
         device: Where arenas live.
         config: Resolved settings.
         fence: Records the events that freed ranges wait for.
-        on_dead: Told the leases that fired.
-        husks: Takes what is left of tensors that blocks were built with; None: its own.
+        on_dead: Called with the leases that fired.
+        husks: Takes tensors of blocks that lost their bytes.
         name: For messages; "pool" or "host tier".
+    Attributes:
+        husks: As given.
+        torch_device: The device that its bytes are on.
     Raises:
         GpuCacheError: Leases are unsound on this torch.
     Thread-safety: any thread. Allocates and releases outside the lock.
@@ -142,14 +145,14 @@ class SlabPool:
         config: CacheConfig,
         fence: StreamFence,
         on_dead: Callable[[list[Lease]], None],
-        husks: Husks | None = None,
+        husks: Husks,
         name: str = "pool",
     ) -> None:
         if fault := lease_fault():
             raise GpuCacheError(fault)
         self._fence, self._on_dead = fence, on_dead
         self.name, self._setting = name, f"{name.replace(' ', '_')}_bytes"
-        self._husks = Husks() if husks is None else husks
+        self.husks, self.torch_device = husks, device.torch_device
         self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
         assert config.pool_bytes is not None
         assert config.prealloc_bytes is not None
@@ -157,29 +160,24 @@ class SlabPool:
         self._device, self._slab_bytes = device, config.slab_bytes
         # Guards every field below, and those of each slab; _look_at is read without it.
         self._lock = threading.Condition(threading.Lock())
-        self._slabs: list[Slab] = []  # the smallest first: what is short leaves the long ones to what needs them
-        self._overflows: list[Slab] = []  # beyond the cap, of one run each
-        self._floor_bytes = config.prealloc_bytes  # empty slabs down to this are kept in any case
-        self._limit_bytes: int | None = None  # and no more than this: what was trimmed to, until `resume`
+        self._slabs: list[Slab] = []  # the smallest first: short runs leave the long slabs to long runs
+        self._overflows: list[Slab] = []  # beyond the cap, one run in each
+        self._floor_bytes = config.prealloc_bytes  # empty slabs down to this are kept
+        self._limit_bytes = sys.maxsize  # but no more than this, from `trim` until `resume`
         self._water = HighWater()
         self._uses = itertools.count(1)  # numbers takes, so that the slab longest unused goes first
         self._is_started = False
-        self._growing_bytes = 0  # of slabs being allocated
+        self._growing_bytes = 0  # slabs that are being allocated
         self._reserved_bytes = self._overflow_bytes = 0
-        self._in_use_bytes = 0  # of slabs that are not empty, overflow left out
+        self._in_use_bytes = 0  # slabs that are not empty, without overflow
         self._alloc_failures = 0
         self._num_shortages: int | None = None  # as the device counted at the last look
-        self._look_at = 0.0  # when to look next; read without the lock, as being late by one look harms nothing
+        self._look_at = 0.0  # when to look next; to be late by one look harms nothing
         self._quarantine: dict[Quarantine, None] = {}  # the oldest first
         self._pending_bytes = self._held_bytes = self._quarantined_bytes = self._peak_bytes = 0
 
     def __repr__(self) -> str:
         return f"SlabPool({self.accounts()}, at most {self.capacity:,} bytes)"
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where its bytes are."""
-        return self._device.torch_device
 
     def full(self, nbytes: int) -> CacheFullError:
         """The error for a run of `nbytes`, after alignment, that finds no room."""
@@ -187,13 +185,8 @@ class SlabPool:
         return CacheFullError(nbytes, self.free_bytes, self.capacity, setting=self._setting, why=why)
 
     @property
-    def husks(self) -> Husks:
-        """Empty tensors of this pool, which the reaper drops."""
-        return self._husks
-
-    @property
     def is_busy(self) -> bool:
-        """Whether bytes may become free without a call: any are taken, in quarantine, or kept for a next step."""
+        """Whether bytes may become free without a call: some are taken, in quarantine, or kept for a next step."""
         with self._lock:
             return bool(self._pending_bytes or self._held_bytes or self._quarantine) or self._has_spare
 
@@ -206,7 +199,7 @@ class SlabPool:
                 while not (taken := self._take_locked(self._slabs, nbytes)) and self._growing_bytes:
                     self._lock.wait()  # for another thread's slab, which may have room for both
                 growth = 0 if taken else self._plan_growth_locked(nbytes)
-                # A run longer than a slab may need the room of empty ones.
+                # A run longer than a slab may need the room of empty slabs.
                 way = [] if taken or growth else self._make_way_locked(nbytes)
             if not (self._grow(growth) if growth else way):
                 return taken
@@ -232,9 +225,9 @@ class SlabPool:
         return taken
 
     def carve(self, taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int]) -> list[Copy]:
-        """Turn a run's range into its shards' tensors; from here on their leases alone give the bytes back.
+        """Turn a run's range into its shards' tensors. From here on their leases alone give the bytes back.
 
-        Call inside `plain_tensors()`. If building one fails, what no lease covers is for the caller to abandon.
+        Call inside `plain_tensors()`. If it raises, the caller abandons the range, of which leases may cover a part.
         """
         leases: dict[int, Lease] = {}
         try:
@@ -248,7 +241,7 @@ class SlabPool:
             taken.leased_bytes += nbytes
 
     def abandon(self, taken: Range) -> None:
-        """Give back a range whose run failed; copies into it may still be under way."""
+        """Give back the part of a range that no lease covers; copies into it may still be under way."""
         if not (rest := taken.rest).nbytes:
             return
         with self._lock:
@@ -257,7 +250,7 @@ class SlabPool:
             self._quarantined_bytes += rest.nbytes
 
     def drain(self) -> None:
-        """Move freed blocks to quarantine, and what is done there to the free lists. Never waits for the device."""
+        """Move freed blocks to quarantine, and from there to the free lists if done. Never waits for the device."""
         is_due = time.monotonic() >= self._look_at
         if not (self._freed or self._quarantine or is_due) or self._device.is_capturing():
             return
@@ -267,7 +260,7 @@ class SlabPool:
         self._settle([one for one in self._fenced() if all(map(self._device.query, one.events or ()))])
 
     def end_step(self) -> None:
-        """Something was cleared: what is in use from here on is the next step's. See `HighWater`."""
+        """Count a clear, which may end a step: see `HighWater`."""
         with self._lock:
             has_ended = self._water.clear(self._held_bytes + self._pending_bytes)
         if has_ended:
@@ -282,17 +275,17 @@ class SlabPool:
         self._settle(held)
 
     def take_freed(self, nbytes: int) -> Range | None:
-        """Take a range from what was freed: waits for the oldest of it, then the next, until there is room."""
+        """Take a range from freed bytes: wait for the oldest of them, then the next, until there is room."""
         self._collect()
         for one in self._fenced():
             self._wait_for(one)
             self._settle([one])
             if (taken := self.take(nbytes)) is not None:
                 return taken
-        return self.take(nbytes)  # the reaper may have been first, and left nothing to wait for
+        return self.take(nbytes)  # the reaper may have freed it all, and left nothing to wait for
 
     def layout(self) -> Layout:
-        """Where room is, or could be made, for a choice of victims."""
+        """The ranges that are free or will be, and the room to grow, for a choice of victims."""
         with self._lock:
             freed = [one for held in self._quarantine for one in held.ranges if not one.slab.is_overflow]
             free = [Span(slab, start, nbytes) for slab in self._slabs for start, nbytes in slab.free.ranges()]
@@ -304,13 +297,13 @@ class SlabPool:
 
     @property
     def can_reuse(self) -> bool:
-        """Whether what is freed now can become free: not while a CUDA graph is being captured on any stream."""
+        """Whether bytes freed now can be reused: not while a CUDA graph is being captured on any stream."""
         return not self._fence.is_captured
 
     def trim(self, to_bytes: int = 0) -> TrimReport:
         """Release empty slabs down to `to_bytes`, and keep no more until `resume`."""
         with self._lock:
-            self._limit_bytes = to_bytes if self._limit_bytes is None else min(self._limit_bytes, to_bytes)
+            self._limit_bytes = min(self._limit_bytes, to_bytes)
             before = self._reserved_bytes + self._overflow_bytes
         self.synchronize()
         self._release_empty()
@@ -319,12 +312,12 @@ class SlabPool:
             return TrimReport(max(0, before - self._reserved_bytes - self._overflow_bytes), sum(held), len(held))
 
     def resume(self) -> None:
-        """Take back what `trim` said: the next use preallocates again, and keeps what it did."""
+        """End what `trim` began: the next use preallocates again, and slabs are kept from step to step."""
         with self._lock:
-            self._limit_bytes, self._is_started = None, False
+            self._limit_bytes, self._is_started = sys.maxsize, False
 
     def keep(self, nbytes: int) -> None:
-        """Preallocate nothing, but keep what is taken, up to so many bytes, from now on."""
+        """Preallocate nothing, but keep the slabs that are taken, up to so many bytes."""
         with self._lock:
             self._floor_bytes, self._is_started = nbytes, True
 
@@ -342,7 +335,7 @@ class SlabPool:
             }
 
     def accounts(self) -> dict[str, int]:
-        """Where every reserved byte is: free + pending + held + quarantined = reserved. For tests and reports."""
+        """Where each reserved byte is: free + pending + held + quarantined = reserved."""
         with self._lock:
             return {
                 "free": sum(slab.free.free_bytes for slab in (*self._slabs, *self._overflows)),
@@ -353,7 +346,7 @@ class SlabPool:
             }
 
     def shortage(self, nbytes: int) -> Shortage:
-        """Say why a run of `nbytes`, after alignment, finds no room, and what helps, with the numbers of one moment."""
+        """Say why a run of `nbytes`, after alignment, finds no room, and the remedy; its numbers are of one moment."""
         can_reuse = self.can_reuse
         with self._lock:
             free = sum(slab.free.free_bytes for slab in self._slabs)
@@ -379,7 +372,7 @@ class SlabPool:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that the pool may still hand out, in however many pieces."""
+        """Bytes that the pool may still hand out, in any number of pieces."""
         with self._lock:
             taken = self._held_bytes + self._pending_bytes + self._quarantined_bytes
             return max(0, self.capacity + self._overflow_bytes - taken)
@@ -390,7 +383,7 @@ class SlabPool:
             self._peak_bytes = self._held_bytes + self._pending_bytes
 
     def _collect(self) -> None:
-        """Quarantine the blocks whose leases fired. Until then they count as held."""
+        """Quarantine the blocks whose leases fired; until then they count as held."""
         dead: list[Lease] = []
         nbytes = 0
         with self._lock:
@@ -407,9 +400,9 @@ class SlabPool:
         self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
-        """Record events for ranges in quarantine that have none; return those that have them now.
+        """Record events for quarantines that have none; return those that have them.
 
-        Events recorded here come after every drop.
+        The events come after every drop.
         """
         with self._lock:
             held = list(self._quarantine)
@@ -430,8 +423,8 @@ class SlabPool:
                 if one not in self._quarantine:  # another thread settled it
                     continue
                 del self._quarantine[one]
-                # Neighbours die together: a range for each of thousands of small blocks would cost a third of a clear.
-                for slab, offset, nbytes in stretches(sorted(one.ranges, key=_OFFSET)):
+                # Neighbours die together. To give back thousands of small blocks singly would be a third of a clear.
+                for slab, offset, nbytes in _stretches(sorted(one.ranges, key=_OFFSET)):
                     slab.free.give(offset, nbytes)
                     self._quarantined_bytes -= nbytes
                     if slab.free.is_empty and not slab.is_overflow:
@@ -440,7 +433,7 @@ class SlabPool:
             self._release_empty()
 
     def _look(self) -> None:
-        """Once in a while: keep less if the device is short of memory, or if nothing is taken any more."""
+        """Keep less if the device is short of memory, or if nothing was taken for long. Once a second."""
         with self._lock:
             if not self._has_spare:
                 self._look_at = time.monotonic() + LOOK_S
@@ -450,7 +443,7 @@ class SlabPool:
         self._release_empty()
 
     def _give_way(self) -> bool:
-        """Release what the device needs more than the pool, also what only waits to be reused; whether any."""
+        """Release every empty slab, after a wait for freed bytes; whether there was any."""
         before = self.stats()["device_reserved_bytes"]
         self.synchronize()
         self._release_empty(is_scarce=True)
@@ -473,16 +466,13 @@ class SlabPool:
 
     @property
     def _has_spare(self) -> bool:
-        """Whether more is reserved than will be for good: time, or a lack of memory, may take it."""
-        return self._reserved_bytes > self._at_most_limit(self._floor_bytes)
-
-    def _at_most_limit(self, nbytes: int) -> int:
-        return nbytes if self._limit_bytes is None else min(nbytes, self._limit_bytes)
+        """Whether more slabs are reserved than the floor: time, or a lack of memory, may take them."""
+        return self._reserved_bytes > min(self._floor_bytes, self._limit_bytes)
 
     def _look_for_shortage(self) -> None:
         """Keep nothing for a while if torch's allocator ran short of memory since the last look.
 
-        It empties its own cache before it gives up, but of empty slabs it knows nothing.
+        It empties its own cache before it gives up, but knows nothing of empty slabs.
         """
         found = self._device.num_shortages()
         with self._lock:
@@ -496,7 +486,8 @@ class SlabPool:
         if self._num_shortages is None:
             self._look_for_shortage()
         with self._lock:
-            missing = 0 if self._is_started else self._at_most_limit(self._floor_bytes) - self._reserved_bytes
+            kept = min(self._floor_bytes, self._limit_bytes)
+            missing = 0 if self._is_started else kept - self._reserved_bytes
             self._is_started = True
         while missing > 0:
             with self._lock:
@@ -517,14 +508,14 @@ class SlabPool:
     def _grow(self, nbytes: int) -> bool:
         """Add the slab that `_plan_growth_locked` reserved; False if the device has no room.
 
-        Then torch's ordinary allocator is not asked for it: of what the trainer's blocks left there, the cache takes no
-        more than a run at a time, as overflow.
+        Torch's ordinary allocator may have memory that the trainer's blocks left. The cache takes that run by run only,
+        as overflow.
         """
         arena = None
         try:
             arena = self._allocate(nbytes, private=True)
         except torch.OutOfMemoryError:
-            logger.warning("no room on %s for a slab of %s bytes", self._device.torch_device, f"{nbytes:,}")
+            logger.warning("no room on %s for a slab of %s bytes", self.torch_device, f"{nbytes:,}")
         finally:
             with self._lock:
                 self._growing_bytes -= nbytes
@@ -536,7 +527,7 @@ class SlabPool:
         return arena is not None
 
     def _allocate(self, nbytes: int, *, private: bool) -> Arena:
-        """Take memory from the device. If it has none, release unused slabs and try once more."""
+        """Take memory from the device. If it has none, release empty slabs and try once more."""
         try:
             return self._device.arena(nbytes, private=private)
         except torch.OutOfMemoryError:
@@ -545,14 +536,14 @@ class SlabPool:
         return self._device.arena(nbytes, private=private)
 
     def _release_empty(self, *, is_scarce: bool = False) -> None:
-        """Release empty slabs down to what is kept, the longest unused first, and empty overflow.
+        """Release empty slabs above those to keep, the longest unused first, and empty overflow.
 
-        Where memory is scarce none is kept, now and in the next steps.
+        With `is_scarce` it keeps none, now and in the next steps.
         """
         with self._lock:
             if is_scarce:
                 self._water.rest()
-            kept = 0 if is_scarce else self._at_most_limit(max(self._floor_bytes, self._water.nbytes))
+            kept = 0 if is_scarce else min(max(self._floor_bytes, self._water.nbytes), self._limit_bytes)
             released, surplus = [slab for slab in self._overflows if slab.free.is_empty], self._reserved_bytes - kept
             for slab in self._empty_locked():
                 if slab.nbytes <= surplus:
@@ -564,9 +555,9 @@ class SlabPool:
             self._release(released)
 
     def _make_way_locked(self, nbytes: int) -> list[Slab]:
-        """Take out empty slabs, for the caller to release, so that one of `nbytes` may come; none if it may not.
+        """Take out empty slabs, for the caller to release, so that a slab of `nbytes` has room; or none.
 
-        Under the lock under which no range was found: released later, they might be what has become free since.
+        Under the same lock as the search for a range: it must not release a slab that became free since.
         """
         lacking = nbytes - (self.capacity - self._reserved_bytes - self._growing_bytes)
         way: list[Slab] = []
@@ -586,7 +577,7 @@ class SlabPool:
         return sorted((slab for slab in self._slabs if slab.free.is_empty), key=_USED_AT)
 
     def _release(self, slabs: Sequence[Slab]) -> None:
-        """Give arenas back to the device. One that it fails to take stays here; the others go all the same."""
+        """Give arenas back to the device. If that fails for one, it stays here, and the others go all the same."""
         failed: Exception | None = None
         for slab in slabs:
             try:
@@ -616,8 +607,8 @@ class SlabPool:
             self._reserved_bytes -= slab.nbytes
 
 
-def stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
-    """Slab, offset and length of ranges; neighbours that follow upon each other are one. In the same order."""
+def _stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
+    """Slab, offset and length of ranges, in the same order; ranges that follow upon each other become one."""
     found: list[tuple[Slab, int, int]] = []
     for lease in leases:
         slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)

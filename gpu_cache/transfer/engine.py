@@ -1,4 +1,4 @@
-"""The parts of a cache that belong to one device, built together when the device is known."""
+"""The parts of a cache that belong to one device. They are built together, once the device is known."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """What belongs to one device: its level of the cache, the host tier below it, fence and reaper.
+    """The parts for one device: its level of the cache, the host tier below it, fence and reaper.
 
     Allocates nothing before the first fetch.
 
     Args:
         device: Where shards are cached.
-        config: Settings; what is None is decided here.
-        index: Of what is cached; told of blocks that died, and asked who may be evicted. There is a host tier if it has
-            a level below.
+        config: Settings; a None is decided here.
+        index: The cache's. If it has a level below, there is a host tier.
     """
 
     def __init__(self, device: Device, config: CacheConfig, index: ShardIndex) -> None:
@@ -52,7 +51,7 @@ class Engine:
             if index.below is None
             else HostTier(device, self.config, self.fence, index.below, self.husks, inflight)
         )
-        self.room = RoomMaker(index, self.pool, *([] if self.tier is None else [self.tier.take_in]))
+        self.room = RoomMaker(index, self.pool, None if self.tier is None else self.tier.take_in)
         self.staging = StagingRing(device, self.config) if device.stages else None
         self.transfer = Transfer(device, self.pool, self.staging, self.config, self.room.make, inflight)
         self.fence.note(self.transfer.stream)
@@ -73,26 +72,26 @@ class Engine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether any byte of the pool is in use."""
+        """Whether bytes may become free without a call."""
         return any(pool.is_busy for pool in self.pools)
 
     def drain(self) -> None:
-        """Free what can be freed now."""
+        """Free the bytes that can be freed now."""
         for pool in self.pools:
             pool.drain()
 
     def offload(self) -> TrimReport:
-        """Evict everything, and give back every slab of the device's that no reader holds."""
+        """Evict everything, and give back every slab of the device that no reader holds."""
         self.room.empty()
         return self.pool.trim()
 
     def synchronize(self) -> None:
-        """Wait until what was freed is reusable."""
+        """Wait until the bytes freed before this call are reusable."""
         for pool in self.pools:
             pool.synchronize()
 
     def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
-        """Make what is handed out safe to read, on every stream ("host") or on the caller's ("stream").
+        """Make handed-out tensors safe to read, on every stream ("host") or on the caller's ("stream").
 
         Raises:
             TransferError: During CUDA graph capture, where nothing can be waited for.
@@ -111,14 +110,14 @@ class Engine:
                 completion.wait_on(stream)
 
     def close(self) -> None:
-        """Give back what is unused now, and what is still held when its last alias dies. Idempotent."""
+        """Give back unused memory now, and held memory when its last alias dies. Idempotent."""
         try:
             self.finish()
         finally:
-            self.reaper.retire()  # which tries again what the device failed
+            self.reaper.retire()  # which tries again where the device failed
 
     def finish(self) -> None:
-        """Give back what is unused; waits for copies under way."""
+        """Give back unused memory. Waits for copies under way."""
         self.transfer.finish()
         if self.tier is not None:
             self.tier.finish()
@@ -131,17 +130,17 @@ class Engine:
         return found
 
     def details(self) -> dict[str, int]:
-        """What a report has beyond that, under the report's names."""
+        """Further figures of a report, under the report's names."""
         return {name: number for part in self._parts for name, number in part.details().items()}
 
     def gather(self) -> None:
-        """Count copies that are done by now. Not from a thread that captures a CUDA graph; waits for nothing."""
+        """Count copies that are done by now; waits for none. Not for a thread that captures a CUDA graph."""
         for one in (self, self.tier):
             if one is not None:
                 one.transfer.copied.gather()
 
     def reset_peaks(self) -> None:
-        """Make the peaks what is in use now."""
+        """Set the peaks to the bytes in use now."""
         for pool in self.pools:
             pool.reset_peak()
         if self.staging is not None:
@@ -153,7 +152,7 @@ class LazyEngine:
 
     Args:
         config: Settings, as given.
-        device: Where to cache; None: as `config.device` and the process's state say.
+        device: The device to use; None: as `config.device` and the process's state say.
         index: See `Engine`.
     Attributes:
         current: The engine, once there is one.
@@ -190,7 +189,7 @@ class LazyEngine:
         return engine
 
     def _build(self, engine: Engine | None) -> Engine:
-        """Build an engine, to take the place of the one that there is, if nothing is cached in that or on its way."""
+        """Build an engine. It takes the place of the present one if that has nothing cached or on its way."""
         placement = self._given or choose_device(self._config.device)
         built = Engine(placement.device, self._config, self.index)
         with self._lock:
@@ -208,12 +207,12 @@ class LazyEngine:
         return chosen
 
     def is_current(self, engine: Engine) -> bool:
-        """Whether what was claimed before this call may be fetched into `engine`."""
+        """Whether shards that were claimed before this call may be fetched into `engine`."""
         with self._lock:
             return self.current is engine
 
     def retire(self, drop_all: Callable[[], object]) -> None:
-        """The cache is gone: let its reaper drop what is indexed, and give everything back. Only sets flags."""
+        """Let the reaper drop all entries and give everything back: the cache is gone. Only sets flags."""
         if self.current is not None:
             self.current.reaper.retire(drop_all)
 
@@ -223,7 +222,7 @@ class LazyEngine:
             self.current.close()
 
     def _stays(self, engine: Engine) -> bool:
-        """Whether a choice made before CUDA was initialised still holds; warns once if it only has to."""
+        """Whether the device chosen before CUDA was initialised stays. Warns once if it stays against the settings."""
         try:
             device = choose_device(self._config.device).device.torch_device
         except (ValueError, RuntimeError) as error:

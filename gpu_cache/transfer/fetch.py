@@ -1,4 +1,4 @@
-"""One call: shards in hand, on their way, and to be fetched by a thread for each reader, which drains it."""
+"""One call: shards in hand, on their way, and to be fetched. A thread for each reader drains it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 class ReaderTask:
-    """Drains one reader into the index. It alone publishes or aborts the entries it was given.
+    """Drains one reader into the index. It alone publishes the entries that it was given.
 
     Args:
         reader: Delivers the shards.
-        entries: Of its shards, by key.
-        level: Where they go.
-        deadline: As by `time.monotonic()`.
-        live: Has the task until the draining thread is done with torch.
+        entries: The entries of its shards, by key.
+        level: The level that they go to.
+        deadline: By `time.monotonic()`; see `Transfer.drain`.
+        live: Holds the task until the draining thread is done with torch.
         may_overflow: Whether shards that find no room may be placed outside the pool.
     Thread-safety: `cancel` from any thread; `run` once.
     """
@@ -60,13 +60,13 @@ class ReaderTask:
         self._is_fetch = any(entry.is_fetch for entry in entries.values())
         self._deadline, self._may_overflow = deadline, may_overflow
         self._announced: set[Hashable] = set()
-        self._began: float | None = None  # when the answer under way was asked for; None: its time does not count
-        self._ended = 0.0  # when its latest bytes were here
+        self._began: float | None = None  # when the answer under way was asked for; None: it is not timed
+        self._ended = 0.0  # when its latest bytes came
         self._turn = Turn(reader.node, partial(getattr, reader, "num_received", None))
         self._index.came_from(entries.values(), reader.node)
         self._owner = threading.Lock()  # taken for good by the thread that ends the task
         self._thread: OwnThread | None = None  # once it runs in one of its own
-        self._drained_by = 0  # which thread
+        self._drained_by = 0  # the thread's id
         live.add(self)
 
     def start(self) -> None:
@@ -75,7 +75,7 @@ class ReaderTask:
         self._thread.start()
 
     def run(self) -> None:
-        """Drain to the end. Never raises: each entry not delivered gets the reason."""
+        """Drain to the end. Never raises: each entry that was not delivered gets the reason."""
         if not self.take_over():
             return  # given up before it began
         self._drained_by = threading.get_ident()
@@ -95,18 +95,18 @@ class ReaderTask:
             self._live.discard(self)  # last: from here on `close` waits for the thread no more
 
     def take_over(self) -> bool:
-        """Whether the caller is the first, and is to end it."""
+        """Whether the caller is the first to take it over, and so must end it."""
         return self._owner.acquire(blocking=False)
 
     def wait(self, deadline: float) -> None:
-        """Wait until its thread has ended, or has no more to do with it; not if that thread is the caller."""
+        """Wait until its thread has ended or is done with it. Does not wait if the caller is that thread."""
         if self._drained_by != threading.get_ident():
             concurrent.futures.wait([self.done], max(0.0, deadline - time.monotonic()))
         if self._thread is not None:
             self._thread.wait(deadline)
 
     def end(self, error: BaseException | None) -> None:
-        """Close the reader and settle what it has not delivered."""
+        """Close the reader, and settle the entries that it did not deliver."""
         try:
             self.reader.close()
         except BaseException:  # top of a thread: whatever it is, the waiters must be woken
@@ -115,11 +115,11 @@ class ReaderTask:
             self._abort_rest(error)
         except BaseException as caught:  # the reader's account of its failures
             self._index.abort(self.entries.values(), caught)
-        self.entries = {}  # who waits for `done` may count on no block being held from here
+        self.entries = {}  # a caller that waits for `done` may count on it: from here no block is held
         self.done.set_result(None)
 
     def cancel(self, error: BaseException) -> None:
-        """Give up on what has not arrived; the draining thread gives its range back when its read has returned."""
+        """Give up on missing shards. The draining thread gives its range back once its read has returned."""
         self._index.abort(self.entries.values(), error)
         self._turn.is_given_up = True
         self._level.transfer.inflight.wake()
@@ -129,9 +129,9 @@ class ReaderTask:
             logger.exception("cutting the connection to %s failed", self.reader.node)
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
-        """Refuse shards that were not asked for, or that come twice, and any once the cache is closed.
+        """Refuse shards that were not asked for, or that come twice, and all of them once the cache is closed.
 
-        Those of another dtype or shape than promised fail alone; their bytes are read, and go to no reader.
+        Shards of another dtype or shape than promised fail alone; their bytes are read, and go to no caller.
         """
         if self._index.is_closed:
             raise CacheClosedError
@@ -150,7 +150,7 @@ class ReaderTask:
                 self._index.abort([entry], error)
 
     def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
-        """Index what arrived; hand it only to the waiting if the pool had no room for it."""
+        """Index arrived shards; or hand them to waiting calls alone, if the pool had no room."""
         self._ended = time.monotonic()
         pairs = [(self.entries[landing.key], landing) for landing in landings]
         take = self._index.deliver if is_overflow else self._index.publish
@@ -176,7 +176,7 @@ class ReaderTask:
                 self._index.abort([entry], cause)
 
     def _note_answer(self) -> None:
-        """An answer is complete: it took from its request to its last bytes."""
+        """Count an answer that is complete, with the seconds from its request to its last bytes."""
         if self._began is not None and self._is_fetch:
             transport = getattr(self.reader, "transport", "")
             self._index.note_answer(self.reader.node, self._ended - self._began, transport)
@@ -192,7 +192,7 @@ def _finish(level: Engine | HostTier) -> None:
 def put_one(
     entry: Entry, tensor: torch.Tensor, node: str, level: Engine, deadline: float, live: set[ReaderTask]
 ) -> bool:
-    """Copy a host tensor into the pool for an entry that was reserved; whether it is cached now.
+    """Copy a host tensor into the pool for a reserved entry; return whether it is cached now.
 
     Raises:
         Exception: Why it could not be; nothing was changed.
@@ -209,18 +209,18 @@ def put_one(
 
 
 class Fetch:
-    """One call: hits in hand, shards it claimed and fetches, shards it joined.
+    """One call: hits in hand, shards that it claimed and fetches, shards that it joined.
 
     Args:
-        engines: Where shards are looked up, and what moves them.
-        live: Has the tasks that are under way.
+        engines: The cache's.
+        live: Holds the tasks that are under way.
         timeout_s: Longest wait, in seconds.
         hands_out: Whether the caller gets the tensors. Then shards that a reader wrote into are fetched again, and
-            those that find no room may be placed outside the pool.
-        keep: Whether they are meant to outlive clears.
-        holding: Of the scope that the call is made in.
-        prefer: "host": what is not on the device goes to the host tier, and is handed out there.
-        expected: What the shards should be, where known.
+            shards that find no room may go outside the pool.
+        keep: Whether the shards are meant to outlive clears.
+        holding: The holding of the scope that the call is made in.
+        prefer: "host": shards that are not on the device go to the host tier, and are handed out there.
+        expected: Dtype, shape and owner of each shard, where known.
     Raises:
         ValueError: There is no such place to prefer.
     Thread-safety: used by the call's thread; `cancel` from any.
@@ -244,18 +244,18 @@ class Fetch:
         self.claim = Claim(deadline=self.deadline, expected=expected or {})
         self.tasks: list[ReaderTask] = []
         self._engines, self._live, self._timeout_s = engines, live, timeout_s
-        self._index = engines.index  # of the level that shards are to come to, once that is known
+        self._index = engines.index  # the device's; from `begin` on that of the level that shards come to
         self._keep, self._hands_out, self._holding, self._prefer = keep, hands_out, holding, prefer
-        self._arrived: dict[Hashable, Copy] = {}  # by the last `_sort`
-        self._written: list[Hashable] = []  # arrived, and written into by another reader before this call had them
+        self._arrived: dict[Hashable, Copy] = {}  # those of the last `_sort`
+        self._written: list[Hashable] = []  # another reader wrote into them before this call had them
 
     @property
     def has_lost_joins(self) -> bool:
-        """Whether another call that this one relied on failed: a retry may help."""
+        """Whether another call failed that this one relied on: a retry may help."""
         return any(entry.error is not None for entry in self._of_others())
 
     def begin(self, keys: Sequence[Hashable], source: ShardSource) -> Engine:
-        """Look keys up and start to fetch what is missing; whatever interrupts this, no key stays claimed.
+        """Look keys up and start to fetch the missing ones. Whatever interrupts this, no key stays claimed.
 
         Raises:
             TransferError: During CUDA graph capture, where nothing can be fetched.
@@ -309,7 +309,7 @@ class Fetch:
             self.keep_arrived()
 
     def wait(self) -> None:
-        """Block until every shard is here or given up, at the latest at the deadline."""
+        """Block until every shard is here or given up, at the latest until the deadline."""
         if not (pending := self._pending()):
             return
         with profiled(WAIT):
@@ -317,22 +317,22 @@ class Fetch:
         if is_late:
             late = self._late()
             self.cancel(late)
-            now = time.monotonic()  # a joiner gives up a claim that its own call does not wait for, as a prefetch's
+            now = time.monotonic()  # a joiner gives up late claims: their own calls, such as prefetches, may not wait
             self._index.abort([entry for entry in self._of_others() if entry.flight.deadline <= now], late)
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
-        """A tensor of every shard that is as the caller expects, by key; after `wait`."""
+        """A tensor of every shard that is as the caller expects, by key. After `wait`."""
         if not self._arrived:
             return self.claim.hits
         with no_collections:
             return {**self.claim.hits, **self._index.lend(self._arrived)}
 
     def completions(self, *, on_host: bool) -> Iterable[Completion]:
-        """Of the copies that shards handed out depend on, each once: to the host tier, or to the device."""
+        """Completions of the copies, to the host tier or to the device, that handed-out shards depend on."""
         return [completion for completion, is_low in self.claim.completions.items() if is_low is on_host]
 
     def keep_arrived(self) -> None:
-        """Let go of what failed; the next `begin` looks only that up. After `wait`."""
+        """Let go of failed shards; the next `begin` looks up only those. After `wait`."""
         before = self.claim
         kept = Claim(
             self.hand_out(),
@@ -358,7 +358,7 @@ class Fetch:
         return len(claim.claimed) + len(claim.joined)
 
     def promise(self) -> Future[int]:
-        """A future of how many shards were not cached when it began; lets go of everything when they are here."""
+        """A future of how many shards were not cached when it began. Lets go of everything once they are here."""
         result: Future[int] = Future()
         result.set_running_or_notify_cancel()
         waiting = self._pending()
@@ -373,7 +373,7 @@ class Fetch:
                 result.set_exception(error)
 
         def one_done(_: object) -> None:
-            if left.pop() == 0:  # one step: just one of several at once is the last
+            if left.pop() == 0:  # atomic: of several threads just one is the last
                 all_done()
 
         if not waiting:
@@ -389,7 +389,7 @@ class Fetch:
         self._index.abort(self.claim.claimed.values(), error)
 
     def _look_up(self, keys: Sequence[Hashable]) -> None:
-        """Claim what is not in hand yet."""
+        """Claim the shards that are not in hand yet."""
         wanted = dict.fromkeys(keys)
         for held in self.claim.hits:
             del wanted[held]
@@ -401,7 +401,7 @@ class Fetch:
             self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
 
     def _start(self, source: ShardSource, level: Engine | HostTier) -> None:
-        """Open readers for the claimed shards, the first for what is below, and drain each in a thread of its own."""
+        """Open readers for the claimed shards, the first for those of the level below; drain each in a thread."""
         left = dict(self.claim.claimed)
         try:
             if below := self.claim.below:
@@ -449,13 +449,13 @@ class Fetch:
         return pending
 
     def _of_others(self) -> Iterable[Entry]:
-        """What another call is to bring, to here or to the level below."""
+        """Entries that another call is to bring, to here or to the level below."""
         return (*self.claim.joined.values(), *self.claim.below.values())
 
     def _sort(self) -> dict[Hashable, BaseException]:
-        """Tell what arrived from what was written into meanwhile, and from what failed or is not as expected.
+        """Sort settled shards: arrived, written into by a reader meanwhile, failed or not as expected. After `wait`.
 
-        After `wait`, when everything is settled. Returns why, by key, for the last two.
+        Returns the errors of the last kind, by key.
         """
         claim, index, late = self.claim, self._index, None
         looks_for_writes = index.looks_for_writes
@@ -478,7 +478,7 @@ class Fetch:
         return failures
 
     def _combined(self, failures: dict[Hashable, BaseException]) -> Exception:
-        """One error for the call; says of which shards a cached copy was dropped."""
+        """One error for the call. It names the shards whose cached copy was dropped."""
         claim = self.claim
         mutated = [key for key in failures if key in claim.mutated]
         why = f"; cached copies of {names_of(mutated)} were dropped, as a reader wrote into them: {REMEDY}"

@@ -1,4 +1,4 @@
-"""The host tier: the level below the device, in pinned memory. From it a shard comes by a copy instead of a fetch."""
+"""The host tier: the level below the device, in pinned memory. A copy brings a shard back, instead of a fetch."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 class ResidentReader:
-    """A `ShardReader` of shards that are at another level: they are copied from there, and nothing is read.
+    """A `ShardReader` of shards at another level. They are copied from there; nothing is read.
 
     Args:
-        copies: What is there.
-        awaited: What is there, or on its way there, and is kept there until this call has it.
-        deadline: Of the wait for that, as by `time.monotonic()`.
+        copies: Shards that are there.
+        awaited: Shards that are there or on their way there, and stay until this call has them.
+        deadline: By `time.monotonic()`; the wait for these ends then.
     """
 
     node = ""
@@ -51,14 +51,14 @@ class ResidentReader:
         self._cancelled: Future[None] = Future()
 
     def next_specs(self) -> Sequence[ShardSpec] | None:
-        """What is there; when that is copied, what has come meanwhile, after a wait."""
+        """Describe the shards that are there; once these are copied, those that came meanwhile, after a wait."""
         while not self._next and self._awaited:
             self._collect()
         self._part, self._next = self._next, {}
         return [ShardSpec(key, one.base.dtype, tuple(one.base.shape)) for key, one in self._part.items()] or None
 
     def resident(self, specs: Sequence[ShardSpec]) -> list[Copy]:
-        """Where the bytes of shards of the part are."""
+        """The copies at the other level of shards of the part."""
         return [self._part[spec.key] for spec in specs]
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
@@ -71,11 +71,11 @@ class ResidentReader:
             self._cancelled.set_result(None)
 
     def close(self) -> None:
-        """Let go of what was copied."""
+        """Let go of the copies."""
         self._part, self._next, self._awaited = {}, {}, {}
 
     def _collect(self) -> None:
-        """Take what is settled. If nothing is, wait for everything, and take what comes in time."""
+        """Take settled shards. If there are none, wait for all, and take those that come in time."""
         settled = [key for key, entry in self._awaited.items() if entry.is_settled]
         if not settled:
             self._wait()
@@ -97,13 +97,13 @@ class ResidentReader:
 
 
 class Refuges:
-    """A `Sink` that takes copies of victims, by key."""
+    """A `Sink` that takes the copies of victims, by key."""
 
     def __init__(self) -> None:
         self.copies: dict[Hashable, Copy] = {}
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
-        """All are as expected."""
+        """Accept all."""
 
     def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
         """Keep them for the index."""
@@ -118,9 +118,9 @@ class HostTier:
     Args:
         device: Copies.
         config: Resolved settings.
-        fence: Of the device's pool: ranges of either are reused only behind the copies between them.
-        index: Of this level.
-        husks: Takes what is left of the tier's tensors.
+        fence: The device pool's: ranges of either pool are reused only behind the copies between them.
+        index: This level's.
+        husks: Takes tensors of the tier that lost their bytes.
         inflight: Shared with the device's level.
     Thread-safety: any thread. Copies are enqueued, and waited for only where their bytes are wanted.
     """
@@ -134,7 +134,7 @@ class HostTier:
         husks: Husks,
         inflight: InflightBudget,
     ) -> None:
-        # Of one capacity with the settings' slabs. What it took it keeps: pinning costs more than copying.
+        # A pool of the tier's own capacity. It keeps the slabs that it took: pinning costs more than copying.
         sizes = dataclasses.replace(
             config,
             pool_bytes=config.host_tier_bytes,
@@ -151,7 +151,7 @@ class HostTier:
         self._warnings = Throttle()
 
     def take_in(self, victims: Sequence[Candidate]) -> dict[Hashable, Copy]:
-        """Begin to copy what is to be evicted, the last ones first; what the tier has no room for is left out.
+        """Begin to copy victims, the last ones first, as far as the tier has room; return the copies by key.
 
         The device's ranges may be given back at once: the fence, recorded when their tensors die, is behind the copies.
         """
@@ -160,14 +160,14 @@ class HostTier:
         try:
             self.transfer.drain(reader, refuges, math.inf, may_overflow=False)
         except CacheFullError:
-            pass  # what was used longest ago goes
-        except RuntimeError as error:  # of the device: what is evicted need not come here
+            pass  # the victims used longest ago go
+        except RuntimeError as error:  # the device's: victims need not come here
             if self._warnings.opens():  # in text: a handler may keep the error, whose frames hold blocks
                 logger.warning("evicted shards could not be copied to the host tier: %s", str(error))
         return refuges.copies
 
     def finish(self) -> None:
-        """Give back what is unused; waits for copies under way."""
+        """Give back unused memory. Waits for copies under way."""
         self.transfer.finish()
 
     def stats(self) -> dict[str, float]:
@@ -179,7 +179,7 @@ class HostTier:
         }
 
     def details(self) -> dict[str, int]:
-        """What a report has beyond that, under the report's names."""
+        """Further figures of a report, under the report's names."""
         stats = self.pool.stats()
         return {
             "host_peak_bytes": stats["device_peak_bytes"],
@@ -189,7 +189,7 @@ class HostTier:
 
 
 def _in_runs(victims: Sequence[Candidate], run_bytes: int) -> list[Copy]:
-    """Neighbours on the device side by side, at most `run_bytes` of them together; the runs used last come first."""
+    """Order copies by runs of neighbours on the device, at most `run_bytes` each; the runs used last come first."""
     age = {id(one.copy): number for number, one in enumerate(victims)}
     leased = [(lease, one.copy) for one in victims if (lease := one.copy.lease) is not None]
     runs: list[list[Copy]] = []

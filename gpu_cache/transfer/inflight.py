@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 
 from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, listed
 
-LOOK_S = 0.25  # how often a reader that waits looks at the progress of those that it waits for
+LOOK_S = 0.25  # between two looks of a waiting reader at the progress of those that it waits for
 _STALLED_S = 1.0
-# Of a node that makes progress. A window of 64 MiB would take 17 minutes.
+# A slower node makes no progress: a window of 64 MiB would take 17 minutes.
 _LEAST_BYTES_PER_S = 64 << 10
 
 
@@ -22,27 +22,27 @@ _LEAST_BYTES_PER_S = 64 << 10
 class Turn:
     """One reader's place in the queue; the reader takes a new one for each window."""
 
-    node: str  # for messages, and for its share
-    # Bytes that came over its connection so far; None where the reader cannot tell. Any thread.
+    node: str  # names it in messages, and shares its part of the budget
+    # Bytes that came over its connection so far; None where the reader cannot tell. Any thread may call it.
     num_received: Callable[[], int | None] = lambda: None
     is_given_up: bool = False  # set by any thread, which then calls `wake`
 
 
 class Stalls:
-    """Tells which readers get too few bytes for what they hold.
+    """Tells which readers get too few bytes for the windows or buffers that they hold.
 
     Args:
         now: Seconds, monotonic.
-    Thread-safety: any thread; of two that look at once, one's marks stand.
+    Thread-safety: any thread. If two look at once, the marks of one stand.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        # When a reader last kept pace, and its bytes then. A turn leads to a reader and its connection: none is kept.
+        # When a reader last kept pace, and its bytes then. Weak, as a turn leads to a reader and its connection.
         self._marks: WeakKeyDictionary[Turn, tuple[float, int]] = WeakKeyDictionary()
 
     def look(self, held_since: Mapping[Turn, float]) -> set[Turn]:
-        """The stalled ones. One that cannot tell its bytes is one when it holds what it has for a second."""
+        """The stalled readers. One that cannot tell its bytes is stalled after it has held its grant for a second."""
         now = self._now()
         marks = {turn: self._mark(turn, since, now) for turn, since in held_since.items()}
         self._marks = WeakKeyDictionary(marks)
@@ -53,19 +53,19 @@ class Stalls:
         if received is None:
             return since, 0
         at, before = self._marks.get(turn, (now, received))
-        moved = received - before if received >= before else received  # else by a new connection
+        moved = received - before if received >= before else received  # else they came over a new connection
         return (now, received) if moved > _LEAST_BYTES_PER_S * (now - at) else (at, before)
 
 
 class InflightBudget:
     """The most bytes that may be on their way at once, granted first come, first served, node by node.
 
-    A large request asks again for each window, behind later readers, so that it starves none. No reader overtakes one
-    that waits, so that it is not starved either. Only a node that holds less than another goes first,
-    however many of the other's readers wait. A window larger than the whole budget is granted alone.
+    A large request asks again for each window, behind later readers, so it starves none. No reader overtakes one that
+    waits, so the request is not starved either. One exception: a node that holds less than another goes first, however
+    many readers of the other wait. A window larger than the whole budget is granted alone.
 
-    While a reader of another node waits, what a stalled one holds does not count: its bytes do not come, and the
-    others' would not either. So the budget is exceeded by no more than the windows of stalled readers.
+    While a reader of another node waits, the bytes that a stalled reader holds do not count. They do not come, and
+    would keep the others' away. So the windows of stalled readers, and no more, may exceed the budget.
 
     Args:
         limit_bytes: The budget.
@@ -80,9 +80,9 @@ class InflightBudget:
         # Guards every field below. Notified when bytes come back, when a reader leaves the queue, and on `wake`.
         self._changed = threading.Condition(threading.Lock())
         self._queue: dict[Turn, None] = {}  # first come, first served
-        self._next: Turn | None = None  # of the queue
+        self._next: Turn | None = None  # the one of the queue that is granted next
         self._held: dict[Turn, tuple[int, float]] = {}  # bytes, and since when
-        self._stalled: set[Turn] = set()  # of those that hold bytes
+        self._stalled: set[Turn] = set()  # among those that hold bytes
         self._wait_s = 0.0
         self._is_closed = False
 
@@ -95,9 +95,9 @@ class InflightBudget:
         """Wait for room for `nbytes`, and hold it for the length of the context.
 
         Args:
-            nbytes: Of the window that is to be received.
+            nbytes: Bytes of the window that is to be received.
             turn: The reader's; waits for one grant at a time.
-            deadline: As by `time.monotonic()`.
+            deadline: By `time.monotonic()`.
         Raises:
             FetchTimeoutError: There was none in time.
             FetchError: The turn was given up.
@@ -121,7 +121,7 @@ class InflightBudget:
                 self._choose_locked()
 
     def wake(self) -> None:
-        """Let those who wait look again whether they were given up."""
+        """Let waiting readers look whether they were given up."""
         with self._changed:
             self._changed.notify_all()
 
@@ -137,7 +137,7 @@ class InflightBudget:
             return {"inflight_bytes": self._nbytes_locked, "inflight_wait_seconds": self._wait_s}
 
     def _take(self, nbytes: int, turn: Turn, began: float, deadline: float) -> bool:
-        """Wait for the grant; False if it is time to look at those that hold theirs."""
+        """Wait for the grant; False if it is time to look for stalled readers."""
         with self._changed:
             if not self._is_over_locked(turn, nbytes):
                 left_s, is_next = max(0.0, deadline - self._now()), self._next is turn
@@ -160,7 +160,7 @@ class InflightBudget:
             return True
 
     def _look(self, turn: Turn) -> None:
-        """See who is stalled, if it is this reader that they keep from its bytes. Asks the readers outside the lock."""
+        """Find the stalled readers, if this one is next and waits for them. Asks the readers outside the lock."""
         with self._changed:
             if self._next is not turn:
                 return
@@ -174,7 +174,7 @@ class InflightBudget:
         return sum(nbytes for nbytes, _ in self._held.values())
 
     def _choose_locked(self) -> None:
-        """Take the first of those who wait for a node that holds the fewest bytes, and let all look."""
+        """Choose the next turn: the first of the node that holds the fewest bytes. Let all that wait look."""
         held: Counter[str] = Counter()
         for turn, (nbytes, _) in self._held.items():
             held[turn.node] += nbytes
@@ -182,7 +182,7 @@ class InflightBudget:
         self._changed.notify_all()
 
     def _is_over_locked(self, turn: Turn, nbytes: int) -> bool:
-        """Whether its wait is: by a grant, as what is on its way and counts leaves room, or for good."""
+        """Whether a turn's wait is over: the bytes that count leave room, or it ends without a grant."""
         if self._is_closed or turn.is_given_up:
             return True
         if self._next is not turn:

@@ -25,7 +25,7 @@ class Run:
     specs: list[ShardSpec] = dataclasses.field(default_factory=list)
     offsets: list[int] = dataclasses.field(default_factory=list)
     nbytes: int = 0
-    most_bytes: float = math.inf  # the longest run that room could be made for when this was last looked at
+    most_bytes: float = math.inf  # the longest run that room could be made for, at the last look
     range: Range = dataclasses.field(init=False)  # once it is placed
 
 
@@ -37,7 +37,7 @@ class Piece:
     start: int  # within the run
     nbytes: int
     at: int  # within the staging slot
-    is_last: bool  # the run is complete with it
+    is_last: bool  # the last one of its run
 
     @property
     def place(self) -> tuple[torch.Tensor, int]:
@@ -67,7 +67,7 @@ class Piece:
 def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
     """Group shards, in order, into runs of at most `run_bytes`; a larger shard is a run of its own."""
     run = Run()
-    nbytes = 0  # of the run so far; one loop without calls, as there are thousands
+    nbytes = 0  # the run's so far; one loop without calls, as there are thousands of shards
     for spec in specs:
         need = -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
         if run.specs and nbytes + need > run_bytes:
@@ -83,21 +83,21 @@ def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:
 
 
 class Backlog:
-    """The runs of a part that have yet to be received, cut into windows: what one slot takes and one read fills.
+    """The runs of a part that are still to be received. It cuts them into windows, each for one slot and one read.
 
     Args:
         runs: In the order of their bytes.
         window_bytes: The most bytes of a window.
-        place: Finds room for the first of the runs, which it may cut in two, and returns it.
+        place: Finds room for the first of the runs, or for a half of it that takes its place; returns that.
     """
 
     def __init__(self, runs: Iterable[Run], window_bytes: int, place: Callable[[deque[Run]], Run]) -> None:
         self._runs, self._window_bytes, self._place = deque(runs), window_bytes, place
-        self._start = 0  # of what is left of the first run
+        self._start = 0  # the rest of the first run begins here
         self.nbytes = sum(run.nbytes for run in self._runs)
 
     def next_window(self) -> list[Piece]:
-        """Place as many runs as fill a window; if one finds no room, those before it are a window first.
+        """Place as many runs as fill a window. If one finds no room, the runs before it are a window first.
 
         Raises:
             CacheFullError: The first one finds none.

@@ -1,4 +1,4 @@
-"""The staging ring: a few pinned host buffers on the way to the device, each guarded by the event of its last copy."""
+"""The staging ring: a few pinned host buffers on the way to the device. The last copy's event guards each."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Slot:
     """One pinned buffer. Belongs to the thread that acquired it."""
 
     pinned: Pinned
-    guard: Event | None = None  # behind its last copies: the bytes may be overwritten when it is done
-    turn: Turn | None = None  # of the reader that receives into it
-    since: float = 0.0  # when that one got it
+    guard: Event | None = None  # behind its last copies; when it is done, the bytes may be overwritten
+    turn: Turn | None = None  # the turn of the reader that receives into it
+    since: float = 0.0  # when that reader got it
 
 
 class StagingRing:
     """A fixed number of slots, allocated one by one as they are first needed.
 
-    While a reader of another node waits, a slot that a stalled one receives into does not count: there may be one more.
+    While a reader of another node waits, a stalled reader's slot does not count: there may be one slot more.
 
     Thread-safety: any thread. Allocates and waits for the device outside the lock.
     """
@@ -40,7 +40,7 @@ class StagingRing:
         self._idle: deque[Slot] = deque()  # the longest idle first: its copies are the likeliest to be done
         self._slots: list[Slot] = []
         self._num_allocating = 0
-        self._stalled: set[Turn] = set()  # of those that hold slots
+        self._stalled: set[Turn] = set()  # among those that hold slots
         self._is_closed = False
         self._wait_s = 0.0
         self._peak_slots = self._alloc_failures = 0
@@ -54,7 +54,7 @@ class StagingRing:
 
         Args:
             timeout_s: Longest wait, in seconds.
-            turn: Of the reader that is to receive into it.
+            turn: The turn of the reader that is to receive into it.
         Raises:
             TransferError: None came free within `timeout_s`.
             CacheClosedError: The ring was closed.
@@ -87,7 +87,7 @@ class StagingRing:
             is_surplus = self._is_closed or len(self._slots) - len(self._stalled) > self._max_slots
             if not is_surplus:
                 self._idle.append(slot)
-            self._changed.notify_all()  # one of another node may go on where the first to wait may not
+            self._changed.notify_all()  # a reader of another node may go on where the first one may not
         if is_surplus:
             self._free(slot)
 
@@ -112,7 +112,7 @@ class StagingRing:
             }
 
     def details(self) -> dict[str, int]:
-        """What a report has beyond that, under the report's names."""
+        """Further figures of a report, under the report's names."""
         with self._changed:
             return {
                 "pinned_peak_bytes": self._peak_slots * self.slot_bytes,
@@ -120,12 +120,12 @@ class StagingRing:
             }
 
     def reset_peak(self) -> None:
-        """Make the peak what is in use now."""
+        """Set the peak to the slots in use now."""
         with self._changed:
             self._peak_slots = len(self._slots) - len(self._idle)
 
     def _reserve(self, timeout_s: float, turn: Turn) -> Slot | None:
-        """An idle slot, or None: the caller is to allocate one."""
+        """Wait for an idle slot; None: the caller must allocate one."""
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, deadline - time.monotonic())
@@ -148,7 +148,7 @@ class StagingRing:
         return None
 
     def _look(self) -> None:
-        """See who is stalled. Asks the readers outside the lock."""
+        """Find the stalled readers. Asks them outside the lock."""
         with self._changed:
             since = {slot.turn: slot.since for slot in self._slots if slot.turn is not None}
         stalled = self._stalls.look(since)
@@ -156,7 +156,7 @@ class StagingRing:
             self._stalled = {slot.turn for slot in self._slots if slot.turn is not None and slot.turn in stalled}
 
     def _exchange(self, slot: Slot) -> bool:
-        """Give back a slot that is still copied from, if another may be allocated: else receiving waits for copies."""
+        """Give back a slot that is still copied from, if another one may be allocated instead of a wait."""
         with self._changed:
             if self._is_closed or len(self._slots) + self._num_allocating >= self._max_slots:
                 return False

@@ -1,4 +1,4 @@
-"""A reader over tensors that are in host memory already: for `put`, and for transports that deliver tensors."""
+"""A reader of tensors in host memory: for `put`, and for transports that deliver tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class TensorReader:
     """A `ShardReader` that loads its tensors with one call and then copies their bytes.
 
     Args:
-        node: Where they come from, for messages.
-        keys: What will be loaded.
-        load: Called once, by the draining thread; a tensor or an exception for each key, in order. What is no dense
-            tensor in host memory fails alone.
+        node: The node that they come from, for messages.
+        keys: The shards to load.
+        load: Called once, by the draining thread; returns a tensor or an exception for each key, in order.
+            An object that is no dense tensor in host memory fails alone.
         on_cancel: Makes a blocked `load` fail, where that is possible.
     """
 
@@ -38,7 +38,7 @@ class TensorReader:
         return f"TensorReader({self.node!r}, {len(self.keys)} shards)"
 
     def next_specs(self) -> Sequence[ShardSpec] | None:
-        """Load everything; there is one part."""
+        """Load all tensors, and describe them: there is one part."""
         if self._is_loaded:
             return None
         self._is_loaded = True
@@ -58,7 +58,7 @@ class TensorReader:
         return specs
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
-        """Copy the next bytes; a tensor may be read in pieces, a buffer never spans two."""
+        """Copy the next bytes. A tensor may be read in pieces; a buffer never spans two tensors."""
         for buffer in buffers:
             tensor = self._left.pop()
             if tensor.numel() > len(buffer):
@@ -66,17 +66,17 @@ class TensorReader:
             torch.frombuffer(buffer, dtype=torch.uint8).copy_(tensor[: len(buffer)])
 
     def cancel(self) -> None:
-        """Pass it on to the loader."""
+        """Make a blocked load fail, where `on_cancel` does."""
         if self._on_cancel is not None:
             self._on_cancel()
 
     def close(self) -> None:
-        """Let the tensors go."""
+        """Let go of the tensors."""
         self._left = []
 
 
 def _checked(key: Hashable, one: object) -> torch.Tensor | Exception:
-    """What was loaded, if it can be copied from; else why not."""
+    """A loaded object, if it can be copied from; else an error that says why not."""
     if isinstance(one, Exception):
         return one
     if not isinstance(one, torch.Tensor):

@@ -30,8 +30,8 @@ from gpu_cache.transfer.staging import Slot, StagingRing
 
 logger = logging.getLogger(__name__)
 
-# Received by one call where nothing is staged, in slots. Larger calls are faster (of the raw socket's speed: 0.73 in
-# calls of 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback); what a fault costs grows with them.
+# The window where nothing is staged, in slots. Larger calls are faster: 0.73 of the raw socket's speed in calls of
+# 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback. But a fault costs more.
 _DIRECT_SLOTS = 2
 _MOST_UNCONFIRMED = 8  # windows of lent memory that are copied before the reader confirms them
 _ATTEMPTS = 3  # to make room for a run: other threads take what they find
@@ -98,9 +98,9 @@ class Transfer:
     Args:
         device: Copies.
         pool: Gives the ranges.
-        staging: Buffers to receive into; None: the arena is host memory, received into directly.
+        staging: Buffers to receive into; None: the arena is host memory, and readers fill it directly.
         config: Resolved settings.
-        make_room: Evicts for a run of so many bytes, or nothing; the longest run that room was, or could be, made for.
+        make_room: See `RoomMaker.make`.
         inflight: The budget of bytes on their way.
     Attributes:
         copied: Counts its copies.
@@ -140,7 +140,7 @@ class Transfer:
         Args:
             reader: Read to its end; the caller closes it.
             sink: Where the shards go.
-            deadline: `time.monotonic()` after which neither a turn nor a staging buffer is waited for.
+            deadline: By `time.monotonic()`; after it, nothing waits for a turn or a staging buffer.
             may_overflow: Whether shards that find no room may be placed outside the pool.
             turn: The reader's turn to receive, by which another thread can end the wait.
         Raises:
@@ -187,11 +187,11 @@ Lent: TypeAlias = Sequence[tuple[Piece, Sequence[Stretch]]]  # where a window's 
 
 
 class Delivery:
-    """What one reader delivers, and the runs that have room for it. Used by the thread that drains the reader.
+    """One reader's shards on their way into the pool. Used by the thread that drains the reader.
 
     Args:
-        transfer: Its pool, staging and stream.
-        reader: See `Transfer.drain`; so the others.
+        transfer: Has the pool, the staging ring and the stream.
+        reader: See `Transfer.drain`, also for the others.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Delivery:
         self._transfer, self._reader, self._sink = transfer, reader, sink
         self._device, self._pool, self._staging = transfer.device, transfer.pool, transfer.staging
         self._deadline, self._turn, self._may_overflow = deadline, turn, may_overflow
-        self._placed: dict[Run, None] = {}  # they have room; a shard that landed gives its own part back by its lease
+        self._placed: dict[Run, None] = {}  # runs that have room, and did not land yet
 
     def run(self) -> None:
         """Receive, or copy, part after part."""
@@ -221,7 +221,7 @@ class Delivery:
                     self._land(carved, self._receive(window))
 
     def abandon_rest(self) -> None:
-        """Give back what no shard took of the ranges."""
+        """Give back the ranges of runs that did not land."""
         for run in self._placed:
             self._pool.abandon(run.range)
 
@@ -380,9 +380,8 @@ class Delivery:
     def _reclaim(self, run: Run) -> Range | None:
         """Find room among what was freed, else by evicting.
 
-        In this order: evicted bytes queue in the quarantine behind those, so that evicting first would drop cached
-        shards for nothing. Evicting comes before halving: cutting runs to fill holes leaves smaller holes, and each
-        part is a copy of its own.
+        In this order: evicted bytes queue behind those in the quarantine, so to evict first would drop cached shards
+        for nothing. Evicting comes before halving: cut runs leave smaller holes, and each half is a copy of its own.
         """
         run.most_bytes = min(run.most_bytes, self._pool.capacity)
         if run.nbytes > run.most_bytes:

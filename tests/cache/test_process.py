@@ -20,6 +20,7 @@ from gpu_cache.device.placement import Placement
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.lease import Husks
 from gpu_cache.reaper import Reaper
 from gpu_cache.transfer.engine import LazyEngine
 from tests.support.cuda_devices import cuda_device
@@ -173,7 +174,7 @@ def test_the_reaper_goes_on_while_there_is_something_and_can_be_woken_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     pool = Counted(rounds=3)
-    reaper = Reaper(pool, period_s=0.001)
+    reaper = Reaper(pool, Husks(), period_s=0.001)
     reaper.wake()
     assert all(pool.drained.acquire(timeout=30) for _ in range(3))
     assert "draining freed shards failed" in caplog.text

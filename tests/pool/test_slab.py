@@ -12,7 +12,7 @@ from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.pool import lease
 from gpu_cache.pool.block import Copy, Range, aligned
 from gpu_cache.pool.fence import StreamFence
-from gpu_cache.pool.lease import Lease
+from gpu_cache.pool.lease import Husks, Lease
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.source import ShardSpec
 from tests.support.cuda_devices import cuda_device
@@ -27,7 +27,7 @@ def pool_of(
         slab_bytes=slab_bytes, pool_bytes=pool_bytes, prealloc_bytes=prealloc_bytes, run_bytes=MIB
     ).resolved(is_cuda=False, device_bytes=0)
     device = HostDevice() if device is None else device
-    return SlabPool(device, config, StreamFence(device, "all"), lambda dead: None)
+    return SlabPool(device, config, StreamFence(device, "all"), lambda dead: None, Husks())
 
 
 def shards_in(pool: SlabPool, taken: Range, *lengths: int) -> list[Copy]:
@@ -222,6 +222,7 @@ def test_dead_leases_are_told_once_their_bytes_are_in_quarantine() -> None:
         config,
         StreamFence(device, "all"),
         lambda dead: told.append(([lease.key for lease in dead], pool.accounts()["held"])),
+        Husks(),
     )
     shards_in(pool, taken_from(pool, 512), 512)
     pool.drain()
