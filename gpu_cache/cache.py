@@ -43,7 +43,7 @@ class TensorCache:
     Args:
         config: Settings; None reads the GPU_CACHE_* variables.
         device: A device to use instead of the one that `config.device` names.
-        broken: Makes the error for a key whose shard is not as expected, of that and of what there is.
+        broken: Makes the error for a key whose shard is not as expected, from the expectation and the shard's own data.
     Thread-safety: any thread. No lock is held over I/O, copies or waits.
     Source: the life of a shard follows vLLM's KV-cache off-loading and PyTorch's CachingHostAllocator.
     """
@@ -72,7 +72,7 @@ class TensorCache:
         return len(self._index)
 
     def keys(self) -> list[Hashable]:
-        """Keys of what is cached, oldest first."""
+        """Keys of the cached shards, oldest first."""
         return self._index.keys()
 
     @property
@@ -81,7 +81,7 @@ class TensorCache:
 
     @property
     def device_name(self) -> str:
-        """Where it caches ("cuda:0", "cpu"); "" before the first use."""
+        """The name of its device ("cuda:0", "cpu"); "" before the first use."""
         return "" if self._engine is None else str(self._engine.device.torch_device)
 
     def buffer_stats(self) -> BufferStats:
@@ -93,7 +93,7 @@ class TensorCache:
         return self._index.report()["sources"]  # type: ignore[no-any-return]
 
     def entries(self, oldest: int = 10) -> list[EntryInfo]:
-        """The oldest of what is cached, oldest first."""
+        """The oldest cached shards, oldest first."""
         return self._index.oldest(oldest)
 
     def summary(self) -> str:
@@ -105,7 +105,7 @@ class TensorCache:
         self._publisher.report_beside(figures)
 
     def reset_peak_stats(self) -> None:
-        """Make the peaks what is in use now. Counters are never reset."""
+        """Set the peaks to what is in use now. Counters are never reset."""
         if (engine := self._engine) is not None:
             engine.reset_peaks()
 
@@ -159,8 +159,8 @@ class TensorCache:
         Each tensor aliases the cache's memory: zero copy, `storage_offset()` 0, a storage of exactly the shard's
         bytes. It stays valid for as long as any alias of it lives, cleared or not. Do not write into it: other
         holders read the written bytes. A later call sees the write by torch's version counter and does as
-        `config.on_mutation` says. By default the cache drops the shard, which is an ordinary miss then: the caller gets
-        the original bytes in a fresh block. The counter misses writes through `.data`, numpy, DLPack, fused optimisers,
+        `config.on_mutation` says. By default the cache drops the shard, and the call fetches it: the caller gets the
+        original bytes in a fresh block. The counter misses writes through `.data`, numpy, DLPack, fused optimisers,
         collectives and kernels of one's own; `config.debug_checksum` sees them. It counts writes that change nothing,
         such as `add_(0)`: each costs a fetch.
 
@@ -169,23 +169,23 @@ class TensorCache:
             source: Asked for the missing ones only.
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`; `math.inf`: no limit.
             ready: Overrides `config.ready` for this call.
-            keep: They are meant to outlive clears of other shards, as weights are: never reported as a leak.
-            prefer: "host": the cache receives shards that are not on the device into the host tier, and hands them out
-                there, in pinned memory. They take no memory of the device. Clone tensors that forked processes are to
-                read: pinned memory is not theirs.
+            keep: Whether they are meant to outlive clears of other shards, as weights are: then they are no leak.
+            prefer: "host": shards that are not on the device come to the host tier, and are handed out there, in pinned
+                memory. They take no memory of the device. Clone tensors that forked processes are to read: a forked
+                process does not get pinned memory.
             on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
             expected: Dtype, shape and owner by key, where known. A shard of another dtype or shape fails, and
                 stays cached for other callers. One cached for another owner is a miss, and the fetched one takes its
                 place. None for an owner: any.
         Returns:
-            One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that there is no
-            room for come all the same, uncached.
+            One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that find no room
+            come all the same, uncached.
         Raises:
             FetchError: Some did not arrive; `failures` has the cause by key. The others are cached, so that another
                 call asks for the rest only.
             CacheClosedError: The cache is closed.
-            TransferError: During CUDA graph capture: a shard is not cached or was written to, or its copy was not yet
-                seen complete.
+            TransferError: During CUDA graph capture: a shard is not cached, a reader wrote into it, or its copy was not
+                yet seen complete.
             MutatedError: A reader wrote into a shard, and `config.on_mutation` is "error".
             ValueError: The host is preferred, and the host tier is off (`config.host_tier_bytes`).
         Thread-safety: any thread. Two calls for one key make one fetch.
@@ -221,7 +221,7 @@ class TensorCache:
 
     @eager
     def get(self, key: Hashable) -> torch.Tensor | None:
-        """Hand out the tensor of one key if it is cached; a miss is None. Counts as no look-up but for a host hit.
+        """Hand out the tensor of one key if it is cached; a miss is None. Only a host hit counts as a look-up.
 
         The cache drops a shard that a reader wrote into, with a warning; the look-up is a miss.
 
@@ -274,16 +274,16 @@ class TensorCache:
         """Copy a host tensor into the pool and index it under `key`.
 
         Args:
-            key: Shard id. A key that is cached already keeps what it has, unless a reader wrote into that.
+            key: Shard id. A key that is cached already keeps its shard, unless a reader wrote into that.
             tensor: In host memory, any dtype and shape.
-            node: The source that it counts for, and that `clear_node` names.
+            node: The source that it counts for, and that `clear_node` clears.
             timeout_s: Longest wait for a staging buffer, in seconds.
         Returns:
             Whether this call cached it (False: it was there, another thread is loading it, or a clear came between).
         Raises:
             CacheFullError: No room even after evicting every entry that no reader holds; nothing was changed.
             FetchTimeoutError: It was not its turn in time; see `CacheConfig.max_inflight_bytes`.
-            MutatedError: A reader wrote into what is cached, and `config.on_mutation` is "error".
+            MutatedError: A reader wrote into the cached shard, and `config.on_mutation` is "error".
             TypeError: Not a tensor.
             ValueError: Not a dense tensor in host memory.
         """
@@ -300,10 +300,10 @@ class TensorCache:
         return put_one(entry, tensor, node, engine, deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
-        """Drop shards by key, or all (None); one on its way will not be cached. Unknown keys are ignored.
+        """Drop shards by key, or all (None). A shard on its way will not be cached. Unknown keys are ignored.
 
-        Their bytes are reusable when the last alias is gone and the work enqueued before is done. Returns how many
-        were cached.
+        Their bytes are reusable once the last alias is gone and the work enqueued before is done. Returns how many
+        shards were cached.
         """
         return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
 
@@ -312,7 +312,7 @@ class TensorCache:
         return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
 
     def scope(self, name: str = "") -> Scope:
-        """A `with` at whose end everything is dropped that was fetched inside, as by `clear`, also if its body raises.
+        """A `with` whose end drops the shards that were fetched inside, as `clear` does, also if its body raises.
 
         Fetched means by `get_many`, `prefetch` or `put`, and not with `keep=True`. A shard that was cached before,
         or is on its way for another call, is a hit and stays. Scopes nest: a shard belongs to the innermost one that
@@ -320,7 +320,7 @@ class TensorCache:
 
         Calls of this context are inside, and so are asyncio tasks started within. Other threads are inside only in a
         copy of the context (`asyncio.to_thread`, `contextvars.copy_context().run`). Shards that such a task fetches
-        after the end belong to the next scope around that is still open, or to none.
+        after the end belong to the next open scope around, or to none.
 
         Args:
             name: For messages, as in "step 17".
@@ -328,7 +328,7 @@ class TensorCache:
         return Scope(name, lambda: self._index, self._scope, self._drop)
 
     def record_stream(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """Say that `stream` reads `tensor`: its bytes are reused only after what is enqueued there when it dies.
+        """Say that `stream` reads `tensor`. Its bytes are reused only after the work enqueued there when it dies.
 
         `Tensor.record_stream` does nothing for tensors of this cache. With `reuse_fence="all"` only streams made
         outside of torch need it.
@@ -337,7 +337,7 @@ class TensorCache:
             engine.fence.note(stream)
 
     def synchronize(self) -> None:
-        """Block until everything that was freed before this call is reusable.
+        """Block until all bytes freed before this call are reusable.
 
         Raises:
             TransferError: During CUDA graph capture.
@@ -350,7 +350,7 @@ class TensorCache:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more until `resume`.
 
         Returns:
-            How much was given back, true if anything was, and how much stays because its shards are cached or held.
+            The bytes given back, and those that stay because shards in them are cached or held.
         Raises:
             TransferError: During CUDA graph capture.
         """
@@ -362,12 +362,12 @@ class TensorCache:
         """Give the device's memory back, as for an engine that shares it: every slab is freed.
 
         Cached shards move to the host tier; if that is off or full, the cache drops them. It also drops shards that a
-        reader holds, as that reader may be writing into them. Tensors in use stay valid, and so do their slabs, until
-        the last alias of a shard in them is gone. Shards on their way still land, so let fetches end first. Waits for
-        the work that was enqueued before.
+        reader holds, as that reader may be writing into them. Tensors in use stay valid. Their slabs stay until the
+        last alias of a shard in them is gone. Shards on their way still land, so let fetches end first. Waits for the
+        work that was enqueued before.
 
         Returns:
-            How much was given back, and how much is held.
+            The bytes given back, and those that stay.
         Raises:
             TransferError: During CUDA graph capture.
         """
@@ -380,7 +380,7 @@ class TensorCache:
         return report
 
     def resume(self) -> None:
-        """Take back what `offload` or `trim` said: the next use preallocates, and slabs are kept from step to step.
+        """End what `offload` or `trim` began: the next use preallocates, and slabs are kept from step to step.
 
         Without it the cache works too, and takes and releases its slabs at each step.
         """
@@ -396,7 +396,7 @@ class TensorCache:
         self.end(time.monotonic() + _CLOSE_WAIT_S)
 
     def end(self, deadline: float) -> None:
-        """As `close`, which waits until then, as by `time.monotonic()`."""
+        """Close, and wait for reads that were cut off until `deadline`, by `time.monotonic()`."""
         if self._is_closed:
             return
         self._refuse_capture("close")
@@ -412,10 +412,10 @@ class TensorCache:
         self._publisher.close()
 
     def disown(self) -> object:
-        """Refuse every further call, in a child that inherited this cache; what is returned must never be freed."""
+        """Refuse every further call, in a child that inherited this cache. The result must never be freed."""
         inherited = self._lazy, self._index, self._publisher
         self._publisher.disown()
-        self._start_empty()  # the locks of the others may be held by threads that do not exist here
+        self._start_empty()  # threads that do not exist here may hold the locks of the old parts
         self._index.close()
         return inherited
 
@@ -425,7 +425,7 @@ class TensorCache:
         if self.config.host_tier_bytes:
             index.add_level()
         self._scope: ScopeVariable = ContextVar("scope of a TensorCache", default=None)
-        # Nothing here refers to the cache itself, so that one that is dropped without `close` can die.
+        # Nothing here refers to the cache itself, so that a cache that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
         self._tasks: set[ReaderTask] = set()  # readers that are being drained
         self._publisher = Publisher(index, self._lazy)
@@ -439,7 +439,7 @@ class TensorCache:
     def _hits(
         self, keys: Sequence[Hashable], expected: Mapping[Hashable, Promise], ready: ReadyMode
     ) -> list[torch.Tensor] | None:
-        """The tensors, if all can be handed out as they are; else None."""
+        """The tensors, if all are plain hits; else None."""
         engine = self._lazy.open()
         found = self._index.hits(keys, expected)
         if found is None or not self._lazy.is_current(engine):
@@ -451,8 +451,8 @@ class TensorCache:
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:
         """Take the checksums of cached shards that have none yet, and doubt those whose checksum is another by now.
 
-        Waits for their copies and copies them to the host, so it is slow; it sees what this thread's stream has written
-        by then. The next look-up finds what is in doubt. Does nothing during CUDA graph capture.
+        Slow: it waits for their copies, and copies them to the host. It sees writes that this thread's stream has done
+        by then. The next look-up finds the doubted ones changed. Does nothing during CUDA graph capture.
         """
         if not self.config.debug_checksum or (engine := self._engine) is None or engine.device.is_capturing():
             return
@@ -474,7 +474,7 @@ class TensorCache:
             return None  # it was cleared meanwhile
 
     def _drop(self, dropped: list[Entry]) -> int:
-        """Let entries die, outside every lock, and start their way back to the free lists."""
+        """Let entries die, outside every lock, and start their bytes' way back to the free lists."""
         count = len(dropped)
         tensors = tensors_of(dropped)
         dropped.clear()

@@ -24,7 +24,7 @@ _OTHER_VARIABLES = {
     "stats_group",
 }  # fmt: skip
 
-# About thirty years. A longer time means no limit: no lock, socket or timer takes it.
+# About thirty years. No lock, socket or timer takes a longer time, which means no limit.
 LONGEST_S = 1e9
 
 # Every block starts at a multiple of this, as the CUDA allocator's blocks do.
@@ -57,7 +57,7 @@ def parse_size(text: int | str) -> int:
 
 
 def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
-    """A time limit that every kind of wait takes. Infinity, and more than 30 years, mean no limit: such is 1e9.
+    """A time limit that every kind of wait takes. Infinity, and more than 30 years, mean no limit, and become 1e9.
 
     Args:
         value: A number, or its text.
@@ -102,31 +102,30 @@ class CacheConfig:
     Attributes:
         device: "auto" (the CUDA device if this process has initialised CUDA, else the host), "cpu", "cuda", "cuda:N".
         slab_bytes: Bytes of one slab; a larger shard gets a slab of its own.
-        prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host. Kept
-            beside them is what the latest 16 steps had in use; each clear ends a step, as does a minute without a
-            fetch. `trim`, `offload`, and a device that is short of memory take that back.
+        prealloc_bytes: Slabs taken at first use and kept while empty. Default 1 GiB on CUDA, 0 on the host. The
+            cache also keeps as many slabs as the latest 16 steps had in use. A clear ends a step, and so does a minute
+            without a fetch. `trim`, `offload`, and a device that is short of memory take these slabs back.
         pool_bytes: The most all slabs may take, the empty ones that are kept included. Default the smaller of 8 GiB
             and a tenth of the device; 2 GiB on the host.
-        staging_slots: Pinned buffers that bytes pass through on their way to the device, taken one by one when needed:
-            one owner's bytes take two or three.
+        staging_slots: Pinned buffers that bytes pass through on their way to the device. The cache takes them one by
+            one when needed; one owner's bytes take two or three.
         staging_slot_bytes: Bytes of one such buffer.
-        run_bytes: The most bytes of consecutive shards that are placed and copied together.
+        run_bytes: The most bytes of consecutive shards that are placed together.
         fetch_timeout_s: Longest wait of one call for its shards, in seconds; "inf" means no limit.
-        max_inflight_bytes: The most bytes that are being received at once, over all nodes and all calls; a later
-            reader waits for its turn. A window (a staging buffer's bytes; without staging, two) that is larger is
-            received alone.
-        ready: "host": tensors are handed out when the host has seen their copies done, safe on every stream and
-            thread; "stream": at once, the caller's current stream waits instead.
-        reuse_fence: "all": freed bytes are reused after all work enqueued before on any stream of torch's; "noted":
-            only on the default stream and streams that asked for a shard or were named to `record_stream`.
+        max_inflight_bytes: The most bytes that are being received at once, over all nodes and calls; later readers wait
+            for their turn. A larger window (a staging buffer's bytes; without staging, two) is received alone.
+        ready: "host": tensors are handed out once the host has seen their copies done, safe on every stream and
+            thread. "stream": they are handed out at once, and the caller's current stream waits instead.
+        reuse_fence: "all": freed bytes are reused after all work enqueued before on any stream of torch's. "noted":
+            after that on the default stream, on streams that asked for a shard, and on those named to `record_stream`.
         stats: Whether to write reports for `gpu-cache-smi`. None: yes, unless GPU_CACHE_STATS says no.
         role: The process's role in those reports. None: GPU_CACHE_ROLE, else the program's name.
-        rank: Which of its kind. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
+        rank: Its number among processes of that role. None: GPU_CACHE_RANK, else RANK, else LOCAL_RANK, else 0.
         on_mutation: The cache's answer to the next call for a shard that a reader wrote into. "refetch": the cache
             drops it, and it is an ordinary miss; "error": `MutatedError`; "ignore": nothing.
         debug_checksum: Whether to look at every byte at each hand-out, for writes that torch does not count. Slow.
-        host_tier_bytes: The most of pinned host memory for evicted shards, and for those asked for with
-            `prefer="host"`. 0: evicted ones are fetched again.
+        host_tier_bytes: The most pinned host memory for evicted shards, and for shards that calls with `prefer="host"`
+            ask for. 0: evicted shards are fetched again.
     Raises:
         ValueError: A value is out of range; names the field and the value.
     """
@@ -135,10 +134,10 @@ class CacheConfig:
     slab_bytes: Size[int] = Size(256 * MIB)
     prealloc_bytes: Size[int | None] = Size(None)
     pool_bytes: Size[int | None] = Size(None)
-    # An owner that is received from has a buffer of its own: fewer would let fewer owners send at once. Those of 32 MiB
-    # and runs of 16 gave 0.89 of the link's speed on an H100, of 16 MiB and runs of 4 gave 0.78. Runs of 4 stay, as
-    # neighbours in a buffer are copied by one call: when 1 % of the shards outlive their batch, a pool of runs of 4 MiB
-    # is 94 % full before one finds no place, of 16 MiB 54 %. On the host no size of a run was faster.
+    # Each owner that sends has a buffer of its own: fewer buffers let fewer owners send at once. Buffers of 32 MiB with
+    # runs of 16 MiB gave 0.89 of the link's speed on an H100. 16 MiB with runs of 4 MiB gave 0.78. Runs stay at 4 MiB,
+    # as neighbours in a buffer are copied by one call anyway. When 1 % of the shards outlive their batch, a pool with
+    # runs of 4 MiB is 94 % full before a run finds no place; with 16 MiB 54 %. On the host no size was faster.
     staging_slots: int = 8
     staging_slot_bytes: Size[int] = Size(32 * MIB)
     run_bytes: Size[int] = Size(4 * MIB)
@@ -239,9 +238,9 @@ def described(config: CacheConfig, resolved: CacheConfig, environ: Mapping[str, 
     """Every setting on one line, each with where it came from: argument, variable, default or computed.
 
     Args:
-        config: As given; an argument that repeats its variable or the default counts as that.
-        resolved: The same for a device.
-        environ: Where the variables are looked up.
+        config: As given. An argument that repeats its variable or the default counts as that.
+        resolved: The same settings for a device.
+        environ: Has the variables; None: `os.environ`.
     """
     known = os.environ if environ is None else environ
 
@@ -315,8 +314,7 @@ def _at_least(value: int, least: int) -> int:
     return value
 
 
-# What each field takes: these return its value in the field's type, or raise. The other fields are sizes of a block
-# or more.
+# Each returns a field's value in its type, or raises. The other fields are sizes, of at least one block.
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "device": _one_of(r"auto|cpu|cuda|cuda:\d+", "auto, cpu, cuda or cuda:N, such as cuda:0"),
     "prealloc_bytes": _size(0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-_MAX_CAUSES = 8  # looked at behind an error, of which some chains are rings
+_MAX_CAUSES = 8  # looked at behind an error; some chains are rings
 _MAX_NAMED = 3  # shards in a message
 LOCAL = "local"  # the reason of a failure that no node has to do with; counted as the cache's own
 
@@ -22,7 +22,7 @@ class CacheFullError(GpuCacheError, MemoryError):
         free: Bytes free in the pool, or on the device.
         capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
         reserved: Bytes that the pool has taken from a device without room; None: it is the pool that is full.
-        setting: Which one is `capacity`.
+        setting: The setting that `capacity` is the value of.
         why: The obstacle and the remedy, if the pool knows a better one than clearing.
     """
 
@@ -64,7 +64,7 @@ class FetchError(GpuCacheError, RuntimeError):
         message: The failure in words, with shard, address and numbers.
         failures: Cause by shard key, for a call that asked for several shards. The others are cached.
     Attributes:
-        reason: The word under which it is counted; "": as its cause is, see `failure_reason`.
+        reason: The word that it is counted under; "": that of its cause, see `failure_reason`.
         may_go_on: Whether a reader that raised it has more to deliver; see `ShardReader.read_into`.
     """
 
@@ -81,12 +81,12 @@ class FetchError(GpuCacheError, RuntimeError):
 
 
 class PromiseError(FetchError):
-    """A shard has another dtype or shape than the caller expects. It stays as it is, for those who expect that.
+    """A shard has another dtype or shape than the caller expects. It stays cached, for callers that expect that.
 
     Args:
         key: The shard.
         promised: Dtype, shape and owner as expected.
-        found: As they are.
+        found: The shard's own.
     """
 
     reason = "answer"
@@ -128,7 +128,7 @@ class MutatedError(GpuCacheError):
 
 
 def failure_reason(error: BaseException) -> str:
-    """One of the words under which failed fetches are counted: that of the error, or of what caused it."""
+    """The word that a failed fetch is counted under: that of the error, or of its cause."""
     one: BaseException | None = error
     for _ in range(_MAX_CAUSES):
         if one is None:
@@ -145,14 +145,14 @@ def _reason_by_kind(error: BaseException) -> str:
 
 
 def broken_promise(promised: tuple[Any, ...], found: tuple[Any, ...]) -> str:
-    """The owner, what a caller expects of it, and what there is, for a message."""
+    """The owner, the promised dtype and shape, and those that were found, for a message."""
     (dtype, shape, owner), (found_dtype, found_shape, _) = promised, found
     source = f" from {owner}" if owner else ""
     return f"{source}: {dtype} of shape {list(shape)} is promised, {found_dtype} of shape {list(found_shape)} was found"
 
 
 def combined(failures: dict[Hashable, BaseException], num_requested: int, why: str = "") -> Exception:
-    """One error for a call: the first cause's words, then which shards it lacks, and why they were asked for."""
+    """One error for a call: the first cause's words, then the shards that it lacks, and why it asked for them."""
     cause = next(iter(failures.values()))
     if isinstance(cause, CacheClosedError):
         return cause

@@ -1,7 +1,7 @@
-"""Which requests a local server believes: none that a web page made a browser send.
+"""The requests that a local server believes: none that a web page made a browser send.
 
-A page can point its own name at 127.0.0.1. The browser then takes a server there for a part of the page, and the page
-reads and writes at it. The name in Host gives it away, as Origin gives away a page that stays under its own address.
+A page can point its own name at 127.0.0.1. The browser then takes a server there for a part of the page, which reads
+and writes at it. The name in Host gives such a page away; Origin gives away a page that keeps its own address.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class HostRule:
     Args:
         bound: The address that the server listens on.
         allowed: Further names, without ports, beside those of the loopback; web pages of these may ask, too.
-        names: Under which it was bound.
+        names: The names that it was bound under.
     Attributes:
         is_local: Whether the server listens on the loopback only; otherwise any name in Host will do.
     """
@@ -37,7 +37,7 @@ class HostRule:
         self._known = self._pages | {name.lower() for name in names}
 
     def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> str | None:
-        """Say what is wrong with a request that has these headers, each as often as it has them; None if nothing is."""
+        """Say what is wrong with a request that has these values of Host and Origin; None: nothing."""
         for host in hosts:
             if self.is_local and not self._is_known(name_of(host)):
                 return f"this server answers requests to localhost, 127.0.0.1 and [::1], not to {short_repr(host)}"
@@ -50,7 +50,7 @@ class HostRule:
         return is_loopback(name) or name in self._known
 
     def _is_own(self, authority: str, hosts: Sequence[str]) -> bool:
-        """Whether a page is one that this server could have served: under a name that no page can point elsewhere."""
+        """Whether this server could have served the page, under a name that no other server's page can have."""
         name = name_of(authority)
         is_same = authority.lower() in {host.lower() for host in hosts}
         return name in self._pages or (is_same and (self._is_known(name) or _address(name) is not None))

@@ -1,4 +1,4 @@
-"""The life of this process: caches and threads that end with it, and what a forked child must leave to its parent.
+"""The life of this process: caches and threads that end with it, and objects that a forked child must not touch.
 
 Module-level state of `gpu_cache`.
 """
@@ -32,25 +32,25 @@ _THREADS_S = 2.0
 class LiveCache(Protocol):
     @property
     def device_name(self) -> str:
-        """Where it caches, "" while undecided."""
+        """The name of its device; "" while undecided."""
 
     def end(self, deadline: float) -> None:
-        """Give everything back; waits for reads that were cut off until then, as by `time.monotonic()`."""
+        """Give everything back. Waits for reads that were cut off, until `deadline` by `time.monotonic()`."""
 
     def disown(self) -> object:
-        """Refuse every further call and return what must never be freed in this process."""
+        """Refuse every further call, and return an object that must never be freed in this process."""
 
 
 class Inherited(Protocol):
     def disown(self) -> object:
-        """Close descriptors in a child that inherited them, by `forget_sockets`; return what must never be freed."""
+        """Close inherited descriptors in a child, by `forget_sockets`; return an object that must never be freed."""
 
 
 class OwnThread(threading.Thread):
     """A daemon thread that this process waits for before its interpreter goes, within a bound.
 
-    Python ends a daemon thread that comes back to a finalizing interpreter, and C++ code does not survive that: the
-    process aborts. So whatever may run torch's code in a thread of its own does so in one of these.
+    Python ends a daemon thread that comes back to a finalizing interpreter. C++ code on its stack does not survive
+    that: the process aborts. So a thread that may run torch's code is one of these.
 
     Args:
         work: The function that the thread runs.
@@ -86,8 +86,8 @@ class OwnThread(threading.Thread):
 class CollectorPause:
     """A `with` in which no cyclic collection starts by itself, in any thread. Entered by several threads at once.
 
-    Building thousands of tensors sets off a collection of everything that the process has, amid a landing. A caller who
-    switches the collector off during a pause finds it on again afterwards: Python does not tell who did it.
+    Building thousands of tensors sets off a collection of all objects of the process, amid a landing. If a caller
+    switches the collector off during a pause, it is on again afterwards: Python does not say so.
     Source: our measurement: 0.8 to 1.1 us a shard, and stalls of 160 to 190 ms of other threads.
     """
 
@@ -111,7 +111,7 @@ class CollectorPause:
                 gc.enable()
 
     def forget(self) -> None:
-        """In a forked child, where the threads inside do not exist: as if none were."""
+        """Forget the threads inside: in a forked child they do not exist."""
         if self._num_inside and self._was_on:
             gc.enable()
         self._lock, self._num_inside = threading.Lock(), 0
@@ -132,7 +132,7 @@ def register(cache: LiveCache) -> None:
 
 
 def unregister(cache: LiveCache) -> None:
-    """It was closed."""
+    """Forget a cache that was closed."""
     _caches.discard(cache)
 
 
@@ -174,12 +174,12 @@ def _end_threads(threads: Sequence[OwnThread], timeout_s: float) -> None:
 
 
 def _end_servers() -> None:
-    """When the main thread ends: before Python ends executors, without which a server answers with errors."""
+    """End servers when the main thread ends: after executors, which Python ends next, they would answer with errors."""
     _end_threads([thread for thread in _own_threads() if thread.is_server], _SERVERS_S)
 
 
 def _end_all() -> None:
-    """At exit. A thread that is left does not abort the process, even if this is interrupted."""
+    """End everything at exit. A thread that is left does not abort the process, even if this is interrupted."""
     try:
         _close_all()
         _end_threads(_own_threads(), _THREADS_S)
@@ -198,13 +198,13 @@ def _close_all() -> None:
 
 
 def _outlive_threads() -> None:
-    """Keep threads that nothing can end, such as a caller's backend inside torch, from ending the process.
+    """Keep threads that nothing can end, such as a caller's backend inside torch, from aborting the process.
 
-    Two things would. Python up to 3.13 ends a thread by `pthread_exit` when it asks a finalizing interpreter for the
-    lock, and a C++ frame on its stack turns that into `std::terminate`: the handler becomes one that sleeps, which is
-    how Python 3.14 treats every such thread. And `exit` destroys C++ objects that the thread may be using: when all of
-    Python's own end is over, `_exit` comes before that, with the same status. `os._exit` in an `atexit` handler would
-    skip handlers of others, and the status is not known there.
+    Two things would. First, Python up to 3.13 ends a thread by `pthread_exit` when it asks a finalizing interpreter for
+    the lock. A C++ frame on its stack turns that into `std::terminate`. So that handler becomes one that sleeps: Python
+    3.14 treats every such thread so. Second, `exit` destroys C++ objects that the thread may be using. So `_exit` comes
+    before that, with the same status, once Python's own end is over. `os._exit` in an `atexit` handler would skip
+    handlers of others, and the status is not known there.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         c, cpp = ctypes.CDLL(None), ctypes.CDLL("libstdc++.so.6")
@@ -214,11 +214,11 @@ def _outlive_threads() -> None:
 
 
 def _disown_all() -> None:
-    """In a child, where locks may be held by threads that do not exist here: takes none."""
+    """Cut everything off in a forked child. Takes no lock: a thread that does not exist here may hold it."""
     no_collections.forget()
     for one in (*_caches, *_inherited):
-        # Arenas, events and pinned buffers of the parent: freeing them here, be it when the interpreter ends and clears
-        # its modules, would call a CUDA context that did not survive the fork.
+        # It has arenas, events and pinned buffers of the parent. To free them here, or when the interpreter clears its
+        # modules, would call a CUDA context that did not survive the fork.
         try:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(one.disown()))
         except Exception:  # such as no descriptor left; the others are to be cut off all the same

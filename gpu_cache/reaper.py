@@ -21,22 +21,27 @@ _AT_ONCE, _BREAK_S = 256, 0.0005  # 256 drops take 0.1 ms where no other thread 
 class Drainable(Protocol):
     @property
     def is_busy(self) -> bool:
-        """Whether anything may become free without a call."""
+        """Whether bytes may become free without a call."""
 
     def drain(self) -> None:
-        """Free what can be freed now."""
+        """Free the bytes that can be freed now."""
 
     def finish(self) -> None:
-        """Give back what is not held, and wait for the device where that takes it; nothing new is handed out."""
+        """Give back memory that no reader holds, and wait for the device if need be. Nothing new is handed out."""
 
 
 class Reaper:
-    """Drains a pool once a second while it is busy, drops what is left of tensors, and sleeps otherwise.
+    """Drains pools once a second while they are busy, drops husks, and sleeps otherwise.
 
-    Its thread keeps the pool alive: the blocks of a cache that is closed, or gone, still find their way back.
+    Its thread keeps the pools alive, so that blocks of a closed or dead cache still find their way back.
+
+    Args:
+        pool: Drained.
+        husks: Dropped.
+        period_s: Seconds between two looks; None: `PERIOD_S`.
 
     Attributes:
-        awake: Set while anything may be handed out or freed; then `wake` has nothing to do.
+        awake: Set while tensors may be handed out or freed; then `wake` has nothing to do.
     Thread-safety: any thread.
     """
 
@@ -51,7 +56,7 @@ class Reaper:
         self._first: Callable[[], object] | None = None
 
     def wake(self) -> None:
-        """Something may be handed out or given back: look after it."""
+        """Look after the pools from now on: a call hands tensors out, or lets them die."""
         if self.awake.is_set() or self._is_retired.is_set():
             return
         with self._lock:
@@ -62,7 +67,7 @@ class Reaper:
         self.awake.set()
 
     def retire(self, first: Callable[[], object] | None = None) -> None:
-        """Go on until nothing is held, give back what is left, and end. Idempotent; only sets flags.
+        """Go on until no reader holds a block, give the memory back, and end. Idempotent; only sets flags.
 
         Args:
             first: Called by the thread before it looks.
@@ -72,7 +77,7 @@ class Reaper:
         self.awake.set()
 
     def end(self) -> None:
-        """Retire it, and look once more: what is held then is given back by the process's end. Only sets flags."""
+        """Retire, and look once more. The end of the process gives back what readers still hold. Only sets flags."""
         self._is_ended.set()
         self._is_retired.set()
         self.awake.set()
@@ -96,14 +101,14 @@ class Reaper:
                 self.awake.set()
 
     def _drop_husks(self) -> None:
-        """Drop some of them, with breaks: each may have to wait for the GIL, or keep others waiting."""
+        """Drop some husks, with breaks: each drop may wait for the GIL, or keep others waiting for it."""
         until = time.monotonic() + _DROPPING_S
         while len(self._husks) and time.monotonic() < until and not self._is_ended.is_set():
             self._husks.drop(_AT_ONCE)
             time.sleep(_BREAK_S)
 
     def _reap(self) -> bool:
-        """Free what can be freed; whether nothing is left to look after."""
+        """Free the bytes that can be freed; return whether nothing is left to look after."""
         try:
             if not self._is_retired.is_set():
                 self._pool.drain()

@@ -19,7 +19,7 @@ MemoryT = TypeVar("MemoryT")
 class ShardSpec:
     """One shard of a stream: its key and what its bytes mean (C order, the machine's byte order). Not to be changed.
 
-    `nbytes` follows from the others; it is kept as it is asked for many times.
+    `nbytes` follows from the other fields; it is kept, as it is asked for many times.
     """
 
     key: Hashable
@@ -57,10 +57,10 @@ class Stretch(NamedTuple):
     """Bytes that lie in one piece in lent memory.
 
     Attributes:
-        at: Where they belong, as the caller counts.
-        memory: Where they are.
-        begin: Where they begin there.
-        nbytes: How many.
+        at: The place that they belong to, as the caller counts.
+        memory: The memory that they are in.
+        begin: Their begin in it.
+        nbytes: Their number.
     """
 
     at: int
@@ -72,18 +72,18 @@ class Stretch(NamedTuple):
 class ShardReader(Protocol):
     """One connection to one node, drained by one thread; only `cancel` may be called from another.
 
-    The stream comes in parts (one answer of the node each): `next_specs`, then `read_into` until every byte of the
-    part was read, then `next_specs` again, until that returns None. Each key
-    is in the specs or in `failures`, or an exception ends the stream and fails every key not yet read.
+    The stream comes in parts, one answer of the node each. The cache calls `next_specs`, then `read_into` until it has
+    every byte of the part. It begins again until `next_specs` returns None. Each key is in the specs or in
+    `failures`, or else an exception ends the stream. It fails every key that was not read yet.
 
-    A reader may have `num_received`, the bytes that came over its connection so far, or None; any thread asks for it.
-    Without it a read that takes longer than a second counts as stalled while readers of other nodes wait.
+    A reader may have `num_received`: the bytes that came over its connection so far, or None. Any thread asks for it.
+    Without it, a read of more than a second counts as stalled while readers of other nodes wait.
 
     A reader whose bytes lie in memory of this process may lend them, see `LendingReader`. `transport`, if a reader has
-    it, names how its latest part came.
+    it, names the way of its latest part.
 
-    Inside the cache, one whose shards are in a pool of it has `resident`, which tells where: then they are copied from
-    there, and nothing is read.
+    Inside the cache, a reader of shards that are in one of its pools has `resident`, which returns their copies. Then
+    nothing is read.
     """
 
     @property
@@ -104,8 +104,8 @@ class ShardReader(Protocol):
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers (writable, bytes) with the next bytes of the part, in order; blocks until all are full.
 
-        A `FetchError` with `may_go_on` set ends the part, not the stream: shards of it that earlier reads have not
-        completed are among `failures`, or announced again by the next `next_specs`.
+        A `FetchError` with `may_go_on` set ends the part, not the stream. Shards of it that earlier reads did not
+        complete are in `failures`, or the next `next_specs` announces them again.
         """
 
     def cancel(self) -> None:
@@ -116,10 +116,10 @@ class ShardReader(Protocol):
 
 
 class LendingReader(ShardReader, Protocol):
-    """A `ShardReader` that may lend its bytes: then a copy goes straight from where they are to where they belong.
+    """A `ShardReader` that may lend its bytes. The cache then copies them straight to the places that they belong to.
 
-    Lent memory stays mapped until the next `next_specs`, or `close`. Whether its bytes stayed as they were, `confirm`
-    says.
+    Lent memory stays mapped until the next `next_specs`, or `close`. `confirm` says whether its bytes stayed as they
+    were.
 
     Attributes:
         is_lending: Whether it lends the part that `next_specs` has just described. Callers that copy themselves then
@@ -129,14 +129,14 @@ class LendingReader(ShardReader, Protocol):
     is_lending: bool
 
     def read_run(self, places: Sequence[tuple[int, int]]) -> Sequence[Stretch]:
-        """Where the next bytes of the part are.
+        """The stretches of lent memory that hold the next bytes of the part.
 
         Args:
-            places: For each shard, or piece of one, where its bytes belong and how many; in stream order.
+            places: For each shard, or piece of one, the place of its bytes and their number; in stream order.
         """
 
     def confirm(self) -> None:
-        """Raise, as `read_into` does, unless the bytes of all stretches so far were what they should be until now."""
+        """Raise, as `read_into` does, unless the bytes of all stretches so far stayed right until now."""
 
 
 def joined_places(
@@ -184,7 +184,7 @@ class ShardSource(Protocol):
 
 
 class _NoSource:
-    """Has nothing: for calls that are content with what is cached."""
+    """A source without shards, for calls that need only cached ones."""
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         return []

@@ -8,7 +8,7 @@ DASH = "-"
 
 
 def mib(nbytes: float | None, unit: str = "") -> str:
-    """Whole MiB, for programs; what is less than one shows its first decimal, so that it does not look like nothing."""
+    """Whole MiB, for programs. Less than one MiB shows its first decimal, so that it does not look like nothing."""
     if nbytes is None:
         return DASH
     if 0 < nbytes < 0.95 * MIB:
@@ -39,7 +39,7 @@ def _scaled(number: float, base: int, names: tuple[str, ...]) -> str:
 
 
 def gigabytes(bytes_per_second: float | None) -> str:
-    """GB/s, of 10^9 bytes, for programs; what is under 0.1 with two decimals."""
+    """GB/s, of 10^9 bytes, for programs; under 0.1 with two decimals."""
     if bytes_per_second is None:
         return DASH
     return f"{bytes_per_second / 1e9:.{2 if 0 < bytes_per_second < 1e8 else 1}f}"

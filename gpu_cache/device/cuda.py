@@ -23,7 +23,7 @@ torch_cuda: Any = torch.cuda  # for modules that take it as an argument
 class CudaDevice:
     """One CUDA device, by its index among the visible ones. Makes no CUDA call before a method is called.
 
-    The other arguments are what it is made of: `torch.cuda`, `torch.empty`, and the CUDA runtime library.
+    The other arguments are its parts: `torch.cuda`, `torch.empty`, and the CUDA runtime library.
     """
 
     stages = True
@@ -34,8 +34,8 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         self._cuda, self._runtime = cuda, runtime or CudaRuntime(cuda)
         self._pools = PrivatePools(cuda, empty, lambda: self.is_any_capturing(self._streams))
-        self._stream_of: dict[int, Stream] = {}  # by handle: those that were current when asked
-        self._copyable: set[int] = set()  # addresses of arenas and of pinned buffers: raw calls never wait for them
+        self._stream_of: dict[int, Stream] = {}  # by handle: streams that were current when asked
+        self._copyable: set[int] = set()  # addresses of arenas and pinned buffers: raw calls never wait for these
 
     def __repr__(self) -> str:
         return f"CudaDevice({self.torch_device})"
@@ -83,8 +83,8 @@ class CudaDevice:
         return known
 
     def new_stream(self) -> Stream:
-        # Not of priority 0, whose streams torch deals out to all callers in turn: sharing one would queue copies behind
-        # a collective, or put them into a trainer's graph. A copy runs no sooner for its stream's priority.
+        # Torch deals out the streams of priority 0 to all callers in turn. A shared one would queue copies behind a
+        # collective, or put them into a trainer's graph. A copy runs no sooner for its stream's priority.
         with self._here():
             return self._cuda.Stream(device=self.torch_device, priority=-2)
 
@@ -164,7 +164,7 @@ class CudaDevice:
         return TorchEvents(self._cuda) if self._runtime.raw is None else RawEvents(self._runtime.raw)
 
     def _register(self, memory: LentMemory) -> bool:
-        """Register it, unless another device of this process has: that holds for all of them."""
+        """Register it, unless another device of this process has: one registration serves all devices."""
         address, nbytes = memory.tensor.data_ptr(), memory.tensor.numel()
         is_first = not any(memory.readers.values())
         if is_first:
@@ -190,7 +190,7 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def _here(self) -> Iterator[None]:
-        """Leave captures in other threads intact, and make no context on device 0, which is half a GiB, in new ones."""
+        """Leave captures in other threads intact, and make no context, half a GiB, on device 0 in a new thread."""
         with self._cuda.device(self.torch_device), self._runtime.beside_captures():
             yield
 

@@ -21,9 +21,9 @@ import torch
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, not only the registering thread's
 _READ_ONLY = 8  # cudaHostRegisterReadOnly: of pages that this process cannot write
-_TURN_S = 10.0  # a process that registers is waited for so long
+_TURN_S = 10.0  # longest wait for another process that registers
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
-_DEFAULT = 4  # cudaMemcpyDefault: which way is told by the addresses
+_DEFAULT = 4  # cudaMemcpyDefault: the addresses tell the direction
 _IN_STREAM_ORDER = 1  # cudaMemcpySrcAccessOrderStream: the source is read when the stream gets there
 _FIRST_BATCHED, _FIRST_WITHOUT_INDEX = 12_080, 13_000  # runtimes with cudaMemcpyBatchAsync, and with its later form
 
@@ -39,8 +39,8 @@ class RawCalls:
     """Functions of the runtime library, with the types of their arguments: without those ctypes cuts handles.
 
     Args:
-        library: Called with the GIL kept, which costs up to 5 ms to get back from a busy thread; each call takes about
-            a microsecond.
+        library: Called with the GIL kept: a call takes about a microsecond, but a busy thread may keep the GIL for
+            5 ms.
         waiting: The same, for calls that wait: they let go of the GIL.
     Raises:
         AttributeError: A function is missing.
@@ -65,7 +65,7 @@ class RawCalls:
         self._status = threading.local()  # where answers go: one for each thread, made once
 
     def check(self, code: int, call: str) -> None:
-        """Raise for a code that is none of success.
+        """Raise for the code of a failure.
 
         Raises:
             RuntimeError: Names the call and the code; the error is cleared.
@@ -75,7 +75,7 @@ class RawCalls:
             raise RuntimeError(f"{call}: CUDA error {code}")
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether a graph is being captured on a stream, or, for the default one, on one that it would wait for."""
+        """Whether a graph is being captured on a stream, or on one that the default stream would wait for."""
         answer = self._answer()
         if code := self._is_capturing(stream, answer):
             self.clear()
@@ -97,11 +97,11 @@ class RawCalls:
                 self.check(code, "cudaMemcpyAsync")
 
     def _copy_at_once(self, copies: Sequence[tuple[int, int, int]], stream: int) -> bool:
-        """By one call; if it is refused, as by an older driver, never again. Copying twice is harmless."""
+        """Copy by one call. If an older driver refuses it, never try it again: to copy twice is harmless."""
         number = len(copies)
         pointers, sizes = ctypes.c_void_p * number, ctypes.c_size_t * number
         dsts, srcs, lengths = zip(*copies, strict=True)
-        first = ctypes.c_size_t(0)  # copy that the attributes hold for, from there on
+        first = ctypes.c_size_t(0)  # the first copy that the attributes hold for
         if code := self._copy_batch(
             pointers(*dsts), pointers(*srcs), sizes(*lengths), number, _attributes(), ctypes.byref(first), 1,
             *self._fail_index(), stream,
@@ -125,7 +125,7 @@ class RawCalls:
         )  # fmt: skip
 
     def _fail_index(self) -> list[Any]:
-        """Where the number of the copy that failed goes, in the form that has it."""
+        """The place for the number of a failed copy, in the form of the call that has it."""
         return [ctypes.byref(ctypes.c_size_t())] if self._version < _FIRST_WITHOUT_INDEX else []
 
     @functools.cached_property
@@ -163,8 +163,8 @@ class CudaRuntime:
         maps: Names the files mapped into this process, one a line.
         load: Opens a library by path, to be called with the GIL kept.
         load_waiting: The same, to be called without it.
-        current_stream: The handle of the calling thread's current stream, by the device's index; None: asks torch for
-            the stream itself, which takes 4 us.
+        current_stream: Returns the handle of the calling thread's current stream, by the device's index. None: torch is
+            asked for the stream, which takes 4 us.
         turn_file: Locked by the process that registers shared memory; None: a file of this user's.
     Thread-safety: any thread; sticky errors and capture modes are the calling thread's.
     """
@@ -230,10 +230,10 @@ class CudaRuntime:
 
     @contextlib.contextmanager
     def beside_captures(self) -> Iterator[None]:
-        """Keep what this thread does inside from breaking a CUDA graph capture in another thread.
+        """Keep this thread's calls inside from breaking a CUDA graph capture in another thread.
 
         By default a capture fails when *any* thread allocates, pins, or queries an event meanwhile. In thread-local
-        mode this thread is held to its own captures only.
+        mode calls of this thread affect its own captures only.
         Source: torch's ProcessGroupNCCL, whose watchdog queries events the same way (pytorch#148594).
         """
         mode = ctypes.c_int(_THREAD_LOCAL)
@@ -242,7 +242,7 @@ class CudaRuntime:
             yield
         finally:
             if has_changed:
-                self._exchange(ctypes.byref(mode))  # which holds the mode before
+                self._exchange(ctypes.byref(mode))  # which is the earlier mode by now
 
     def _checked(self, status: Any) -> int:
         """The code of a status. An error is sticky: left alone, the next kernel launch would report it as its own."""
@@ -277,7 +277,7 @@ class CudaRuntime:
 
 @contextlib.contextmanager
 def _one_process_at_a_time(path: str | None) -> Iterator[None]:
-    """Hold a lock of this user's processes, as far as it comes free in time."""
+    """Hold a lock of this user's processes, if it comes free in time."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             file = path or os.path.join(tempfile.gettempdir(), f"gpu-cache-register-{os.geteuid()}.lock")
@@ -325,7 +325,7 @@ def has_context(index: int) -> bool:
 
 
 def nvml_uuid(properties: Any) -> str:
-    """The UUID in a device's properties with NVML's prefix, which tells a slice of a GPU (MIG) from a whole one."""
+    """The UUID in a device's properties. NVML's prefix tells a slice of a GPU (MIG) from a whole one."""
     uuid = str(properties.uuid)
     if uuid.startswith(("GPU-", "MIG-")):
         return uuid

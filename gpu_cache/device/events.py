@@ -1,4 +1,4 @@
-"""Events of a CUDA device: by raw calls of the runtime library, which are used again, or by torch's own.
+"""Events of a CUDA device: by raw calls of the runtime library, where events are used again, or torch's own.
 
 Every call is made with the device already current, as in `CudaDevice._here`.
 """
@@ -14,17 +14,17 @@ from typing import Any, Protocol
 from gpu_cache.device.cudart import NOT_READY, RawCalls
 
 _DISABLE_TIMING = 2  # cudaEventDisableTiming
-_MOST_LOOKS = 4  # at sets that were let go before they were seen done, before new events are made instead
+_MOST_LOOKS = 4  # at sets that were let go before they were seen done; then new events are made
 
 
 class Events(Protocol):
     """How a device records, asks and waits for events. Any thread."""
 
     def record(self, stream: Any, *, timing: bool) -> Any:
-        """A new event behind what is enqueued on a stream."""
+        """A new event behind the work that is enqueued on a stream."""
 
     def record_all(self, streams: Sequence[Any]) -> list[Any]:
-        """Events behind what is enqueued on streams, which may stand for several of them each."""
+        """Events behind the work that is enqueued on streams. One event may stand for several streams."""
 
     def discard(self, events: Sequence[Any]) -> None:
         """Never ask these, nor record them again: a capture may have taken them in."""
@@ -58,7 +58,7 @@ class EventSet:
 
     def __init__(self, handles: list[int], timing: bool, let_go: deque[tuple[list[int], bool, int]]) -> None:
         self.handles, self.timing, self._let_go = handles, timing, let_go
-        self.num_done = 0  # the first ones are done; the worst that a race does is to ask twice
+        self.num_done = 0  # so many of the first ones are done; the worst that a race does is to ask twice
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -67,15 +67,15 @@ class EventSet:
         return f"EventSet({self.num_done} of {len(self)} done)"
 
     def __del__(self) -> None:
-        # Nothing else: a collection may call it anywhere.
+        # Nothing else: a collection may run it anywhere.
         self._let_go.append((self.handles, self.timing, self.num_done))
 
 
 class RawEvents:
     """Events by raw calls: a set over all 129 streams of torch's costs 0.17 ms instead of 6.1, our measurement.
 
-    Never asked whether a stream is idle (`cudaStreamQuery`), nor for one event behind all (`cuCtxRecordEvent`): either
-    breaks a capture.
+    It never calls `cudaStreamQuery`, nor `cuCtxRecordEvent` for one event behind all streams: either would break a
+    capture.
 
     Args:
         raw: The calls.
@@ -85,7 +85,7 @@ class RawEvents:
     def __init__(self, raw: RawCalls) -> None:
         self._raw = raw
         self._idle: dict[bool, deque[int]] = {False: deque(), True: deque()}  # done and unreferenced, timed or not
-        self._let_go: deque[tuple[list[int], bool, int]] = deque()  # unreferenced, with how many of them are done
+        self._let_go: deque[tuple[list[int], bool, int]] = deque()  # unreferenced; the number tells how many are done
         self._handles: tuple[Sequence[Any], list[int]] = ((), [])  # handles of the streams that were last named
 
     def record(self, stream: Any, *, timing: bool) -> EventSet:
@@ -148,7 +148,7 @@ class RawEvents:
         return taken
 
     def _reclaim(self) -> None:
-        """Look which of those that were let go are done."""
+        """Look which of the sets that were let go are done."""
         num_looks = 0
         with contextlib.suppress(IndexError):
             for _ in range(len(self._let_go)):

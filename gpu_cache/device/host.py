@@ -14,7 +14,7 @@ from gpu_cache.source import LentMemory
 
 
 class HostDevice:
-    """Host memory as the device: everything is done when a call returns. Tests may have it stage bytes as on a GPU."""
+    """Host memory as the device: work is done when its call returns. In tests it may stage bytes as on a GPU."""
 
     torch_device = torch.device("cpu")
 

@@ -11,7 +11,7 @@ _ON_THE_HOST = HostDevice()
 
 
 class HostArenas:
-    """`Memory` of pinned host buffers, to and from which a device copies.
+    """`Memory` of pinned host buffers, which a device copies to and from.
 
     Args:
         device: Pins the memory; the events are its own.
@@ -23,7 +23,7 @@ class HostArenas:
         self._device = device
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-        """Pinned; ordinary host memory if it is not to be `private`, or if the device is the host."""
+        """Allocate pinned memory; ordinary memory if it is not `private`, or if the device is the host."""
         if not (private and self._device.stages):
             return _ON_THE_HOST.arena(nbytes)
         try:

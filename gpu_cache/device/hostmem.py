@@ -1,4 +1,4 @@
-"""Host memory for staging: private pages that a forked child does not get, all present before the first use."""
+"""Host memory for staging: private pages, absent in forked children, and all present before the first use."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def host_memory(nbytes: int) -> tuple[torch.Tensor, memoryview]:
     """Allocate zeroed, page-aligned host memory as a tensor and as a memoryview of the same bytes.
 
-    The pages live as long as the tensor, the view or anything made from either does. There is nothing to close:
-    unmapping under a living tensor would be a segmentation fault.
+    The pages live as long as the tensor, the view or anything made from either. There is nothing to close: to unmap
+    them under a living tensor would be a segmentation fault.
 
     Args:
         nbytes: At least 1. Whole pages are taken; tensor and view have exactly this many bytes.
@@ -38,7 +38,7 @@ def host_memory(nbytes: int) -> tuple[torch.Tensor, memoryview]:
     """
     if nbytes < 1:
         raise ValueError(f"cannot allocate {nbytes:,} bytes of host memory; ask for at least 1")
-    # Private and not Python's default, which is shared: a forked worker could write into what a copy is reading.
+    # Private. Python's default is shared: a forked worker could write into bytes that a copy is reading.
     pages = mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A pinned page shared copy-on-write after a fork may move in the parent, behind the device's back.
     pages.madvise(mmap.MADV_DONTFORK)

@@ -1,4 +1,4 @@
-"""Torch's state around our code: modes and transforms, which are kept away from it, and the profiler, which sees it."""
+"""Torch's state around our code: keeps modes and transforms away from it, and shows it to the profiler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PRE_DISPATCH: Any = mode_stack_state_for_pre_dispatch()  # type: ignore[no-unty
 
 
 def eager(method: _Method) -> _Method:
-    """Keep `torch.compile` out of a method, as it would trace threads and locks, and every mode of the caller's."""
+    """Keep `torch.compile`, which would trace threads and locks, and every mode of the caller out of a method."""
 
     @functools.wraps(method)
     def plain(*args: Any, **options: Any) -> object:
@@ -47,8 +47,8 @@ def _untraced(function: Callable[..., object]) -> Callable[..., object]:
 def plain_tensors() -> contextlib.AbstractContextManager[object]:
     """Build tensors as if no inference mode, dispatch mode or transform (`torch.func`) were active in this thread.
 
-    A tensor born in inference mode could not be saved for backward by a later training step, a fake-tensor mode would
-    refuse to carve, and what is born inside a transform is dead after it. Outside of all of them it costs under 1 us.
+    A later training step could not save a tensor born in inference mode for backward. A fake-tensor mode would refuse
+    to carve. A tensor born inside a transform is dead after it. Outside of all of these a call costs under 1 us.
     """
     is_plain = not (torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack())
     if is_plain and torch._C._functorch.peek_interpreter_stack() is None and not _PRE_DISPATCH.count():
@@ -62,15 +62,15 @@ def _without_modes() -> Iterator[None]:
         yield
 
 
-WAIT = "gpu_cache.wait"  # a call, for shards that are on their way
+WAIT = "gpu_cache.wait"  # a call waits for shards that are on their way
 HANDOUT = "gpu_cache.handout"
-FETCH = "gpu_cache.fetch"  # a fetching thread, for the network; so the following
-STAGE = "gpu_cache.stage"  # for a staging buffer
-COPY = "gpu_cache.copy"
+FETCH = "gpu_cache.fetch"  # a fetch thread waits for the network
+STAGE = "gpu_cache.stage"  # a fetch thread waits for a staging buffer
+COPY = "gpu_cache.copy"  # a thread enqueues copies
 
 
 def profiled(name: str) -> contextlib.AbstractContextManager[object]:
-    """A range of that name in a profiler's trace around what the caller does next; nothing while no profiler runs.
+    """A `with` that a profiler's trace shows as a range of that name; nothing while no profiler runs.
 
     Torch's profiler records the thread that started it. Work of fetch threads is in a trace only if it was made with
     `experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)`.

@@ -1,4 +1,4 @@
-"""Which device this process's cache uses."""
+"""The choice of the device that this process's cache uses."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def choose_device(
     """Turn the setting `device` into a device.
 
     "auto" never initialises CUDA: a controller on a GPU node must not take GPU memory by importing us. It means the
-    host until the process has initialised CUDA by itself (`is_final` False: choose again while the cache is empty),
-    and under torch_memory_saver, which unmaps device memory while requests still arrive.
+    host until the process has initialised CUDA by itself. `is_final` is False then: choose again while the cache is
+    empty. It means the host under torch_memory_saver too, which unmaps device memory while requests still arrive.
 
     Args:
         setting: "auto", "cpu", "cuda" or "cuda:N".
@@ -88,7 +88,7 @@ def _which(
     bound_device: Callable[[], torch.device | None],
     has_context: Callable[[int], bool],
 ) -> tuple[int, str]:
-    """This process's CUDA device, and what told. Not the current one: in a request thread that is device 0."""
+    """This process's CUDA device, and how that is known. Not the current one: in a request thread that is device 0."""
     bound = bound_device()
     if bound is not None and bound.type == "cuda" and bound.index is not None:
         return bound.index, "the device of the process group"

@@ -17,9 +17,9 @@ from gpu_cache.device.modes import plain_tensors
 class PrivatePools:
     """Device memory in memory pools of one allocation each, which goes back to the driver when it is released.
 
-    A pool gives its memory back only when it is destroyed, and destroying one while a capture is under way, or while
-    any thread has a pool entered, ends the process. So pools are destroyed in here, under one lock for the process;
-    this object must outlive the tensors.
+    A pool gives its memory back only when it is destroyed. To destroy one during a capture, or while any thread has a
+    pool entered, ends the process. So pools are destroyed in here, under one lock for the process. This object must
+    outlive the tensors.
 
     Args:
         cuda: Torch's CUDA module.
@@ -29,12 +29,12 @@ class PrivatePools:
     Source: torch's CUDACachingAllocator, `release_cached_blocks` and `synchronize_and_free_events`.
     """
 
-    # Guards the process's list of entered pools; also _pools and _retired. To allocate under it is its purpose.
+    # Guards the process's list of entered pools, _pools and _retired. Its purpose is that one thread allocates.
     _lock = threading.Lock()
 
     def __init__(self, cuda: Any, empty: Any, is_capture_underway: Callable[[], bool]) -> None:
         self._cuda, self._empty, self._is_capture_underway = cuda, empty, is_capture_underway
-        self._pools: dict[object, Any] = {}  # by a token: outside of this class nothing refers to a pool
+        self._pools: dict[object, Any] = {}  # by a token: nothing outside of this class refers to a pool
         self._retired: list[Any] = []  # released, to be destroyed as soon as nothing is being captured
 
     def allocate(self, nbytes: int, device: torch.device, *, private: bool) -> tuple[torch.Tensor, object]:
@@ -60,7 +60,7 @@ class PrivatePools:
                 tensor = self._empty(nbytes, dtype=torch.uint8, device=device)
         except BaseException:
             self._retired.append(pool)
-            del pool  # else the traceback would hold it, and destroy it who knows when
+            del pool  # else the traceback would hold it, and destroy it at any time
             raise
         token = object()
         self._pools[token] = pool
@@ -82,8 +82,8 @@ def _tracking_off() -> contextlib.AbstractContextManager[Any]:
     if is_memory_tracked(os.environ):
         with contextlib.suppress(ImportError):
             saver = getattr(importlib.import_module("torch_memory_saver"), "torch_memory_saver", None)
-    # `disable` enters a throw-away pool. Ours is entered inside it and prevails; in torch 2.9 the outer one does, and
-    # the memory goes back to the driver only with the next `empty_cache()` (pytorch#161193).
+    # `disable` enters a throw-away pool. Ours is entered inside it and prevails. In torch 2.9 the outer one prevails:
+    # the memory goes back to the driver with the next `empty_cache()` only (pytorch#161193).
     return saver.disable() if hasattr(saver, "disable") else contextlib.nullcontext()
 
 

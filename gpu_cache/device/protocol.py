@@ -20,7 +20,7 @@ with plain_tensors():  # it may be imported within a mode
 
 @dataclass(frozen=True, slots=True)
 class DeviceIdentity:
-    """Which device this is, in words that outlive CUDA_VISIBLE_DEVICES; empty strings where unknown."""
+    """Names of a device that hold whatever CUDA_VISIBLE_DEVICES says; empty strings where unknown."""
 
     name: str
     uuid: str = ""
@@ -29,7 +29,7 @@ class DeviceIdentity:
 
 @dataclass(slots=True, eq=False)
 class Arena:
-    """One device allocation that slabs are cut from; `owner` stands for what goes back with it (a memory pool)."""
+    """One device allocation, for one slab. `owner` stands for the memory pool that goes back with it."""
 
     tensor: torch.Tensor  # (nbytes,) uint8 on the device
     owner: object = None
@@ -49,7 +49,7 @@ class Pinned:
 
 
 class Memory(Protocol):
-    """The calls that a pool makes to the place where its arenas are.
+    """The memory that a pool's arenas are in.
 
     Thread-safety: any thread.
     """
@@ -71,7 +71,7 @@ class Memory(Protocol):
         """
 
     def release_arena(self, arena: Arena) -> None:
-        """Give the memory back, which no work and no alias uses any more. Raises while this thread is capturing."""
+        """Give memory back that no work and no alias uses any more. Raises while this thread is capturing."""
 
     def query(self, event: Event) -> bool:
         """Whether the host can see that `event` is done."""
@@ -86,7 +86,7 @@ class Memory(Protocol):
         """Free and total bytes."""
 
     def num_shortages(self) -> int:
-        """How often torch's allocator found too little memory so far. Calls nothing of the device."""
+        """How often torch's allocator found too little memory so far. Makes no call to the device."""
 
 
 class Device(Memory, Protocol):
@@ -133,7 +133,7 @@ class Device(Memory, Protocol):
         """New events behind everything enqueued on `streams` so far; each may stand for several streams."""
 
     def discard(self, events: Sequence[Event]) -> None:
-        """Never look at events again that a capture may have taken in."""
+        """Never look again at these events, which a capture may have taken in."""
 
     def wait(self, stream: Stream, event: Event) -> None:
         """Make later work on `stream` wait for `event`; the host goes on."""

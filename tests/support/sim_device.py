@@ -241,7 +241,7 @@ class SimDevice(SimHost):
 
     def _refuse_capture(self, *used: SimStream) -> None:
         """Note a fault if a stream that is used, or the thread's current one, is being captured."""
-        if any(map(self.is_capturing, (None, *used))):
+        if self.is_any_capturing([self.current_stream(), *used]):
             self._note(f"use under capture: of {self.captured}")
 
     def _refuse(self, what: str, error: type[Exception]) -> None:
