@@ -56,7 +56,7 @@ def test_a_repeated_key_is_asked_for_once_and_gives_tensors_of_its_own(cache: Te
     assert cache.buffer_stats()["requested"] == 2
 
 
-def test_no_keys_are_no_work(cache: TensorCache) -> None:
+def test_a_call_without_keys_does_no_work(cache: TensorCache) -> None:
     source = DictSource({})
     assert cache.get_many([], source) == []
     assert cache.prefetch([], source).result(0) == 0

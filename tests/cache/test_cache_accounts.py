@@ -1,4 +1,4 @@
-"""Conservation over a whole cache: where a shard's bytes are at each turn of its life; and a lost one is missed."""
+"""Conservation over a whole cache: each byte of a shard is in an account, and a lost byte is missed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.sim_shards import Flight, broken, contents
 from tests.support.sim_world import NODE, World
 from tests.support.sources import GatedReader
 
-KEY = "shard-6"  # of 3,000 bytes
+KEY = "shard-6"  # 3,000 bytes
 ROOM = aligned(nbytes_of([KEY]))
 
 
@@ -205,7 +205,7 @@ def _forget_what_is_cached(cache: TensorCache) -> None:
     [_lose_a_byte, _free_what_is_held, _forget_a_lease, _leak_an_arena, _grow_too_far, _leave_pending, _leave_claimed,
      _keep_a_slot, _count_a_hit, _count_its_bytes, _miss_its_bytes, _forget_what_is_cached],
 )  # fmt: skip
-def test_cooked_books_are_seen(world: World, cook: Callable[[TensorCache], None]) -> None:
+def test_false_accounts_are_seen(world: World, cook: Callable[[TensorCache], None]) -> None:
     world.get([KEY], "host", world.streams[0])
     look(world)
     cook(world.cache)

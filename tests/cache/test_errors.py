@@ -7,7 +7,7 @@ import pytest
 from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, GpuCacheError, MutatedError, TransferError
 
 
-def test_the_family() -> None:
+def test_errors_have_the_documented_bases() -> None:
     assert issubclass(CacheFullError, MemoryError)
     assert issubclass(FetchError, RuntimeError)
     for kind in (CacheFullError, CacheClosedError, FetchError, TransferError, MutatedError):

@@ -67,7 +67,9 @@ def test_a_shard_that_arrives_otherwise_fails_alone_and_is_not_cached(cache: Ten
     assert source.asked == [["a", "b", "c"], ["b"]]
 
 
-def test_a_useless_shard_is_none_where_that_is_wanted(cache: TensorCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_that_breaks_its_promise_is_none_with_on_error_none(
+    cache: TensorCache, caplog: pytest.LogCaptureFixture
+) -> None:
     source = source_of()
     cache.get_many(["a"], source)
     with caplog.at_level(logging.WARNING):
@@ -191,7 +193,7 @@ def test_keep_means_the_shard_of_the_named_owner() -> None:
     assert {key: entry.is_kept for key, entry in cache._index._entries.items()} == {"a": True, "b": False}
 
 
-def test_an_unknown_owner_is_anybody(cache: TensorCache) -> None:
+def test_an_unknown_owner_matches_every_owner(cache: TensorCache) -> None:
     source = source_of()
     cache.put("a", source.tensors["a"])
     cache.put("b", source.tensors["b"], node="node-b:1")
@@ -202,7 +204,7 @@ def test_an_unknown_owner_is_anybody(cache: TensorCache) -> None:
     assert source.asked == [["c"], ["b"]]
 
 
-def test_a_shard_in_the_host_tier_is_looked_at_alike() -> None:
+def test_a_promise_holds_in_the_host_tier_too() -> None:
     cache = TensorCache(TIERED, device=HostDevice(stages=True))
     one, other = source_of(), source_of("node-b:1", 100)
     cache.get_many(["a"], one, prefer="host", expected=expecting(a=RIGHT))

@@ -1,4 +1,4 @@
-"""Raw calls of the runtime library: events that are used again, copies in one call, and how many calls it takes."""
+"""Raw calls of the runtime library: events that are used again, copies in one call, the number of calls."""
 
 from __future__ import annotations
 

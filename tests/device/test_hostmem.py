@@ -102,11 +102,11 @@ def test_memory_made_in_inference_mode_is_an_ordinary_tensor() -> None:
 
 
 @pytest.mark.parametrize("nbytes", [0, -1])
-def test_nothing_is_refused(nbytes: int) -> None:
+def test_a_length_below_one_is_refused(nbytes: int) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         host_memory(nbytes)
 
 
-def test_too_much_is_an_os_error() -> None:
+def test_a_length_beyond_the_host_is_an_os_error() -> None:
     with pytest.raises(OSError, match="allocate"):
         host_memory(os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE * 1000)

@@ -75,7 +75,7 @@ def test_cpu_is_the_host_on_every_machine() -> None:
         ({}, None, (7,), 7, "uses"),
     ],
 )
-def test_which_device(
+def test_each_clue_names_a_device(
     setting: str, environ: dict[str, str], bound: str | None, used: tuple[int, ...], index: int, reason: str
 ) -> None:
     placed = choose(setting, environ=environ, bound=bound, used=used)

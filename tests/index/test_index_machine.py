@@ -37,7 +37,7 @@ class IndexAgainstBooks(RuleBasedStateMachine):
         self.nodes: dict[Entry, str] = {}
         self.books: collections.Counter[str] = collections.Counter()
         self.newest = 0
-        self.promises: dict[Entry, Promise | None] = {}  # what each is, or is promised to be
+        self.promises: dict[Entry, Promise | None] = {}  # each entry's promise, or its own data
         self.replacing: dict[Entry, tuple[Entry, int]] = {}  # another owner's entry, and the clears before
         self.num_clears = 0
 

@@ -34,7 +34,7 @@ def step(index: ShardIndex, number: int) -> None:
     index.remove([f"step-{number}"])
 
 
-def test_figures_of_a_source(index: ShardIndex, clock: Clock) -> None:
+def test_a_source_has_figures_of_its_own(index: ShardIndex, clock: Clock) -> None:
     index.note_fetch("n:1", begins=True)
     clock.now += 2
     fetch(index, "a", "b")
@@ -111,7 +111,7 @@ def a_ring() -> Exception:
         (a_ring(), "other"),
     ],
 )
-def test_why_a_fetch_failed(error: Exception, reason: str) -> None:
+def test_a_failed_fetch_has_one_reason(error: Exception, reason: str) -> None:
     assert failure_reason(error) == reason
 
 
@@ -163,7 +163,7 @@ def test_a_value_on_an_edge_is_below_it_and_one_above_the_last_counts_too() -> N
     assert tally.histogram() == {"counts": [2, 2, 1], "sum": 7.5}
 
 
-def test_the_table_of_survivors_ends_somewhere() -> None:
+def test_the_last_row_of_survivors_sums_up_older_ones() -> None:
     assert capped([[20, 1, 10], [0, 9, 9], [3, 2, 5], [16, 1, 1]], 16) == [[3, 2, 5], [16, 2, 11]]
 
 

@@ -1,4 +1,4 @@
-"""Random calls at both levels of an index: a key is READY at one level at most, and the accounts add up."""
+"""Random calls at both levels of an index: a key is READY at one level at most. The accounts add up."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Levels:
         self.calls.append(call)
 
     def land(self) -> None:
-        """What follows comes after what it follows."""
+        """Land a random claim; a claim that follows another lands after it."""
         ready = [one for one in self.flying if one[1].flight.kind != "follow" or self.has_come(one[1])]
         if not ready:
             return

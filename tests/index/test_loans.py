@@ -152,7 +152,9 @@ def test_a_write_through_any_of_them_is_seen(source: DictSource) -> None:
 
 def test_a_loan_that_was_returned_keeps_its_shard_from_nothing(cache: TensorCache, source: DictSource) -> None:
     del source.tensors["a"]
-    source.tensors.update({f"s{number}": torch.zeros(1 << 18) for number in range(30)})  # of 1 MiB, for 8 MiB
+    source.tensors.update(
+        {f"s{number}": torch.zeros(1 << 18) for number in range(30)}
+    )  # 30 of 1 MiB each, in a pool of 8 MiB
     for number in range(30):
         cache.get_many([f"s{number}"], source)
     assert cache.buffer_stats()["evictions"] == 22
@@ -183,7 +185,7 @@ def test_a_clear_gives_bytes_back_at_once_and_leaves_husks_for_the_reaper(
 
 @contextlib.contextmanager
 def counted_turns() -> Iterator[Callable[[], int]]:
-    """How often a thread that waits for the GIL got it, where it never gets it unless it is given away."""
+    """Count how often a waiting thread gets the GIL. It gets it only if another thread gives it away."""
     interval_s, turns, is_over = sys.getswitchinterval(), itertools.count(1), threading.Event()
     taken = [0]
 
@@ -224,7 +226,7 @@ def test_nothing_gives_the_gil_away(what: str, monkeypatch: pytest.MonkeyPatch) 
     cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", prealloc_bytes="8MiB", stats=False))
     keys = [f"k{number}" for number in range(1000)]
     specs = [ShardSpec(key, torch.float32, (2, 10 + number % 50)) for number, key in enumerate(keys)]
-    carved(cache, keys[:10], specs[:10])  # what is made at first use, is
+    carved(cache, keys[:10], specs[:10])  # makes the objects of a first use
     cache.clear()
     source = DictSource({})
     held: list[Any] = []

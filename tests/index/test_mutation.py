@@ -154,7 +154,7 @@ def test_an_error_says_that_a_written_copy_was_dropped(cache: TensorCache, sourc
     assert figures(cache, "num_entries", "total_bytes") == (2, 800)
 
 
-def test_an_owner_that_hangs_is_waited_for_no_longer(cache: TensorCache, source: DictSource) -> None:
+def test_a_written_shard_of_a_hanging_owner_fails_in_time(cache: TensorCache, source: DictSource) -> None:
     cache.get_many(["a"], source)[0].fill_(7)
     readers = gated(source)
     with pytest.raises(FetchError, match="not here within 0.1 s .*" + DROPPED.format("'a'")):
@@ -164,7 +164,7 @@ def test_an_owner_that_hangs_is_waited_for_no_longer(cache: TensorCache, source:
     assert figures(cache, "mutations", "num_entries", "fetch_errors") == (1, 0, 1)
 
 
-def test_others_that_fail_beside_it_fail_as_ever(cache: TensorCache, source: DictSource) -> None:
+def test_a_written_shard_does_not_hide_the_failure_of_another(cache: TensorCache, source: DictSource) -> None:
     cache.get_many(["a"], source)[0].add_(1)
     with pytest.raises(FetchError, match=r"1 of 2 shards failed: 'z'; the others are cached]$"):
         cache.get_many(["a", "z"], source)
@@ -203,7 +203,7 @@ def test_a_retry_drops_shards_written_meanwhile(
     assert figures(cache, "mutations", "joined", "misses", "num_entries") == (2, 1, 5, 2)
 
 
-def test_a_written_put_is_asked_of_the_calls_source(
+def test_a_written_put_shard_is_fetched_from_the_calls_source(
     cache: TensorCache, source: DictSource, caplog: pytest.LogCaptureFixture
 ) -> None:
     for key in "ap":
@@ -259,7 +259,7 @@ def test_put_on_a_written_shard_is_an_error_where_that_is_the_policy() -> None:
     assert cache.put("p", torch.arange(5))
 
 
-def test_a_capture_is_told_that_it_cannot_be_fetched(tmp_path: Path, source: DictSource) -> None:
+def test_a_capture_fails_for_a_written_shard(tmp_path: Path, source: DictSource) -> None:
     cuda = FakeCuda()
     device = cuda_device(cuda, tmp_path)
     cache = TensorCache(CONFIG, device=device)
@@ -278,7 +278,7 @@ def test_a_capture_is_told_that_it_cannot_be_fetched(tmp_path: Path, source: Dic
     cache.close()
 
 
-# What is left of it.
+# Leftovers.
 
 
 @pytest.mark.parametrize("claims", [True, False])

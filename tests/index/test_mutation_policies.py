@@ -38,7 +38,7 @@ def test_an_error_names_the_written_shard_and_changes_nothing(source: DictSource
     assert same_bytes(cache.get_many(["a"], source)[0], source.tensors["a"])
 
 
-def test_an_error_lets_a_prefetch_be(source: DictSource) -> None:
+def test_the_policy_error_lets_a_prefetch_pass(source: DictSource) -> None:
     cache = on_host(on_mutation="error")
     cache.get_many(["a"], source)[0].fill_(7)
     assert cache.prefetch(["a", "b"], source).result(5) == 1
@@ -101,7 +101,7 @@ def test_a_shard_that_fails_a_checksum_and_is_gone_is_told_as_such(source: DictS
         cache.get_many(["a"], source)
 
 
-# What is said.
+# Messages.
 
 
 def test_a_warning_comes_once_a_minute_and_counts_the_others(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ from tests.support.scoped import CONFIG, SOURCE, device_bytes, fetch, fetch_and_
 from tests.support.sources import DictSource, gated
 
 
-def test_shards_fetched_inside_go_at_the_end(cache: TensorCache) -> None:
+def test_the_end_of_a_scope_drops_shards_fetched_inside(cache: TensorCache) -> None:
     fetch(cache, "a")
     with cache.scope("step 17") as step:
         assert repr(step) == "Scope('step 17', 0 shards, 0 bytes)"
@@ -42,7 +42,7 @@ def test_shards_fetched_inside_go_at_the_end(cache: TensorCache) -> None:
     assert device_bytes(cache) == 0
 
 
-def test_it_goes_when_the_body_raises_too(cache: TensorCache) -> None:
+def test_a_body_that_raises_ends_the_scope_too(cache: TensorCache) -> None:
     with pytest.raises(ZeroDivisionError), cache.scope("step"):
         fetch_and_fail(cache)
     assert len(cache) == 0
@@ -129,7 +129,7 @@ def test_a_prefetch_under_way_is_not_cached_when_it_lands(cache: TensorCache, wa
     assert device_bytes(cache) == 0
 
 
-def test_one_can_be_entered_once(plain: TensorCache) -> None:
+def test_a_scope_is_entered_once(plain: TensorCache) -> None:
     step = plain.scope("step")
     assert (repr(step), step.is_over, step.keys()) == ("Scope('step', not entered)", False, [])
     with step, pytest.raises(RuntimeError, match="was entered before"):
@@ -162,7 +162,7 @@ def test_a_cache_that_is_closed_inside_ends_well(plain: TensorCache) -> None:
     assert step.is_over
 
 
-def test_it_keeps_no_cache_and_no_shard_alive(plain: TensorCache) -> None:
+def test_a_scope_keeps_no_cache_and_no_shard_alive(plain: TensorCache) -> None:
     cache = TensorCache(CONFIG, device=HostDevice())
     dead = weakref.ref(cache)
     with cache.scope("step") as step:
@@ -172,7 +172,7 @@ def test_it_keeps_no_cache_and_no_shard_alive(plain: TensorCache) -> None:
     assert dead() is None
 
 
-def test_around_many_steps_it_remembers_only_cached_shards(plain: TensorCache) -> None:
+def test_a_scope_around_many_steps_remembers_only_cached_shards(plain: TensorCache) -> None:
     with plain.scope("training") as training:
         fetch(plain, "ab")
         for step in range(60):

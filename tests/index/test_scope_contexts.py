@@ -17,7 +17,7 @@ from tests.support.sources import DictSource, some_tensors
 from tests.support.threads import run_threads
 
 
-def test_tasks_inherit_it_and_threads_need_the_context(plain: TensorCache) -> None:
+def test_tasks_inherit_a_scope_and_threads_need_the_context(plain: TensorCache) -> None:
     async def scenario() -> None:
         with plain.scope("step") as step:
             await asyncio.gather(*(asyncio.to_thread(fetch, plain, name) for name in "abc"))
@@ -51,7 +51,7 @@ def test_tasks_side_by_side_have_scopes_of_their_own(plain: TensorCache) -> None
     assert len(plain) == 0
 
 
-def test_a_task_that_outlives_it_fetches_into_the_enclosing_scope(plain: TensorCache) -> None:
+def test_a_task_that_outlives_its_scope_fetches_into_the_enclosing_one(plain: TensorCache) -> None:
     async def late(may_go: asyncio.Event, keys: str) -> None:
         await may_go.wait()
         fetch(plain, keys)
@@ -75,7 +75,7 @@ def test_a_task_that_outlives_it_fetches_into_the_enclosing_scope(plain: TensorC
     asyncio.run(scenario())
 
 
-def test_a_task_that_goes_on_and_on_keeps_no_scopes_that_are_over(plain: TensorCache) -> None:
+def test_a_long_task_keeps_no_ended_scopes(plain: TensorCache) -> None:
     async def late() -> None:
         for _ in range(3):
             await asyncio.sleep(0)
@@ -91,7 +91,7 @@ def test_a_task_that_goes_on_and_on_keeps_no_scopes_that_are_over(plain: TensorC
     asyncio.run(scenario())
 
 
-def test_one_that_is_left_in_another_context_frees_all_the_same(plain: TensorCache) -> None:
+def test_a_scope_left_in_another_context_drops_its_shards(plain: TensorCache) -> None:
     stack = contextlib.ExitStack()
 
     def enter() -> None:
@@ -126,7 +126,7 @@ def test_threads_in_scopes_of_their_own_leave_nothing(plain: TensorCache) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_leaves_it_without_its_parents_locks(plain: TensorCache) -> None:
+def test_a_forked_child_leaves_a_scope_without_its_parents_locks(plain: TensorCache) -> None:
     with plain.scope("step") as step:
         fetch(plain, "a")
         stack = contextlib.ExitStack()

@@ -172,7 +172,7 @@ def test_free_bytes_in_pieces_are_told_as_such(cache: TensorCache, caplog: pytes
     assert "has 16,384 bytes free in pieces, 2,048 the largest" in said
 
 
-def test_a_device_without_memory_for_a_slab_is_blamed_and_not_the_pool(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_overflow_blames_a_device_without_memory_for_a_slab(caplog: pytest.LogCaptureFixture) -> None:
     device = SimDevice()
     cache = TensorCache(dataclasses.replace(CONFIG, prealloc_bytes=0), device=device)
     pool = cache._lazy.open().pool

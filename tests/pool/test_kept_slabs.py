@@ -188,7 +188,7 @@ def test_with_the_same_batches_no_slab_is_taken_or_released_from_the_third_step_
     assert traffic.both == before == (5, 0)
 
 
-def test_with_a_batch_that_is_held_until_the_next_one_is_there_neither(
+def test_a_batch_held_until_the_next_one_arrives_takes_no_slab_either(
     cache: TensorCache, device: Device, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traffic, tensors = Traffic(device, monkeypatch), batch(3)
@@ -245,7 +245,7 @@ def test_slabs_of_their_own_for_long_shards_are_kept_and_the_longest_unused_goes
     assert [slab.nbytes for slab in cache._lazy.open().pool._slabs] == [3 * SLAB]
 
 
-# What overrides it.
+# Overrides.
 
 
 def test_after_a_trim_nothing_is_kept_until_resume(cache: TensorCache, cuda: FakeCuda) -> None:
@@ -302,7 +302,7 @@ def test_an_allocator_without_such_counters_is_never_short(gpu: TensorCache, cud
 
 def test_a_pool_that_found_no_memory_keeps_nothing_for_some_steps(gpu: TensorCache, cuda: FakeCuda) -> None:
     step(gpu, cuda, batch(5))
-    others, cuda.free_bytes[1], cuda._cached[1] = cuda.free_bytes[1], 0, 4 * SLAB  # what torch has cached is its own
+    others, cuda.free_bytes[1], cuda._cached[1] = cuda.free_bytes[1], 0, 4 * SLAB  # torch keeps its own cache
     step(gpu, cuda, batch(7))
     assert gpu.buffer_stats()["overflows"] == 2
     cuda.free_bytes[1] = others
@@ -354,7 +354,7 @@ def test_idleness_gives_back_no_held_slab() -> None:
 
 
 def test_a_full_pool_releases_no_slab_that_another_thread_has_just_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread found no room, another freed a slab, the first released it and took it again: four threads, 31 ms."""
+    """One thread found no room, another freed a slab. The first released it and took a new one: 31 ms, four threads."""
     device = HostDevice()
     traffic, pool = Traffic(device, monkeypatch), pool_of(device, prealloc_bytes=4 * MIB)
     held = [shards_in(pool, taken_from(pool, MIB), MIB) for _ in range(4)]

@@ -247,7 +247,7 @@ def test_freed_bytes_wait_for_every_stream(tmp_path: Path) -> None:
     check(pool, free=MIB, reserved=MIB)
 
 
-def test_synchronize_waits_the_quarantine_out(tmp_path: Path) -> None:
+def test_synchronize_empties_the_quarantine(tmp_path: Path) -> None:
     pool = pool_of(cuda_device(FakeCuda(), tmp_path), prealloc_bytes=MIB)
     shards_in(pool, taken_from(pool, 512), 512)
     pool.drain()

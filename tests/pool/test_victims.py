@@ -34,7 +34,7 @@ def test_free_ranges_beside_a_victim_count() -> None:
     assert choose(2 * BLOCK, blocks(5, 2, 3), layout(free)) == Plan([], 2 * BLOCK)
 
 
-def test_nothing_goes_if_all_of_it_does_not_make_room() -> None:
+def test_no_block_goes_if_all_of_them_make_no_room() -> None:
     assert choose(3 * BLOCK, blocks(0, 1, 3, 5, 6), layout()) == Plan(None, 2 * BLOCK)
     assert choose(BLOCK, [], layout()) == Plan(None, 0)
 

@@ -100,7 +100,7 @@ def test_a_shard_that_cannot_be_copied_back_fails_and_stays(source: DictSource) 
     assert device.faults == []
 
 
-def test_nothing_is_waited_for_where_there_is_room_in_the_tier(source: DictSource) -> None:
+def test_an_eviction_waits_for_nothing_while_the_tier_has_room(source: DictSource) -> None:
     device = SimDevice()
     device.adversary.begin()
     cache = TensorCache(CONFIG, device=device)

@@ -33,7 +33,7 @@ def no_owner_is_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Holder:
-    """Somebody who asks for bytes, and holds them until it is told to let go."""
+    """A thread that asks for bytes, and holds them until a test lets it go."""
 
     def __init__(self, budget: InflightBudget, nbytes: int, timeout_s: float = LONG_S) -> None:
         self.turn, self.has_it = Turn("n:1"), threading.Event()
@@ -155,7 +155,7 @@ def test_threads_never_hold_more_than_the_budget() -> None:
     assert budget.stats()["inflight_bytes"] == 0
 
 
-# Of a cache: a window is 64 KiB, and one of them may be on its way.
+# Settings of a cache: a window is 64 KiB, and one window may be on its way.
 CONFIG = CacheConfig(
     slab_bytes="4MiB", pool_bytes="16MiB", staging_slots=4, staging_slot_bytes="64KiB", run_bytes="64KiB",
     max_inflight_bytes="64KiB",

@@ -1,4 +1,4 @@
-"""Readers that lend memory: one copy from where the bytes are, and none that is handed out unless it was good."""
+"""Readers that lend memory: the cache copies it once, and hands out confirmed bytes only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ JUNK = 0xEE
 
 
 class Lender:
-    """Lends its shards from one array, side by side as an owner keeps them; takes the memory back when it is closed.
+    """Lends its shards from one array, side by side as an owner keeps them. `close` takes the memory back.
 
     Args:
         tensors: Its shards.
@@ -41,7 +41,7 @@ class Lender:
         self.transport, self.is_lending = "", False
         self._memory = np.full(sum(aligned(t.nbytes) for t in tensors.values()) + 1, JUNK, dtype=np.uint8)
         self._places: list[tuple[int, int]] = []
-        self._left: list[ShardSpec] = []  # of the part, not read yet
+        self._left: list[ShardSpec] = []  # the part's shards that are not read yet
         self._unconfirmed: list[ShardSpec] = []
         self._read = 0  # bytes of the first of the left
         self._plain: TensorReader | None = None
@@ -168,7 +168,7 @@ def test_shards_of_any_length_arrive_before_the_memory_is_taken_back(seed: int) 
 
 
 @pytest.mark.parametrize("lost_after", [0, 1, 2])
-def test_what_the_owner_took_back_meanwhile_is_read_otherwise(cache: TensorCache, lost_after: int) -> None:
+def test_memory_that_the_owner_takes_back_is_read_by_another_way(cache: TensorCache, lost_after: int) -> None:
     source = LenderSource(MIXED, lost_after)
     found = cache.get_many(list(MIXED), source)
     assert all(same_bits(one, other) for one, other in zip(found, MIXED.values(), strict=True))

@@ -128,7 +128,7 @@ def test_without_a_tier_it_is_refused_unless_the_device_is_the_host(source: Dict
     assert same_bytes(tensor, SHARDS["a0"])
 
 
-def test_a_prefetch_and_a_scope(cache: TensorCache, source: DictSource) -> None:
+def test_a_scope_drops_shards_that_a_prefetch_brought_to_the_host(cache: TensorCache, source: DictSource) -> None:
     with cache.scope("step"):
         assert cache.prefetch([*run_of("a"), "empty"], source, prefer="host").result(10) == 5
         assert cache.prefetch(run_of("a"), source, prefer="host").result(10) == 0, "it is there"
@@ -139,7 +139,7 @@ def test_a_prefetch_and_a_scope(cache: TensorCache, source: DictSource) -> None:
 
 
 @pytest.mark.parametrize("cache", KINDS[:3], indirect=True)
-def test_a_shard_without_bytes_is_of_the_place_that_was_asked_for(cache: TensorCache, source: DictSource) -> None:
+def test_a_shard_without_bytes_comes_where_a_call_asks_for_it(cache: TensorCache, source: DictSource) -> None:
     (tensor,) = cache.get_many(["empty"], source, prefer="host")
     assert (tensor.shape, tensor.device.type) == ((0, 3), "cpu")
     assert parked(cache) == {"empty"}
@@ -184,7 +184,7 @@ def test_get_of_a_written_shard_there_is_a_miss(cache: TensorCache, source: Dict
     assert (parked(cache), cache.buffer_stats()["misses"]) == (set(), 1)
 
 
-def test_the_other_policies_hold_there_too(source: DictSource) -> None:
+def test_the_other_policies_hold_in_the_host_tier_too(source: DictSource) -> None:
     strict = TensorCache(dataclasses.replace(CONFIG, on_mutation="error"), device=SimDevice())
     (written,) = strict.get_many(["a0"], source, prefer="host")
     written.zero_()

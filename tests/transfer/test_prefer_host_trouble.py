@@ -74,7 +74,7 @@ def test_a_write_during_the_copy_harms_only_its_waiters(source: DictSource) -> N
 
 @pytest.mark.parametrize("prefers", ["device", "host"])
 def test_a_call_joins_a_fetch_for_the_other_tier(cache: TensorCache, source: DictSource, prefers: str) -> None:
-    """A call for the device copies what came to the host; one for the host takes what came to the device."""
+    """A call for the device copies shards that came to the host. A call for the host takes shards of the device."""
     first, second = ("host", "device") if prefers == "device" else ("device", "host")
     readers = gated(source)
     fetching = in_background(lambda: cache.get_many(run_of("a"), source, prefer=first))
@@ -90,7 +90,7 @@ def test_a_call_joins_a_fetch_for_the_other_tier(cache: TensorCache, source: Dic
     assert len(source.asked) == 1
 
 
-def test_a_clear_while_it_is_received(cache: TensorCache, source: DictSource) -> None:
+def test_a_clear_wins_over_shards_that_the_host_receives(cache: TensorCache, source: DictSource) -> None:
     readers = gated(source)
     future = cache.prefetch(run_of("a"), source, prefer="host")
     assert readers[0].has_arrived.wait(10)
@@ -135,7 +135,7 @@ def test_a_shard_that_fails_leaves_the_others_cached(cache: TensorCache, source:
     assert cache.buffer_stats()["host_bytes"] == 0
 
 
-def test_memory_that_cannot_be_pinned_is_gone_without(source: DictSource) -> None:
+def test_the_tier_works_in_memory_that_cannot_be_pinned(source: DictSource) -> None:
     device = SimDevice()
     cache = TensorCache(CONFIG, device=device)
     device.refuse("slot", 100)
@@ -147,7 +147,7 @@ def test_memory_that_cannot_be_pinned_is_gone_without(source: DictSource) -> Non
     assert parked(cache) == set(run_of("a"))
 
 
-def test_a_storage_that_is_swapped_while_it_is_copied(staged: TensorCache, source: DictSource) -> None:
+def test_a_storage_that_is_swapped_during_its_copy_keeps_its_bytes(staged: TensorCache, source: DictSource) -> None:
     """As by a queue of torch.multiprocessing: the block dies, and another shard's bytes come to its place."""
     (held,) = staged.get_many(["b1"], source, prefer="host")
     gate = Gate(staged)
@@ -231,7 +231,7 @@ def test_a_shard_that_landed_in_the_other_tier_is_no_failure(staged: TensorCache
 
 
 def test_no_call_goes_on_beyond_its_time(staged: TensorCache, source: DictSource) -> None:
-    """What came to the tier is to be copied, for which there is no time left."""
+    """The shard came to the tier, but no time is left to copy it."""
     readers = gated(source)
     fetching = in_background(lambda: staged.get_many(["a0"], source, prefer="host"))
     stands(readers, 1)

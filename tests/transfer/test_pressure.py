@@ -38,7 +38,7 @@ with rpc_server.start() as server:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a server process with a batch of 64 MiB."""
+    """The address of a server process with a batch of 64 MiB."""
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", OWNER]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
@@ -117,12 +117,12 @@ TIGHT = CacheConfig(
 
 
 class Consumer:
-    """Does things at random, and looks at every byte it gets.
+    """Makes random calls, and looks at every byte that it gets.
 
     Args:
         cache: Much too small.
-        seed: Of what it does.
-        host_share: How much of what it asks for is to be on the host, if it is not on the device.
+        seed: Of its random choices.
+        host_share: Share of its calls that prefer the host.
     """
 
     def __init__(self, cache: TensorCache, seed: int, host_share: float = 0.0) -> None:
