@@ -119,11 +119,10 @@ class MutatedError(GpuCacheError):
         self.keys = tuple(keys)
 
     def __str__(self) -> str:
-        named = ", ".join(map(repr, self.keys[:_MAX_NAMED])) + (", ..." if len(self.keys) > _MAX_NAMED else "")
         return (
-            f"{len(self.keys)} cached shards were written to in place since they came: {named}; on_mutation "
-            "(GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before writing into it; clear the shards to fetch them "
-            "again, or set on_mutation to 'refetch'"
+            f"{len(self.keys)} cached shards were written to in place since they came: {names_of(self.keys)}; "
+            "on_mutation (GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before writing into it; clear the shards to "
+            "fetch them again, or set on_mutation to 'refetch'"
         )
 
 

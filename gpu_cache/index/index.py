@@ -234,7 +234,8 @@ class ShardIndex:
             for entry in landed:
                 if entry.flight.replaces:
                     self._take_place_locked(entry, left)
-            standing = [entry for entry in landed if self._stands_locked(entry)]
+            # Not those that were cleared, evicted or refetched meanwhile.
+            standing = [entry for entry in landed if self._entries.get(entry.key) is entry]
             rising = [] if self.below is None else [entry for entry in standing if entry.flight.is_copy]
             if self._shared.is_closed:
                 left += self._drop_all_locked(standing)
@@ -658,10 +659,6 @@ class ShardIndex:
         if blocks is not None:
             blocks.untrack([entry.copy for entry in landed])
         return landed
-
-    def _stands_locked(self, entry: Entry) -> bool:
-        """Whether the entry is still indexed: it was not cleared, evicted or refetched."""
-        return self._entries.get(entry.key) is entry
 
     def _drop_all_locked(self, entries: Collection[Entry]) -> dict[Entry, bool]:
         """Forget entries, at both levels. PENDING ones still arrive, for the calls that wait.

@@ -114,18 +114,11 @@ class SourceTally:
         self._births: dict[float, int] = {}  # time -> cached entries that were published then, in order
 
     def add(self, born: float, num_entries: int, nbytes: int) -> None:
-        """Entries are cached."""
+        """Count cached entries in, or, with negative numbers, out."""
         self._num_entries += num_entries
         self._resident_bytes += nbytes
         self._births[born] = self._births.get(born, 0) + num_entries
-
-    def remove(self, born: float, num_entries: int, nbytes: int) -> None:
-        """Entries are cached no more."""
-        self._num_entries -= num_entries
-        self._resident_bytes -= nbytes
-        if (left := self._births[born] - num_entries) > 0:
-            self._births[born] = left
-        else:
+        if not self._births[born]:
             del self._births[born]
 
     def stats(self, now: float) -> SourceStats:
@@ -267,7 +260,7 @@ class Ledger:
         self._host_entries -= sum(entries.values())
         for (node, born, epoch, is_kept), (num_entries, nbytes, pool_bytes) in sums.items():
             self.ready_bytes -= nbytes
-            self._sources[node].remove(born, num_entries, pool_bytes)
+            self._sources[node].add(born, -num_entries, -pool_bytes)
             if not is_kept:
                 self._survivors.add(epoch, -num_entries, -pool_bytes)
 

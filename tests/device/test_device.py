@@ -116,7 +116,7 @@ def test_the_fence_names_each_stream_once_the_default_one_first(device: Device) 
 
 def test_nothing_is_being_captured(device: Device) -> None:
     assert not device.is_capturing()
-    assert not any(map(device.is_capturing, device.fence_streams()))
+    assert not device.is_any_capturing(device.fence_streams())
 
 
 def test_memory_and_identity_are_told(device: Device) -> None:
