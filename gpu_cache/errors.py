@@ -121,8 +121,8 @@ class MutatedError(GpuCacheError):
     def __str__(self) -> str:
         return (
             f"{len(self.keys)} cached shards were written to in place since they came: {names_of(self.keys)}; "
-            "on_mutation (GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before writing into it; clear the shards to "
-            "fetch them again, or set on_mutation to 'refetch'"
+            "on_mutation (GPU_CACHE_ON_MUTATION) is 'error'. Clone a tensor before writing into it; clear the shards "
+            "to fetch them again, or set on_mutation to 'refetch'"
         )
 
 
