@@ -256,7 +256,6 @@ class SlabPool:
             return
         if is_due:
             self._look()
-        self._collect()
         self._settle([one for one in self._fenced() if all(map(self._device.query, one.events or ()))])
 
     def end_step(self) -> None:
@@ -268,7 +267,6 @@ class SlabPool:
 
     def synchronize(self) -> None:
         """Drain, and wait until what was freed before this call is reusable."""
-        self._collect()
         held = self._fenced()
         for one in held:
             self._wait_for(one)
@@ -276,7 +274,6 @@ class SlabPool:
 
     def take_freed(self, nbytes: int) -> Range | None:
         """Take a range from freed bytes: wait for the oldest of them, then the next, until there is room."""
-        self._collect()
         for one in self._fenced():
             self._wait_for(one)
             self._settle([one])
@@ -400,10 +397,11 @@ class SlabPool:
         self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
-        """Record events for quarantines that have none; return those that have them.
+        """Quarantine dead blocks, record events for quarantines that have none, and return those that have them.
 
         The events come after every drop.
         """
+        self._collect()
         with self._lock:
             held = list(self._quarantine)
         if held and held[-1].events is None and (events := self._fence.record()) is not None:

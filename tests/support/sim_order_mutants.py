@@ -89,14 +89,12 @@ def _skips_captured(original: Any, self: StreamFence) -> list[Event]:
 
 @_mutant("release events recorded and queried under capture", SlabPool, "drain")
 def _drains_in_capture(original: Any, self: SlabPool) -> None:
-    self._collect()
     self._settle([one for one in self._fenced() if all(map(self._device.query, one.events or ()))])
 
 
 @_mutant("any release event instead of all", SlabPool, "drain")
 def _any_event(original: Any, self: SlabPool) -> None:
     if not self._device.is_capturing():
-        self._collect()
         self._settle([one for one in self._fenced() if any(map(self._device.query, one.events or ()))])
 
 
