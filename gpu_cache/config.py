@@ -20,8 +20,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNOREC
 _PREFIX = "GPU_CACHE_"
 # Other variables, spelt as fields are.
 _OTHER_VARIABLES = {
-    "areal", "native", "native_dir", "node_cache", "require_gpu", "shard_ttl", "shm", "stats_dead_s", "stats_dir",
-    "stats_group",
+    "areal", "freeze_heap", "native", "native_dir", "node_cache", "require_gpu", "shard_ttl", "shm", "stats_dead_s",
+    "stats_dir", "stats_group",
 }  # fmt: skip
 
 # About thirty years. No lock, socket or timer takes a longer time, which means no limit.

@@ -667,14 +667,14 @@ class ShardIndex:
             The READY ones, and whether each was at the lower level. They must not die under the lock.
         """
         dropped: dict[Entry, bool] = {}
-        for number, table in enumerate(self._shared.tables):
+        for is_low, table in zip((False, True), self._shared.tables, strict=False):
             for entry in entries:
                 one = table.get(entry.key)
                 if one is None or one.generation != entry.generation:
                     continue
                 del table[one.key]
                 if one.state is State.READY:
-                    dropped[one] = bool(number)
+                    dropped[one] = is_low
                 one.state = State.GONE
         for entry in entries:
             entry.state = State.GONE
