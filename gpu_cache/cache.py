@@ -43,7 +43,7 @@ class TensorCache:
     Args:
         config: Settings; None reads the GPU_CACHE_* variables.
         device: A device to use instead of the one that `config.device` names.
-        broken: Makes the error for a key whose shard is not as expected, from the expectation and the shard's own data.
+        broken: Makes the error for a key whose shard is not as expected, from the expectation and its own data.
     Thread-safety: any thread. No lock is held over I/O, copies or waits.
     Source: the life of a shard follows vLLM's KV-cache off-loading and PyTorch's CachingHostAllocator.
     """
@@ -169,7 +169,7 @@ class TensorCache:
             source: Asked for the missing ones only.
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`; `math.inf`: no limit.
             ready: Overrides `config.ready` for this call.
-            keep: Whether they are meant to outlive clears of other shards, as weights are: then they are no leak.
+            keep: They are meant to outlive clears of other shards, as weights are. No report calls them a leak then.
             prefer: "host": shards that are not on the device come to the host tier, and are handed out there, in pinned
                 memory. They take no memory of the device. Clone tensors that forked processes are to read: a forked
                 process does not get pinned memory.
@@ -350,7 +350,8 @@ class TensorCache:
         """Give empty slabs back to the device's allocator until `to_bytes` are left, and keep no more until `resume`.
 
         Returns:
-            The bytes given back, and those that stay because shards in them are cached or held.
+            The bytes given back, and those that stay because shards in them are cached or held. True if any were given
+            back.
         Raises:
             TransferError: During CUDA graph capture.
         """
@@ -367,7 +368,7 @@ class TensorCache:
         work that was enqueued before.
 
         Returns:
-            The bytes given back, and those that stay.
+            The bytes given back, and those that stay, as `trim`.
         Raises:
             TransferError: During CUDA graph capture.
         """

@@ -110,7 +110,7 @@ class CacheConfig:
         staging_slots: Pinned buffers that bytes pass through on their way to the device. The cache takes them one by
             one when needed; one owner's bytes take two or three.
         staging_slot_bytes: Bytes of one such buffer.
-        run_bytes: The most bytes of consecutive shards that are placed together.
+        run_bytes: The most bytes of consecutive shards that are placed and copied together.
         fetch_timeout_s: Longest wait of one call for its shards, in seconds; "inf" means no limit.
         max_inflight_bytes: The most bytes that are being received at once, over all nodes and calls; later readers wait
             for their turn. A larger window (a staging buffer's bytes; without staging, two) is received alone.
