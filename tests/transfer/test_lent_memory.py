@@ -176,6 +176,23 @@ def test_memory_that_the_owner_takes_back_is_read_by_another_way(cache: TensorCa
     assert reader.num_confirmed <= lost_after
 
 
+def test_memory_that_does_not_last_is_staged() -> None:
+    device, source = SimDevice(), LenderSource(MIXED)
+    opened = source.open
+    source.open = lambda keys, timeout_s: [not_lasting(reader) for reader in opened(keys, timeout_s)]  # type: ignore
+    with contextlib.closing(TensorCache(CONFIG, device=device)) as cache:
+        found = cache.get_many(list(MIXED), source)
+        assert all(same_bits(one, other) for one, other in zip(found, MIXED.values(), strict=True))
+        assert cache.buffer_stats()["pinned_capacity_bytes"] > 0
+        assert source.readers[0].lent.readers == {}, "no device has registered it"
+    assert device.faults == []
+
+
+def not_lasting(reader: Any) -> Any:
+    reader.lent.is_lasting = False
+    return reader
+
+
 def test_a_device_that_reads_lent_memory_takes_no_staging_buffer() -> None:
     with contextlib.closing(TensorCache(CONFIG, device=SimDevice())) as cache:
         cache.get_many(list(MIXED), LenderSource(MIXED))
