@@ -21,6 +21,7 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # workers that no test asks for
     "RAY_raylet_start_wait_time_s": "120",  # a busy machine exceeds what Ray gives a node to start
 }
 
