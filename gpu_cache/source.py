@@ -139,6 +139,15 @@ class LendingReader(ShardReader, Protocol):
         """Raise, as `read_into` does, unless the bytes of all stretches so far stayed right until now."""
 
 
+def fill_from_lent(reader: LendingReader, buffers: Sequence[memoryview]) -> None:
+    """Fill buffers with the next bytes that a reader lends, and let it confirm them: the `read_into` of such a reader."""
+    for buffer in filter(len, buffers):
+        target = torch.frombuffer(buffer, dtype=torch.uint8)
+        for at, memory, begin, nbytes in reader.read_run([(0, len(buffer))]):
+            target[at : at + nbytes].copy_(memory.tensor[begin : begin + nbytes])
+    reader.confirm()
+
+
 def joined_places(
     listed: Sequence[tuple[MemoryT, int, int]], number: int, start: int, places: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, MemoryT, int, int]], int, int]:

@@ -66,7 +66,7 @@ class Entry:
     flight: Flight = dataclasses.field(default_factory=Flight)
     state: State = State.PENDING
     node: str = ""
-    promise: Promise | None = None  # PENDING: what the claiming call expects, if it says; READY: what the shard is
+    promise: Promise | None = None  # PENDING: the claiming call's, if it has one; READY: the shard's
     copy: Copy | None = None  # its bytes; None until it lands
     is_kept: bool = False  # meant to outlive clears
     born: float = 0.0  # when its generation was first READY

@@ -102,7 +102,7 @@ class Survivors:
 
 
 class SourceTally:
-    """The figures of one node: what came from it, and the entries of it that are cached."""
+    """The figures of one node: its fetches, and its entries in the cache."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.fetching = BusyClock(now)

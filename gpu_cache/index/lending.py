@@ -72,7 +72,7 @@ def hits_in_python(
     Args:
         table: Of one level.
         keys: May repeat.
-        expected: What the caller says of each.
+        expected: The caller's promises, by key.
         checks_versions: Whether a shard that a reader wrote into is no plain hit.
         left: As for `lend_in_python`.
         completions: Gets the completions that the tensors are safe to read after.

@@ -113,9 +113,9 @@ class NodeCache:
     """A `Proxy`: answers for owners on other hosts.
 
     Args:
-        max_bytes: The most memory for shards. Those that a consumer reads are not evicted; what then has no room comes
+        max_bytes: The most memory for shards. It evicts none that a consumer reads. Shards that then find no room come
             over HTTP.
-        segments: Where they lie.
+        segments: The shared memory that they lie in.
     Thread-safety: any thread.
     """
 
@@ -199,7 +199,7 @@ class NodeCache:
         return Located(b"".join([records.get(key, ELSEWHERE) for key in asked.ids]), tensors, removals)
 
     def _versions(self, address: str, checked: Checked) -> dict[str, Version]:
-        """The keys of the shards that an owner has; what the cache has under earlier ones is dropped."""
+        """The keys of the shards that an owner has. The cache drops copies under earlier keys."""
         versions = {key: Version(key, address, (checked.incarnation, one)) for key, one in checked.serials.items()}
         num_cached = len(self.cache)
         with self._lock:

@@ -104,7 +104,7 @@ def kill_at_random(processes: Nursery, path: str, rounds: int, seed: int) -> Non
     cast.kill("remote_owner")
     clear_fetch_buffer(KEYS)
     eventually(lambda: cast.figures()["cached"] == 0)
-    eventually(lambda: cast.figures()["shared_bytes"] <= 256 << 20)
+    eventually(lambda: cast.figures()["shared_bytes"] <= 128 << 20)  # two slabs
     cast.kill("node_cache")
 
 

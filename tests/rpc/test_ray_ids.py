@@ -116,3 +116,15 @@ def test_neighbours_are_one_stretch() -> None:
     runs, number, start = joined_places(listed, 0, 500, [(0, 12), (12, 40)])
     assert runs == [(0, a, 500, 52)]
     assert (number, start) == (1, 40)
+
+
+def test_a_tensor_that_areals_backend_stored_on_a_device_comes_through_the_host() -> None:
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
+            return torch.ones(4)
+
+    dtypes, shapes, begins, array = ray_objects._parts(torch.zeros(4).as_subclass(Elsewhere))
+    assert (dtypes, shapes, begins) == (["float32"], [(4,)], [0])
+    assert array.tobytes() == torch.ones(4).numpy().tobytes()

@@ -21,8 +21,6 @@ from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.fake_owner import FakeOwner
 
-pytestmark = pytest.mark.scripts  # whole processes, some seconds each
-
 UPSTREAM_FLAGS = ["--experiment-name", "exp", "--trial-name", "t0", "--role", "rollout", "--worker-index", "3"]
 
 
@@ -67,6 +65,7 @@ def token_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.scripts
 def test_a_process_serves_with_its_token_until_sigterm(token_file: Path) -> None:
     arguments = ["--host", "0.0.0.0", "--port", "0", "--token-file", str(token_file), "--max-body-bytes", "1KiB"]
     served = Served(*arguments, "--log-level", "DEBUG", *UPSTREAM_FLAGS)
@@ -86,6 +85,7 @@ def test_a_process_serves_with_its_token_until_sigterm(token_file: Path) -> None
     assert "Traceback" not in err
 
 
+@pytest.mark.scripts
 def test_a_process_binds_only_loopback_by_default_and_ends_on_sigint() -> None:
     served = Served()
     assert served.address.startswith("127.0.0.1:")
@@ -274,6 +274,7 @@ def test_stop_lets_answers_under_way_arrive(owner: FakeOwner) -> None:
     connection.close()
 
 
+@pytest.mark.scripts
 def test_a_process_with_stuck_clients_ends_on_sigterm() -> None:
     served = Served()
     tensor = json.dumps(serialize_value(torch.zeros(16 << 20, dtype=torch.uint8))).encode()

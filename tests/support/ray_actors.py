@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,10 +44,6 @@ class Worker:
     def store_every(self) -> list[RTensor]:
         return RTensor.remotize(every_tensor(), "")  # type: ignore[no-any-return]
 
-    def store_after(self, delay_s: float) -> list[RTensor]:
-        time.sleep(delay_s)
-        return self.store(1, 1 << 20)
-
     def read(self, handles: list[RTensor]) -> list[bytes]:
         """The shards' bytes; the handles are kept."""
         self.held = handles
@@ -59,9 +54,6 @@ class Worker:
 
     def sizes(self) -> dict[str, int]:
         return {**rtensor.storage_stats(), **rtensor.fetch_buffer_stats()}
-
-    def backend(self) -> str:
-        return type(rtensor.get_backend()).__name__
 
 
 class AsyncWorker:

@@ -25,6 +25,7 @@ from gpu_cache.rpc.node_cache import Running
 from gpu_cache.rpc.rtensor import clear_fetch_buffer, set_backend
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
+from tests.support.interleave_stage import eventually
 from tests.support.same_host_process import KEYS, fetched, fill
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +123,10 @@ class Host:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
+    def is_apart(self) -> bool:
+        """Whether it has a network namespace of its own."""
+        return os.readlink(f"/proc/{self.process.pid}/ns/net") != os.readlink("/proc/self/ns/net")
+
     def tell(self, *words: object) -> None:
         assert self.process.stdin is not None
         print(*words, file=self.process.stdin, flush=True)
@@ -158,7 +163,7 @@ def both(folder: str) -> None:
         for one in (first, second):
             stack.callback(one.process.communicate)
             stack.callback(one.process.kill)
-        time.sleep(0.5)  # until the second has its namespace
+        eventually(second.is_apart)
         connect(first, second)
         found: dict[str, Any] = {}
         (v4_of_1, v6_of_1), (v4_of_2, v6_of_2) = first.ask("go"), second.ask("go")

@@ -44,7 +44,7 @@ _MAX_SERIAL, _ANSWER_SLACK_BYTES = 64, 4096  # bytes of a shard's serial in JSON
 
 
 class Checked(NamedTuple):
-    """What an owner says of shards, without their bytes.
+    """An owner's answer about shards, without their bytes.
 
     Attributes:
         incarnation: That of its server.

@@ -32,7 +32,7 @@ from gpu_cache.rpc.shard import (
     ray_objects,
 )
 from gpu_cache.rpc.wire.serialization import DTYPES, host_bytes
-from gpu_cache.source import LentMemory, Stretch, joined_places
+from gpu_cache.source import LentMemory, Stretch, fill_from_lent, joined_places
 
 # Shards of one call share objects of about this length: one of 9 KiB alone would cost 0.5 to 0.8 ms.
 GROUP_BYTES = 128 << 20
@@ -271,7 +271,7 @@ class _OddObjectError(Exception):
 
 
 class RayReader:
-    """A `ShardReader` that lends the objects of Ray's store as they are mapped here. What is ready first comes first.
+    """A `ShardReader` that lends the objects of Ray's store as they are mapped here. Objects that are ready come first.
 
     Args:
         ray: The module.
@@ -323,11 +323,7 @@ class RayReader:
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers with the next bytes."""
-        for buffer in buffers:
-            target = torch.frombuffer(buffer, dtype=torch.uint8)
-            for at, memory, begin, nbytes in self.read_run([(0, len(buffer))]):
-                target[at : at + nbytes].copy_(memory.tensor[begin : begin + nbytes])
-        self.confirm()
+        fill_from_lent(self, buffers)
 
     def read_run(self, places: Sequence[tuple[int, int]]) -> list[Stretch]:
         """Where the next bytes are in the store; neighbours are one stretch."""
@@ -431,7 +427,7 @@ def _number(key: Hashable) -> int:
 
 
 def _parts(value: object) -> tuple[list[str], list[tuple[int, ...]], list[int], Any]:
-    """What an object says of its shards, and their bytes."""
+    """Dtypes, shapes and begins of the shards in an object, and its bytes."""
     if isinstance(value, torch.Tensor):  # of AReaL's own Ray backend
         flat = np.frombuffer(host_bytes(value), np.uint8)
         return [str(value.dtype).removeprefix("torch.")], [tuple(value.shape)], [0], flat

@@ -40,7 +40,7 @@ from gpu_cache.rpc.wire.records import (
     proxied_text,
     record_of,
 )
-from gpu_cache.source import Stretch, joined_places
+from gpu_cache.source import Stretch, fill_from_lent, joined_places
 
 # A node cache is asked for so much at once: its answer comes when the last shard is there.
 _PROXIED_BYTES, _PROXIED_IDS = 64 << 20, 4096
@@ -116,14 +116,10 @@ class SameHostReader:
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers with the next bytes."""
-        if not self.is_lending:
+        if self.is_lending:
+            fill_from_lent(self, buffers)
+        else:
             self._http.read_into(buffers)
-            return
-        for buffer in buffers:
-            target = torch.frombuffer(buffer, dtype=torch.uint8)
-            for at, memory, begin, nbytes in self.read_run([(0, len(buffer))]):
-                target[at : at + nbytes].copy_(memory.tensor[begin : begin + nbytes])
-        self.confirm()
 
     def read_run(self, places: Sequence[tuple[int, int]]) -> list[Stretch]:
         """Where the next bytes are in the owner's memory; neighbours are one stretch."""

@@ -100,7 +100,7 @@ class Found(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an owner says of shards that it was asked for.
+    """An owner's answer about the shards that it was asked for.
 
     Attributes:
         found: In shared memory, in the order in which they lie there.
