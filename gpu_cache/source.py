@@ -140,7 +140,7 @@ class LendingReader(ShardReader, Protocol):
 
 
 def fill_from_lent(reader: LendingReader, buffers: Sequence[memoryview]) -> None:
-    """Fill buffers with the next bytes that a reader lends, and let it confirm them: the `read_into` of such a reader."""
+    """Fill buffers with the next bytes that a reader lends, and have it confirm them: its `read_into`."""
     for buffer in filter(len, buffers):
         target = torch.frombuffer(buffer, dtype=torch.uint8)
         for at, memory, begin, nbytes in reader.read_run([(0, len(buffer))]):

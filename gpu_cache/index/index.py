@@ -24,6 +24,7 @@ from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.lease import UNSHARED, Lease, aliases_of, num_owners
+from gpu_cache.process import no_collections
 from gpu_cache.report.schema import EntryInfo
 
 
@@ -177,7 +178,7 @@ class ShardIndex:
         found = Claim() if found is None else found
         changed: list[Entry] = []
         left: list[torch.Tensor | None] = []
-        with self._lock:
+        with no_collections, self._lock:
             if hands_out and self._mutations.is_on:
                 self._drop_changed_locked(keys, found.expected, changed)
                 found.mutated.update((entry.key, None) for entry in changed)
@@ -195,7 +196,7 @@ class ShardIndex:
     def lend(self, copies: Mapping[Hashable, Copy]) -> dict[Hashable, torch.Tensor]:
         """A tensor of each copy, for one reader."""
         left: list[torch.Tensor | None] = []
-        with self._lock:
+        with no_collections, self._lock:
             lent = lending.lend(list(copies.values()), left)
         del left
         return dict(zip(copies, lent, strict=True))
@@ -228,7 +229,7 @@ class ShardIndex:
         Returns:
             Entries that left the level below, or gave way to another owner's shard, for the caller to let die.
         """
-        with self._lock:
+        with no_collections, self._lock:
             left: list[Entry] = []
             landed = self._land_locked(landings, node, completion)
             for entry in landed:
@@ -252,7 +253,7 @@ class ShardIndex:
 
         A shard that was copied from the level below stays there.
         """
-        with self._lock:
+        with no_collections, self._lock:
             landed = self._land_locked(landings, node, completion)
             for entry in landed:
                 self._forget_locked(entry)

@@ -268,11 +268,9 @@ class Fetch:
                 self._refuse_misses(keys)
             engine.drain()
             try:
-                with no_collections:
-                    self._look_up(keys)
-                    if is_current := self._engines.is_current(engine):
-                        self._start(source, level)
-                if is_current:
+                self._look_up(keys)
+                if self._engines.is_current(engine):
+                    self._start(source, level)
                     if self.claim.claimed and self._index.is_closed:
                         self.cancel(CacheClosedError())
                     return engine
@@ -322,10 +320,7 @@ class Fetch:
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """A tensor of every shard that is as the caller expects, by key. After `wait`."""
-        if not self._arrived:
-            return self.claim.hits
-        with no_collections:
-            return {**self.claim.hits, **self._index.lend(self._arrived)}
+        return {**self.claim.hits, **self._index.lend(self._arrived)} if self._arrived else self.claim.hits
 
     def completions(self, *, on_host: bool) -> Iterable[Completion]:
         """Completions of the copies, to the host tier or to the device, that handed-out shards depend on."""
@@ -351,6 +346,7 @@ class Fetch:
         Returns:
             How many shards were not cached when it began.
         """
+        no_collections.leave()  # whatever interrupted the call
         claim, self.tasks, self._arrived, self._written = self.claim, [], {}, []
         self.claim = Claim(deadline=self.deadline, expected=claim.expected)
         if claim.claimed or claim.joined:
@@ -365,7 +361,12 @@ class Fetch:
         left = list(range(len(waiting)))
 
         def all_done() -> None:
-            error = self._combined(failures) if (failures := self._sort()) else None
+            error: Exception | None = None
+            try:
+                if failures := self._sort():
+                    error = self._combined(failures)
+            except Exception as caught:  # of a key's `__repr__`, say: the future is waited for
+                error = caught
             num_missing = self.finish()
             if error is None:
                 result.set_result(num_missing)

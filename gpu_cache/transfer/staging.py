@@ -62,7 +62,7 @@ class StagingRing:
         began = time.monotonic()
         turn = turn or Turn("")
         slot = self._reserve(timeout_s, turn)
-        if slot is not None and slot.guard is not None and not self._device.query(slot.guard) and self._exchange(slot):
+        if slot is not None and not self._is_done(slot) and self._exchange(slot):
             slot = None
         slot = slot or self._allocate()
         try:
@@ -155,6 +155,14 @@ class StagingRing:
         with self._changed:
             self._stalled = {slot.turn for slot in self._slots if slot.turn is not None and slot.turn in stalled}
 
+    def _is_done(self, slot: Slot) -> bool:
+        """Whether its copies are done; a slot of which the device does not tell goes back."""
+        try:
+            return slot.guard is None or self._device.query(slot.guard)
+        except BaseException:
+            self.release(slot)
+            raise
+
     def _exchange(self, slot: Slot) -> bool:
         """Give back a slot that is still copied from, if another one may be allocated instead of a wait."""
         with self._changed:
@@ -162,7 +170,7 @@ class StagingRing:
                 return False
             self._idle.appendleft(slot)
             self._num_allocating += 1
-            self._changed.notify()
+            self._changed.notify_all()
             return True
 
     def _can_proceed_locked(self, node: str) -> bool:
@@ -180,7 +188,7 @@ class StagingRing:
                     self._slots.append(slot)
                 else:
                     self._alloc_failures += 1
-                    self._changed.notify()
+                    self._changed.notify_all()  # not each reader may go on
         return slot
 
     def _free(self, slot: Slot) -> None:

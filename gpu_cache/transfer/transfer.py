@@ -231,13 +231,11 @@ class Delivery:
 
     def _expect(self, specs: Sequence[ShardSpec]) -> list[Run]:
         """The runs of a part. Shards without bytes take no room, and land at once."""
+        self._sink.expect(specs)
+        if empty := [spec for spec in specs if not spec.nbytes]:
+            self._sink.land(empty_copies(empty, self._pool.torch_device), None, is_overflow=False)
         with no_collections:
-            self._sink.expect(specs)
-            full = [spec for spec in specs if spec.nbytes]
-            if len(full) < len(specs):
-                empty = [spec for spec in specs if not spec.nbytes]
-                self._sink.land(empty_copies(empty, self._pool.torch_device), None, is_overflow=False)
-            return list(pack(full, self._transfer.run_bytes))
+            return list(pack([spec for spec in specs if spec.nbytes], self._transfer.run_bytes))
 
     def _granted(self, left: Backlog) -> contextlib.AbstractContextManager[None]:
         """The budget for the next window."""
@@ -251,13 +249,12 @@ class Delivery:
             return [(run, self._pool.carve(run.range, run.specs, run.offsets)) for run in complete]
 
     def _land(self, carved: Carved, completion: Completion | None) -> None:
-        with no_collections:
-            for is_overflow in (False, True):
-                landed = [one for run, of in carved if run.range.slab.is_overflow == is_overflow for one in of]
-                if landed:
-                    self._sink.land(landed, completion, is_overflow=is_overflow)
-            for run, _ in carved:
-                del self._placed[run]
+        for is_overflow in (False, True):
+            landed = [one for run, of in carved if run.range.slab.is_overflow == is_overflow for one in of]
+            if landed:
+                self._sink.land(landed, completion, is_overflow=is_overflow)
+        for run, _ in carved:
+            del self._placed[run]
 
     def _receive(self, window: list[Piece]) -> Completion | None:
         """Fill the places of a window's shards with one read and, where staged, enqueue their copies at once."""

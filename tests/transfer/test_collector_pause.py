@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gpu_cache import CacheConfig, FetchError, TensorCache
+from gpu_cache import CacheConfig, FetchError, ShardReader, TensorCache
 from gpu_cache.process import CollectorPause, no_collections
-from tests.support.sources import DictSource
+from tests.support.interleave_stage import eventually
+from tests.support.sources import DictSource, GatedReader
 from tests.support.threads import run_threads
 
 
@@ -72,6 +73,37 @@ def test_a_fetch_leaves_the_collector_as_it_was_also_if_it_fails(is_on: bool) ->
     with pytest.raises(FetchError):
         cache.get_many(["b"], DictSource({}))
     assert gc.isenabled() == is_on
+
+
+def test_what_an_exception_left_of_a_pause_ends_with_the_call(is_on: bool) -> None:
+    pause = CollectorPause()
+    pause.__enter__()
+    pause.__enter__()
+    pause.leave()
+    assert gc.isenabled() == is_on
+    pause.leave()
+    pause.__exit__()
+    assert gc.isenabled() == is_on
+
+
+def test_code_of_users_runs_with_the_collector_as_it_was(is_on: bool) -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="1MiB", prealloc_bytes=0))
+    source, readers, seen = DictSource({"a": torch.arange(5)}), list[GatedReader](), list[bool]()
+
+    def gated(reader: ShardReader) -> ShardReader:
+        seen.append(gc.isenabled())
+        readers.append(GatedReader(reader))
+        return readers[0]
+
+    source.wrap = gated
+    first, joined = cache.prefetch(["a"], source), cache.prefetch(["a"], source)
+    joined.add_done_callback(lambda _: seen.append(gc.isenabled()))
+    assert readers[0].has_arrived.wait(30)
+    readers[0].gate.set()
+    first.result(30)
+    joined.result(30)
+    eventually(lambda: len(seen) == 2)
+    assert seen == [is_on, is_on]
 
 
 def test_a_child_that_was_forked_amid_a_pause_collects_as_its_parent_did(is_on: bool) -> None:

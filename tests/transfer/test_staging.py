@@ -132,6 +132,23 @@ def test_a_failed_allocation_leaves_room_for_the_next() -> None:
     ring.release(ring.acquire(1.0))
 
 
+def test_a_slot_whose_copies_the_device_does_not_tell_of_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = cuda_device(FakeCuda(), tmp_path)
+    ring = StagingRing(device, CacheConfig(staging_slots=1, staging_slot_bytes=MIB, run_bytes=4096))
+    slot = copied_from(ring, device)
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "query", failing)
+        with pytest.raises(RuntimeError, match="lost"):
+            ring.acquire(1.0)
+    assert ring.acquire(1.0) is slot
+
+
+def failing(event: object) -> bool:
+    raise RuntimeError("the device is lost")
+
+
 def test_threads_never_share_a_slot() -> None:
     ring = host_ring()
     owners: dict[int, int] = {}

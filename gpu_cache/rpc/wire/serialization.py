@@ -124,6 +124,8 @@ def deserialize_value(value: Any) -> Any:
             return _deserialize(value)
     except RecursionError:
         raise ValueError("the value is nested too deeply") from None
+    finally:
+        no_collections.leave()  # whatever interrupted it
 
 
 def _deserialize(value: Any) -> Any:
