@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import pytest
@@ -292,6 +293,7 @@ def gated_then(inner: ShardReader, then: threading.Event) -> list[ShardReader]:
 def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: TensorCache) -> None:
     tensors = some_tensors(60)
     keys, source = list(tensors), DictSource(tensors)
+    prefetches: list[Future[int]] = []
 
     def work(seed: int) -> None:
         chooser = torch.Generator().manual_seed(seed)
@@ -301,14 +303,13 @@ def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: Tenso
             if action % 5 == 0:
                 cache.clear(wanted)
             elif action % 5 == 1:
-                cache.prefetch(wanted, source)
+                prefetches.append(cache.prefetch(wanted, source))
             else:
                 got = cache.get_many(wanted, source)
                 assert all(same_bytes(tensor, tensors[key]) for key, tensor in zip(wanted, got, strict=True))
 
     run_threads([lambda seed=seed: work(seed) for seed in range(6)])
-    for task in list(cache._tasks):
-        task.done.result(30)
+    assert not wait(prefetches, 30).not_done  # until then their threads may hold shards
     assert_empty(cache)
 
 
