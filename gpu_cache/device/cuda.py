@@ -26,6 +26,7 @@ class CudaDevice:
     The other arguments are its parts: `torch.cuda`, `torch.empty`, and the CUDA runtime library.
     """
 
+    hard_limit = ""
     stages = True
 
     def __init__(

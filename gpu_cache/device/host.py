@@ -17,6 +17,7 @@ class HostDevice:
     """Host memory as the device: work is done when its call returns. In tests it may stage bytes as on a GPU."""
 
     torch_device = torch.device("cpu")
+    hard_limit = ""
 
     def __init__(self, stages: bool = False) -> None:
         self.stages = stages

@@ -18,6 +18,7 @@ class HostArenas:
     """
 
     torch_device = torch.device("cpu")
+    hard_limit = ""
 
     def __init__(self, device: Device) -> None:
         self._device = device

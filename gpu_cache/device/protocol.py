@@ -58,6 +58,10 @@ class Memory(Protocol):
     def torch_device(self) -> torch.device:
         """Where arenas live."""
 
+    @property
+    def hard_limit(self) -> str:
+        """The option that bounds it, for messages: no run goes outside such a pool. "": the pool's setting does."""
+
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
         """Allocate memory that nothing pending touches.
 

@@ -133,6 +133,7 @@ class SlabPool:
     Attributes:
         husks: As given.
         torch_device: The device that its bytes are on.
+        may_overflow: Whether runs that find no room may go outside of it.
     Raises:
         GpuCacheError: Leases are unsound on this torch.
     Thread-safety: any thread. Allocates and releases outside the lock.
@@ -152,6 +153,7 @@ class SlabPool:
             raise GpuCacheError(fault)
         self._fence, self._on_dead = fence, on_dead
         self.name, self._setting = name, f"{name.replace(' ', '_')}_bytes"
+        self.may_overflow = not device.hard_limit
         self.husks, self.torch_device = husks, device.torch_device
         self._freed: deque[Lease] = deque()  # leases fire into it, and nothing else appends
         assert config.pool_bytes is not None
@@ -350,7 +352,7 @@ class SlabPool:
             largest = max((slab.free.largest_free_bytes for slab in self._slabs), default=0)
             room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
             held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
-        raising = f"raise {self._setting} ({variable(self._setting)})"
+        raising = f"raise {self._device.hard_limit or f'{self._setting} ({variable(self._setting)})'}"
         if nbytes > self.capacity:
             return Shortage("length", f"is shorter than this run of {nbytes:,} bytes; {raising}")
         if room >= nbytes:

@@ -3,16 +3,20 @@
 It fetches a shard of an owner on another host once, whichever processes ask for it, and keeps it in memory that they
 map: an owner by proxy. They reach it as they reach an owner of their own host, see `server/same_host.py`.
 
-**Clears.** The node cache answers about a shard only after the shard's owner has said, since the question came, that it
-has it, and under which serial. Bytes are kept under that serial and the incarnation of the owner's server; they were
-fetched after the owner had named both. So, whoever cleared a shard, and whether or not the node cache was told: a
-consumer that asks after the owner has confirmed the clear does not get it. Nor does it get the bytes of an owner that
-has restarted, or has stored other bytes under the id. The price is one small request for each question.
+**Clears.** For each question the node cache first asks the owner which of the shards it has, and under which serials.
+It keeps bytes under such a serial and the incarnation of the owner's server, and fetches them after the owner has named
+both. So a consumer that asks after the owner has confirmed a clear does not get the shard, even if the node cache was
+not told of the clear. Nor does it get bytes of an owner that has restarted, or that has stored other bytes under the
+id. The price is one small request to the owner for each question.
 
-That is when bytes are served; their memory goes sooner or later. At once, when a consumer of this host evicts the
-shards or clears them at their owner. With the next question about the same owner, when any process did that elsewhere:
-an owner's answers count its removals, and when the count has changed, the node cache asks which of its shards are left.
-And in any case by eviction, least recently used first. A fetch under way when its shard is cleared is not kept.
+The memory of cleared shards becomes free later, in one of three ways:
+
+- At once, when a consumer of this host evicts the shards, or clears them at their owner.
+- After the next question about the same owner, when another process cleared them. An owner's answers count its
+  removals. When the count has changed, the node cache asks which of its shards are left.
+- By eviction, least recently used first.
+
+The node cache does not keep a shard that is cleared while it is being fetched.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import itertools
 import logging
 import math
 import os
@@ -37,11 +42,13 @@ from typing import NamedTuple, cast
 import torch
 
 from gpu_cache import CacheClosedError, CacheConfig, Promise, ShardReader, ShardSpec, TensorCache
-from gpu_cache.config import parse_size
+from gpu_cache.config import ALIGNMENT, parse_size
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc.client.http import Checked, HttpRTensorBackend
+from gpu_cache.rpc.client.reader import HttpReader
+from gpu_cache.rpc.client.same_host import SameHostReader
 from gpu_cache.rpc.segments import NODE_CACHE_VARIABLE, Segments, node_cache_path
 from gpu_cache.rpc.server.connections import raise_descriptor_limit
 from gpu_cache.rpc.server.expiry import parse_seconds
@@ -49,18 +56,19 @@ from gpu_cache.rpc.server.main import readable_on
 from gpu_cache.rpc.server.same_host import Located, SameHostServer
 from gpu_cache.rpc.shard import ShardFetchError, TensorShardInfo
 from gpu_cache.rpc.store import ShardStore
-from gpu_cache.rpc.wire.records import ELSEWHERE, MAX_COUNT, Proxied, boot_id, record_of
+from gpu_cache.rpc.wire.records import ELSEWHERE, UNKNOWN_COUNT, Proxied, boot_id, record_of
 from gpu_cache.source import NO_SOURCE
+from gpu_cache.throttle import Throttle
 
 ROLE = "node-cache"
 DEFAULT_MAX_BYTES = 8 << 30
 _SLAB_BYTES = 64 << 20
-_LOOK_S = 1.0  # between two looks at which clients are left
-_MAX_UNDER_WAY = 128  # questions; those beyond are left to their owners at once
-_MAX_FORGOTTEN = 65_536  # shards that were evicted, and are still known by name
+_LOOK_S = 1.0  # between two looks whether a client is connected
+_MAX_UNDER_WAY = 128  # questions at once; the shards of further ones are left to their owners
+_MAX_FORGOTTEN = 65_536  # versions that are remembered beside those of cached shards
 _MAX_CHECKED = 16_384  # shards in one question to an owner
-_SWEEP_S = 10.0
-_LONGEST_S = 600.0  # for an answer
+_SWEEP_S = 10.0  # the longest wait for an owner that is asked which shards are left
+_LONGEST_S = 600.0  # the longest time for one question of a consumer
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +100,15 @@ class SharedMemory(HostDevice):
         segments: Where arenas lie.
     """
 
+    hard_limit = "max_bytes (--max-bytes)"
+
     def __init__(self, segments: Segments) -> None:
         super().__init__()
         self._segments = segments
 
     def arena(self, nbytes: int, *, private: bool = True) -> Arena:
-        """A range of a segment; raises `torch.OutOfMemoryError` where there is none, or for overflow."""
-        (memory,) = self._segments.take([nbytes]) if private else (None,)
+        """A range of a segment; raises `torch.OutOfMemoryError` where there is none."""
+        (memory,) = self._segments.take([nbytes])
         if memory is None:
             raise torch.OutOfMemoryError(f"no shared memory for {nbytes:,} bytes")
         return Arena(torch.from_numpy(memory))
@@ -115,12 +125,17 @@ class NodeCache:
     Args:
         max_bytes: The most memory for shards. It evicts none that a consumer reads. Shards that then find no room come
             over HTTP.
+    Attributes:
         segments: The shared memory that they lie in.
+    Raises:
+        ValueError: `max_bytes` is less than 512, or a GPU_CACHE_* variable is out of range.
     Thread-safety: any thread.
     """
 
-    def __init__(self, max_bytes: int, segments: Segments | None = None) -> None:
-        self.segments = Segments(lambda: True) if segments is None else segments
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < ALIGNMENT:
+            raise ValueError(f"max_bytes={max_bytes:,}: must be at least {ALIGNMENT}")
+        self.segments = Segments(lambda: True)
         self._backend = HttpRTensorBackend(same_host=False)
         config = CacheConfig.from_env(
             device="cpu", pool_bytes=max_bytes, slab_bytes=min(_SLAB_BYTES, max_bytes), prealloc_bytes=0, role=ROLE,
@@ -131,8 +146,9 @@ class NodeCache:
         self.cache.get_many([], NO_SOURCE)  # reports from now on
         # Guards every field below.
         self._lock = threading.Lock()
-        self._latest: dict[str, Version] = {}  # by id, what was asked for last
+        self._latest: dict[str, Version] = {}  # by id, in the order of the latest questions
         self._seen: dict[str, tuple[str, str]] = {}  # by address: incarnation and removals at the latest answer
+        self._failures: dict[str, Throttle] = {}  # by address, of lines in the log
         self._num_under_way = 0
 
     def begin(self, asked: Proxied, answer: Callable[[Located], None]) -> None:
@@ -142,13 +158,17 @@ class NodeCache:
             self._num_under_way += not is_busy
         if is_busy:
             answer(_left_to_owner(asked))
-        else:
+            return
+        try:
             OwnThread(lambda: self._work(asked, answer), "gpu-cache-proxy").start()
+        except RuntimeError as error:  # the system has no thread left
+            answer(_left_to_owner(asked))
+            self._end_one(asked, str(error))
 
     def forget(self, shard_ids: Sequence[str]) -> None:
         """Drop what was cleared; also what is on its way."""
-        with self._lock:
-            gone = [self._latest.pop(shard_id) for shard_id in shard_ids if shard_id in self._latest]
+        with self._lock:  # the versions stay: a question may be about to fetch one that another consumer clears then
+            gone = [self._latest[shard_id] for shard_id in shard_ids if shard_id in self._latest]
         if gone:
             self.cache.clear(gone)
 
@@ -158,25 +178,32 @@ class NodeCache:
         self._backend.close()
 
     def _work(self, asked: Proxied, answer: Callable[[Located], None]) -> None:
-        located, checked = _left_to_owner(asked), None
+        located, checked, failure = _left_to_owner(asked), None, ""
         try:
             timeout_s = min(asked.timeout_s, _LONGEST_S)
             deadline = time.monotonic() + timeout_s
             checked = self._backend.check(asked.address, asked.ids, timeout_s)
             located = self._brought(asked, checked, deadline)
         except (ShardFetchError, CacheClosedError) as error:  # whatever fails, the consumer asks the owner itself
-            logger.info("leaving %d shards of %s to their owner: %s", len(asked.ids), asked.address, str(error))
+            failure = str(error)
         except Exception:
             logger.exception("fetching %d shards of %s failed", len(asked.ids), asked.address)
         answer(located)
         del located  # the client holds it
+        self._end_one(asked, failure)
         try:
             if checked is not None:
                 self._sweep(asked.address, checked)
         except Exception as error:  # top of a thread
             logger.info("shards that %s may have cleared stay for now: %s", asked.address, str(error))
+
+    def _end_one(self, asked: Proxied, failure: str) -> None:
+        """Count a question as answered; say, once a minute for each owner, why its shards were left to it."""
         with self._lock:
             self._num_under_way -= 1
+            throttle = self._failures.setdefault(asked.address, Throttle()) if failure else None
+        if throttle is not None and throttle.opens():
+            logger.info("leaving %d shards of %s to their owner: %s", len(asked.ids), asked.address, failure)
 
     def _brought(self, asked: Proxied, checked: Checked, deadline: float) -> Located:
         """Fetch what is not here."""
@@ -195,7 +222,7 @@ class NodeCache:
             expected=promises,
         )
         records = {key: self._record(tensor) for key, tensor in zip(versions, tensors, strict=True)}
-        removals = min(int(checked.removals), MAX_COUNT) if checked.removals.isdecimal() else 0
+        removals = min(int(checked.removals), UNKNOWN_COUNT) if checked.removals.isdecimal() else UNKNOWN_COUNT
         return Located(b"".join([records.get(key, ELSEWHERE) for key in asked.ids]), tensors, removals)
 
     def _versions(self, address: str, checked: Checked) -> dict[str, Version]:
@@ -203,16 +230,21 @@ class NodeCache:
         versions = {key: Version(key, address, (checked.incarnation, one)) for key, one in checked.serials.items()}
         num_cached = len(self.cache)
         with self._lock:
-            old = [self._latest[key] for key, one in versions.items() if self._latest.get(key, one) != one]
+            before = {key: self._latest.pop(key) for key in versions if key in self._latest}
             self._latest.update(versions)
             is_long = len(self._latest) > _MAX_FORGOTTEN + 2 * num_cached
-        if old:
+        if old := [one for key, one in before.items() if one != versions[key]]:
             self.cache.clear(old)
-        if is_long:  # of shards that were evicted
-            left = {version.shard_id: version for version in self._cached()}
-            with self._lock:
-                self._latest = left | versions
+        if is_long:
+            self._forget_evicted()
         return versions
+
+    def _forget_evicted(self) -> None:
+        """Forget versions of shards that were evicted, but the latest: questions may be fetching them."""
+        cached = {version.shard_id for version in self._cached()}
+        with self._lock:
+            kept = cached.union(itertools.islice(reversed(self._latest), _MAX_FORGOTTEN // 2))
+            self._latest = {key: one for key, one in self._latest.items() if key in kept}
 
     def _record(self, tensor: torch.Tensor | None) -> bytes:
         """Where a shard is; ELSEWHERE if it did not arrive, or found no room here."""
@@ -277,7 +309,7 @@ class _VersionSource:
 class _VersionReader:
     """A reader whose shards go by their versions."""
 
-    def __init__(self, reader: ShardReader, versions: Mapping[Hashable, Version]) -> None:
+    def __init__(self, reader: HttpReader | SameHostReader, versions: Mapping[Hashable, Version]) -> None:
         self.node, self._reader, self._versions = reader.node, reader, versions
         self.keys = [versions[key] for key in reader.keys]
         self.read_into, self.cancel, self.close = reader.read_into, reader.cancel, reader.close
@@ -289,12 +321,12 @@ class _VersionReader:
     @property
     def transport(self) -> str:
         """How the latest part came."""
-        return getattr(self._reader, "transport", "")
+        return self._reader.transport
 
     @property
-    def num_received(self) -> int | None:
+    def num_received(self) -> int:
         """Bytes that came so far."""
-        return getattr(self._reader, "num_received", None)
+        return self._reader.num_received
 
     def next_specs(self) -> Sequence[ShardSpec] | None:
         """Ask for the next part."""
@@ -303,7 +335,7 @@ class _VersionReader:
 
 
 def _left_to_owner(asked: Proxied) -> Located:
-    return Located(ELSEWHERE * len(asked.ids), (), 0)
+    return Located(ELSEWHERE * len(asked.ids), (), UNKNOWN_COUNT)
 
 
 class Running:
@@ -315,6 +347,7 @@ class Running:
     Raises:
         BlockingIOError: Another one is there.
         OSError: There is no place for its socket.
+        ValueError: As for `NodeCache`.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -347,7 +380,10 @@ class Running:
 
     def stop(self) -> None:
         """End it. Idempotent."""
-        self._stack.close()
+        try:
+            self._stack.close()
+        finally:
+            self._lock = -1  # a later file may get its number
 
 
 def _link(path: Path, target: str) -> None:
@@ -363,18 +399,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=options.log_level)
-    path = options.path or node_cache_path({**os.environ, NODE_CACHE_VARIABLE: "auto"})
+    if options.path is None:
+        options.path = node_cache_path({**os.environ, NODE_CACHE_VARIABLE: "auto"})
+    if not options.path:
+        parser.error("there is no folder for its socket: name a path by --path")
     raise_descriptor_limit()
     ending = readable_on(signal.SIGTERM, signal.SIGINT)
     try:
-        running = Running(Path(path), options.max_bytes)
+        running = Running(Path(options.path), options.max_bytes)
     except BlockingIOError:
-        print(f"a node cache is at {path} already", flush=True)
+        print(f"a node cache is at {options.path} already", flush=True)
         return 0
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     with running:
-        print(f"listening at {path}", flush=True)
+        print(f"listening at {options.path}", flush=True)
         _wait(ending, running, options.idle_timeout)
     return 0
 

@@ -366,7 +366,7 @@ class Delivery:
                 runs.extendleft(reversed(halves(run)))
                 continue
             if place is None:
-                if not self._may_overflow:
+                if not (self._may_overflow and self._pool.may_overflow):
                     raise self._pool.full(run.nbytes)
                 self._transfer.warn_of_overflow(run.nbytes)
                 place = self._pool.take_overflow(run.nbytes)

@@ -265,6 +265,41 @@ def test_a_controllers_fan_out_frees_at_once(
     eventually(lambda: len(running.cache.cache) == 0)
 
 
+def test_each_consumers_clear_drops_what_came_since_the_one_before(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(owner, tensors := batch())
+    real = NodeCache._versions
+
+    def cleared_amid(node_cache: NodeCache, *args: Any) -> Any:
+        versions = real(node_cache, *args)
+        node_cache.forget(list(tensors))  # a consumer's clear, before the fetch begins
+        return versions
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NodeCache, "_versions", cleared_amid)
+        consumers[0].read(address, tensors)
+    assert kept(running) == tensors.keys()
+    running.cache.forget(list(tensors))  # another's
+    assert len(running.cache.cache) == 0
+
+
+def test_versions_of_evicted_shards_are_forgotten_but_not_the_latest(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_FORGOTTEN", 10)
+    put(owner, cached := batch(seed=1))
+    consumers[0].read(address, cached)
+    for seed in range(100, 400, 100):
+        put(owner, others := batch(seed=seed))
+        consumers[0].read(address, others)
+        running.cache.cache.clear([one for one in running.cache._cached() if one.shard_id in others])
+    assert kept(running) == cached.keys()
+    assert cached.keys() <= running.cache._latest.keys()
+    assert len(running.cache._latest) <= 10 + 2 * len(cached)
+    assert others.keys() & running.cache._latest.keys()
+
+
 def test_a_clear_amid_a_fetch_wins(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +424,61 @@ def test_a_busy_one_leaves_shards_to_their_owner(
     monkeypatch.setattr(module, "_MAX_UNDER_WAY", 0)
     put(owner, tensors := batch())
     over_http(consumers[0], address, tensors)
+
+
+def test_one_without_a_thread_leaves_shards_to_their_owner(
+    owner: FakeOwner,
+    address: str,
+    running: Running,
+    consumers: list[Consumer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, module.__name__)
+    put(owner, tensors := batch())
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.OwnThread, "start", refuse)
+        over_http(consumers[0], address, tensors)
+    assert running.cache._num_under_way == 0
+    (line,) = [one for one in caplog.messages if "can't start new thread" in one]  # two questions, one line
+    assert f"leaving 6 shards of {address} to their owner" in line
+    consumers[0].read(address, tensors)
+    assert consumers[0].transport == "node cache"
+
+
+def test_shards_that_are_left_to_their_owner_are_no_clear(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    consumers[0].backend.on_removal = told.append
+    put(owner, tensors := batch())
+    put(owner, others := batch(seed=50))
+    clear(address, *others)  # so that its count is not 0
+    consumers[0].read(address, tensors)
+    monkeypatch.setattr(module, "_MAX_UNDER_WAY", 0)
+    over_http(consumers[0], address, tensors)
+    assert told == []
+    clear(address, *tensors)
+    assert lost(consumers[0], address, tensors)
+    assert told == [address]
+
+
+def test_a_question_does_not_count_while_its_owner_is_asked_what_is_left(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_in, may_go = threading.Event(), threading.Event()
+    monkeypatch.setattr(NodeCache, "_sweep", lambda *_: (is_in.set(), may_go.wait(30)))
+    put(owner, tensors := batch())
+    try:
+        consumers[0].read(address, tensors)
+        assert is_in.wait(30)
+        assert running.cache._num_under_way == 0
+    finally:
+        may_go.set()
 
 
 def test_a_late_one_is_not_waited_for(
@@ -524,6 +614,18 @@ def test_what_a_consumer_holds_is_not_evicted_and_what_has_no_room_comes_over_ht
         eventually(lambda: _reads(consumers[1], address, others) == "node cache")
 
 
+def test_a_full_one_names_its_own_option(
+    owner: FakeOwner, address: str, path: Path, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Running(path, 1 << 20) as running:
+        put(owner, tensors := batch(1, nbytes=2 << 20))
+        over_http(consumers[0], address, tensors)
+        assert running.cache.cache.buffer_stats()["overflows"] == 0
+    (line, *_) = [one for one in caplog.messages if "is shorter than this run" in one]
+    assert "raise max_bytes (--max-bytes)" in line
+    assert "GPU_CACHE_POOL_BYTES" not in caplog.text
+
+
 def _reads(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tensor]) -> str:
     consumer.read(address, tensors)
     return consumer.transport
@@ -579,7 +681,23 @@ def test_it_leaves_no_link_behind(path: Path) -> None:
         assert path.is_symlink()
     assert not path.is_symlink()
     assert not os.path.exists(socket_path)
+    assert running._lock == -1, "a forked child would close a later file of that number"
     running.stop()
+
+
+def test_the_program_says_what_it_cannot_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "readable_on", lambda *_: contextlib.nullcontext())
+    for arguments, said in (
+        (["--path", str(path), "--max-bytes", "1"], "max_bytes=1: must be at least 512"),
+        (["--path", ""], "name a path by --path"),
+        (["--path", str(path / "missing" / "x")], "No such file or directory"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            module.main(arguments)
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("said", ["", "0", "no", "False"])

@@ -36,6 +36,7 @@ class SimDevice(SimHost):
     """
 
     torch_device = torch.device("cpu")
+    hard_limit = ""
     stages = True
 
     def __init__(self, seed: int = 0, num_pooled: int = 3) -> None:

@@ -8,7 +8,7 @@ import importlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -269,14 +269,14 @@ class HttpSource:
         self._requester, self._settings, self._shards, self._expected = requester, settings, shards, expected
         self._memories = memories
 
-    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
+    def open(self, keys: Sequence[Hashable], timeout_s: float) -> list[HttpReader | SameHostReader]:
         """One reader for each node; connects at its first read."""
         by_node: dict[str, list[Hashable]] = {}
         for key in keys:
             by_node.setdefault(self._shards[key].node_addr, []).append(key)
         return [self._reader(node, wanted, timeout_s) for node, wanted in by_node.items()]
 
-    def _reader(self, node: str, wanted: Sequence[Hashable], timeout_s: float) -> ShardReader:
+    def _reader(self, node: str, wanted: Sequence[Hashable], timeout_s: float) -> HttpReader | SameHostReader:
         requester = self._requester(node, FETCH, timeout_s)
         reader = HttpReader(wanted, self._expected, requester, self._settings)
         if self._memories is None:

@@ -100,7 +100,7 @@ class Told(NamedTuple):
         records: One for each shard, in the order asked for.
         segments: Number, length and descriptor of new ones. The receiver closes the descriptors.
         alive: Numbers of all its segments.
-        removals: How often it has removed shards.
+        removals: How often it has removed shards; UNKNOWN_COUNT of a node cache that does not know.
     """
 
     records: bytes

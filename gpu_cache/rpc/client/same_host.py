@@ -33,6 +33,7 @@ from gpu_cache.rpc.wire.records import (
     FETCH,
     FETCH_FOR,
     MAX_IDS,
+    UNKNOWN_COUNT,
     Found,
     boot_id,
     joined_ids,
@@ -237,9 +238,10 @@ class SameHostReader:
         if not way.is_proxy:
             self._node.note(connection.incarnation)
         told = connection.ask(text, len(wanted), self._deadline, FETCH_FOR if way.is_proxy else FETCH)
-        self._node.note_removals(str(told.removals))
-        segments = self._memories.segments(way.path, told)
+        segments = self._memories.segments(way.path, told)  # first: it closes the descriptors that came
         self._memories.forget(way.path, told.alive)
+        if told.removals != UNKNOWN_COUNT:
+            self._node.note_removals(str(told.removals))
         try:
             with no_collections:
                 answer = parse_records(told.records, wanted)

@@ -91,7 +91,7 @@ class Located(NamedTuple):
     Attributes:
         records: One for each, in the order asked for.
         held: Keep the shards where they are.
-        removals: How often their owner has removed shards.
+        removals: How often their owner has removed shards; UNKNOWN_COUNT where that was not asked.
     """
 
     records: bytes
