@@ -26,7 +26,7 @@ from typing import Any
 SCRIPTS = Path(__file__).resolve().parent
 START_S = 300.0
 # Whole, and parts of which AReaL's JSON takes about a second.
-FRACTIONS = {"W1": 1.0, "W2": 0.25, "W3": 0.25}
+FRACTIONS = {"rollout": 1.0, "distillation": 0.25, "vision": 0.25}
 MESSAGE_FRACTION = 0.02
 
 

@@ -59,7 +59,7 @@ class Extent:
         plan: Rounds of a workload.
         only: Patterns of the rows that are run.
         json_bytes: The JSON form is slow: so many bytes of a workload are fetched in it, and the seconds scaled.
-        sizes: Of W4.
+        sizes: Numbers of entries of the workload scale.
     """
 
     fraction: float
@@ -79,7 +79,11 @@ _LARGE = (
     "samehost/cold",
     *("pinned_peak", "*/pipeline", "upstream_*"),
 )
-_ROWS_OF = {"W2": _LARGE, "W3": _LARGE, "W5": ("raw*", "memcpy", "defaults/cold*", "defaults/step*", "samehost/cold*")}
+_ROWS_OF = {
+    "distillation": _LARGE,
+    "vision": _LARGE,
+    "images": ("raw*", "memcpy", "defaults/cold*", "defaults/step*", "samehost/cold*"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,7 +167,7 @@ def _time(workload: Workload, extent: Extent, device: str, console: Console) -> 
             _trainers(workload, owner, device) as trainers,
             open_paths(workload, owner, trainers, original, extent.json_bytes) as (paths, part),
         ):
-            if workload.name == "W1":
+            if workload.name == "rollout":
                 paths += variants(hit_paths(workload, trainers.defaults), trainers.tuned.device)
             if trainers.tuned.device != "cpu":
                 paths += gpu_paths(workload, trainers, original, part)
@@ -177,7 +181,7 @@ def _time(workload: Workload, extent: Extent, device: str, console: Console) -> 
 
 
 def _time_scale(extent: Extent, console: Console) -> list[dict[str, Any]]:
-    """The rows of W4."""
+    """The rows of the workload scale."""
     with _progress(scale.NAME, console) as advance:
         figures = scale.run(extent.sizes, extent.plan, advance)
     console.print(report.scale_table(figures))
@@ -243,7 +247,7 @@ def _extent(options: argparse.Namespace) -> Extent:
     extent: Extent = QUICK if options.quick else FULL
     plan = Plan(options.rounds, options.rounds, 0) if options.rounds else extent.plan
     fraction = options.fraction or extent.fraction
-    # Of a fraction of W4 too the smallest size is left, which the growth is taken over.
+    # A fraction of scale keeps the smallest size, over which the growth is taken.
     sizes = [number for number in extent.sizes if number <= max(scale.SIZES[0], fraction * scale.SIZES[-1])]
     return Extent(fraction, plan, extent.json_bytes, sizes, options.only)
 
@@ -257,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--workload", type=_names, default=list(_ALL_NAMES), help='such as "W1,W4" (default: all)')
+    parser.add_argument(
+        "--workload", type=_names, default=list(_ALL_NAMES), help='such as "rollout,scale" (default: all)'
+    )
     parser.add_argument(
         "--only",
         type=lambda text: text.split(","),

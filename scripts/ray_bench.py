@@ -172,7 +172,7 @@ def _run(ray: Any, workload: Workload, options: argparse.Namespace, placement: d
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", default=["W1", "W2"], help="default: %(default)s")
+    parser.add_argument("--workloads", nargs="+", default=["rollout", "distillation"], help="default: %(default)s")
     parser.add_argument("--fraction", type=float, default=1.0, help="of each workload (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--nodes", type=int, choices=[1, 2], default=1, help="default: %(default)s")

@@ -26,19 +26,27 @@ _TEXT, _LINES = "#24292F", "#D8DEE4"
 # The shortest bar and the lowest mark are at so many times the value where the axis begins: numbers fit before them.
 _ROOM = 4
 
-_WORKLOADS = {"W1": ("many small shards", _BLUE), "W2": ("top-64 logits", _ORANGE), "W3": ("pixel values", _GREEN)}
+_WORKLOADS = {
+    "rollout": ("small shards", _BLUE),
+    "distillation": ("logits", _ORANGE),
+    "vision": ("pixels", _GREEN),
+}
 _ARRIVALS = {
     "raw": "raw socket",
-    "tuned/cold": "localize, preallocated",
-    "defaults/cold": "localize, at defaults",
-    "defaults/cold+torch": "beside busy torch",
-    "defaults/cold+python": "beside busy Python",
+    "tuned/cold": "preallocated",
+    "tuned/cold+torch": "with busy torch",
+    "tuned/cold+python": "with busy Python",
+    "defaults/cold": "at defaults",
+    "defaults/cold+torch": "defaults, busy torch",
+    "defaults/cold+python": "defaults, busy Python",
     "json": "AReaL's JSON",
 }
 _SHARD_COSTS = {
     "json": "AReaL's JSON",
-    "defaults/cold": "localize, cold",
-    "defaults/warm": "localize, cached",
+    "tuned/cold": "cold, preallocated",
+    "tuned/warm": "cached, preallocated",
+    "defaults/cold": "cold, at defaults",
+    "defaults/warm": "cached, at defaults",
     "defaults/warm+python": "cached, busy Python",
     "defaults/localized": "localized before",
 }
@@ -61,16 +69,17 @@ def _draw_arrivals(axes: Axes, rows: Sequence[Row]) -> None:
     rates = {(row["workload"], row["path"]): row["gb_per_s"] for row in rows if row["gb_per_s"]}
     shown = [name for name in _WORKLOADS if any(workload == name for workload, _ in rates)]
     height = 0.8 / max(1, len(shown))
-    for place, path in enumerate(_ARRIVALS):
+    measured = [path for path in _ARRIVALS if any((workload, path) in rates for workload in shown)]
+    for place, path in enumerate(measured):
         for number, workload in enumerate(shown):
             if (rate := rates.get((workload, path))) is not None:
                 at = place + (number - (len(shown) - 1) / 2) * height
                 axes.barh(at, rate, height * 0.92, color=_WORKLOADS[workload][1], alpha=0.55 if path == "raw" else 1)
                 _mark(axes, _arrival_limits(workload, path, rates), at, height)
-                _label(axes, rate, at, _TEXT if path == "raw" or workload == "W2" else "white")
+                _label(axes, rate, at, _TEXT if path == "raw" or workload == "distillation" else "white")
     for workload in shown:
-        axes.barh([0], [0], color=_WORKLOADS[workload][1], label=f"{workload} {_WORKLOADS[workload][0]}")
-    _finish_bars(axes, "A batch arrives: GB/s over loopback, tensors in hand", list(_ARRIVALS.values()), 5)
+        axes.barh([0], [0], color=_WORKLOADS[workload][1], label=f"{workload}: {_WORKLOADS[workload][0]}")
+    _finish_bars(axes, "localize over loopback: GB/s, tensors in hand", [_ARRIVALS[path] for path in measured], 5)
 
 
 def _arrival_limits(workload: str, path: str, rates: Mapping[tuple[str, str], float]) -> Limits:
@@ -83,15 +92,15 @@ def _arrival_limits(workload: str, path: str, rates: Mapping[tuple[str, str], fl
 
 
 def _draw_shard_costs(axes: Axes, rows: Sequence[Row]) -> None:
-    """Microseconds per shard of W1."""
-    costs = {row["path"]: row["us_per_shard"] for row in rows if row["workload"] == "W1" and row["us_per_shard"]}
-    goals = {f"defaults/{name}": f"W1 {name}" for name in ("cold", "warm", "localized")}
-    for place, path in enumerate(_SHARD_COSTS):
-        if path in costs:
-            axes.barh(place, costs[path], 0.6, color=_GREY if path == "json" else _BLUE)
-            _mark(axes, _limits(_TARGETS[f"{goals[path]}, us per shard"]) if path in goals else _NO_LIMITS, place, 0.72)
-            _label(axes, costs[path], place, "white")
-    _finish_bars(axes, "W1: µs per shard, shorter is better", list(_SHARD_COSTS.values()), 2)
+    """Microseconds per shard of the workload rollout."""
+    costs = {row["path"]: row["us_per_shard"] for row in rows if row["workload"] == "rollout" and row["us_per_shard"]}
+    goals = {f"defaults/{name}": f"rollout {name}" for name in ("cold", "warm", "localized")}
+    measured = [path for path in _SHARD_COSTS if path in costs]
+    for place, path in enumerate(measured):
+        axes.barh(place, costs[path], 0.6, color=_GREY if path == "json" else _BLUE)
+        _mark(axes, _limits(_TARGETS[f"{goals[path]}, us per shard"]) if path in goals else _NO_LIMITS, place, 0.72)
+        _label(axes, costs[path], place, "white")
+    _finish_bars(axes, "rollout: µs a shard", [_SHARD_COSTS[path] for path in measured], 2)
 
 
 def _draw_growth(axes: Axes, rows: Sequence[Row]) -> None:
@@ -106,14 +115,19 @@ def _draw_growth(axes: Axes, rows: Sequence[Row]) -> None:
             label = f"index, {operation}" if structure == "index" else ("a bare dict" if operation == "hit" else None)
             if line:
                 axes.plot(*zip(*line, strict=True), style, color=colour, label=label, markersize=3.5, linewidth=1.6)
-        target = _TARGETS[f"W4 index, us per {operation}"]
+        target = _TARGETS[f"scale index, us per {operation}"]
         axes.plot([scale.SIZES[-1]], [target.wanted], "_", color=colour, markersize=14, markeredgewidth=2.5)
     axes.plot([], [], "_", color=_TEXT, markersize=11, markeredgewidth=2.5, label="target")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(scale.SIZES, ["1,000", "10,000", "100,000", "1 million"])
     _finish(
-        axes, "W4: µs per entry, by their number", axes.yaxis, loc="upper left", bbox_to_anchor=(-0.05, -0.06), ncols=3
+        axes,
+        "scale: µs an entry, by number",
+        axes.yaxis,
+        loc="upper left",
+        bbox_to_anchor=(-0.05, -0.06),
+        ncols=3,
     )
 
 

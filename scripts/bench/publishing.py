@@ -15,7 +15,7 @@ import torch
 from bench.exactness import BenchError
 from gpu_cache import CacheConfig, TensorCache
 
-NUM_ENTRIES = 3072  # W1
+NUM_ENTRIES = 3072  # as many as the workload rollout has
 _SHARED = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where reports go by default
 _THREAD = "gpu-cache-publish"
 _STEP_S = 10.0  # a clear each: one more report, soon after it

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench import scale
 from bench.targets import Verdict
 from bench.workloads import Workload
 
@@ -63,7 +64,7 @@ def machine(device: str) -> str:
 
 
 def workload_table(workloads: Sequence[Workload], sizes: Sequence[int] = ()) -> Table:
-    """What travels; and of W4, where nothing does, the numbers of entries."""
+    """What travels; for scale, where nothing does, the numbers of entries."""
     table = Table(title="Workloads", title_justify="left")
     for heading in ("", "what", "tensors of a trajectory"):
         table.add_column(heading)
@@ -82,7 +83,7 @@ def workload_table(workloads: Sequence[Workload], sizes: Sequence[int] = ()) -> 
             *(_bytes(lengths[at]) for at in (0, len(lengths) // 2, -1)),
         )
     if sizes:
-        table.add_row("W4", "scale: index, free list", f"none: {sizes[0]:,} to {sizes[-1]:,} entries")
+        table.add_row(scale.NAME, "index, free list", f"none: {sizes[0]:,} to {sizes[-1]:,} entries")
     return table
 
 
@@ -105,7 +106,7 @@ def result_table(workload: Workload, rows: Sequence[Row]) -> Table:
     parts = [row for row in quiet if row["measured_bytes"] < workload.nbytes]
     caption = ", ".join(f"* run on {row['measured_bytes'] / 1e6:.0f} MB, seconds scaled" for row in parts)
     size = f"{workload.nbytes / 1e6:.1f} MB, median of {rows[0]['num_rounds']} rounds"
-    title = f"{workload.name} {workload.title}, {size}"
+    title = f"{workload.name}: {workload.title}, {size}"
     table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     table.add_column("path", no_wrap=True)
     for heading in _HEADINGS:
@@ -117,7 +118,7 @@ def result_table(workload: Workload, rows: Sequence[Row]) -> Table:
 
 def beside_table(workload: Workload, rows: Sequence[Row]) -> Table:
     """The same paths beside busy threads."""
-    table = Table(title=f"{workload.name} {workload.title}: beside a busy thread", title_justify="left")
+    table = Table(title=f"{workload.name}: {workload.title}, beside a busy thread", title_justify="left")
     table.add_column("path", no_wrap=True)
     for heading in ("ms", "x quiet", "lost", "stall, ms", "slabs"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -132,7 +133,7 @@ def beside_table(workload: Workload, rows: Sequence[Row]) -> Table:
 
 def device_table(workload: Workload, rows: Sequence[Row]) -> Table:
     """What only a device with memory of its own has."""
-    table = Table(title=f"{workload.name} {workload.title}: the device", title_justify="left")
+    table = Table(title=f"{workload.name}: {workload.title}, the device", title_justify="left")
     table.add_column("path")
     for heading in ("x pinned_peak", "x upstream", "new blocks", "memory beyond the pool"):
         table.add_column(heading, justify="right")
@@ -149,9 +150,9 @@ def device_table(workload: Workload, rows: Sequence[Row]) -> Table:
 
 
 def scale_table(rows: Sequence[Row]) -> Table:
-    """W4: a line for each structure and operation."""
+    """A line for each structure and operation."""
     sizes = sorted({row["num_entries"] for row in rows})
-    table = Table(title=f"W4 scale, median of {rows[0]['num_rounds']} rounds, us per entry", title_justify="left")
+    table = Table(title=f"scale, median of {rows[0]['num_rounds']} rounds, us per entry", title_justify="left")
     table.add_column("")
     for heading in (*(f"{number:,}" for number in sizes), "growth", "by the dict's"):
         table.add_column(heading, justify="right")

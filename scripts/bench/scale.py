@@ -1,4 +1,4 @@
-"""W4: the index and the free list alone, up to a million entries in random order, beside a bare dict."""
+"""The workload scale: index and free list alone, up to a million entries in random order; beside it a bare dict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.freelist import FreeList
 
-NAME = "W4"
+NAME = "scale"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 OPERATIONS = ("hit", "insert", "clear")
 # So many entries a call: those of a step's batch.

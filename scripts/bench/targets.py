@@ -13,7 +13,7 @@ from bench.paths import GET_MANY_HITS, LOCALIZE_HITS
 
 PAGE_BYTES = mmap.PAGESIZE
 Row = Mapping[str, Any]
-Rows = Mapping[tuple[str, str], Row]  # by workload and path; of W4 the rows of a million entries
+Rows = Mapping[tuple[str, str], Row]  # by workload and path; for scale the rows of a million entries
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,11 @@ def _summed(prefix: str, key: str) -> Callable[[Rows], float | None]:
 
 def _most_faults(rows: Rows) -> float | None:
     """Page faults of a step, by the pages of its batch, where batches are large; those of Python are among them."""
-    steps = [rows[workload, "defaults/step"] for workload in ("W2", "W3", "W5") if (workload, "defaults/step") in rows]
+    steps = [
+        rows[workload, "defaults/step"]
+        for workload in ("distillation", "vision", "images")
+        if (workload, "defaults/step") in rows
+    ]
     return max((row["page_faults"] * PAGE_BYTES / row["measured_bytes"] for row in steps), default=None)
 
 
@@ -138,45 +142,55 @@ def _milliseconds(workload: str, path: str) -> Callable[[Rows], float | None]:
 COLD, WARM, STEP = "defaults/cold", "defaults/warm", "defaults/step"
 SAME_HOST_COLD = "samehost/cold"
 HOST_TARGETS = [
-    Target("W3 cold, of raw", _figure("W3", COLD, "ratio_raw"), 0.8, 0.95, is_floor=True),
-    Target("W2 cold, of raw", _figure("W2", COLD, "ratio_raw"), 0.75, 0.9, is_floor=True),
-    Target("W3 same host, of memcpy", _figure("W3", SAME_HOST_COLD, "ratio_memcpy"), 0.78, 0.85, is_floor=True),
-    Target("W2 same host, of memcpy", _figure("W2", SAME_HOST_COLD, "ratio_memcpy"), 0.65, is_floor=True),
-    Target("W1 same host, us per shard", _figure("W1", SAME_HOST_COLD, "us_per_shard"), 7.5),
-    Target("W1 same host, us for one shard", _figure("W1", "samehost/one", "us_per_shard"), 100),
-    Target("W3 cold, CPU s per GB, client", _figure("W3", COLD, "cpu_s_per_gb_client"), 0.15, 0.12),
-    Target("W1 cold, us per shard", _figure("W1", COLD, "us_per_shard"), 10, 6),
-    Target("W1 warm, us per shard", _figure("W1", WARM, "us_per_shard"), 1.0, 0.6),
-    Target("W1 localized, us per shard", _figure("W1", "defaults/localized", "us_per_shard"), 0.5, 0.3),
-    Target("W1 hits of a flat list, times AReaL's", _figure("W1", LOCALIZE_HITS, "times_reference"), 2, 1),
-    Target("W1 hits by get_many, times AReaL's", _figure("W1", GET_MANY_HITS, "times_reference"), 2, 1),
-    Target("W1 warm beside Python, times quiet", _figure("W1", f"{WARM}+python", "times_quiet"), 3, 1.5),
-    Target("W1 cold beside Python, times quiet", _figure("W1", f"{COLD}+python", "times_quiet"), 3, 2),
-    Target("W5 cold beside Python, times quiet", _figure("W5", f"{COLD}+python", "times_quiet"), 1.5, 1.2),
+    Target("vision cold, of raw", _figure("vision", COLD, "ratio_raw"), 0.8, 0.95, is_floor=True),
+    Target("distillation cold, of raw", _figure("distillation", COLD, "ratio_raw"), 0.75, 0.9, is_floor=True),
+    Target("vision same host, of memcpy", _figure("vision", SAME_HOST_COLD, "ratio_memcpy"), 0.78, 0.85, is_floor=True),
     Target(
-        "W5 same host beside Python, times quiet", _figure("W5", f"{SAME_HOST_COLD}+python", "times_quiet"), 1.5, 1.2
+        "distillation same host, of memcpy",
+        _figure("distillation", SAME_HOST_COLD, "ratio_memcpy"),
+        0.65,
+        is_floor=True,
     ),
-    Target("W5 step, stall of busy Python, ms", _figure("W5", f"{STEP}+python", "stall_ms"), 6, 2),
-    Target("W5 step, stall of busy torch, ms", _figure("W5", f"{STEP}+torch", "stall_ms"), 6, 2),
+    Target("rollout same host, us per shard", _figure("rollout", SAME_HOST_COLD, "us_per_shard"), 7.5),
+    Target("rollout same host, us for one shard", _figure("rollout", "samehost/one", "us_per_shard"), 100),
+    Target("vision cold, CPU s per GB, client", _figure("vision", COLD, "cpu_s_per_gb_client"), 0.15, 0.12),
+    Target("rollout cold, us per shard", _figure("rollout", COLD, "us_per_shard"), 10, 6),
+    Target("rollout warm, us per shard", _figure("rollout", WARM, "us_per_shard"), 1.0, 0.6),
+    Target("rollout localized, us per shard", _figure("rollout", "defaults/localized", "us_per_shard"), 0.5, 0.3),
+    Target("rollout hits of a flat list, times AReaL's", _figure("rollout", LOCALIZE_HITS, "times_reference"), 2, 1),
+    Target("rollout hits by get_many, times AReaL's", _figure("rollout", GET_MANY_HITS, "times_reference"), 2, 1),
+    Target("rollout warm beside Python, times quiet", _figure("rollout", f"{WARM}+python", "times_quiet"), 3, 1.5),
+    Target("rollout cold beside Python, times quiet", _figure("rollout", f"{COLD}+python", "times_quiet"), 3, 2),
+    Target("images cold beside Python, times quiet", _figure("images", f"{COLD}+python", "times_quiet"), 1.5, 1.2),
+    Target(
+        "images same host beside Python, times quiet",
+        _figure("images", f"{SAME_HOST_COLD}+python", "times_quiet"),
+        1.5,
+        1.2,
+    ),
+    Target("images step, stall of busy Python, ms", _figure("images", f"{STEP}+python", "stall_ms"), 6, 2),
+    Target("images step, stall of busy torch, ms", _figure("images", f"{STEP}+torch", "stall_ms"), 6, 2),
     Target("steps, slabs taken or given back", _summed(STEP, "num_slabs"), 0),
     # The interpreter's own memory faults too: under 0.02 of the pages of these batches.
-    Target("W2, W3, W5 step, faults by its pages", _most_faults, 0.02, wanted_words="none of slabs"),
-    Target("W3 cold, CPU s per GB, owner", _figure("W3", COLD, "cpu_s_per_gb_server"), 0.2, 0.15),
-    Target("W3 cold, busy Python loses, %", _figure("W3", f"{COLD}+python", "lost_percent"), 15, 5),
+    Target("large batches' step, faults by its pages", _most_faults, 0.02, wanted_words="none of slabs"),
+    Target("vision cold, CPU s per GB, owner", _figure("vision", COLD, "cpu_s_per_gb_server"), 0.2, 0.15),
+    Target("vision cold, busy Python loses, %", _figure("vision", f"{COLD}+python", "lost_percent"), 15, 5),
     # Beyond staging, which is there already, only the tensors' own objects are left: under 0.02 of these payloads.
-    Target("W2 cold, client memory by payload", _growth("W2"), 0.02, wanted_words="staging only"),
-    Target("W3 cold, client memory by payload", _growth("W3"), 0.02, wanted_words="staging only"),
+    Target("distillation cold, client memory by payload", _growth("distillation"), 0.02, wanted_words="staging only"),
+    Target("vision cold, client memory by payload", _growth("vision"), 0.02, wanted_words="staging only"),
     Target("tuned rows, allocations", _summed("tuned/", "num_allocations"), 0),
-    Target("W4 index, us per hit", _figure("W4", "index_hit", "us_per_shard"), 2.5, 1.5),
-    Target("W4 index, us per insert", _figure("W4", "index_insert", "us_per_shard"), 5, 4),
-    Target("W4 index, us per clear", _figure("W4", "index_clear", "us_per_shard"), 3, 2),
-    Target("W4 index, growth by the dict's", _most_growth("index"), 2),
-    Target("W4 free list, growth by the dict's", _most_growth("freelist"), 2),
+    Target("scale index, us per hit", _figure("scale", "index_hit", "us_per_shard"), 2.5, 1.5),
+    Target("scale index, us per insert", _figure("scale", "index_insert", "us_per_shard"), 5, 4),
+    Target("scale index, us per clear", _figure("scale", "index_clear", "us_per_shard"), 3, 2),
+    Target("scale index, growth by the dict's", _most_growth("index"), 2),
+    Target("scale free list, growth by the dict's", _most_growth("freelist"), 2),
 ]
 _PIPELINE = f"defaults/{PIPELINE}"
 DEVICE_TARGETS = [
-    Target("W3 pipeline, of the pinned peak", _figure("W3", _PIPELINE, "ratio_pinned"), 0.85, 0.95, is_floor=True),
-    Target("W1 pipeline, us per shard", _figure("W1", _PIPELINE, "us_per_shard"), 12),
-    Target("W1 get and clear of 30 shards, ms", _milliseconds("W1", f"defaults/{FEW}"), 2),
-    Target("W1 cold, times upstream_cold", _figure("W1", COLD, "ratio_upstream"), 10, 20, is_floor=True),
+    Target(
+        "vision pipeline, of the pinned peak", _figure("vision", _PIPELINE, "ratio_pinned"), 0.85, 0.95, is_floor=True
+    ),
+    Target("rollout pipeline, us per shard", _figure("rollout", _PIPELINE, "us_per_shard"), 12),
+    Target("rollout get and clear of 30 shards, ms", _milliseconds("rollout", f"defaults/{FEW}"), 2),
+    Target("rollout cold, times upstream_cold", _figure("rollout", COLD, "ratio_upstream"), 10, 20, is_floor=True),
 ]

@@ -134,9 +134,9 @@ _VISION: Layout = {"pixel_values": (torch.float32, _patches), "input_ids": (torc
 _IMAGES: Layout = {"pixel_values": (torch.float32, _patches)}
 
 _CATALOGUE: dict[str, tuple[str, Callable[[np.random.Generator], np.ndarray], Layout]] = {
-    "W1": ("rollout: many small shards", _rollout_lengths, _ROLLOUT),
-    "W2": ("distillation: top-64 logits", _distillation_lengths, _DISTILLATION),
-    "W3": ("vision: pixel values", _vision_lengths, _VISION),
-    "W5": ("images: equal shards of 5.6 MB", _image_lengths, _IMAGES),
+    "rollout": ("many small shards", _rollout_lengths, _ROLLOUT),
+    "distillation": ("top-64 logits", _distillation_lengths, _DISTILLATION),
+    "vision": ("pixel values", _vision_lengths, _VISION),
+    "images": ("equal shards of 5.6 MB", _image_lengths, _IMAGES),
 }
 NAMES = tuple(_CATALOGUE)

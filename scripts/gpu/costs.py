@@ -29,8 +29,11 @@ from tests.support.sources import DictSource
 _COPIED = 256  # of the rig's MiB
 _PIECES = (16, 1, 1 / 16)  # likewise
 _MOST_PIECES = 256  # copied in a round
-_LARGE = (11, 64)  # number of shards, and of the rig's MiB in each: as many bytes as a batch of the benchmark's W3
-_SMALL = (3072, 9216)  # the same in bytes: W1
+_LARGE = (
+    11,
+    64,
+)  # number of shards, and of the rig's MiB in each: as many bytes as a batch of the benchmark's workload vision
+_SMALL = (3072, 9216)  # the same in bytes: its workload rollout
 _ROUNDS = 5
 _NUM_STREAMS = 129  # that torch deals out, and the default one
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from gpu_cache import FetchError
+from gpu_cache.rpc import node_cache
 from gpu_cache.rpc.client import memory, same_host
+from gpu_cache.rpc.segments import node_cache_path
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/transports.md").read_text()
@@ -50,3 +53,17 @@ def test_the_reasons_in_the_docs_are_those_of_the_code() -> None:
     for words in ("cannot be reached from here", "is another user's", "no descriptor left", "offers no shared memory"):
         assert words in TEXT
         assert words in code
+
+
+def test_the_systemd_unit_serves_where_the_page_sends_its_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = (ROOT / "scripts/systemd/gpu-cache-node-cache.service").read_text()
+    (command,) = re.findall(r"^ExecStart=/usr/bin/env \$\{PYTHON\} -m gpu_cache\.rpc\.node_cache (.*)$", unit, re.M)
+    (default,) = re.findall(r"^Environment=MAX_BYTES=(.*)$", unit, re.M)
+    command = command.replace("%t", "/run/user/7").replace("${MAX_BYTES}", default)
+    served = node_cache._parser().parse_args(shlex.split(command))
+    assert served.max_bytes == node_cache.DEFAULT_MAX_BYTES
+    for text, folder in ((unit, "%t"), (TEXT, "$XDG_RUNTIME_DIR")):
+        said = set(re.findall(r"GPU_CACHE_NODE_CACHE=(\S+/gpu-cache-node-cache)", text))
+        assert {word.replace(folder, "/run/user/7") for word in said} == {served.path}
+    monkeypatch.setenv("GPU_CACHE_NODE_CACHE", served.path)
+    assert node_cache_path() == served.path

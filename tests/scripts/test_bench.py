@@ -26,7 +26,7 @@ from tests.support.bench_rows import KEYS, a_meter, a_path, cost
 
 
 def row_of(course: Course, *others: Course) -> dict[str, Any]:
-    return rows("W1", 10, [course, *others])[0]
+    return rows("rollout", 10, [course, *others])[0]
 
 
 # Rounds.
@@ -84,10 +84,10 @@ def test_a_path_that_cannot_run_is_left_out_and_its_row_says_why() -> None:
     path = Path.unavailable("areal/own_hits", "not here")
     assert variants([path], "cpu") == [path]
     assert run_rounds([path], Plan(1, 1, 0), a_meter(), lambda name: None) == []
-    row = skipped_row("W1", path)
+    row = skipped_row("rollout", path)
     assert row.keys() == row_of(Course(a_path(), 0, [cost(1)])).keys()
     assert {key: value for key, value in row.items() if value is not None} == {
-        "workload": "W1", "path": "areal/own_hits", "skipped": "not here"
+        "workload": "rollout", "path": "areal/own_hits", "skipped": "not here"
     }  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_a_busy_row_is_compared_with_the_quiet_one_of_the_same_round() -> None:
 def test_hits_are_compared_with_the_reference_beside_the_same_thread() -> None:
     names = ["defaults/hits+torch", "defaults/warm+torch", "areal/hits+torch", "areal/hits"]
     courses = [Course(a_path(name), 0, [cost(seconds)]) for name, seconds in zip(names, (6, 6, 3, 1), strict=True)]
-    assert [row["times_reference"] for row in rows("W1", 10, courses)] == [2, None, None, None]
+    assert [row["times_reference"] for row in rows("rollout", 10, courses)] == [2, None, None, None]
 
 
 # The thread beside.

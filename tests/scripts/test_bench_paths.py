@@ -28,7 +28,7 @@ from tests.support.bench_rows import DEVICE_PATHS, HIT_PATHS, a_meter
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    return make_workload("W1", 3 / 512)
+    return make_workload("rollout", 3 / 512)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def device_paths(workload: Workload, trainers: Trainers) -> dict[str, Path]:
 def test_paths_of_a_gpu_bring_the_right_bytes(device_paths: dict[str, Path], workload: Workload) -> None:
     assert list(device_paths) == DEVICE_PATHS
     courses = run_rounds(list(device_paths.values()), Plan(2, 2, 0), a_meter(), lambda name: None)
-    found = {row["path"]: row for row in rows("W1", workload.nbytes, courses)}
+    found = {row["path"]: row for row in rows("rollout", workload.nbytes, courses)}
     assert all(row["ratio_pinned"] > 0 for path, row in found.items() if path != "defaults/get_clear_30")
     assert found["upstream_cold"]["measured_bytes"] < workload.nbytes == found["tuned/pipeline"]["measured_bytes"]
 

@@ -1,4 +1,4 @@
-"""The benchmark's targets, tables and chart, and W4."""
+"""The benchmark's targets, tables and chart, and its workload scale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.workloads import make_workload
 
 from tests.support.bench_rows import KEYS, full_rows
 
-FLOOR = Target("more", lambda rows: rows["W3", "cold"]["ratio_raw"], 0.8, 0.9, is_floor=True)
+FLOOR = Target("more", lambda rows: rows["vision", "cold"]["ratio_raw"], 0.8, 0.9, is_floor=True)
 CEILING = dataclasses.replace(FLOOR, what="less", is_floor=False, wanted=8, stretch=4)
 NOTHING = Target("nothing", lambda rows: 3, 0)
 
@@ -61,12 +61,12 @@ def test_a_row_that_was_not_run_has_no_figures() -> None:
 
 
 def test_tables_show_targets_beside_figures_and_rows_that_need_a_gpu() -> None:
-    found, workload = full_rows(), make_workload("W1", 1 / 512)
-    own = [row for row in found if row["workload"] == "W1"]
-    own += [skipped_row("W1", Path.unavailable("own", "not here"))]
+    found, workload = full_rows(), make_workload("rollout", 1 / 512)
+    own = [row for row in found if row["workload"] == "rollout"]
+    own += [skipped_row("rollout", Path.unavailable("own", "not here"))]
     console = Console(width=120, file=io.StringIO())
     report.print_workload(console, workload, own, is_host=False)
-    console.print(report.scale_table([row for row in found if row["workload"] == "W4"]))
+    console.print(report.scale_table([row for row in found if row["workload"] == "scale"]))
     console.print(report.target_table(targets.verdicts(found, is_host=False)))
     text = console.file.getvalue()
     words = ("defaults/cold+torch", "x quiet", "pinned_peak", "1,000,000", "wanted", "missed", "own was not run: not")
@@ -75,12 +75,12 @@ def test_tables_show_targets_beside_figures_and_rows_that_need_a_gpu() -> None:
 
 
 def test_a_run_of_single_rows_shows_the_targets_that_they_measure() -> None:
-    found = [row for row in full_rows() if (row["workload"], row["path"]) == ("W1", "defaults/warm")]
+    found = [row for row in full_rows() if (row["workload"], row["path"]) == ("rollout", "defaults/warm")]
     table = report.target_table(targets.verdicts(found, is_host=True), only_measured=True)
-    assert list(table.columns[0].cells) == ["W1 warm, us per shard"]
+    assert list(table.columns[0].cells) == ["rollout warm, us per shard"]
 
 
-# W4.
+# The workload scale.
 
 
 def test_the_index_and_the_free_list_are_measured_beside_a_dict() -> None:
@@ -108,7 +108,7 @@ def test_the_chart_is_drawn_as_png_and_svg_the_same_each_time(tmp_path: FilePath
     assert b"</svg>" in pictures[0][1]
 
 
-@pytest.mark.parametrize("left_out", ["W1", "W3", "W4"])
+@pytest.mark.parametrize("left_out", ["rollout", "vision", "scale"])
 def test_a_chart_is_drawn_of_the_measurements(left_out: str, tmp_path: FilePath) -> None:
     rows = [row for row in full_rows() if row["workload"] != left_out]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

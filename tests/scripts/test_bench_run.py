@@ -24,9 +24,9 @@ from tests.support.bench_rows import KEYS, paths_of
 
 pytestmark = pytest.mark.scripts
 
-# Five trajectories of W1, a few of the others, up to 10,000 entries.
+# Five trajectories of rollout, a few of the others, up to 10,000 entries.
 SMALL = ["--fraction", "0.01", "--rounds", "1"]
-_WORKLOADS = ["W1", "W3", "W5", "W4"]  # W2 has the rows of W3
+_WORKLOADS = ["rollout", "vision", "images", "scale"]  # distillation has the rows of vision
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +61,11 @@ def check_rows(file: Path, *, on_gpu: bool) -> None:
         assert by_path["defaults/step"]["ratio_raw"] is None
         tuned = [row for path, row in by_path.items() if path.startswith("tuned/")]
         assert [row["path"] for row in tuned if row["num_allocations"] or row["num_slabs"]] == []
-    assert [row["skipped"] for row in found["W1"] if row["path"] == "areal/own_hits"] == ["AReaL is not installed here"]
-    assert {row["num_entries"] for row in found["W4"]} == set(scale.SIZES[:2])
-    assert all(row.keys() >= KEYS for row in found["W4"])
+    assert [row["skipped"] for row in found["rollout"] if row["path"] == "areal/own_hits"] == [
+        "AReaL is not installed here"
+    ]
+    assert {row["num_entries"] for row in found["scale"]} == set(scale.SIZES[:2])
+    assert all(row.keys() >= KEYS for row in found["scale"])
 
 
 def test_the_cost_of_reports_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +78,7 @@ def test_every_path_of_every_workload_has_a_row(tmp_path: Path, capsys: pytest.C
     assert run("--json", str(tmp_path / "new" / "rows.json"), "--workload", ",".join(_WORKLOADS)) == 0
     check_rows(tmp_path / "new" / "rows.json", on_gpu=False)
     said = capsys.readouterr().out
-    assert "W1 rollout" in said
+    assert "rollout: many small shards" in said
     assert "Targets" in said
     assert torch.get_num_threads() > 0
 
@@ -86,7 +88,7 @@ def test_on_a_gpu_there_are_rows_of_its_link_too(tmp_path: Path, capsys: pytest.
     assert run("--json", str(tmp_path / "rows.json"), "--workload", ",".join(_WORKLOADS), device="cuda") == 0
     check_rows(tmp_path / "rows.json", on_gpu=True)
     assert "memory beyond the pool" in capsys.readouterr().out
-    cold = next(row for row in rows_of(tmp_path / "rows.json")["W3"] if row["path"] == "defaults/cold")
+    cold = next(row for row in rows_of(tmp_path / "rows.json")["vision"] if row["path"] == "defaults/cold")
     assert cold["device_growth_bytes"] is not None
     assert cold["ratio_pinned"] > 0
 
@@ -101,19 +103,19 @@ def test_a_step_that_reads_wrong_bits_ends_the_run_and_is_named(
 ) -> None:
     reads = Trainer.reads
     monkeypatch.setattr(Trainer, "reads", staticmethod(lambda handles: map(change_a_bit, reads(handles))))
-    assert run("--workload", "W1", "--only", "defaults/step") == benchmark.EXIT_FAILED
+    assert run("--workload", "rollout", "--only", "defaults/step") == benchmark.EXIT_FAILED
     assert "benchmark: defaults/step: logprobs of trajectory 4" in capsys.readouterr().err
 
 
 def test_single_rows_are_run_and_a_name_that_none_has_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    only = ["--only", "tuned/w*,defaults/warm+torch", "--workload", "W1,W4"]
+    only = ["--only", "tuned/w*,defaults/warm+torch", "--workload", "rollout,scale"]
     assert run(*only, "--json", str(tmp_path / "rows.json")) == 0
     assert {workload: [row["path"] for row in rows] for workload, rows in rows_of(tmp_path / "rows.json").items()} == {
-        "W1": ["defaults/warm+torch", "tuned/warm"]
+        "rollout": ["defaults/warm+torch", "tuned/warm"]
     }
-    assert run("--workload", "W4", "--only", "nothing") == benchmark.EXIT_FAILED
+    assert run("--workload", "scale", "--only", "nothing") == benchmark.EXIT_FAILED
     assert "no row is named nothing" in capsys.readouterr().err
 
 
@@ -127,13 +129,13 @@ def test_a_batch_that_arrives_wrong_beside_a_busy_thread_is_found(
         return change_a_bit(original(handles)) if is_busy else original(handles)
 
     monkeypatch.setattr(RTensor, "localize", staticmethod(localize))
-    assert run("--workload", "W1", "--only", "defaults/cold*") == benchmark.EXIT_FAILED
+    assert run("--workload", "rollout", "--only", "defaults/cold*") == benchmark.EXIT_FAILED
     assert "benchmark: defaults/cold+python: logprobs of trajectory 4" in capsys.readouterr().err
 
 
 def test_a_dead_owner_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Owner, "restore", lambda self: self._process.kill() or self.cpu_seconds())
-    assert run("--workload", "W1") == benchmark.EXIT_FAILED
+    assert run("--workload", "rollout") == benchmark.EXIT_FAILED
     assert "died with exit code -9" in capsys.readouterr().err
 
 
@@ -145,7 +147,7 @@ def test_a_profile_names_functions_of_both_threads(
     py_spy.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(profiling, "_NUM_RUNS", 2)
-    assert run("--workload", "W1,W4", "--profile") == 0
+    assert run("--workload", "rollout,scale", "--profile") == 0
     caller, _, rest = capsys.readouterr().out.partition("The thread that receives")
     receiver, _, sampled = rest.partition("py-spy")
     assert "(_claim_locked)" in caller
@@ -156,7 +158,7 @@ def test_a_profile_names_functions_of_both_threads(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workload", "W9"], "'W9' is none of W1, W2, W3, W5, W4"),
+        (["--workload", "pictures"], "'pictures' is none of rollout, distillation, vision, images, scale"),
         (["--rounds", "0"], "at least 1"),
         (["--fraction", "1.5"], "at most 1"),
         (["--json", "/no/such/folder/rows.json"], "/no/such/folder"),

@@ -41,7 +41,7 @@ DEVICE_PATHS = [
     "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "upstream_cold", "upstream_second",
 ]  # fmt: skip
 _BATCH_PATHS = _beside_each("defaults/cold", "defaults/step", "samehost/cold")
-# Rows of each workload; those of W2 and W3 are the same.
+# Rows of each workload; those of distillation and vision are the same.
 _LARGE_PATHS = [
     *("raw", "memcpy", "json", *_beside_each("defaults/cold"), "defaults/warm", "defaults/clear"),
     *(*_beside_each("defaults/step"), "tuned/cold", "samehost/cold"),
@@ -50,9 +50,9 @@ _LARGE_PATHS = [
 
 def paths_of(workload: str, *, on_gpu: bool = False) -> list[str]:
     """Names of the rows of a workload, in order."""
-    if workload == "W5":
+    if workload == "images":
         return [*_beside_each("raw"), "memcpy", *_BATCH_PATHS]
-    if workload != "W1":
+    if workload != "rollout":
         return _LARGE_PATHS + ([name for name in DEVICE_PATHS if "30" not in name] if on_gpu else [])
     return HOST_PATHS + HIT_PATHS + (DEVICE_PATHS if on_gpu else [])
 
@@ -75,7 +75,7 @@ def cost(seconds: float, **more: Any) -> Cost:
 def full_rows() -> list[dict[str, Any]]:
     """As of a full run on a GPU."""
     found = []
-    for workload in ("W1", "W2", "W3", "W5"):
+    for workload in ("rollout", "distillation", "vision", "images"):
         paths = [_full_path(name) for name in paths_of(workload, on_gpu=True)]
         courses = [
             Course(path, 1, [cost(number * 2.0, **({"lost": 0.1, "stall_s": 0.01} if path.quiet else {}))])
@@ -104,5 +104,5 @@ def _scale_rows() -> list[dict[str, Any]]:
         for size in scale.SIZES:
             figures = {"us_per_shard": size / 1e5, "growth": 2.0, "growth_over_dict": 1.0, "num_rounds": 1}
             path = f"{structure}_{operation}"
-            found.append({"workload": "W4", "path": path, "num_entries": size, "gb_per_s": None, **figures})
+            found.append({"workload": "scale", "path": path, "num_entries": size, "gb_per_s": None, **figures})
     return found
