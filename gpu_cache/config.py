@@ -76,6 +76,11 @@ def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
     return min(found, LONGEST_S)
 
 
+def is_off(text: str | None) -> bool:
+    """Whether the text of a switch, such as a variable's, says no: 0, no, off or false."""
+    return (text or "").strip().lower() in ("0", "no", "off", "false")
+
+
 SizeT = TypeVar("SizeT", int, int | None)
 
 
@@ -279,10 +284,10 @@ def _program() -> str:
 def _switch(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    text = str(value).lower()
-    if text not in ("0", "1", "false", "true", "off", "on", "no", "yes"):
+    text = str(value).strip().lower()
+    if not is_off(text) and text not in ("1", "true", "on", "yes"):
         raise ValueError("must be 0 or 1")
-    return text in ("1", "true", "on", "yes")
+    return not is_off(text)
 
 
 def _named(value: Any) -> str:

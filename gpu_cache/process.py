@@ -114,6 +114,11 @@ class CollectorPause:
             else:
                 self.leave()
 
+    @property
+    def is_entered(self) -> bool:
+        """Whether this thread is inside: entering again would change nothing."""
+        return threading.get_ident() in self._inside
+
     def leave(self) -> None:
         """End this thread's pauses: an exception, as of Ctrl-C, may come between two steps of one."""
         with self._lock:

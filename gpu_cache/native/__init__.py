@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from gpu_cache.config import is_off
+
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("blocks.cpp")
@@ -52,7 +54,7 @@ def load(path: Path) -> Any:
 
 
 def _loaded() -> Any:
-    if (wanted := os.environ.get("GPU_CACHE_NATIVE", "")) == "0":
+    if is_off(wanted := os.environ.get("GPU_CACHE_NATIVE", "")):
         return None
     try:
         path = library()

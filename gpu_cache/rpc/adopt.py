@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
+from gpu_cache.config import is_off
+
 VARIABLE = "GPU_CACHE_AREAL"
 _RTENSOR = "areal.infra.rpc.rtensor"
 _BLUEPRINT = "areal.infra.rpc.guard.data_blueprint"
@@ -340,7 +342,7 @@ def _keep_handles_small(codec: ModuleType) -> None:
 def _handle_codec(codec: ModuleType) -> None:
     """Let AReaL's codec, which looks its two functions up for each value inside, use ours for handles.
 
-    Containers are walked without cyclic collections, which thousands of handles would set off.
+    The outermost container is walked without cyclic collections, which thousands of handles would set off.
     """
     _keep_handles_small(codec)
     ours = importlib.import_module(_OUR_RTENSOR)
@@ -352,14 +354,14 @@ def _handle_codec(codec: ModuleType) -> None:
     def serialize_value(value: Any) -> Any:
         if type(value) is handle_kind and (described := to_json(value)) is not None:
             return described
-        with pause if isinstance(value, _CONTAINERS) else _nothing:
+        with pause if isinstance(value, _CONTAINERS) and not pause.is_entered else _nothing:
             return serialize(value)
 
     @functools.wraps(deserialize)
     def deserialize_value(value: Any) -> Any:
         if type(value) is dict and "class_path" in value and (handle := from_json(value)) is not None:
             return handle
-        with pause if isinstance(value, _CONTAINERS) else _nothing:
+        with pause if isinstance(value, _CONTAINERS) and not pause.is_entered else _nothing:
             return deserialize(value)
 
     codec.__dict__.update(serialize_value=serialize_value, deserialize_value=deserialize_value)
@@ -401,7 +403,7 @@ def _installed() -> _Finder | None:
 
 
 def _is_on(mode: str | None) -> bool:
-    return mode not in (None, "", "0")
+    return bool(mode) and not is_off(mode)
 
 
 def _undo(mode: str | None) -> None:

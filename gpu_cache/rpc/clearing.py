@@ -25,7 +25,6 @@ ClearNode = Callable[[str, list[Any]], Awaitable[Any]]
 # The longest wait for one owner or consumer. A request to an owner over HTTP ends after 10 s by itself.
 DEFAULT_TIMEOUT_S = 30.0
 _NAMED_SHARDS = 8  # how many that are given up a message names
-_MAX_SHARDS_OF_ALL = MAX_IDS  # in one request: an owner's own, and the others behind them
 
 
 class ClearsTogether(threading.local):
@@ -49,7 +48,7 @@ class ClearsTogether(threading.local):
                 self._begun = []
         others = [shard_id for other in begun if other is not shard_ids for shard_id in other]
         together = [*shard_ids, *others]
-        return shard_ids if len(together) > _MAX_SHARDS_OF_ALL else together
+        return shard_ids if len(together) > MAX_IDS else together
 
 
 class SizedId(NamedTuple):

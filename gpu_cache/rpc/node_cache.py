@@ -348,6 +348,7 @@ class Running:
         BlockingIOError: Another one is there.
         OSError: There is no place for its socket.
         ValueError: As for `NodeCache`.
+        RuntimeError: The system has no thread left.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -410,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BlockingIOError:
         print(f"a node cache is at {options.path} already", flush=True)
         return 0
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     with running:
         print(f"listening at {options.path}", flush=True)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_cache.config import is_off
 from gpu_cache.device.hostmem import POPULATE_WRITE, advise, mapped
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
@@ -48,13 +49,13 @@ logger = logging.getLogger(__name__)
 
 def is_wanted(environ: Mapping[str, str] | None = None) -> bool:
     """Whether this process offers its shards in shared memory, and reads those of others there."""
-    return (os.environ if environ is None else environ).get(VARIABLE, "1").strip().lower() not in ("0", "no", "false")
+    return not is_off((os.environ if environ is None else environ).get(VARIABLE))
 
 
 def node_cache_path(environ: Mapping[str, str] | None = None) -> str:
     """Where consumers look for a node cache: a link to its socket. "" for nowhere, the default."""
     said = (os.environ if environ is None else environ).get(NODE_CACHE_VARIABLE, "").strip()
-    if said.lower() in ("", "0", "no", "false"):
+    if not said or is_off(said):
         return ""
     if said.lower() != "auto":
         return said

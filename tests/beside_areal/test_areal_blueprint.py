@@ -300,7 +300,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("setting", "is_frozen"), [(None, True), ("0", False)])
+@pytest.mark.parametrize(("setting", "is_frozen"), [(None, True), ("0", False), ("no", False)])
 def test_the_first_engine_takes_the_heap_out_of_collections(
     setting: str | None, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.config import GIB, MIB, CacheConfig, parse_size, variable
+from gpu_cache.config import GIB, MIB, CacheConfig, is_off, parse_size, variable
 from gpu_cache.pool.block import aligned
 
 
@@ -81,6 +81,23 @@ def test_every_variable_that_the_package_reads_is_known(caplog: pytest.LogCaptur
         dict.fromkeys(named - {variable(field.name) for field in dataclasses.fields(CacheConfig)}, "1")
     )
     assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_no"),
+    [
+        ("0", True),
+        ("no", True),
+        (" Off ", True),
+        ("FALSE", True),
+        (None, False),
+        ("", False),
+        ("1", False),
+        ("n", False),
+    ],
+)
+def test_one_rule_tells_which_text_of_a_switch_says_no(text: str | None, is_no: bool) -> None:
+    assert is_off(text) is is_no
 
 
 def test_a_device_is_refused_in_words() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import gc
 import importlib
 import os
 import pickle
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,8 +22,8 @@ import torch
 import areal.infra.rpc.rpc_server
 import areal.infra.rpc.rtensor
 import areal.infra.rpc.serialization
-from gpu_cache import rpc
-from gpu_cache.rpc import rtensor
+from gpu_cache import process, rpc
+from gpu_cache.rpc import adopt, rtensor
 from gpu_cache.rpc.server import main
 from gpu_cache.rpc.wire import serialization
 
@@ -87,3 +90,44 @@ def test_a_checkout_says_that_it_is_imported_instead_of_an_installed_areal(tmp_p
     done = run("import areal", [str(tmp_path), str(ROOT)], tmp_path)
     assert done.returncode == 0
     assert done.stderr.startswith(f"AReaL 1.2.3 is installed, but {ROOT}/areal/__init__.py is imported instead")
+
+
+def test_the_codec_pauses_the_collector_once_for_nested_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+
+    class Counting(process.CollectorPause):
+        def __enter__(self) -> None:
+            entered.append(1)
+            super().__enter__()
+
+    codec = types.ModuleType("codec")
+
+    def walk(value: Any) -> Any:
+        """As AReaL's codec: it looks its own function up for each value inside."""
+        assert not isinstance(value, list) or not gc.isenabled()
+        return [codec.serialize_value(one) for one in value] if isinstance(value, list) else value
+
+    class SerializedDataclass:
+        @classmethod
+        def from_dataclass(cls, value: Any) -> Any: ...
+
+    codec.__dict__.update(
+        serialize_value=walk,
+        deserialize_value=lambda value: [codec.deserialize_value(one) for one in value] if value else value,
+        SerializedDataclass=SerializedDataclass,
+    )
+    monkeypatch.setattr(process, "no_collections", Counting())
+    adopt._handle_codec(codec)
+    nested = [[1, [2]], [[3]], 4]
+    assert codec.serialize_value(nested) == nested
+    assert codec.deserialize_value([[[]], []]) == [[[]], []]
+    assert len(entered) == 2
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("said", ["", "0", "no", "False", " off "])
+def test_a_variable_that_says_no_leaves_areal_alone(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_CACHE_AREAL", said)
+    assert not adopt.is_asked_for()
+    adopt.start()
+    assert not adopt.is_installed()

@@ -42,7 +42,7 @@ def test_clears_that_begin_together_tell_each_owner_of_all_shards(
     assert told == {"a:1": ["x", "y", "z"], "b:1": ["z", "x", "y"]}
     asyncio.run(clear_together(("a:1", ["w"])))
     assert told["a:1"] == ["w"], "a later step is another"
-    monkeypatch.setattr("gpu_cache.rpc.clearing._MAX_SHARDS_OF_ALL", 2)
+    monkeypatch.setattr("gpu_cache.rpc.clearing.MAX_IDS", 2)
     asyncio.run(clear_together(("a:1", ["x", "y"]), ("b:1", ["z"])))
     assert told == {"a:1": ["x", "y"], "b:1": ["z"]}, "a request has room for so many"
 

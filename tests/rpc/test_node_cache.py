@@ -265,6 +265,56 @@ def test_a_controllers_fan_out_frees_at_once(
     eventually(lambda: len(running.cache.cache) == 0)
 
 
+def test_a_clear_of_many_ids_reaches_it_in_parts_and_odd_ids_keep_none_away(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_FORGOTTEN_AT_ONCE", 4)
+    put(owner, tensors := batch(30, nbytes=10))
+    consumers[0].read(address, tensors)
+    keys = list(tensors)
+    consumers[0].backend.forget([7, *keys[:4], None, ("t",), "a\0b", *keys[4:], b"bytes"])
+    eventually(lambda: kept(running) == set(keys[4:7]))  # those in one part with the id that cannot be in a message
+    consumers[0].read(address, tensors)
+    assert consumers[0].transport == "node cache", "the connection is good"
+
+
+def test_a_clear_ends_with_the_first_part_that_the_socket_does_not_take(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_FORGOTTEN_AT_ONCE", 2)
+    put(owner, tensors := batch(10, nbytes=10))
+    consumers[0].read(address, tensors)
+    sent: list[int] = []
+    monkeypatch.setattr(memory.MemoryConnection, "forget", lambda _, text, number: sent.append(number) or len(sent) < 3)
+    consumers[0].backend.forget(list(tensors))
+    assert sent == [2, 2, 2]
+    assert consumers[0].backend.memories is not None
+    eventually(lambda: consumers[0].backend.memories.stats()["owners"] == 0)  # type: ignore[union-attr]
+
+
+def test_a_callback_that_raises_leaks_no_descriptor(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(address: str) -> None:
+        raise ZeroDivisionError
+
+    put(owner, tensors := batch())
+    consumers[0].read(address, tensors)
+    consumers[0].backend.on_removal = refuse
+    put(owner, others := batch(seed=50))
+    consumers[1].read(address, others)  # by now there are descriptors to send
+    before = len(os.listdir("/proc/self/fd"))
+    clear(address, *others)
+    reader = consumers[2].reader(address, tensors)
+    monkeypatch.setattr(reader._node, "note_removals", refuse)
+    with pytest.raises(ZeroDivisionError):
+        reader.next_specs()
+    reader.close()
+    consumers[2].backend.close()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_each_consumers_clear_drops_what_came_since_the_one_before(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,14 +427,28 @@ def over_http(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tens
 
 
 def test_without_one_shards_come_over_http_and_one_line_says_why(
+    owner: FakeOwner,
+    address: str,
+    consumers: list[Consumer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "gpu_cache.rpc.client.memory")
+    monkeypatch.setattr("gpu_cache.rpc.client.same_host.is_loopback", lambda host: False)
+    put(owner, tensors := batch())
+    over_http(consumers[0], address, tensors)
+    (line,) = caplog.messages
+    assert f"shards of {address} come over HTTP: no node cache at" in line
+
+
+def test_of_an_owner_of_this_host_its_missing_memory_is_the_reason_not_a_missing_node_cache(
     owner: FakeOwner, address: str, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_cache.rpc.client.memory")
     put(owner, tensors := batch())
     over_http(consumers[0], address, tensors)
-    lines = [record.getMessage() for record in caplog.records if "no node cache" in record.getMessage()]
-    assert len(lines) == 1
-    assert f"shards of {address} come over HTTP" in lines[0]
+    (line,) = caplog.messages
+    assert f"shards of {address} come over HTTP: its server offers no shared memory" in line
 
 
 def test_one_that_ends_and_another_that_begins(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import sys
@@ -83,6 +84,41 @@ def test_the_choice_is_made_again_when_ray_is_shut_down(monkeypatch: pytest.Monk
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_a_copy_of_a_cleared_handle_does_not_bring_its_shard_back() -> None:
+    made = ray_objects.RayObject("ray:00aa.1", object(), 2)
+    first, second = (ray_objects.info_of(made, number, "a:1") for number in range(2))
+    ray_objects.clear([first.shard_id])
+    assert copy.deepcopy(first)._object is made
+    assert made.reference_for(0) is None
+    copied = copy.deepcopy(second)
+    assert (copied.shard_id, copied.node_addr) == ("ray:00aa.1/1", "a:1")
+    assert made.reference_for(1) is made.ref is not None
+    num_known, whole = ray_objects.clear([second.shard_id])
+    assert (num_known, len(whole)) == (1, 1), "its last shard went, so the object may go"
+    assert made.ref is None
+
+
+def test_a_handle_that_arrives_after_the_clear_brings_its_shard_back() -> None:
+    made = ray_objects.RayObject("ray:00aa.2", object(), 1)
+    first = ray_objects.info_of(made, 0)
+    ray_objects.clear([first.shard_id])
+    again = ray_objects.Sent(made.name, object(), 1)
+    assert ray_objects.info_of(again, 0)._object is made
+    assert made.reference_for(0) is again.ref
+
+
+def test_the_last_reference_to_an_object_goes_outside_the_lock() -> None:
+    class Reference:
+        def __del__(self) -> None:
+            free.append(not ray_objects._lock.locked())
+
+    free: list[bool] = []
+    info = ray_objects.info_of(ray_objects.RayObject("ray:00aa.3", Reference(), 1), 0)
+    ray_objects.clear([info.shard_id])
+    assert free == [True]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_a_pickled_handle_has_no_tensor_in_it() -> None:
     for dtype in WIRE_DTYPES:
         for shape in [(), (3,), (0, 2), (4, 1, 5)]:

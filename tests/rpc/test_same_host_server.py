@@ -8,6 +8,8 @@ import os
 import socket
 import stat
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ import torch
 from gpu_cache.device.hostmem import mapped
 from gpu_cache.rpc.segments import Segments, socket_folder
 from gpu_cache.rpc.server import same_host
-from gpu_cache.rpc.server.same_host import Limits, SameHostServer
+from gpu_cache.rpc.server.same_host import Limits, Located, SameHostServer
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.records import (
     COUNT,
+    ELSEWHERE,
     FETCH,
+    FETCH_FOR,
     HEADER,
     HELLO,
     MAX_IDS_BYTES,
@@ -31,10 +35,14 @@ from gpu_cache.rpc.wire.records import (
     RELEASE,
     SEGMENT,
     SEGMENTS,
+    UNKNOWN_COUNT,
     Answer,
     Header,
+    Proxied,
     joined_ids,
     parse_records,
+    proxied_text,
+    record_of,
 )
 from tests.support.interleave_stage import eventually
 from tests.support.wire_tensors import patterned, raw_bytes
@@ -238,6 +246,56 @@ def test_a_request_may_come_byte_by_byte_but_not_for_ever(store: ShardStore, ser
     assert client.receive()[0].kind == RECORDS
     client.sock.sendall(b"gcm1")
     assert client.is_closed()
+
+
+class HeldProxy:
+    """A `Proxy` that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+        self.answer: Callable[[Located], None] = lambda _: None
+
+    def begin(self, asked: Proxied, answer: Callable[[Located], None]) -> None:
+        self.answer = answer
+        self.is_asked.set()
+
+    def forget(self, shard_ids: Sequence[str]) -> None: ...
+
+
+def test_a_request_that_begins_while_a_proxy_works_has_no_more_time_than_others(
+    store: ShardStore, tmp_path: Path, connect: Connect
+) -> None:
+    proxy = HeldProxy()
+    server = SameHostServer(store, "a" * 32, Limits(request_s=0.3), tmp_path, proxy)
+    try:
+        client = connect(server)
+        text = proxied_text("host:1", {"a": record_of(torch.uint8, (3,), 0, 0)})
+        assert text is not None
+        client.sock.sendall(Header(FETCH_FOR, 1, 30_000, len(text)).encoded() + text)
+        assert proxy.is_asked.wait(LONG_S)
+        client.sock.sendall(b"gcm1")  # and then no more
+        time.sleep(0.4)
+        assert len(server._clients) == 1, "the wait for the proxy does not count"
+        proxy.answer(Located(ELSEWHERE, (), UNKNOWN_COUNT))
+        assert client.receive()[0].kind == RECORDS
+        assert client.is_closed()
+    finally:
+        server.stop()
+
+
+def test_without_a_thread_there_is_no_server_and_nothing_is_left(
+    store: ShardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(same_host.OwnThread, "start", refuse)
+    monkeypatch.setattr(same_host, "socket_folder", lambda: tmp_path)
+    monkeypatch.setenv("GPU_CACHE_SHM", "1")
+    before = len(os.listdir("/proc/self/fd"))
+    assert same_host.opened(store, "a" * 32) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_client_that_takes_no_answer_is_given_up(store: ShardStore, serve: Serve, connect: Connect) -> None:

@@ -180,7 +180,7 @@ def test_no_other_process_can_write_resize_or_unseal_a_segment() -> None:
         segment.close()
 
 
-@pytest.mark.parametrize("text", ["0", "no", "False"])
+@pytest.mark.parametrize("text", ["0", "no", "False", "off "])
 def test_a_variable_turns_it_off(text: str) -> None:
     assert is_wanted({})
     assert not is_wanted({"GPU_CACHE_SHM": text})

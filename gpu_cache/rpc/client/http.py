@@ -210,7 +210,7 @@ class HttpRTensorBackend:
         return await in_own_thread(self._delete, node_addr, list(shard_ids))
 
     def forget(self, shard_ids: Sequence[Any]) -> None:
-        """Tell this host's node cache, if there is one, that shards were cleared. Does not block."""
+        """Have this host's node cache, if there is one, drop cleared shards soon. Does not block."""
         if self.memories is not None:
             self.memories.forget_shards(shard_ids)
 
@@ -235,7 +235,8 @@ class HttpRTensorBackend:
             self.memories.close()
 
     def _requester(self, address: str, route: Route, timeout_s: float) -> Requester:
-        node = self._nodes.setdefault(address, NodeState(partial(self.on_removal, address)))
+        if (node := self._nodes.get(address)) is None:
+            node = self._nodes.setdefault(address, NodeState(partial(self.on_removal, address)))
         return Requester(address, route, self._connections, self._settings, time.monotonic() + timeout_s, node)
 
     def _delete(self, node_addr: str, shard_ids: list[Any]) -> dict[str, Any]:

@@ -43,8 +43,11 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
 _PAGES_BYTES = 2 << 20  # pages are mapped in such steps
 PATIENCE_S = 10.0  # the longest wait for an owner of this host; then HTTP is asked, which tells more
 _PROXY_PATIENCE_S = 30.0  # for a node cache, which may have to fetch the shards first
-_AGAIN_S = 30.0  # after this an owner whose memory was out of reach is asked for it again
-_LATE_AGAIN_S = 600.0  # and a node cache for shards of an owner of which it could not tell in time: that took long
+_AGAIN_S = 30.0  # for so long a socket that was out of reach is not tried
+# For so long a node cache is not asked for the shards of an owner about which its answer came too late. The fetch had
+# waited for that answer in vain.
+_LATE_AGAIN_S = 600.0
+_FORGOTTEN_AT_ONCE = 2048  # ids in one message to a node cache, so that its socket takes the message as a whole
 _LOOK_S = 1.0  # between two looks at which owners are gone
 _MAX_IDLE = 8  # connections to one owner
 _MAX_MAPPED = 1024  # segments of all owners
@@ -172,7 +175,7 @@ class MemoryConnection:
             raise
 
     def forget(self, text: bytes, number: int) -> bool:
-        """Tell a node cache of shards that were cleared, without a wait; whether it was told.
+        """Tell a node cache of shards that were cleared, without a wait; whether its socket took the message.
 
         Args:
             text: Their ids, as of `joined_ids`.
@@ -319,16 +322,19 @@ class OwnersMemory:
         except OSError:
             return ""
 
-    def tell_of_no_proxy(self, address: str) -> bool:
-        """Say that shards of an owner come over HTTP as there is no node cache; whether one was asked for."""
+    def tell_of_no_proxy(self, address: str) -> None:
+        """If a node cache should be there and is not, say that shards of an owner come over HTTP for that reason."""
         if self._node_cache and not self._proxy_path():
             self.tell(address, f"no node cache at {self._node_cache}")
-        return bool(self._node_cache)
 
     def forget_shards(self, shard_ids: Sequence[Hashable]) -> None:
-        """Tell the node cache that shards were cleared, where this process has read from it. Does not block."""
+        """Have the node cache drop cleared shards soon, if this process has read from it. Does not block.
+
+        If its socket does not take all ids at once, it drops the other shards after its next question to their owner.
+        """
         path = self._proxy_path()
-        if not path or not shard_ids or (text := joined_ids(shard_ids)) is None:
+        wanted = [one for one in shard_ids if type(one) is str] if path else []
+        if not wanted:
             return
         with self._lock:
             owner = self._owners.get(path)
@@ -336,7 +342,10 @@ class OwnersMemory:
             if owner is None or connection is None:
                 return
             owner.num_readers += 1
-        self.give_back(connection, is_good=connection.forget(text, len(shard_ids)))
+        groups = (wanted[at : at + _FORGOTTEN_AT_ONCE] for at in range(0, len(wanted), _FORGOTTEN_AT_ONCE))
+        texts = ((joined_ids(group), len(group)) for group in groups)
+        is_good = all(connection.forget(text, number) for text, number in texts if text is not None)
+        self.give_back(connection, is_good=is_good)
 
     def borrow(self, path: str, deadline: float) -> MemoryConnection:
         """A connection to an owner; give it back by `give_back`.
@@ -372,7 +381,14 @@ class OwnersMemory:
         self._leave(connection.path)
 
     def refuse(self, path: str, address: str, reason: str, *, is_of_owner: bool = False) -> None:
-        """Ask over HTTP for a while, and say why, once; of a node cache, for this owner's shards alone if so said."""
+        """Leave a socket alone for a while: shards come over HTTP. Say why, once for each owner and reason.
+
+        Args:
+            path: The socket's.
+            address: The owner whose shards were asked for there.
+            reason: The fault.
+            is_of_owner: Whether the fault is about this owner: a node cache is asked for the shards of others still.
+        """
         key, again_s = (path + address, _LATE_AGAIN_S) if is_of_owner else (path, _AGAIN_S)
         with self._lock:
             self._refused[key] = time.monotonic() + again_s

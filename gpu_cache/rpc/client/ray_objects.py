@@ -106,17 +106,24 @@ class RayObject:
 
 
 def info_of(found: RayObject | Sent, number: int, node_addr: str = "") -> TensorShardInfo:
-    """The place of one shard, which holds its object from now on."""
-    name = found.name
+    """The place of one shard, which holds its object from now on.
+
+    Args:
+        found: The object, as it arrived, or as this process knows it: then a cleared shard stays cleared.
+        number: The shard's in it.
+        node_addr: As the handle has it.
+    """
+    name, has_arrived = found.name, isinstance(found, Sent)
     info = TensorShardInfo.__new__(TensorShardInfo)
     info.shard_id, info.node_addr = f"{name}/{number}", node_addr
     made = found if isinstance(found, RayObject) else ray_objects.get(name) or RayObject(*found)
     with _lock:
         known = ray_objects.setdefault(name, made)
-        if known.ref is None:
+        if has_arrived and known.ref is None:
             known.ref = found.ref
-        known.left.add(number)
-        known.cleared.discard(number)
+        if has_arrived or number not in known.cleared:
+            known.left.add(number)
+            known.cleared.discard(number)
     info._object = known
     return info
 
@@ -133,9 +140,10 @@ def clear(shard_ids: Iterable[Any]) -> tuple[int, list[Any]]:
     for shard_id in shard_ids:
         name, _, text = shard_id.partition("/") if isinstance(shard_id, str) else ("", "", "")
         number = int(text) if text.isdecimal() else -1
+        if (found := ray_objects.get(name)) is None:  # the last reference to an object, too, goes outside the lock
+            continue
         with _lock:
-            found = ray_objects.get(name)
-            if found is None or number not in found.left:
+            if number not in found.left:
                 continue
             num_known += 1
             found.left.discard(number)

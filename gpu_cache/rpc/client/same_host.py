@@ -60,13 +60,13 @@ class _Way(NamedTuple):
 
 
 class SameHostReader:
-    """A `ShardReader` that reads shared memory: the owner's, if it turns out to be of this host, or a node cache's.
+    """A `ShardReader` of shared memory: the owner's, if it turns out to be on this host, else a node cache's.
 
-    What is in neither comes over HTTP.
+    Shards that are in neither come over HTTP.
 
     Args:
-        http: Reader of the same shards, which asks first: its answer announces the owner's socket. What is in no
-            shared memory comes through it too.
+        http: Reads the same shards over HTTP. It asks the owner first, as its answer announces the owner's socket, and
+            brings the shards that are in no shared memory.
         node: What is known of the owner.
         memories: Segments that this process maps.
         expected: Meta tensors as the handles promise them, where known.
@@ -297,13 +297,13 @@ class SameHostReader:
         """Say that an owner of this host announces no memory, or that there is no node cache for one of another."""
         if self._node.memory is None or self._node.memory.partition(" ")[0] == boot_id():
             return
-        if self._memories.tell_of_no_proxy(self.node):
-            return
         with contextlib.suppress(ValueError):
             if self._node.memory == "" and is_loopback(split_address(self.node)[0]):
                 self._memories.tell(
                     self.node, "its server offers no shared memory (GPU_CACHE_SHM=0, or another version)"
                 )
+                return
+        self._memories.tell_of_no_proxy(self.node)
 
 
 def _direct(left: Sequence[Hashable]) -> tuple[list[Hashable], bytes | None, list[Hashable]]:

@@ -25,6 +25,7 @@ import torch
 from flask import Blueprint, Response, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
+from gpu_cache.config import is_off
 from gpu_cache.hosts import HostRule
 from gpu_cache.rpc import rtensor, runtime
 from gpu_cache.rpc.server import requests, same_host
@@ -293,7 +294,7 @@ def _note_engine(response: Response) -> Response:
     """
     global _has_engine
     is_first = not _has_engine and request.path == _ENGINE_ROUTE and response.status_code == HTTPStatus.OK
-    if is_first and os.environ.get(FREEZE_VARIABLE) != "0":
+    if is_first and not is_off(os.environ.get(FREEZE_VARIABLE)):
         gc.collect()
         gc.freeze()
         logger.info(

@@ -73,7 +73,8 @@ class Limits:
     """How much of one client the server bears.
 
     Attributes:
-        request_s: The longest time from a request's first byte to its last.
+        request_s: The longest time from a request's first byte to its last, or to that from the end of the answer
+            before.
         answer_s: The longest time in which a client may take an answer.
         hold_s: The longest time for which a client may hold shards, whatever it asks for.
         num_clients: Connections at once; beyond, the longest idle one is closed, or the new one.
@@ -134,8 +135,13 @@ class _Client:
         self.knows: set[int] = set()
 
     @property
+    def is_busy(self) -> bool:
+        """Whether its request is being answered: the next one waits."""
+        return bool(self.answers) or self.is_waiting
+
+    @property
     def is_idle(self) -> bool:
-        return not (self.asked or self.answers or self.held or self.is_waiting)
+        return not (self.asked or self.held or self.is_busy)
 
 
 class SameHostServer:
@@ -151,6 +157,7 @@ class SameHostServer:
         path: The socket's path.
     Raises:
         OSError: There is no place for a socket.
+        RuntimeError: The system has no thread left.
     """
 
     def __init__(
@@ -175,7 +182,11 @@ class SameHostServer:
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ)
         self._thread = OwnThread(self._run, "areal-rpc-memory", self._ask_to_stop)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._close()
+            raise
         leave_to_parent(self)
 
     def __repr__(self) -> str:
@@ -216,11 +227,14 @@ class SameHostServer:
         finally:
             for client in list(self._clients.values()):
                 self._drop(client)
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
-            for sock in (self._listener, self._waking, self._wake):
-                sock.close()
-            self._selector.close()
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        for sock in (self._listener, self._waking, self._wake):
+            sock.close()
+        self._selector.close()
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(self._wait_s()):
@@ -314,22 +328,28 @@ class SameHostServer:
             return
         if not part:
             raise ConnectionResetError("the client is gone")
-        if not (client.asked or client.is_waiting):
-            client.ends_at = min(client.ends_at, time.monotonic() + self._limits.request_s)
         client.asked += part
         if client.is_waiting and len(client.asked) > MAX_IDS_BYTES:
             raise WireError("a client that asks on and on, and waits for no answer")
 
     def _parse(self, client: _Client) -> None:
         """Answer requests that are complete, one at a time; raises `WireError` for what is none."""
-        while len(client.asked) >= HEADER.size and not (client.answers or client.is_waiting):
-            request = Header.decoded(client.asked[: HEADER.size])
-            _check(request, self._proxy)
-            if len(client.asked) < (end := HEADER.size + request.nbytes):
-                return
-            body = client.asked[HEADER.size : end]
-            del client.asked[:end]
-            self._answer(client, request, body)
+        while not client.is_busy and (request := self._next_request(client)) is not None:
+            self._answer(client, *request)
+        if client.asked and not client.is_busy:  # the rest has to come in time; it may have begun during an answer
+            client.ends_at = min(client.ends_at, time.monotonic() + self._limits.request_s)
+
+    def _next_request(self, client: _Client) -> tuple[Header, bytearray] | None:
+        """Take a request and its body out of what came; None until all of it is there."""
+        if len(client.asked) < HEADER.size:
+            return None
+        request = Header.decoded(client.asked[: HEADER.size])
+        _check(request, self._proxy)
+        if len(client.asked) < (end := HEADER.size + request.nbytes):
+            return None
+        body = client.asked[HEADER.size : end]
+        del client.asked[:end]
+        return request, body
 
     def _answer(self, client: _Client, request: Header, body: bytearray) -> None:
         client.ends_at = math.inf
@@ -449,7 +469,7 @@ def opened(store: ShardStore, incarnation: str) -> SameHostServer | None:
         return None
     try:
         return SameHostServer(store, incarnation)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         logger.info("processes of this host fetch over HTTP: no socket for shared memory (%s)", str(error))
         return None
 
