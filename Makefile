@@ -1,5 +1,6 @@
 # make demo / test / scripts / areal / ray / native / check / site / bench / plot / screenshots. Each makes .venv by itself.
-# NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is and installs nothing.
+# NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is, and installs nothing into it.
+# areal, ray and site have environments of their own beside it, also with NO_VENV=1: .venv-areal, .venv-ray, .venv-site.
 PYTHON ?= python3
 ARGS ?=
 SITE_PACKAGES := "mkdocs<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"

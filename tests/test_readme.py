@@ -12,11 +12,13 @@ from __future__ import annotations
 import ast
 import collections
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +28,14 @@ import gpu_cache
 from gpu_cache import rpc
 from gpu_cache.config import CacheConfig, variable
 from gpu_cache.rpc import rtensor
+from tests.support.sim_memory_mutants import MEMORY_MUTANTS
+from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
+from tests.support.sim_order_mutants import ORDER_MUTANTS
+from tests.support.sim_tier_mutants import TIER_MUTANTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+from bench.workloads import NAMES, make_workload
 from demo import report, session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +45,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+FIGURES = tomllib.loads((ROOT / "docs/figures.toml").read_text())["figure"]
 DEADLINE_S = 120
 
 
@@ -200,6 +208,55 @@ def test_every_file_that_is_named_exists() -> None:
         for path in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|toml))`", text):
             is_there = any((folder / path).is_file() for folder in (ROOT, ROOT / "gpu_cache"))
             assert is_there or list((ROOT / "tests").rglob(path)), path
+
+
+def test_a_figure_of_several_places_is_the_same_in_each() -> None:
+    for figure in FIGURES:
+        assert figure["what"]
+        assert figure["source"]
+        assert len(figure["places"]) > 1, figure["what"]
+        for name, words in figure["places"].items():
+            text = " ".join((ROOT / name).read_text().split())
+            assert words.replace("{}", figure["value"]) in text, f"{name}: {figure['what']}"
+
+
+def test_figures_of_the_benchmark_are_those_of_its_rows() -> None:
+    rows = {(row["workload"], row["path"]): row for row in json.loads((ROOT / "docs/benchmark.json").read_text())}
+    sources = [(figure, figure["source"].partition("benchmark.json: ")[2].split()) for figure in FIGURES]
+    found = [(figure, words) for figure, words in sources if words]
+    assert len(found) == 3
+    for figure, (workload, path, column) in found:
+        places = len(figure["value"].partition(".")[2])
+        assert f"{rows[workload, path][column] * figure.get('factor', 1):.{places}f}" == figure["value"], figure["what"]
+
+
+def test_the_performance_page_has_the_workloads_of_the_benchmark() -> None:
+    *rows, scale = table_under("Performance")
+    assert [quoted(name) for name, *_ in rows] == [[name] for name in NAMES]
+    assert quoted(scale[0]) == ["scale"]
+    for (_, _, num_shards, megabytes, _), workload in zip(rows, map(make_workload, NAMES), strict=True):
+        assert (num_shards, megabytes) == (f"{workload.num_shards:,}", f"{workload.nbytes / 1e6:.0f}")
+
+
+def test_no_page_names_a_workload_by_a_number() -> None:
+    for name, text in PAGES.items():
+        assert not re.search(r"\bW\d\b", text), name
+
+
+def test_the_planted_faults_of_the_reliability_page_are_those_of_the_tests() -> None:
+    text = PAGES["docs/reliability.md"]
+    rows = re.findall(r"^\| (.*?) \| \d/\d", text, re.M)
+    titles = [mutant.title for mutant in (*ORDER_MUTANTS, *MEMORY_MUTANTS, *MUTATION_MUTANTS, *TIER_MUTANTS)]
+    assert sorted(rows) == sorted(titles)
+    assert f"| {len(titles)} planted faults" in text
+
+
+def test_contributing_lists_what_ci_runs() -> None:
+    listed = CONTRIBUTING.partition("CI runs ")[2].partition("\n\n")[0]
+    ran = re.findall(r"^ *make (\w+)", (ROOT / ".ci/run").read_text(), re.M)
+    assert sorted(re.findall(r"`make (\w+)`", listed)) == sorted(ran)
+    versions = re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/ci.yml").read_text())
+    assert re.findall(r"3\.\d+", listed) == versions
 
 
 def test_the_demos_table_has_the_rows_that_the_demo_prints() -> None:
