@@ -151,6 +151,40 @@ def test_every_variable_that_is_named_exists_and_none_is_missing() -> None:
     assert set(name.findall(CONTRIBUTING)) <= known | of_tests
 
 
+def test_every_option_that_is_named_exists() -> None:
+    sources = [ROOT / "Makefile", *(ROOT / "gpu_cache").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    code = "".join(path.read_text() for path in sources)
+    known = set(re.findall(r"--[a-z][a-z-]+", code))
+    for name, text in PAGES.items():
+        inline = re.findall(r"`[^`\n]*`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+        lines = [*inline, *(block.text for block in BLOCKS if block.language == "console" and block.page == name)]
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines))) <= known, name
+
+
+def test_every_route_that_is_named_exists() -> None:
+    app = (ROOT / "gpu_cache/rpc/server/app.py").read_text()
+    served = {
+        (method.upper(), re.sub(r"{\w+[^}]*}", "<id>", path))
+        for method, path in re.findall(r'web\.(get|post|put|delete)\("([^"]+)"', app)
+    }
+    for text in (*PAGES.values(), CONTRIBUTING):
+        assert set(re.findall(r"\b(GET|POST|PUT|DELETE) (/[\w/<>]+)", text)) <= served
+
+
+def test_every_error_has_its_row_and_counts_as_the_page_says() -> None:
+    errors = {
+        name: attribute(name, module)
+        for module in (gpu_cache, rtensor)
+        for name in module.__all__
+        if name.endswith("Error")
+    }
+    text = PAGES["docs/errors.md"]
+    assert {name for name in errors if f"`{name}`" not in text} == set()
+    for named, counted, *_ in table_under("Errors"):
+        for name in quoted(named):
+            assert errors[name].reason == quoted(counted)[0], name
+
+
 def test_the_configuration_table_is_that_of_the_code() -> None:
     rows = table_under("Configuration")
     assert [quoted(row[0]) for row in rows] == [[field] for field in CacheConfig.__dataclass_fields__]
