@@ -32,6 +32,7 @@ from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
 from tests.support.sim_order_mutants import ORDER_MUTANTS
 from tests.support.sim_tier_mutants import TIER_MUTANTS
+from tests.test_imports import RANKS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -291,6 +292,42 @@ def test_contributing_lists_what_ci_runs() -> None:
     assert sorted(re.findall(r"`make (\w+)`", listed)) == sorted(ran)
     versions = re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/ci.yml").read_text())
     assert re.findall(r"3\.\d+", listed) == versions
+
+
+def test_contributing_names_folders_and_markers_that_exist() -> None:
+    folders = {text for text in quoted(CONTRIBUTING) if re.fullmatch(r"[\w./]+/[\w./]*", text) and "." not in text[1:]}
+    made = {"site/"}
+    assert [
+        name for name in folders - made if not any((base / name).exists() for base in (ROOT, ROOT / "gpu_cache"))
+    ] == []
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    known = {marker.partition(":")[0] for marker in markers}
+    for text in (*PAGES.values(), CONTRIBUTING):
+        assert set(re.findall(r"(?:pytest|ARGS=\").*?-m (\w+)", text)) <= known
+
+
+def test_the_house_in_contributing_is_that_of_the_code() -> None:
+    house = CONTRIBUTING.partition("```text\n")[2].partition("```")[0]
+    lines = re.findall(r"^  (\w.*)$", house, re.M)
+    shown = {
+        name.removesuffix(".py").removesuffix("/") for line in lines for name in re.split(" {3,}", line)[0].split()
+    }
+    package = ROOT / "gpu_cache"
+    found = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    assert shown == found - {"__init__"}
+    listed = re.findall(r"`(\w+)`", CONTRIBUTING.partition("Imports point down this list: ")[2].partition(".")[0])
+    ranks = [next(number for number, names in enumerate(RANKS) if name in names) for name in listed]
+    assert ranks == sorted(ranks)
+
+
+def test_refusals_beside_areal_are_those_of_the_code() -> None:
+    code = (ROOT / "gpu_cache/rpc/adopt.py").read_text()
+    rows = PAGES["docs/areal.md"].partition("## When it refuses\n")[2].partition("\n\n## ")[0].splitlines()
+    said = [quoted(row.split(" | ")[0])[0] for row in rows if "`" in row.split(" | ")[0]]
+    assert len(said) == 4
+    for text in said:
+        longest = max(re.split(r"\.\.\.|GPU_CACHE_AREAL", text), key=len)
+        assert longest.strip(": ") in code, text
 
 
 def test_the_demos_table_has_the_rows_that_the_demo_prints() -> None:
