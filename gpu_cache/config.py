@@ -139,10 +139,11 @@ class CacheConfig:
     slab_bytes: Size[int] = Size(256 * MIB)
     prealloc_bytes: Size[int | None] = Size(None)
     pool_bytes: Size[int | None] = Size(None)
-    # Each owner that sends has a buffer of its own: fewer buffers let fewer owners send at once. Buffers of 32 MiB with
-    # runs of 16 MiB gave 0.89 of the link's speed on an H100. 16 MiB with runs of 4 MiB gave 0.78. Runs stay at 4 MiB,
-    # as neighbours in a buffer are copied by one call anyway. When 1 % of the shards outlive their batch, a pool with
-    # runs of 4 MiB is 94 % full before a run finds no place; with 16 MiB 54 %. On the host no size was faster.
+    # Each owner that sends fills a buffer of its own: fewer buffers let fewer owners send at once. Measured on an H100:
+    # buffers of 32 MiB with runs of 16 MiB gave 0.89 of the link's speed, 16 MiB with 4 MiB gave 0.78. But long runs
+    # fragment the pool. When 1 % of the shards outlive their batch, a run of 16 MiB finds no place in a pool that is
+    # 54 % full, and one of 4 MiB first at 94 %. So runs have 4 MiB; one call copies all neighbours in a buffer anyway.
+    # On the host no size was faster.
     staging_slots: int = 8
     staging_slot_bytes: Size[int] = Size(32 * MIB)
     run_bytes: Size[int] = Size(4 * MIB)

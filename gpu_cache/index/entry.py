@@ -26,11 +26,13 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Flight:
-    """How a shard comes, and the calls that wait for it. The index lock guards it. `error` is set once at most.
+    """A shard's way to its level, and the calls that wait for it. The index lock guards it.
+
+    `error` is set at most once.
 
     Attributes:
-        kind: "fetch": from a source. "put": by the caller, which counts as no look-up. "rise": a copy of what the level
-            below has. "follow": a copy of what the level below is about to have.
+        kind: The shard's origin. "fetch": a source. "put": the caller of `put`, which does not count as a look-up.
+            "rise": the level below, which has it. "follow": the level below, when the shard will have come there.
     """
 
     kind: Literal["fetch", "put", "rise", "follow"] = "fetch"
@@ -39,7 +41,7 @@ class Flight:
     num_joined: int = 0
     landed: Future[None] | None = None  # made by the first call that joins; done when the entry is settled
     error: BaseException | None = None
-    # It takes the place of this generation, another owner's, if no drop on request comes after this many.
+    # A generation that is another owner's, and the drops on request so far. If none follows, it replaces that one.
     replaces: tuple[int, int] | None = None
 
     @property

@@ -133,10 +133,9 @@ class ShardIndex:
     def hits(
         self, keys: Sequence[Hashable], expected: Mapping[Hashable, Promise]
     ) -> tuple[list[torch.Tensor], dict[Any, None]] | None:
-        """Hand out a tensor of each key, in order, if all are plain hits, as most calls are; else None.
+        """Hand out a tensor of each key, in order, if all are plain hits; else None, and nothing is counted.
 
-        A plain hit is at this level, is what the caller expects, and was not written into. A key may repeat. Nothing is
-        counted unless all are plain hits.
+        A plain hit is at this level, is what the caller expects, and was not written into. A key may repeat.
 
         Returns:
             The tensors, and the completions that they are safe to read after, each once.

@@ -137,9 +137,9 @@ def carve(
 ) -> tuple[torch.Tensor, Lease]:
     """A tensor over `nbytes` (at least 1) of an arena, and the lease that fires when its last alias dies.
 
-    Call inside `plain_tensors()`. The tensor has dtype and device of `template`, which is empty. It has a storage of
-    its own, of exactly `nbytes`, that cannot be resized. It gives the GIL away only where this
-    torch lacks the quick ways to build one.
+    The tensor has the dtype and the device of `template`, which is empty. Its storage is its own, has exactly `nbytes`,
+    and cannot be resized. Call inside `plain_tensors()`. The call gives the GIL away only with a torch that lacks the
+    quick ways to build a tensor.
     """
     if blocks is not None:
         base, twin, lease = blocks.carve(arena, offset, nbytes, template, shape, catch.append)

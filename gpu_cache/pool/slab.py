@@ -95,7 +95,7 @@ class HighWater:
             self._end_step(used_bytes)
 
     def rest(self) -> None:
-        """Keep nothing for what was in use until now, nor for what the next steps have in use."""
+        """Forget the steps until now, and keep no slabs during the next `NUM_STEPS` steps."""
         self._peaks.clear()
         self._peak_bytes, self._num_resting = 0, NUM_STEPS
 
@@ -399,9 +399,9 @@ class SlabPool:
         self._on_dead(dead)
 
     def _fenced(self) -> list[Quarantine]:
-        """Quarantine dead blocks, record events for quarantines that have none, and return those that have them.
+        """Quarantine dead blocks, and return all quarantines that have events; those without get them, if possible.
 
-        The events come after every drop.
+        Events are recorded after the drop of every block that they guard.
         """
         self._collect()
         with self._lock:
@@ -417,7 +417,7 @@ class SlabPool:
             self._device.synchronize(event)
 
     def _settle(self, done: Sequence[Quarantine]) -> None:
-        """Make ranges reusable, and release slabs that this leaves empty above what is kept."""
+        """Give ranges back to the free lists. Release slabs that become empty, if the pool keeps enough others."""
         with self._lock:
             for one in done:
                 if one not in self._quarantine:  # another thread settled it

@@ -75,7 +75,7 @@ class Runtime:
         self._is_chosen_here = False  # the backend, so that the runtime closes it
         # Single values without a lock; a race counts one step too many, or too few.
         self._num_told = 0  # times that this process was told to clear
-        self._told_before: dict[str, int] = {}  # by owner, how many those were when it last had removed shards
+        self._told_before: dict[str, int] = {}  # by owner: _num_told when it last said that it had removed shards
 
     def __repr__(self) -> str:
         return f"Runtime({self.cache!r}, {self._backend!r}, {self.store!r})"
@@ -176,14 +176,14 @@ class Runtime:
         shards: dict[Hashable, TensorShardInfo] = {}
         expected: dict[Hashable, torch.Tensor] = {}
         own: set[Hashable] = set()
-        addressless = False
+        lacks_address = False
         for key, handle in handles.items():
             shards[key], expected[key], address = handle.shard, handle.data, handle.shard.node_addr
-            addressless = addressless or not address
+            lacks_address = lacks_address or not address
             if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
                 own.add(key)
         backend = self.backend
-        if addressless and isinstance(backend, HttpRTensorBackend):
+        if lacks_address and isinstance(backend, HttpRTensorBackend):
             _check_not_of_ray(shards)
         remote = _source_of(backend, shards, expected)
         if not own:

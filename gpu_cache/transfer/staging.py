@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -92,14 +93,18 @@ class StagingRing:
             self._free(slot)
 
     def close(self) -> None:
-        """Free the idle slots now and the others as they come back; waiting threads get an error. Idempotent."""
+        """Free the idle slots now and the others as they come back; waiting threads get an error. Idempotent.
+
+        Slots whose last copies the device cannot tell of stay for the next call. Raises the device's last error then.
+        """
         with self._changed:
             self._is_closed = True
             idle = list(self._idle)
             self._idle.clear()
             self._changed.notify_all()
-        for slot in idle:
-            self._free(slot)
+        with contextlib.ExitStack() as stack:  # each, also behind one that raises
+            for slot in idle:
+                stack.callback(self._free, slot)
 
     def stats(self) -> dict[str, float]:
         """The ring's part of `BufferStats`, consistent in itself."""
@@ -192,8 +197,14 @@ class StagingRing:
         return slot
 
     def _free(self, slot: Slot) -> None:
-        if slot.guard is not None:
-            self._device.synchronize(slot.guard)
+        try:
+            if slot.guard is not None:
+                self._device.synchronize(slot.guard)
+        except BaseException:
+            with self._changed:
+                self._idle.append(slot)
+                self._changed.notify_all()
+            raise
         with self._changed:
             self._slots.remove(slot)
         self._device.release_pinned(slot.pinned)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeAlias, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 
@@ -65,9 +65,10 @@ class CopyMeter:
 
     def note(self, copies: Copies, started: Event, ended: Event) -> None:
         """Count copies that were enqueued between two timed events."""
+        nbytes = sum(dst.numel() for dst, _ in copies)
         with self._lock:
             self._num_copies += len(copies)
-            self._nbytes += sum(dst.numel() for dst, _ in copies)
+            self._nbytes += nbytes
             self._timed[started, ended] = None
             is_due = len(self._timed) > 1  # earlier ones may be done
         if is_due:
@@ -186,6 +187,20 @@ Carved: TypeAlias = list[tuple[Run, list[Copy]]]  # runs that are complete with 
 Lent: TypeAlias = Sequence[tuple[Piece, Sequence[Stretch]]]  # where a window's bytes are in lent memory
 
 
+class LentWindow(NamedTuple):
+    """A window that is copied from lent memory, and not confirmed yet.
+
+    Attributes:
+        carved: Its runs.
+        completion: Its copies'; None: they are done.
+        reads_lent: Whether they read the lent memory; else they read a staging buffer.
+    """
+
+    carved: Carved
+    completion: Completion | None
+    reads_lent: bool
+
+
 class Delivery:
     """One reader's shards on their way into the pool. Used by the thread that drains the reader.
 
@@ -285,39 +300,43 @@ class Delivery:
 
     def _move_lent(self, left: Backlog) -> None:
         """Copy windows from where the reader lends them; land them once it confirms that the bytes were good."""
-        unconfirmed: list[tuple[Carved, Completion | None]] = []
+        unconfirmed: list[LentWindow] = []
         try:
             while left.nbytes:
                 with self._granted(left):
                     window = left.next_window()
                     carved = self._carve(window)
-                    unconfirmed.append((carved, self._copy_lent(window)))
+                    unconfirmed.append(LentWindow(carved, *self._copy_lent(window)))
                     if self._staging is None or len(unconfirmed) == _MOST_UNCONFIRMED or not left.nbytes:
                         self._confirm(unconfirmed)
         finally:
             _wait_for(unconfirmed)  # the memory is the reader's again after this
 
-    def _confirm(self, unconfirmed: list[tuple[Carved, Completion | None]]) -> None:
+    def _confirm(self, unconfirmed: list[LentWindow]) -> None:
         _wait_for(unconfirmed)
         cast(LendingReader, self._reader).confirm()
-        for carved, completion in unconfirmed:
-            self._land(carved, completion)
+        for one in unconfirmed:
+            self._land(one.carved, one.completion)
         unconfirmed.clear()
 
-    def _copy_lent(self, window: list[Piece]) -> Completion | None:
-        """Copy a window from lent memory: by the host into its own, else by the device, else through staging."""
+    def _copy_lent(self, window: list[Piece]) -> tuple[Completion | None, bool]:
+        """Copy a window from lent memory: by the host into its own, else by the device, else through staging.
+
+        Returns:
+            The completion of its copies, and whether they read the lent memory until then.
+        """
         with profiled(FETCH):
             reader = cast(LendingReader, self._reader)
             lent = [(piece, reader.read_run(list(piece.places()))) for piece in window]
         if self._staging is not None and not all(self._reads(one.memory) for _, of in lent for one in of):
-            return self._stage(window, lambda slot: _fill_from(lent, slot.pinned.tensor))
+            return self._stage(window, lambda slot: _fill_from(lent, slot.pinned.tensor)), False
         copies = _lent_copies(lent)
         if self._staging is None:
             for dst, src in copies:
                 dst.copy_(src)
-            return None
+            return None, False
         try:
-            return Completion(self._device, self._transfer.enqueue(copies))
+            return Completion(self._device, self._transfer.enqueue(copies)), True
         except BaseException:  # some may be under way
             Completion(self._device, self._device.record(self._transfer.stream)).wait_host()
             raise
@@ -415,7 +434,9 @@ def _fill_from(lent: Lent, slot: torch.Tensor) -> None:
             slot[piece.at + at :][:nbytes].copy_(memory.tensor[begin : begin + nbytes])
 
 
-def _wait_for(copied: Iterable[tuple[Carved, Completion | None]]) -> None:
-    for _, completion in copied:
-        if completion is not None:
-            completion.wait_host()
+def _wait_for(windows: Iterable[LentWindow]) -> None:
+    """Wait until no copy reads lent memory any more."""
+    with contextlib.ExitStack() as stack:  # for each, also behind one that raises
+        for one in windows:
+            if one.completion is not None and one.reads_lent:
+                stack.callback(one.completion.wait_host)

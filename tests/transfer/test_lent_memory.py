@@ -218,6 +218,42 @@ def test_a_copy_that_the_device_refuses_fails_the_call_and_leaves_the_memory_unt
     assert device.faults == []
 
 
+def test_each_copy_is_waited_for_also_behind_one_whose_wait_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, waited = SimDevice(), list[Any]()
+    real = device.synchronize
+
+    def wait(event: Any) -> None:
+        waited.append(event)
+        real(event)
+        if event is waited[0]:
+            raise RuntimeError("the device is lost")
+
+    tensors = batch(*[8 * KIB] * 8)  # two in each window
+    with contextlib.closing(TensorCache(CONFIG, device=device)) as cache, monkeypatch.context() as patch:
+        patch.setattr(device, "synchronize", wait)
+        with pytest.raises(FetchError, match="lost"):
+            cache.get_many(list(tensors), LenderSource(tensors))
+        patch.undo()
+    assert len(set(map(id, waited))) == 4
+
+
+@pytest.mark.parametrize(("make", "order"), [(Refusing, ["confirm", "wait"]), (SimDevice, ["wait", "confirm"])])
+def test_only_copies_that_read_lent_memory_are_waited_for(
+    make: Callable[[], SimDevice], order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, done = make(), []
+    wait, confirm = device.synchronize, Lender.confirm
+    monkeypatch.setattr(device, "synchronize", lambda event: (done.append("wait"), wait(event)))
+    monkeypatch.setattr(Lender, "confirm", lambda lender: (done.append("confirm"), confirm(lender)))
+    tensors = batch(*[700] * 10)
+    with contextlib.closing(TensorCache(CONFIG, device=device)) as cache:
+        found = cache.get_many(list(tensors), LenderSource(tensors))
+        assert done[:2] == order
+        assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
+        del found
+    assert device.faults == []
+
+
 def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     device = HostDevice(stages=True)
     copied: list[int] = []

@@ -145,6 +145,41 @@ def test_a_slot_whose_copies_the_device_does_not_tell_of_is_not_lost(
     assert ring.acquire(1.0) is slot
 
 
+def test_slots_that_the_device_fails_to_wait_for_are_freed_by_the_next_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = cuda_device(FakeCuda(), tmp_path)
+    ring = StagingRing(device, CONFIG)
+    slots = [ring.acquire(1.0), ring.acquire(1.0)]
+    for slot in slots:
+        slot.guard = device.record(device.new_stream())
+        ring.release(slot)
+    real, faulty = device.synchronize, {id(slots[0].guard)}
+    monkeypatch.setattr(device, "synchronize", lambda event: failing(event) if id(event) in faulty else real(event))
+    with pytest.raises(RuntimeError, match="lost"):
+        ring.close()
+    assert ring.stats()["pinned_capacity_bytes"] == MIB, "the other one is free"
+    faulty.clear()
+    ring.close()
+    assert ring.stats()["pinned_capacity_bytes"] == 0
+
+
+def test_a_slot_that_comes_back_after_the_close_and_cannot_be_freed_is_freed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = cuda_device(FakeCuda(), tmp_path)
+    ring = StagingRing(device, CONFIG)
+    slot = ring.acquire(1.0)
+    slot.guard = device.record(device.new_stream())
+    ring.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "synchronize", failing)
+        with pytest.raises(RuntimeError, match="lost"):
+            ring.release(slot)
+    ring.close()
+    assert ring.stats()["pinned_capacity_bytes"] == 0
+
+
 def failing(event: object) -> bool:
     raise RuntimeError("the device is lost")
 
