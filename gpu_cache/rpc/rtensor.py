@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import operator
@@ -17,6 +18,7 @@ import gpu_cache
 from gpu_cache import Promise
 from gpu_cache.config import OnError, Prefer
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.process import no_collections
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
 from gpu_cache.rpc.client.backend import RTensorBackend, StoringMany, take_back
@@ -637,8 +639,11 @@ def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
         return _handle(TensorShardInfo(stored[-1], node_addr), leaf)
 
     try:
-        return map_leaves(trimmed, torch.Tensor, to_handle)
+        # A backend of another's making may wait in `store`.
+        with no_collections if isinstance(backend, HttpRTensorBackend) else contextlib.nullcontext():
+            return map_leaves(trimmed, torch.Tensor, to_handle)
     except BaseException:
+        no_collections.leave()  # whatever interrupted it
         take_back(backend, node_addr, stored)
         raise
 

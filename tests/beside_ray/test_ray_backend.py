@@ -171,16 +171,17 @@ def test_steps_leave_nothing_in_the_store(ray: Any, worker: Any, nothing_stored:
     assert buffer_stats()["num_entries"] == 0
 
 
-def test_large_shards_are_objects_of_their_own(
+def test_long_shards_are_arrays_of_their_own_in_objects_of_bounded_length(
     ray: Any, nothing_stored: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_objects, "LONE_BYTES", 1 << 20)
+    monkeypatch.setattr(ray_objects, "ALONE_BYTES", 700_000)
     monkeypatch.setattr(ray_objects, "GROUP_BYTES", 2 << 20)
-    sizes = [100, 1 << 20, 700_000, 700_000, 700_000, 3 << 20, 5]
+    sizes = [100, 1 << 20, 600_000, 700_000, 700_000, 700_000, 3 << 20, 5]
     tensors = [patterned(torch.uint8, size, seed=size) for size in sizes]
+    tensors[4] = tensors[4].reshape(1000, 700).T  # has no bytes in one piece
     handles = RTensor.remotize(tensors, "")
     names = [handle.shard.shard_id.partition("/")[0] for handle in handles]
-    assert [names.index(name) for name in names] == [0, 1, 2, 2, 4, 5, 6]
+    assert [names.index(name) for name in names] == [0, 0, 0, 3, 3, 5, 6, 7]
     found = RTensor.localize(remote(handles))
     assert all(same_bits(one, other) for one, other in zip(found, tensors, strict=True))
     clear(handles)
@@ -217,7 +218,7 @@ def test_bad_tensors_store_nothing(ray: Any, nothing_stored: Callable[[], None])
 def test_a_call_that_fails_half_way_stores_nothing(
     ray: Any, nothing_stored: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_objects, "LONE_BYTES", 1 << 20)
+    monkeypatch.setattr(ray_objects, "GROUP_BYTES", 1 << 20)
     puts, put = [1, 2], ray.put
 
     def failing(value: Any) -> Any:

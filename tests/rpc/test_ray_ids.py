@@ -131,14 +131,17 @@ def test_a_pickled_handle_has_no_tensor_in_it() -> None:
             assert back.shard == made.shard
 
 
-def test_shards_are_laid_side_by_side_up_to_a_limit() -> None:
-    whole = ray_objects.GROUP_BYTES
-    tensors = [torch.empty(size, dtype=torch.uint8) for size in (1, 0, 513, whole // 2, ray_objects.LONE_BYTES, 7)]
-    tensors[3] = torch.empty(1, dtype=torch.uint8).expand(whole // 4 - 1)
+def test_short_shards_are_laid_side_by_side_and_long_ones_are_arrays_of_their_own() -> None:
+    whole, long = ray_objects.GROUP_BYTES, ray_objects.ALONE_BYTES
+    sizes = [1, 0, 513, long, long - 1, whole // 2, whole // 2, 7, 2 * whole, 9]
+    tensors = [torch.empty(1, dtype=torch.uint8).expand(size) for size in sizes]
     groups = list(ray_objects.packed(tensors))
-    assert [len(group.tensors) for group in groups] == [4, 1, 1]
-    assert groups[0].begins == [0, 512, 512, 1536]
-    assert [group.nbytes for group in groups] == [1536 + whole // 4, ray_objects.LONE_BYTES, 512]
+    together = [[tensor.nbytes for tensor in group.tensors] for group in groups]
+    assert together == [sizes[:6], sizes[6:8], [2 * whole], [9]]
+    assert groups[0].places == [(0, 0), (0, 512), (0, 512), (1, 0), (0, 1536), (2, 0)]
+    alone = [[tensor.nbytes for tensor in group.alone] for group in groups]
+    assert alone == [[long, whole // 2], [whole // 2], [2 * whole], []]
+    assert [group.shared_bytes for group in groups] == [1536 + long, 512, 0, 512]
     assert list(ray_objects.packed([])) == []
 
 
@@ -161,6 +164,6 @@ def test_a_tensor_that_areals_backend_stored_on_a_device_comes_through_the_host(
         def cpu(self) -> torch.Tensor:  # type: ignore[override]
             return torch.ones(4)
 
-    dtypes, shapes, begins, array = ray_objects._parts(torch.zeros(4).as_subclass(Elsewhere))
-    assert (dtypes, shapes, begins) == (["float32"], [(4,)], [0])
+    dtypes, shapes, places, (array,) = ray_objects._parts(torch.zeros(4).as_subclass(Elsewhere))
+    assert (dtypes, shapes, places) == (["float32"], [(4,)], [(0, 0)])
     assert array.tobytes() == torch.ones(4).numpy().tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -243,6 +244,7 @@ def test_our_backend_takes_back_what_it_had_stored(error: BaseException, monkeyp
     stored, num_left = backend.store, [2]
 
     def failing(tensor: torch.Tensor) -> Any:
+        assert not gc.isenabled()  # thousands of handles would set off a collection of the whole process
         num_left[0] -= 1
         if num_left[0] < 0:
             raise error
@@ -252,6 +254,7 @@ def test_our_backend_takes_back_what_it_had_stored(error: BaseException, monkeyp
     with pytest.raises(type(error)):
         RTensor.remotize(BATCH, "me:1")
     assert storage_stats() == NOTHING
+    assert gc.isenabled()
     set_backend(None)
 
 

@@ -1,4 +1,4 @@
-"""Objects of Ray's store: several shards in each, as one array of bytes, and the reader that lends them."""
+"""Objects of Ray's store: several shards in each, as arrays of bytes, and the reader that lends them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from gpu_cache.source import LentMemory, Stretch, fill_from_lent, joined_places
 
 # Shards of one call share objects of about this length: 3,072 of 9 KiB cost 0.11 ms each to store, and 1.7 ms alone.
 GROUP_BYTES = 128 << 20
-# A shard of this length is an object of its own, written into the store from where it is, without another copy.
-LONE_BYTES = 32 << 20
+# A shard of this length on the host is an array of its own in the object: Ray copies it there from where it is. Shorter
+# ones, and those of a device, are laid side by side in one array first: each array costs time of its own.
+ALONE_BYTES = 256 << 10
 # The share of a call's time in which objects are waited for; the rest is to copy those that are there.
 _SHARE_OF_WAITING = 0.9
 _LOOK_S = 0.2  # between two looks at whether the reader is cancelled
@@ -177,33 +178,44 @@ def _is_rays_serializer() -> bool:
     return bool(ray._private.worker.global_worker.get_serialization_context().is_in_band_serialization())
 
 
-class Packed(NamedTuple):
+class Packed:
     """Shards of a call that go into one object.
 
     Attributes:
         tensors: Of each.
-        begins: Where each begins in the object, at steps of 512 bytes as in a slab: a run is one copy.
-        nbytes: The object's bytes.
+        places: The number of its array in the object, and where it begins there.
+        alone: Those with an array of their own, which come behind the first: the others' own, side by side.
+        shared_bytes: Length of the first array. Shards begin at steps of 512 bytes as in a slab: a run is one copy.
+        nbytes: Bytes of all arrays.
     """
 
-    tensors: list[torch.Tensor]
-    begins: list[int]
-    nbytes: int
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.places: list[tuple[int, int]] = []
+        self.alone: list[torch.Tensor] = []
+        self.shared_bytes = self.nbytes = 0
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Put one behind the others."""
+        length = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.tensors.append(tensor)
+        self.nbytes += length
+        if tensor.is_cpu and tensor.nbytes >= ALONE_BYTES:
+            self.alone.append(tensor)
+            self.places.append((len(self.alone), 0))
+        else:
+            self.places.append((0, self.shared_bytes))
+            self.shared_bytes += length
 
 
-def packed(tensors: Sequence[torch.Tensor]) -> Iterator[Packed]:
-    """Group tensors, in order, into objects; a long one is alone."""
-    group = Packed([], [], 0)
+def packed(tensors: Iterable[torch.Tensor]) -> Iterator[Packed]:
+    """Group tensors, in order, into objects."""
+    group = Packed()
     for tensor in tensors:
-        if group.tensors and (tensor.nbytes >= LONE_BYTES or group.nbytes + tensor.nbytes > GROUP_BYTES):
+        if group.tensors and group.nbytes + tensor.nbytes > GROUP_BYTES:
             yield group
-            group = Packed([], [], 0)
-        group.tensors.append(tensor)
-        group.begins.append(group.nbytes)
-        group = group._replace(nbytes=group.nbytes + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT)
-        if tensor.nbytes >= LONE_BYTES:
-            yield group
-            group = Packed([], [], 0)
+            group = Packed()
+        group.add(tensor)
     if group.tensors:
         yield group
 
@@ -240,27 +252,26 @@ class Writer:
     def _put_group(self, group: Packed) -> list[TensorShardInfo]:
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in group.tensors]
         shapes = [tuple(tensor.shape) for tensor in group.tensors]
-        if group.nbytes >= LONE_BYTES and len(group.tensors) == 1 and group.tensors[0].is_cpu:
-            memory = np.frombuffer(host_bytes(group.tensors[0]), np.uint8)
-            ref = self._ray.put((_FORMAT, names, shapes, group.begins, memory))
-        else:
-            laid_out = self._laid_out(group)
-            ref = self._ray.put((_FORMAT, names, shapes, group.begins, laid_out[: group.nbytes].numpy()))
-            self._spare = [laid_out][: len(laid_out) <= GROUP_BYTES]
+        shared = self._side_by_side(group)
+        arrays = [np.frombuffer(host_bytes(tensor), np.uint8) for tensor in group.alone]
+        arrays.insert(0, shared[: group.shared_bytes].numpy())
+        ref = self._ray.put((_FORMAT, names, shapes, group.places, arrays))
+        self._spare = [shared][: len(shared) <= GROUP_BYTES]
         # In a later session the same numbers come again: the name must not.
         name = f"{RAY_PREFIX}{ref.hex()}.{secrets.token_hex(4)}"
         made = RayObject(name, ref, len(group.tensors))
         return [info_of(made, number) for number in range(len(group.tensors))]
 
-    def _laid_out(self, group: Packed) -> torch.Tensor:
+    def _side_by_side(self, group: Packed) -> torch.Tensor:
+        """Memory that begins with the first array of an object."""
         try:
             memory = self._spare.pop()
         except IndexError:
             memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        if len(memory) < group.nbytes:
-            memory = host_tensor(group.nbytes)
-        for tensor, begin in zip(group.tensors, group.begins, strict=True):
-            if tensor.nbytes:
+        if len(memory) < group.shared_bytes:
+            memory = host_tensor(group.shared_bytes)
+        for tensor, (number, begin) in zip(group.tensors, group.places, strict=True):
+            if number == 0 and tensor.nbytes:
                 place = memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 place.copy_(tensor.detach())
         return memory
@@ -391,22 +402,24 @@ class RayReader:
         """Describe the shards of an object that is here; they fail if it turns out to be lost."""
         try:
             left_s = max(self._deadline - time.monotonic(), _LOOK_S)
-            names, shapes, begins, array = _parts(self._ray.get(ref, timeout=left_s))
-            memory = LentMemory(torch.from_numpy(np.asarray(_Array(array))), is_lasting=False)
+            names, shapes, places, arrays = _parts(self._ray.get(ref, timeout=left_s))
+            memories = [LentMemory(torch.from_numpy(np.asarray(_Array(one))), is_lasting=False) for one in arrays]
         except Exception as error:  # Ray's own, and what an object that is none of ours may raise
             self.failures |= {key: self._failure(key, error) for key in keys}
             return
         for number, key in sorted((_number(key), key) for key in keys):
             try:
                 spec = self._spec(key, names[number], shapes[number])
-                if not 0 <= begins[number] <= len(memory.tensor) - spec.nbytes:
+                of, begin = places[number]
+                memory = memories[of]
+                if not 0 <= begin <= len(memory.tensor) - spec.nbytes:
                     raise _OddObjectError(f"too short, {len(memory.tensor):,} bytes")
             except (ShardAnswerError, _OddObjectError, IndexError, KeyError) as error:
                 self.failures[key] = self._failure(key, error)
                 continue
             specs.append(spec)
             if spec.nbytes:
-                self._places.append((memory, begins[number], spec.nbytes))
+                self._places.append((memory, begin, spec.nbytes))
 
     def _spec(self, key: Hashable, name: str, shape: tuple[int, ...]) -> ShardSpec:
         dtype, promise = DTYPES[name], self._promises.get(key)
@@ -434,11 +447,11 @@ def _number(key: Hashable) -> int:
     return int(key.rpartition("/")[2]) if isinstance(key, str) else 0
 
 
-def _parts(value: object) -> tuple[list[str], list[tuple[int, ...]], list[int], Any]:
-    """Dtypes, shapes and begins of the shards in an object, and its bytes."""
+def _parts(value: object) -> tuple[list[str], list[tuple[int, ...]], list[tuple[int, int]], list[Any]]:
+    """Dtypes, shapes and places of the shards in an object, and its arrays."""
     if isinstance(value, torch.Tensor):  # of AReaL's own Ray backend
         flat = np.frombuffer(host_bytes(value), np.uint8)
-        return [str(value.dtype).removeprefix("torch.")], [tuple(value.shape)], [0], flat
+        return [str(value.dtype).removeprefix("torch.")], [tuple(value.shape)], [(0, 0)], [flat]
     if not (isinstance(value, tuple) and len(value) == 5 and value[0] == _FORMAT):
         raise _OddObjectError(f"of type {type(value).__name__}")
     return value[1:]

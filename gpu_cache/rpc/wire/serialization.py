@@ -362,16 +362,22 @@ def _fault_of(tensor: torch.Tensor) -> str:
 
 
 def _least_nbytes(tensor: torch.Tensor) -> int:
-    """Whether the storage has all elements of the tensor."""
-    if not tensor.numel():
+    """The length that its storage must have to hold all elements."""
+    if not (num_elements := tensor.numel()):
         return 0
+    if tensor.is_contiguous():
+        return int(tensor.storage_offset() + num_elements) * tensor.itemsize
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in C order; its own memory if that is dense, on the host and free of lazy conjugation."""
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return dense_bytes(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
+
+
+def dense_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor that is detached, contiguous, on the host and free of lazy conjugation."""
     # Not `view(-1)`: a single element counts as contiguous whatever its stride, and keeps it.
-    flat = dense.as_strided((dense.numel(),), (1,))
+    flat = tensor.as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data
