@@ -198,6 +198,14 @@ METRICS = [
         "gpu_cache_source_resident_bytes", GAUGE, "Cached bytes, by origin.", ("source_node",),
         by_source("resident_bytes"),
     ),
+    Metric(
+        "gpu_cache_shared_bytes", GAUGE, "Shards of an owner in memory that processes of its host map.", (),
+        single("shared_bytes"),
+    ),
+    Metric(
+        "gpu_cache_shared_reserved_bytes", GAUGE, "Memory taken from the system for those.", (),
+        single("shared_reserved_bytes"),
+    ),
 ]  # fmt: skip
 
 HISTOGRAMS = [

@@ -170,7 +170,7 @@ def test_the_next_run_of_a_job_goes_on_with_the_same_series(node: Machine) -> No
 
 def test_every_metric_of_the_table_is_exported(node: Machine) -> None:
     add_trainers(node.folder)
-    extra = {"device_entries": 5, "host_entries": 1}
+    extra = {"device_entries": 5, "host_entries": 1, "shared_bytes": 512, "shared_reserved_bytes": 1024}
     node.folder.add(report(6, role="critic", **extra), host_pid=99)
     assert {name for name, _ in scraped(node)} == names_of()
 
@@ -327,6 +327,25 @@ def test_the_dashboard_has_its_rows_and_variables() -> None:
     for expression in expressions(dashboard):
         for label in re.findall(r"(\w+)=~?\"", expression):
             assert label in labels | {"instance"}, expression
+
+
+def test_the_page_has_a_row_for_each_metric() -> None:
+    page = (DASHBOARDS.parent / "docs" / "monitoring.md").read_text()
+    rows = dict(re.findall(r"^\| `(gpu_cache_\w+)` \| (.*) \|$", page, re.M))
+    expected = {
+        one.name: f"{one.kind} | {', '.join(f'`{label}`' for label in one.labels)} | {one.meaning}"
+        for one in metrics.METRICS
+    }
+    assert rows == expected | {one.name: f"histogram | | {one.meaning}" for one in metrics.HISTOGRAMS}
+
+
+def test_shared_memory_is_exported_for_its_owner_alone(node: Machine) -> None:
+    node.folder.add(report(0), host_pid=41873)
+    node.folder.add(report(1) | {"shared_bytes": 4 << 20, "shared_reserved_bytes": 16 << 20}, host_pid=41874)
+    found = scraped(node)
+    for name, nbytes in (("gpu_cache_shared_bytes", 4 << 20), ("gpu_cache_shared_reserved_bytes", 16 << 20)):
+        assert [number for (key, _), number in found.items() if key == name] == [nbytes], "none is exported as 0"
+        assert value(found, name, gpu="1", role="actor") == nbytes
 
 
 def test_alerts_ask_for_exported_metrics() -> None:
