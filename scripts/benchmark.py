@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--workload", type=_names, default=list(_ALL_NAMES), help='such as "rollout,scale" (default: all)'
+        "--workload", type=_names, default=list(_ALL_NAMES), help=f"of {','.join(_ALL_NAMES)} (default: all)"
     )
     parser.add_argument(
         "--only",
