@@ -156,7 +156,7 @@ def _finish_bars(axes: Axes, title: str, names: Sequence[str], num_columns: int)
     marks = [float(line.get_xdata()[0]) for line in axes.lines]
     axes.set_xlim(left=min([*bars, *marks], default=1.0) / _ROOM)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     axes.plot([], [], "-", color=_RED, linewidth=2, label="target")
     axes.plot([], [], ":", color=_RED, linewidth=2, label="stretch")
     legend: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.06), "ncols": num_columns}
