@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from gpu_cache import process
 from gpu_cache.config import CacheConfig, ReadyMode, described
+from gpu_cache.device.cuda import torch_cuda
 from gpu_cache.device.placement import Placement, choose_device
 from gpu_cache.device.protocol import Device
 from gpu_cache.errors import CacheClosedError, TransferError
@@ -223,6 +224,8 @@ class LazyEngine:
 
     def _stays(self, engine: Engine) -> bool:
         """Whether the device chosen before CUDA was initialised stays. Warns once if it stays against the settings."""
+        if not torch_cuda.is_initialized():
+            return True
         try:
             device = choose_device(self._config.device).device.torch_device
         except (ValueError, RuntimeError) as error:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,13 +209,17 @@ def test_a_host_choice_made_before_cuda_is_made_again_while_empty(
 ) -> None:
     cuda = FakeCuda()
     gpu: CudaDevice = cuda_device(cuda, tmp_path)
-    placements = [Placement(HostDevice(), "no CUDA yet", is_final=False)]
+    placements, made = [Placement(HostDevice(), "no CUDA yet", is_final=False)], list[CudaDevice]()
     monkeypatch.setattr("gpu_cache.transfer.engine.choose_device", lambda setting: placements[0])
+    monkeypatch.setattr("gpu_cache.transfer.engine.torch_cuda", SimpleNamespace(is_initialized=lambda: len(made) > 0))
     cache = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="4MiB", prealloc_bytes=0))
     source = DictSource({"a": torch.ones(10)})
     (early,) = cache.get_many(["a"], source)
     assert cache.device_name == "cpu"
     placements[0] = Placement(gpu, "CUDA is there")
+    cache.get_many(["a"], source)
+    assert not caplog.records, "CUDA is not looked for before it is initialised"
+    made.append(gpu)
     for _ in range(2):
         cache.get_many(["a"], source)
         assert cache.device_name == "cpu", "something is cached"
