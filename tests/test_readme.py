@@ -45,7 +45,7 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 README = PAGES["README.md"]
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+CONTRIBUTING, CHANGELOG = ((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md"))
 FIGURES = tomllib.loads((ROOT / "docs/figures.toml").read_text())["figure"]
 DEADLINE_S = 120
 
@@ -211,7 +211,7 @@ def test_every_name_in_the_api_table_exists_and_no_public_one_is_missing() -> No
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
-    others = {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
+    others = {"CONTRIBUTING.md": CONTRIBUTING, "CHANGELOG.md": CHANGELOG}
     anchors = {
         name: {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
         for name, text in (PAGES | others).items()
@@ -239,10 +239,13 @@ def test_the_site_has_every_page() -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    for text in (*PAGES.values(), CONTRIBUTING):
+    for text in (*PAGES.values(), CONTRIBUTING, CHANGELOG):
         for path in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|toml))`", text):
             is_there = any((folder / path).is_file() for folder in (ROOT, ROOT / "gpu_cache"))
             assert is_there or list((ROOT / "tests").rglob(path)), path
+        of_the_repository = r"(?<![\w/.-])((?:tests|scripts|docs|dashboards|packaging)/[\w./*-]*[\w*])"
+        for path in set(re.findall(of_the_repository, text)) - {"packaging/smi/dist/*"}:  # a release makes that one
+            assert list(ROOT.glob(path)), path
 
 
 def test_a_figure_of_several_places_is_the_same_in_each() -> None:
