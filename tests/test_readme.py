@@ -26,8 +26,13 @@ import pytest
 
 import gpu_cache
 from gpu_cache import rpc
-from gpu_cache.config import CacheConfig, variable
-from gpu_cache.rpc import rtensor
+from gpu_cache.config import ALIGNMENT, CacheConfig, variable
+from gpu_cache.report import schema
+from gpu_cache.rpc import clearing, rtensor
+from gpu_cache.rpc.client import memory, ray_objects, same_host
+from gpu_cache.rpc.server import requests
+from gpu_cache.rpc.server import same_host as server_same_host
+from gpu_cache.rpc.wire import records
 from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
 from tests.support.sim_order_mutants import ORDER_MUTANTS
@@ -256,6 +261,35 @@ def test_a_figure_of_several_places_is_the_same_in_each() -> None:
         for name, words in figure["places"].items():
             text = " ".join((ROOT / name).read_text().split())
             assert words.replace("{}", figure["value"]) in text, f"{name}: {figure['what']}"
+
+
+OF_THE_SOCKET = server_same_host.Limits()
+# Words of a page around a limit, and the limit as the code has it.
+LIMITS = [
+    ("areal.md", "a body of {} GiB", requests.DEFAULT_MAX_BODY_BYTES >> 30),
+    ("areal.md", "{:,} ids", records.MAX_IDS),
+    ("areal.md", "{} answers at once", requests.DEFAULT_MAX_RESPONSES),
+    ("how-it-works.md", "A run is at most {} MiB", CacheConfig().run_bytes >> 20),
+    ("limits.md", "up to {} MiB", ray_objects.GROUP_BYTES >> 20),
+    ("monitoring.md", "has not reported for {:.0f} s", schema.HUNG_AFTER_S),
+    ("ray.md", "an object of up to {} MiB", ray_objects.GROUP_BYTES >> 20),
+    ("ray.md", "A shard of {} KiB or more", ray_objects.ALONE_BYTES >> 10),
+    ("security.md", "under way ({}, unless told otherwise)", requests.DEFAULT_MAX_RESPONSES),
+    ("trainer.md", "does not answer within {:.0f} s", clearing.DEFAULT_TIMEOUT_S),
+    ("transports.md", "at steps of {} bytes", ALIGNMENT),
+    ("transports.md", "a record of {} bytes for each", records.RECORD_BYTES),
+    ("transports.md", "more than {:.0f} s to come in full", OF_THE_SOCKET.request_s),
+    ("transports.md", "an answer more than {:.0f} s to leave", OF_THE_SOCKET.answer_s),
+    ("transports.md", "It serves {} connections", OF_THE_SOCKET.num_clients),
+    ("transports.md", "tries memory again after {:.0f} s", memory._AGAIN_S),
+    ("transports.md", "asks for at most {} MiB at once", same_host._PROXIED_BYTES >> 20),
+    ("transports.md", "the time it has left, and at most {:.0f} s", memory._PROXY_PATIENCE_S),
+]
+
+
+def test_limits_that_pages_name_are_those_of_the_code() -> None:
+    for name, words, limit in LIMITS:
+        assert words.format(limit) in " ".join(PAGES[f"docs/{name}"].split()), f"{name}: {words}"
 
 
 def test_figures_of_the_benchmark_are_those_of_its_rows() -> None:
