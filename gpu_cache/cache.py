@@ -104,6 +104,14 @@ class TensorCache:
         """Add figures of what is no part of the cache to its reports for `gpu-cache-smi`, under names that it knows."""
         self._publisher.report_beside(figures)
 
+    def report(self) -> None:
+        """Report for `gpu-cache-smi` now, and from now on.
+
+        Before the first use of the cache there is something to report only if `report_beside` has given figures, and
+        they are not empty. It chooses no device, and allocates nothing.
+        """
+        self._publisher.publish()
+
     def reset_peak_stats(self) -> None:
         """Set the peaks to what is in use now. Counters are never reset."""
         if (engine := self._engine) is not None:
@@ -429,7 +437,7 @@ class TensorCache:
         # Nothing here refers to the cache itself, so that a cache that is dropped without `close` can die.
         self._lazy = LazyEngine(self.config, self._given_device, index)
         self._tasks: set[ReaderTask] = set()  # readers that are being drained
-        self._publisher = Publisher(index, self._lazy)
+        self._publisher = Publisher(index, self._lazy, self.config)
         self._lazy.on_open = self._publisher.touch
         weakref.finalize(self, self._lazy.retire, index.close).atexit = False
         weakref.finalize(self, self._publisher.retire).atexit = False

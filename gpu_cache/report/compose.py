@@ -33,12 +33,37 @@ class Index(Protocol):
 class Engine(Protocol):
     """A device and its memory: its part of `BufferStats`, and what a report has beyond that."""
 
-    config: CacheConfig
-    device: Device
-
+    @property
+    def config(self) -> CacheConfig: ...
+    @property
+    def device(self) -> Device | None: ...  # None: not chosen yet
     def stats(self) -> Mapping[str, float]: ...
     def details(self) -> Mapping[str, int]: ...
     def gather(self) -> None: ...  # counts copies that are done by now
+
+
+class Unused:
+    """Stands for the engine of a cache before its first use, which chooses a device. It has no figures.
+
+    Args:
+        config: Settings, as given.
+    """
+
+    device = None
+
+    def __init__(self, config: CacheConfig) -> None:
+        resolved = config.resolved(is_cuda=False, device_bytes=0)
+        # The device decides these.
+        self.config = dataclasses.replace(resolved, pool_bytes=config.pool_bytes, prealloc_bytes=config.prealloc_bytes)
+
+    def stats(self) -> Mapping[str, float]:
+        return {}
+
+    def details(self) -> Mapping[str, int]:
+        return {}
+
+    def gather(self) -> None:
+        """There are no copies."""
 
 
 class Reporter:
@@ -57,8 +82,11 @@ class Reporter:
         if self._identity[0] is not engine:
             self._identity = engine, self._introduction(engine)
         self._seq += 1
-        figures = buffer_stats_of(self._index.report(), engine.stats(), engine.details())
-        missing = () if engine.config.host_tier_bytes else schema.HostTierFigures.__annotations__
+        known = self._index.report()
+        figures = buffer_stats_of(known, engine.stats(), engine.details())
+        missing = set() if engine.config.host_tier_bytes else set(schema.HostTierFigures.__annotations__)
+        if engine.device is None:  # what the engine would add is not known, which is not 0
+            missing |= figures.keys() - known.keys()
         return {
             "schema_version": schema.SCHEMA_VERSION,
             "seq": self._seq,
@@ -83,8 +111,10 @@ class Reporter:
         return json.dumps(answer, separators=(",", ":"), default=str).encode()  # dtypes are no JSON
 
     def _introduction(self, engine: Engine) -> dict[str, Any]:
-        config, device = engine.config, engine.device.torch_device
-        identity = engine.device.identity() if device.type == "cuda" else DeviceIdentity("")
+        config, device = engine.config, engine.device
+        identity = (
+            device.identity() if device is not None and device.torch_device.type == "cuda" else DeviceIdentity("")
+        )
         return {
             "pid": os.getpid(),
             "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
@@ -92,7 +122,7 @@ class Reporter:
             "hostname": socket.gethostname(),
             "role": config.role,
             "rank": config.rank,
-            "device": str(device),
+            "device": "cpu" if device is None else str(device.torch_device),
             "gpu_uuid": identity.uuid or None,
             "pci_bus_id": identity.pci_bus_id or None,
             "gpu_name": identity.name or None,

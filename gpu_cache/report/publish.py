@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from gpu_cache import units
 from gpu_cache.config import CacheConfig
 from gpu_cache.process import OwnThread
-from gpu_cache.report.compose import Engine, Index, Reporter, encoded, summary_of
+from gpu_cache.report.compose import Engine, Index, Reporter, Unused, encoded, summary_of
 from gpu_cache.report.files import HostileDirectoryError, ReportFiles
 from gpu_cache.report.schema import SourceStats, report_name
 from gpu_cache.throttle import Throttle
@@ -43,23 +43,29 @@ class Publisher:
     """Writes the report of one cache. No failure reaches the caller.
 
     A thread reports once a second and soon after a clear; calls of the cache report while the thread is late. The first
-    report makes files and thread, if `config.stats` says so and the directory is safe.
+    report makes files and thread, if `config.stats` says so and the directory is safe. There is none before the first
+    use of the cache, unless figures beside it are to be told.
 
+    Args:
+        index: The cache's.
+        lazy: Has the engine.
+        config: The cache's settings, as given.
     Thread-safety: any thread. A call that finds another one reporting leaves the next report to it.
     """
 
-    def __init__(self, index: Index, lazy: Lazy) -> None:
-        self._lazy = lazy
+    def __init__(self, index: Index, lazy: Lazy, config: CacheConfig) -> None:
+        self._lazy, self._config = lazy, config
         # Single values without a lock; a race costs a report too many, or one a period later.
         self._late_at = self._due_at = self._clears_from = 0.0
         self._is_due = self._is_closed = self._has_warned = False
         self._wake = threading.Event()
         self._thread: OwnThread | None = None
-        # Threads take turns, and write under it. Guards _reporter, _alarms, _files, _write_at.
+        # Threads take turns, and write under it. Guards _reporter, _alarms, _files, _write_at, _unused.
         self._turn = threading.Lock()
         self._reporter, self._alarms = Reporter(index), Alarms(index)
         self._files: ReportFiles | None = None
         self._write_at = 0.0
+        self._unused: Unused | None = None  # in the engine's place until there is one
 
     def __repr__(self) -> str:
         return f"Publisher({self._files or 'off'})"
@@ -117,9 +123,9 @@ class Publisher:
         self._wake.set()
 
     def _report(self) -> None:
-        now, engine = time.monotonic(), self._lazy.current
+        now = time.monotonic()
         self._due_at, self._late_at = now + PERIOD_S, now + _LATE * PERIOD_S
-        if engine is None or self._is_closed:
+        if self._is_closed or (engine := self._lazy.current or self._stand_in()) is None:
             return
         report = self._reporter.compose(engine)
         self._alarms.look(report)
@@ -134,6 +140,12 @@ class Publisher:
         except OSError as error:
             self._write_at = now + _RETRY_S
             self._warn(f"no reports for gpu-cache-smi for now: {error}; trying again every {_RETRY_S:.0f} s")
+
+    def _stand_in(self) -> Unused | None:
+        """In the place of an engine, if there is something to tell beside the cache, or was."""
+        if self._unused is None and self._reporter.beside():
+            self._unused = Unused(self._config)
+        return self._unused
 
     def _start(self, config: CacheConfig) -> ReportFiles:
         files = self._files = ReportFiles(report_name(config.role or "", config.rank or 0, os.getpid()), os.environ)

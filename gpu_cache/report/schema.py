@@ -117,6 +117,7 @@ class HostTierFigures(TypedDict, total=False):
 class Report(BufferStats, HostTierFigures):
     """The report of one cache: every figure of `buffer_stats()` under its own name, and the following.
 
+    An owner that shares memory reports before the first use of its cache, too: without the figures of a device.
     Ages are as of `unix_time`; a reader adds the age of the file. For a missing key a reader shows "-", never 0.
     """
 
@@ -129,7 +130,7 @@ class Report(BufferStats, HostTierFigures):
     hostname: str
     role: str  # such as "actor"; default: the program's name
     rank: int  # global; default: 0
-    device: str  # "cuda:0" with the index inside the process, or "cpu"
+    device: str  # "cuda:0" with the index inside the process, or "cpu", also before the first use
     gpu_uuid: str | None  # "GPU-…" or "MIG-…" as NVML spells it; None off CUDA, as the next two
     pci_bus_id: str | None  # "0000:1b:00.0"
     gpu_name: str | None

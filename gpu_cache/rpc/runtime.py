@@ -64,6 +64,7 @@ class Runtime:
         self.store = ShardStore() if store is None else store
         self._names: dict[str, Any] = {}
         self.cache = self._cache_of(config)
+        self.store.segments.on_growth = partial(_report, weakref.ref(self))
         self.clearer = StepClearer()
         self.clears = ClearsTogether()
         self.endings: list[Callable[[], object]] = []
@@ -271,6 +272,7 @@ class Runtime:
         """Go on with an empty cache; what waits for shards of the old one fails."""
         previous, self.cache = self.cache, self._cache_of(config)
         previous.close()
+        self.cache.report()  # of shared memory, which stays
 
     def _cache_of(self, config: gpu_cache.CacheConfig | None) -> gpu_cache.TensorCache:
         config = settings_of(config)
@@ -296,6 +298,12 @@ class Runtime:
             found[key].tensor if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
             for key in keys
         ]
+
+
+def _report(of: weakref.ref[Runtime]) -> None:
+    """Report on an owner that may never use its cache."""
+    if (runtime := of()) is not None:
+        runtime.cache.report()
 
 
 def _note_removal(of: weakref.ref[Runtime], address: str) -> None:

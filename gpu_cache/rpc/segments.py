@@ -141,6 +141,8 @@ class Segments:
     What the latest steps had in use is kept: a fresh page costs as much as copying twice what fits it. Without shared
     memory (another system, an older kernel, `GPU_CACHE_SHM=0`) `take` gives nothing, and shards live in plain memory.
 
+    Attributes:
+        on_growth: Called after a segment was taken, by the thread that stores; set before the first.
     Thread-safety: any thread. Maps, populates and closes outside the lock.
     Source: our measurement; first writes into a memfd 1.7 GB/s, later ones as fast as any memory.
     """
@@ -149,6 +151,7 @@ class Segments:
         self, is_wanted: Callable[[], bool] = is_wanted, make: Callable[[int, int], Segment] = Segment
     ) -> None:
         self._is_wanted, self._make = is_wanted, make
+        self.on_growth: Callable[[], object] = lambda: None
         self._numbers = itertools.count(1)
         self._warnings = Throttle()
         self._freed: deque[Range] = deque()  # appended to by any thread, in the middle of anything
@@ -269,6 +272,7 @@ class Segments:
                 self._segments[segment.number] = segment
                 bisect.insort(self._places, (segment.address, segment), key=lambda place: place[0])
                 self._reserved_bytes += segment.nbytes
+            self.on_growth()
         return None
 
     def _populate(self, segment: Segment, start: int, nbytes: int) -> None:

@@ -24,7 +24,7 @@ from gpu_cache.report import publish
 from gpu_cache.report.schema import MAX_REPORT_BYTES, Histograms, HostTierFigures, Rates, Report, SourceStats
 from gpu_cache.smi import locks
 from gpu_cache.smi.main import main
-from gpu_cache.smi.node import Observer
+from gpu_cache.smi.node import Node, Observer
 from gpu_cache.smi.nvml import Nvml
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
@@ -164,6 +164,95 @@ def test_a_call_amid_a_report_leaves_another_to_its_writer(cache: TensorCache, m
         assert publisher._reporter._seq == before
     publisher.publish()
     assert not publisher._is_due
+
+
+def test_figures_beside_a_cache_are_reported_before_its_first_use(cache: TensorCache, folder: Path) -> None:
+    shared: dict[str, int] = {}
+    cache.report_beside(lambda: shared)
+    cache.report()
+    assert not folder.exists(), "there is nothing to report"
+    shared |= {"shared_bytes": 512, "shared_reserved_bytes": 1024}
+    cache.report()
+    assert cache._engine is None
+    found = report_in(folder)
+    names = get_type_hints(Report).keys() - get_type_hints(HostTierFigures).keys()
+    assert found.keys() < names, "what only a device's pool and its copies have is left out"
+    assert (found["shared_bytes"], found["shared_reserved_bytes"]) == (512, 1024)
+    assert (found["role"], found["rank"], found["device"]) == ("actor", 3, "cpu")
+    assert found["num_entries"] == found["misses"] == 0
+    assert "device_capacity_bytes" not in found
+    shared.clear()
+    until(lambda: report_in(folder)["seq"] > found["seq"])  # else it would be taken to hang
+    (before,) = folder.glob("*.json")
+    cache.get("unknown")
+    until(lambda: report_in(folder).get("device_capacity_bytes") == 4 << 20)
+    assert list(folder.glob("*.json")) == [before], "one report, of one process"
+    cache.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_switched_off_a_cache_reports_no_figures_beside_it(folder: Path) -> None:
+    cache = TensorCache(dataclasses.replace(CONFIG, stats=False), device=HostDevice())
+    cache.report_beside(lambda: {"shared_bytes": 512, "shared_reserved_bytes": 1024})
+    cache.report()
+    assert cache._publisher._thread is None
+    cache.close()
+    assert not folder.exists()
+
+
+OWNER = """
+import sys, torch
+from gpu_cache.rpc import runtime
+from gpu_cache.rpc.server import main
+current = runtime.current()
+server = main.start(owner=current)
+(copy,) = current.store.copies([torch.ones(1000)])
+current.store.put("a", copy)
+del copy
+assert not torch.cuda.is_initialized() and current.cache.device_name == "" and len(current.cache) == 0
+print(server.address, flush=True)
+sys.stdin.read()
+"""
+CONSUMER = """
+import sys, torch
+from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer
+for _ in range(2):  # the first request, over HTTP, tells where the owner's memory is
+    clear_fetch_buffer()
+    handle = RTensor(TensorShardInfo("a", sys.argv[1]), torch.empty(1000, device="meta"))
+    found = RTensor.localize([handle])
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.scripts
+def test_an_owner_that_never_uses_its_cache_is_seen_and_its_shared_memory_counted_once(folder: Path) -> None:
+    def start(code: str, role: str, *arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "GPU_CACHE_STATS": "1", "GPU_CACHE_ROLE": role, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def look() -> Node:
+        return Observer(lambda: [folder], nvml=Nvml(FakeNvml([]))).look()
+
+    with start(OWNER, "owner") as owner:
+        assert owner.stdout is not None
+        address = owner.stdout.readline().strip()
+        until(lambda: look().summed("shared_bytes") == 4096)  # 4,000 bytes, in steps of 512
+        (process,) = look().processes
+        assert (process.title, process.state, process.seat, process.pid) == ("owner/0", "ok", "cpu", str(owner.pid))
+        with start(CONSUMER, "reader", address) as reader:
+            assert reader.stdout is not None
+            assert reader.stdout.readline() == "ready\n"
+            until(lambda: [one.title for one in look().sources] == [f"{address} (shm)"])
+            assert len(look().processes) == 2
+            assert look().summed("shared_bytes") == 4096, "with its owner alone"
+            owner.kill()
+            owner.communicate(timeout=30)
+            assert look().summed("shared_bytes") == 0
+            assert {one.title: one.state for one in look().processes} == {"owner/0": "dead", "reader/0": "ok"}
+            reader.communicate(timeout=30)
+    assert [one.title for one in look().processes] == ["owner/0"]
 
 
 def test_off_means_no_file_and_no_thread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
