@@ -32,7 +32,7 @@ from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.wire.records import ELSEWHERE
-from gpu_cache.rpc.wire.serialization import DTYPES, check_travels, checked_shape, dense_bytes, host_bytes
+from gpu_cache.rpc.wire.serialization import DTYPES, check_travels, checked_shape, dense_bytes, host_bytes, is_dense
 
 
 class OwnedShard:
@@ -68,9 +68,8 @@ class OwnedShard:
             self._fault = str(error)
             return
         self.text = described(self.dtype, self.shape, self.nbytes)
-        if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-            with plain_tensors():
-                self.memory = dense_bytes(tensor.detach())
+        if is_dense(tensor):
+            self.memory = dense_bytes(tensor)
 
     @property
     def serial(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import binascii
 import enum
+import functools
 import json
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from reprlib import repr as short_repr
 from typing import Any
@@ -373,11 +374,55 @@ def _least_nbytes(tensor: torch.Tensor) -> int:
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in C order; its own memory if that is dense, on the host and free of lazy conjugation."""
-    return dense_bytes(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return dense_bytes(plain.clone() if plain._is_zerotensor() else plain)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its bytes lie in C order on the host: no lazy conjugation, no tensor of zeros without memory."""
+    is_lazy_one = tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor()
+    return tensor.is_cpu and tensor.is_contiguous() and not is_lazy_one
 
 
 def dense_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor that is detached, contiguous, on the host and free of lazy conjugation."""
-    # Not `view(-1)`: a single element counts as contiguous whatever its stride, and keeps it.
-    flat = tensor.as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data
+    """The bytes of a tensor that `is_dense`. From now on torch refuses to resize its storage, which would free them."""
+    if tensor.untyped_storage().resizable():
+        with plain_tensors():
+            tensor.detach().as_strided((0,), (1,)).view(torch.uint8).numpy()
+    return bytes_for_now(tensor)
+
+
+def bytes_for_now(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor that `is_dense`, until its storage is resized.
+
+    It calls none of torch's operators, which give the GIL away.
+    """
+    return np.asarray(_Bytes(tensor)).data if tensor.nbytes else memoryview(b"")
+
+
+class _Bytes:
+    """A tensor's bytes as numpy takes them. An array made of this keeps the storage."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.storage = tensor.untyped_storage()  # not the tensor, which may be given other memory
+        place = {"data": (tensor.data_ptr(), False), "shape": (tensor.nbytes,)}
+        self.__array_interface__ = {**place, "typestr": "|u1", "version": 3}
+
+
+def meta_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """An empty tensor on `meta`. Those of one dtype and shape share a storage: an alias does not give the GIL away.
+
+    Raises:
+        RuntimeError: torch holds no tensor of this shape.
+        TypeError: A length is no number.
+    """
+    return _alias_of(torch.Tensor, _meta_template(dtype, *shape))
+
+
+@functools.lru_cache(4096, typed=True)
+def _meta_template(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    with plain_tensors():
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_alias_of: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass
