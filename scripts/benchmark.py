@@ -33,7 +33,7 @@ from bench.gpu_paths import gpu_paths
 from bench.hits import hit_paths
 from bench.meter import Meter
 from bench.owner import Owner, OwnerError
-from bench.paths import Trainers, open_paths, selected, variants
+from bench.paths import Trainers, open_paths, selected, storing_path, variants
 from bench.profiling import CAVEAT, profiles
 from bench.rounds import Plan, rows, run_rounds, skipped_row
 from bench.targets import verdicts
@@ -168,7 +168,8 @@ def _time(workload: Workload, extent: Extent, device: str, console: Console) -> 
             open_paths(workload, owner, trainers, original, extent.json_bytes) as (paths, part),
         ):
             if workload.name == "rollout":
-                paths += variants(hit_paths(workload, trainers.defaults), trainers.tuned.device)
+                stored = storing_path(workload, trainers.defaults, original)
+                paths += variants([*hit_paths(workload, trainers.defaults), stored], trainers.tuned.device)
             if trainers.tuned.device != "cpu":
                 paths += gpu_paths(workload, trainers, original, part)
             wanted = selected(selected(paths, _ROWS_OF.get(workload.name, ("*",))), extent.only)

@@ -20,7 +20,7 @@ from bench.owner import Owner
 from bench.raw_socket import RawReceiver
 from bench.trainer import Trainer
 from bench.workloads import Workload
-from gpu_cache.rpc import RTensor
+from gpu_cache.rpc import RTensor, runtime
 from gpu_cache.rpc.rtensor import ClearReport
 
 # What a row's name begins with: the cache's settings are a user's defaults, or everything is preallocated.
@@ -29,6 +29,7 @@ SAME_HOST = "samehost"  # at defaults, from the owner's memory; the others come 
 # Hits of flat lists: of AReaL's own code, and of this project; and of a dict of tensors, which they are compared with.
 HITS = OWN_HITS, LOCALIZE_HITS, GET_MANY_HITS = "areal/own_hits", f"{DEFAULTS}/hits", f"{DEFAULTS}/hits_get_many"
 REFERENCE = "areal/hits"
+_OWN_ADDRESS = "127.0.0.1:9"  # of handles that none reads
 # Rows that are worth a look with everything preallocated too.
 _TUNED_ROWS = ("cold", "warm", "clear")
 
@@ -164,6 +165,28 @@ def open_paths(
         )
         whole, one = _same_host_paths(workload, trainers.same_host, original)
         yield [*paths, *variants([cold, whole], trainers.tuned.device), *others, one], part
+
+
+def storing_path(workload: Workload, trainer: Trainer, original: Original) -> Path:
+    """An owner's part: the batch stored in this process, a copy of each tensor."""
+    batch = list(workload.trajectories())
+    store = runtime.current().store
+
+    def check(name: str, handles: Sequence[Mapping[str, RTensor]]) -> None:
+        found = [{key: store[one.shard.shard_id] for key, one in of.items()} for of in handles]
+        original.check_batch(name, found, len(batch))
+
+    return Path(
+        f"{DEFAULTS}/remotize",
+        lambda _: RTensor.remotize(batch, _OWN_ADDRESS),
+        check,
+        workload.nbytes,
+        workload.num_shards,
+        trainer.select,
+        store.clear,
+        is_transfer=False,
+        is_reading=False,
+    )
 
 
 def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> list[Path]:

@@ -31,6 +31,7 @@ defaults/  through a cache with a user's settings, CacheConfig()      tuned/  ev
 cold       localize, nothing cached      warm   localize, new handles, all cached
 localized  localize of handles that have their tensors      clear  clear_everywhere: evicted here, deleted at the owner
 step       as the demo has it: prefetch, five reads through new handles, clear_everywhere
+remotize   the batch stored in this process, as an owner does it: a copy of each tensor
 hits       localize of a flat list of cached handles      hits_get_many  get_many of its keys
 areal/hits the same from a dict that hands out the tensors that it keeps, as AReaL's buffer does
 areal/own_hits   AReaL's own localize, where AReaL is installed

@@ -18,7 +18,7 @@ from bench.exactness import BenchError, Original
 from bench.gpu_paths import Link, gpu_paths
 from bench.hits import hit_paths
 from bench.json_client import JsonClient
-from bench.paths import JsonPart, Path, Trainers, variants
+from bench.paths import JsonPart, Path, Trainers, storing_path, variants
 from bench.rounds import Plan, rows, run_rounds
 from bench.workloads import Workload, make_workload
 
@@ -239,3 +239,14 @@ def test_the_link_waits_until_everything_is_there() -> None:
     assert torch.equal(link.copy(torch.zeros_like(tensor), link.pinned(tensor)), tensor)
     assert torch.equal(link.move([tensor])[0], tensor)
     assert waits == [torch.device("cpu")] * 2
+
+
+def test_storing_is_timed_with_copies_that_are_looked_at(workload: Workload, trainers: Trainers) -> None:
+    path = storing_path(workload, trainers.defaults, Original(workload))
+    path.prepare()
+    handles = path.run(None)
+    path.check(path.name, handles)
+    with pytest.raises(BenchError, match="defaults/remotize: brought 2 trajectories, not 3"):
+        path.check(path.name, handles[1:])
+    path.finish()
+    assert len(runtime.current().store) == 0

@@ -54,7 +54,7 @@ def paths_of(workload: str, *, on_gpu: bool = False) -> list[str]:
         return [*_beside_each("raw"), "memcpy", *_BATCH_PATHS]
     if workload != "rollout":
         return _LARGE_PATHS + ([name for name in DEVICE_PATHS if "30" not in name] if on_gpu else [])
-    return HOST_PATHS + HIT_PATHS + (DEVICE_PATHS if on_gpu else [])
+    return HOST_PATHS + HIT_PATHS + _beside_each("defaults/remotize") + (DEVICE_PATHS if on_gpu else [])
 
 
 def a_path(name: str = "cold", **settings: Any) -> Path:
