@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import os
 import sys
 import time
 from argparse import Namespace
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cache.hosts import is_loopback
-from gpu_cache.smi import boxes, cleanup, columns, dmon, document, leaks, query, recording, timeline
-from gpu_cache.smi.live import Watch
+from gpu_cache.smi import cleanup, dmon, document, leaks, query, recording, screen, timeline, watch
+from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Node, Observer
 from gpu_cache.smi.problems import problems_of
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, Process
@@ -23,7 +24,6 @@ from gpu_cache.smi.terminal import Terminal
 FAILED, BAD_ARGUMENT, PROBLEM, DENIED = 1, 2, 3, 4
 _RECORD_S = 1.0
 _HEADS_EVERY = 20
-_BOXES = (boxes.DEVICES, boxes.PROCESSES, boxes.SOURCES)
 
 
 class Commands:
@@ -85,15 +85,12 @@ class Commands:
             time.sleep(max(due - time.monotonic(), 0))
 
     def _table(self, node: Node, number: int) -> None:
-        wanted = (self._options.by,) if self._options.by else _BOXES
-        is_wide = self._terminal.is_wide
-        width = self._terminal.width
-        is_narrow = width < columns.NARROW
-        self._terminal.show(boxes.compact(node, width) if is_narrow else boxes.screen(node, wanted, is_wide))
-        self._terminal.warn(boxes.problem_lines(problems_of(node), is_wide, width))
+        boxes = (self._options.by,) if self._options.by else screen.BOXES
+        self._terminal.show(screen.screen(node, self._terminal.width, boxes))
+        self._terminal.warn(screen.problem_lines(problems_of(node), self._terminal.width))
 
     def _listing(self, node: Node, number: int) -> None:
-        self._write(*boxes.listing(node))
+        self._write(*screen.listing(node))
 
     def _json(self, node: Node, number: int) -> None:
         self._write(document.as_text(node, is_one_line=self._options.interval_s is not None))
@@ -104,12 +101,12 @@ class Commands:
         self._write(*head, *query.lines(node, kind, names, has_units="nounits" not in style))
 
     def _dmon(self, node: Node, number: int) -> None:
-        is_wide = self._terminal.is_wide
+        width = self._terminal.width
         dead = {process.file.path for process in node.processes if process.state == DEAD}
         fresh = tuple(process for process in node.processes if process.file.path not in self._told)
         self._told |= dead
-        lines = dmon.lines(dataclasses.replace(node, processes=fresh), is_wide)
-        self._write(*(dmon.heads(is_wide) if number % _HEADS_EVERY == 0 else []), *lines)
+        lines = dmon.lines(dataclasses.replace(node, processes=fresh), width)
+        self._write(*(dmon.heads(width) if number % _HEADS_EVERY == 0 else []), *lines)
 
     def _prom(self, node: Node, number: int) -> None:
         self._write(_exposition().text(lambda: node).rstrip("\n"))
@@ -125,7 +122,7 @@ class Commands:
         wrong = [
             problem for problem in problems_of(node) if problem.process and problem.process.state in (LEAK, HUNG, DEAD)
         ]
-        self._terminal.show(boxes.problem_lines(wrong, self._terminal.is_wide))
+        self._terminal.show(screen.problem_lines(wrong, self._terminal.width))
         faults = _faults_of_switch()
         self._terminal.show([f"WARN  {what}: {text}" for what, text in faults])
         if wrong or faults:
@@ -136,15 +133,18 @@ class Commands:
         return self._nvml_status(node)
 
     def watch(self) -> int:
-        """Full screen, until `q`."""
-        watch = Watch(
-            self.look,
-            self._terminal.console,
-            interval_s=self._options.watch,
-            count=self._options.count,
-            is_ascii=self._options.ascii or not self._terminal.is_unicode,
-        )
-        watch.run()
+        """Full screen until `q`; frames one after another into a file or pipe."""
+        is_ascii = self._options.ascii or not self._terminal.is_unicode
+        if all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
+            app = importlib.import_module("gpu_cache.smi.app")  # Textual is slow to load
+            if self._terminal.console.no_color:
+                os.environ["NO_COLOR"] = "1"
+            app.Watch(self.look, self._options.watch, self._options.count, is_ascii=is_ascii).run()
+            return 0
+        past = History()
+        for node in self._looks(self._options.watch):
+            past.add(node)
+            self._terminal.show(watch.frame(node, past, self._options.watch), watch.TO_ASCII if is_ascii else {})
         return 0
 
     def leaks(self) -> int:
@@ -161,9 +161,7 @@ class Commands:
         if answer is None:
             self._terminal.tell([_silence(process)])
             return FAILED
-        is_wide, width = self._terminal.is_wide, self._terminal.width
-        shown = leaks.screen(process, answer, is_wide=is_wide, width=width, shows_all=self._options.all)
-        self._terminal.show(shown)
+        self._terminal.show(leaks.screen(process, answer, self._terminal.width, shows_all=self._options.all))
         return 0
 
     def _named(self, wanted: str) -> Process | None:

@@ -1,4 +1,4 @@
-"""The memory of the live view: transfers of the last minute by GPU, and the log of events."""
+"""The memory of the live view: transfers of the last minute, of GPUs and of processes, and the log of events."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gpu_cache.smi.node import Node, Row
 from gpu_cache.smi.process import Process
 
 SPAN_S = 60.0
+LEVELS = "▁▂▃▄▅▆▇█"
 _MAX_EVENTS = 200
 LINKS = ("fetch", "h2d")
 
@@ -22,23 +23,34 @@ class History:
     """Grows with each look. Bytes per second of wall clock, so that a pause between steps shows as one."""
 
     def __init__(self) -> None:
-        self.events: collections.deque[Event] = collections.deque(maxlen=_MAX_EVENTS)
+        self._events: collections.deque[Event] = collections.deque(maxlen=_MAX_EVENTS)
         self._last: Node | None = None
-        self._traces: dict[tuple[str, str | None, str], Trace] = {}
+        self._traces: dict[tuple[object, str], Trace] = {}
         self._speeds: dict[tuple[Path, str], float] = {}
+
+    @property
+    def events(self) -> list[Event]:
+        """The latest first."""
+        return sorted(self._events, reverse=True)
 
     def add(self, node: Node) -> None:
         """One more look."""
-        self.events.extend(between(self._last, node))
+        self._events.extend(between(self._last, node))
         before = {process.file.path: process for process in self._last.processes} if self._last else {}
-        for row in node.rows:
-            for link in LINKS:
-                speeds = [self._speed(before.get(process.file.path), process, link) for process in row.processes]
-                trace = self._traces.setdefault((row.label, row.uuid, link), collections.deque())
-                trace.append((node.unix_time, figures.total(speeds)))
-                while trace[0][0] < node.unix_time - SPAN_S:
-                    trace.popleft()
+        for link in LINKS:
+            speeds = {p.file.path: self._speed(before.get(p.file.path), p, link) for p in node.processes}
+            for process in node.processes:
+                self._append(_key(process), link, node.unix_time, speeds[process.file.path])
+            for row in node.rows:
+                total = figures.total(speeds[process.file.path] for process in row.processes)
+                self._append(_key(row), link, node.unix_time, total)
         self._last = node
+
+    def _append(self, key: object, link: str, now: float, speed: float | None) -> None:
+        trace = self._traces.setdefault((key, link), collections.deque())
+        trace.append((now, speed))
+        while trace[0][0] < now - SPAN_S:
+            trace.popleft()
 
     def _speed(self, earlier: Process | None, process: Process, link: str) -> float | None:
         """Between the last two reports; the same again while there is no new one."""
@@ -50,9 +62,20 @@ class History:
             self._speeds[key] = max(grown, 0) / (process.file.modified - earlier.file.modified)
         return self._speeds.get(key)
 
-    def trace(self, row: Row, link: str) -> Sequence[tuple[float, float | None]]:
-        """The last minute of a GPU."""
-        return self._traces.get((row.label, row.uuid, link), ())
+    def trace(self, of: Row | Process, link: str) -> Sequence[tuple[float, float | None]]:
+        """The last minute of a GPU or a process."""
+        return self._traces.get((_key(of), link), ())
+
+    def sparkline(self, of: Row | Process, link: str, width: int) -> str:
+        """The last minute, as high as the largest value; a blank where nothing is known."""
+        now = self._last.unix_time if self._last else 0.0
+        values = buckets(self.trace(of, link), now, width)
+        largest = figures.largest(values) or 1
+        return "".join(" " if value is None else LEVELS[round(value / largest * 7)] for value in values)
+
+
+def _key(of: Row | Process) -> object:
+    return (of.label, of.uuid) if isinstance(of, Row) else of.file.path
 
 
 def buckets(trace: Sequence[tuple[float, float | None]], now: float, count: int) -> list[float | None]:

@@ -11,16 +11,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.console import RenderableType
+
 from gpu_cache import units
 from gpu_cache.report import schema as report
 from gpu_cache.smi import figures
-from gpu_cache.smi.columns import GLUE, WIDE, Column, cells
+from gpu_cache.smi.problems import GLUE
 from gpu_cache.smi.process import Process
 from gpu_cache.smi.sources import host_of
+from gpu_cache.smi.tables import WIDE, Column, table
 
 ANSWER_TIMEOUT_S = 3.0
 SHOWN = 10
 _POLL_S = 0.05
+_SHAPE = 60  # more characters for a long shape
 _SHORT_DTYPES = {"bfloat16": "bf16", "float": "f", "uint": "u", "int": "i", "complex": "c"}
 
 Answer = Mapping[str, Any]
@@ -58,34 +62,33 @@ def _answer(process: Process, asked_at: int) -> Answer | None:
     return found if isinstance(found, dict) else None
 
 
-_COLUMNS: list[Column[Answer]] = [
-    Column("Age", "", 9, 9, lambda leak: units.age(figures.number(leak, "age_seconds"))),
-    Column("Bytes", "", 10, 10, lambda leak: units.size(figures.number(leak, "nbytes"))),
-    Column("Clears", "", 8, 8, lambda leak: units.count(figures.number(leak, "clears_survived"))),
-    Column("Source node", "", 24, 24, lambda leak: figures.text(leak, "source"), is_left=True, gap=2),
-    Column("Shard id", "", 26, 26, lambda leak: short_key(figures.text(leak, "key")), is_left=True),
-    Column("dtype", "", 8, 0, lambda leak: short_dtype(figures.text(leak, "dtype")), is_left=True),
-    Column("shape", "", 60, 0, lambda leak: str([round(n) for n in figures.numbers(leak, "shape")]), is_left=True),
-]
+_COLUMNS = (
+    Column("Age", lambda leak: units.age(figures.number(leak, "age_seconds")), 7),
+    Column("Bytes", lambda leak: units.size(figures.number(leak, "nbytes")), 8),
+    Column("Clears", lambda leak: units.count(figures.number(leak, "clears_survived"))),
+    Column(" Source node", lambda leak: f" {figures.text(leak, 'source')}", 22, justify="left"),
+    Column("Shard id", lambda leak: short_key(figures.text(leak, "key")), 24, justify="left"),
+    Column("dtype", lambda leak: short_dtype(figures.text(leak, "dtype")), 7, WIDE, justify="left"),
+    Column("shape", lambda leak: str([round(n) for n in figures.numbers(leak, "shape")]), 0, WIDE, justify="left"),
+)
 
 
-def screen(process: Process, answer: Answer, *, is_wide: bool, width: int, shows_all: bool) -> list[str]:
+def screen(process: Process, answer: Answer, width: int, *, shows_all: bool) -> list[RenderableType]:
     """The process, its oldest entries, and where they come from."""
     leaks = _leaks(answer)
     num = figures.integer(answer, "outlived_entries") or len(leaks)
     nbytes = units.size(figures.number(answer, "outlived_bytes"))
     where = f"GPU {process.seat}  pid {process.pid}  {process.title:<12}"
-    survived = "survived 2 or more clear_batches()" if is_wide else "survived 2+ clears"
-    lines = [f"{where} {num} entries, {nbytes} {survived}"]
+    survived = "survived 2 or more clear_batches()" if width >= WIDE else "survived 2+ clears"
+    parts: list[RenderableType] = [f"{where} {num} entries, {nbytes} {survived}"]
     if not leaks:
-        return lines
+        return parts
     shown = leaks if shows_all else leaks[:SHOWN]
-    lines += ["".join(column.cell(column.head, is_wide) for column in _COLUMNS).rstrip()]
-    lines += [cells(_COLUMNS, leak, is_wide).rstrip() for leak in shown]
+    parts.append(table(_COLUMNS, shown, width + _SHAPE * (width >= WIDE), None))
     if num > len(shown):
-        lines.append(f"      ... {num - len(shown)} more{' (--all)' if len(shown) < len(leaks) else ''}")
+        parts.append(f"      ... {num - len(shown)} more{' (--all)' if len(shown) < len(leaks) else ''}")
     hint = textwrap.wrap(_hint(process, leaks, num), min(width, WIDE + 1), subsequent_indent=" " * 6)
-    return lines + [line.replace(GLUE, " ") for line in hint]
+    return [*parts, *(line.replace(GLUE, " ") for line in hint)]
 
 
 def _leaks(answer: Answer) -> list[Answer]:

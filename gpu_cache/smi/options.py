@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from gpu_cache import __version__
 from gpu_cache.config import near, seconds
 from gpu_cache.smi import completion
-from gpu_cache.smi.boxes import DEVICES, PROCESSES, SOURCES
 from gpu_cache.smi.node import Filters
 from gpu_cache.smi.query import FIELDS
-from gpu_cache.smi.view import MIN_INTERVAL_S
+from gpu_cache.smi.screen import BOXES
+from gpu_cache.smi.watch import MIN_INTERVAL_S
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 9478
 _LOOP_S, _WATCH_S = 5.0, 1.0
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path)
     for name in ("-i/--id", "--pid", "--role", "--source"):
         parser.add_argument(*name.split("/"), type=_several, default=())
-    parser.add_argument("--by", choices=(DEVICES, PROCESSES, SOURCES))
+    parser.add_argument("--by", choices=BOXES)
     parser.add_argument("--dir", type=Path, action="append")
     for name in ("all", "color", "no-color", "ascii", "strict", "debug"):
         parser.add_argument(f"--{name}", action="store_true")

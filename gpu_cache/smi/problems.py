@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from gpu_cache import units
 from gpu_cache.report.schema import SCHEMA_VERSION
 from gpu_cache.smi import figures
-from gpu_cache.smi.columns import GLUE
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, Process
 
 WARNING, NOTE = "warning", "note"
 ENDED = "ended_without_cleanup"
+GLUE = "\N{NO-BREAK SPACE}"  # joins words that stay on one line
 
 
 @dataclasses.dataclass(frozen=True)

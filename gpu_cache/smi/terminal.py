@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
-from rich.console import Console
-from rich.text import Text
+from rich.console import Console, RenderableType
 
-from gpu_cache.smi.columns import WIDE
+from gpu_cache.smi.tables import WIDE
 
 
 class Terminal:
@@ -23,6 +23,7 @@ class Terminal:
         self.is_terminal = sys.stdout.isatty()
         self.width = self._width(environ)
         self.console = Console(
+            width=self.width,
             force_terminal=has_color or None,
             color_system="standard" if has_color else "auto",
             no_color=None if has_color is None else not has_color,
@@ -42,24 +43,23 @@ class Terminal:
         """Whether it can show block characters."""
         return "utf" in (sys.stdout.encoding or "").lower()
 
-    @property
-    def is_wide(self) -> bool:
-        return self.width >= WIDE
-
-    def show(self, lines: Iterable[Text | str]) -> None:
-        """On stdout."""
-        for line in lines:
-            self.console.print(line, soft_wrap=True)
+    def show(self, parts: Iterable[RenderableType], letters: Mapping[int, int] = MappingProxyType({})) -> None:
+        """On stdout, with some letters in place of others."""
+        for part in parts:
+            with self.console.capture() as shown:
+                self.console.print(part, soft_wrap=True)
+            for line in shown.get().translate(letters).removesuffix("\n").split("\n"):
+                print(line.rstrip())
         sys.stdout.flush()
 
-    def warn(self, lines: Iterable[Text | str]) -> None:
+    def warn(self, lines: Iterable[str]) -> None:
         """Below what was shown, or on stderr where stdout is read by a program."""
         if self.is_terminal:
             self.show(lines)
         else:
             self.tell(lines)
 
-    def tell(self, lines: Iterable[Text | str]) -> None:
+    def tell(self, lines: Iterable[str]) -> None:
         """On stderr."""
         for line in lines:
             print(line, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -13,28 +14,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
-from gpu_cache.smi import boxes, recording, timeline
-from gpu_cache.smi.columns import WIDE
-from gpu_cache.smi.frame import Size, frame
+from gpu_cache.smi import recording, screen, timeline
+from gpu_cache.smi.app import Watch
 from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Filters, Node, Observer
 from gpu_cache.smi.problems import problems_of
 from gpu_cache.smi.process import LEAK, OK
-from gpu_cache.smi.view import View
+from gpu_cache.smi.tables import WIDE
 
 PERIOD_S = 0.25
+_DRAWN_S = 0.5
 _HOSTNAME = "trainer-node"
 _POOL = "16MiB"  # small, as the demo's batches are
-_WATCH_ROWS = 18
+_WATCH_ROWS = 20
 _TRAINER = Filters(roles=("trainer",))
 # The processes that captions speak of, each with its state.
 CAST = {
     "healthy": {"rollout/0": OK, "rollout/1": OK, "trainer/0": OK},
     "leaking": {"rollout/0": OK, "rollout/1": OK, "trainer/0": LEAK},
 }
-_PARTS = (boxes.DEVICES, boxes.PROCESSES, boxes.SOURCES)
 
 
 class WatchedDemo:
@@ -49,10 +48,10 @@ class WatchedDemo:
     def __init__(self, name: str, script: Path, steps: int) -> None:
         self._cast = CAST[name]
         self._command = [sys.executable, str(script), "--steps", str(steps), "--uncached-steps", "0", "--quiet"]
-        self._history = History()
+        self._nodes: list[Node] = []
         self._lines: list[str] = []
         self._latest: Node | None = None
-        self._num_seen = 0  # lines up to there
+        self._num_seen = 0  # looks up to there
 
     def watch(self) -> None:
         """Run the demo to its end, a look every quarter of a second."""
@@ -60,7 +59,7 @@ class WatchedDemo:
             observer = Observer(lambda: [Path(folder)], hostname=_HOSTNAME)
             while process.poll() is None:
                 if (node := observer.look()).processes:
-                    self._history.add(node)
+                    self._nodes.append(node)
                     self._lines.append(recording.line(node.filtered(_TRAINER)))
                     self._keep(node)
                 time.sleep(PERIOD_S)
@@ -89,13 +88,27 @@ class WatchedDemo:
     def table(self) -> str:
         """The default screen as an SVG."""
         node = self._seen()
-        lines = [*boxes.screen(node, _PARTS, is_wide=True), *boxes.problem_lines(problems_of(node), is_wide=True)]
-        return _svg("gpu-cache-smi", lines)
+        parts = [*screen.screen(node, WIDE), *screen.problem_lines(problems_of(node), WIDE)]
+        console = Console(record=True, file=io.StringIO(), width=WIDE, force_terminal=True, color_system="standard")
+        for part in parts:
+            console.print(part, soft_wrap=True, highlight=False)
+        return console.export_svg(title="gpu-cache-smi")
 
     def live(self) -> str:
         """The live view as an SVG."""
-        lines = frame(self._seen(), self._history, View(PERIOD_S), Size(WIDE, _WATCH_ROWS))
-        return _svg(f"gpu-cache-smi --watch {PERIOD_S}", lines)
+        return asyncio.run(self._live())
+
+    async def _live(self) -> str:
+        past = History()
+        for node in self._nodes[: self._num_seen]:
+            past.add(node)
+        app = Watch(self._seen, PERIOD_S, past=past)
+        async with app.run_test(size=(WIDE + 1, _WATCH_ROWS)) as pilot:
+            drawn = ""
+            while "snapshot" not in drawn:  # the last of the keys
+                await pilot.pause(_DRAWN_S)
+                drawn = app.export_screenshot(title=f"gpu-cache-smi --watch {PERIOD_S}")
+            return drawn
 
     def page(self) -> str:
         """The timeline up to that look as HTML."""
@@ -105,9 +118,3 @@ class WatchedDemo:
         if self._latest is None:
             raise ValueError(f"at no moment of the demo were its processes as the captions say: {self._cast}")
         return self._latest
-
-
-def _svg(title: str, lines: list[Text]) -> str:
-    console = Console(record=True, file=io.StringIO(), width=WIDE, force_terminal=True, color_system="standard")
-    console.print(Text("\n").join(lines), soft_wrap=True)
-    return console.export_svg(title=title)

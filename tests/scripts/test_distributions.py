@@ -22,7 +22,7 @@ HOME = "https://example.org/owner/project"
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv*", "build", "dist", "site", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
 )
-LIBRARIES = ("rich", "pygments", "markdown_it", "mdurl", "pynvml.py", "prometheus_client")
+LIBRARIES = ("rich", "pygments", "markdown_it", "mdurl", "pynvml.py", "prometheus_client")  # textual: --watch alone
 
 setuptools = pytest.importorskip("setuptools", "77", reason="builds without an index need setuptools 77 here")
 pytestmark = pytest.mark.scripts

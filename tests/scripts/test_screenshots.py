@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from html import unescape
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import screenshots
 from screens.watched_demo import CAST, WatchedDemo
 
+from tests.support.smi_machine import words_of
+
 ROOT = Path(__file__).parents[2]
 SCREENS = ROOT / "docs" / "screens"
 PICTURE = re.compile(r"!\[([^]]*)\]\((?:docs/)?screens/([^)]*)\)")
 PAGES = "".join((ROOT / name).read_text() for name in ("README.md", "docs/monitoring.md"))
 CAPTIONS = {path: caption for caption, path in PICTURE.findall(PAGES)}
-
-
-def words_of(svg: str) -> str:
-    """The text of a picture, line by line."""
-    lines = re.findall(r"<text[^>]* y=\"([\d.]+)\"[^>]*>(.*?)</text>", svg, re.DOTALL)
-    found: dict[float, str] = {}
-    for y, text in lines:
-        found[float(y)] = found.get(float(y), "") + unescape(text).replace("\N{NO-BREAK SPACE}", " ")
-    return "\n".join(found[y] for y in sorted(found))
 
 
 def states_in(text: str) -> dict[str, str]:

@@ -82,8 +82,8 @@ def test_more_than_the_process_tells_and_of_several_nodes(node: Machine) -> None
         out = node.run("--leaks", "41876").out
     assert "      ... 87 more\n" in out
     assert "Hint: 2 of the 3 oldest came from gpu-a-023; fetches from it failed 17 times." in out
-    assert "f8_e4m3 [64, 8192, 181]" in out
-    assert "short                     i64     []" in out
+    assert "f8_e4m3fn [64, 8192, 181]" in out
+    assert "short                    i64       []" in out
 
 
 def test_without_a_leak(node: Machine) -> None:

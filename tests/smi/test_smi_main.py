@@ -30,16 +30,19 @@ def tool(*arguments: str, folder: Path, script: str = "-m gpu_cache.smi") -> sub
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60)
 
 
-def test_torch_is_never_imported(node: Machine) -> None:
+@pytest.mark.parametrize(("app", "missing"), [((), ("torch", "textual")), (("app",), ("torch",))])
+def test_torch_is_never_imported_and_textual_by_the_full_screen_alone(
+    node: Machine, app: tuple[str, ...], missing: tuple[str, ...]
+) -> None:
     add_trainers(node.folder)
-    modules = sorted(path.stem for path in (ROOT / "gpu_cache/smi").glob("*.py") if path.stem != "__init__")
-    imports = ", ".join(f"gpu_cache.smi.{name}" for name in modules)
+    modules = {path.stem for path in (ROOT / "gpu_cache/smi").glob("*.py")} - {"__init__", "app"} | set(app)
+    imports = ", ".join(f"gpu_cache.smi.{name}" for name in sorted(modules))
     code = f"""
 import sys, {imports}
 from gpu_cache.smi.main import main
 for mode in ("--by=gpu", "--json", "--prom", "--dmon", "--check", "--watch"):
     main([mode, "--count=1", "--dir={node.folder.path}"])
-assert not [name for name in sys.modules if name.split(".")[0] == "torch"]
+assert not [name for name in sys.modules if name.split(".")[0] in {missing}]
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
-"""The live view: its frames at 80 and 100 columns, its keys, its memory, and a session on a pseudo-terminal."""
+"""The live view: its screen at four widths, its keys and mouse, its memory, and a session on a pseudo-terminal."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -14,23 +15,26 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from textual.events import MouseScrollDown
+from textual.pilot import Pilot
+from textual.widgets import Static
 
-from gpu_cache.smi import graphs, history
-from gpu_cache.smi.frame import Size, frame
+from gpu_cache.smi import __main__, history
+from gpu_cache.smi.app import List, Watch
 from gpu_cache.smi.history import History
-from gpu_cache.smi.view import DOWN, MIN_INTERVAL_S, PAGE_DOWN, PAGE_UP, UP, View
-from tests.support.smi_machine import Machine, add_trainers, matches_golden
+from gpu_cache.smi.watch import MIN_INTERVAL_S
+from tests.support.smi_machine import Machine, add_trainers, matches_golden, words_of
 from tests.support.smi_reports import DEAD_S, NOW, dead_trainer, report, trainers
 
 ROOT = Path(__file__).parents[2]
-WIDE = Size(100, 40)
-SIZES = pytest.mark.parametrize("size", [Size(80, 30), WIDE], ids=["80", "100"])
+SIZES = pytest.mark.parametrize("size", [(60, 24), (80, 30), (100, 40), (200, 45)], ids=["60", "80", "100", "200"])
+WIDE = (100, 40)
 # GB fetched in each second of a step, over and over.
 STEP_GB = [0, 0, 2, 10, 11, 9, 0, 0, 0, 0, 0, 0]
 
@@ -61,94 +65,246 @@ def _as_of(second: int, seconds: int, rank: int) -> dict[str, Any]:
     return {"fetch_bytes": moved, "h2d_bytes": moved} | clears
 
 
-def text(node: Machine, past: History, view: View | None = None, size: Size = WIDE, **options: bool) -> str:
-    lines = frame(node.look(), past, view or View(1.0), size, **options)
-    assert len(lines) <= size.height
-    assert all(len(line.plain) <= size.width for line in lines), max(len(line.plain) for line in lines)
-    return "".join(f"{line.plain.rstrip()}\n" for line in lines)
+def watching(
+    node: Machine,
+    story: Callable[[Watch, Pilot[None]], Awaitable[None]],
+    size: tuple[int, int] = WIDE,
+    wanted: str = "sort:",
+    **options: Any,
+) -> str:
+    """Run the live view without a terminal, do to it what the story does; its picture, once that shows the wanted."""
+
+    async def run() -> str:
+        app = Watch(node.look, 60.0, **options)
+        async with app.run_test(size=size, notifications=True) as pilot:
+            await settled(pilot)
+            await story(app, pilot)
+            before, found, deadline = "", "", time.monotonic() + 20
+            while app.is_running and (wanted not in found or found != before):
+                assert time.monotonic() < deadline, found
+                await settled(pilot)
+                before, found = found, words_of(app.export_screenshot())
+            return found
+
+    return asyncio.run(run())
+
+
+async def settled(pilot: Pilot[None]) -> None:
+    """Until what was under way has been drawn."""
+    await pilot.wait_for_animation()
+    await pilot.pause(0.02)
+
+
+def pressing(*keys: str) -> Callable[[Watch, Pilot[None]], Awaitable[None]]:
+    async def story(_: Watch, pilot: Pilot[None]) -> None:
+        await pilot.press(*keys)
+
+    return story
+
+
+def column_of(app: Watch, name: str) -> list[str]:
+    """Of the list, in the order of its rows."""
+    shown = app.query_one(List)
+    place = [column.label.plain.strip() for column in shown.ordered_columns].index(name)
+    return [shown.get_row_at(row)[place].plain.strip() for row in range(shown.row_count)]
 
 
 @SIZES
-def test_a_frame(node: Machine, size: Size) -> None:
+def test_a_screen(node: Machine, size: tuple[int, int]) -> None:
     past = a_minute(node)
-    assert matches_golden(f"watch_{size.width}.txt", text(node, past, size=size))
+    assert matches_golden(f"watch_{size[0]}.txt", watching(node, pressing(), size, past=past))
 
 
-@SIZES
-def test_a_frame_in_ascii(node: Machine, size: Size) -> None:
-    found = text(node, a_minute(node), size=size, is_ascii=True)
-    assert matches_golden(f"watch_ascii_{size.width}.txt", found)
+def test_a_screen_in_ascii(node: Machine) -> None:
+    node.folder.add(report(0, role="r\N{LATIN SMALL LETTER U WITH DIAERESIS}"), host_pid=41873)
+    found = watching(node, pressing(), past=a_minute(node), is_ascii=True)
     assert found.isascii()
+    assert "######...." in found
+    assert "r?/0" in found
 
 
-@SIZES
-@pytest.mark.parametrize("key", ["u", "l", "e", "?"])
-def test_other_views(node: Machine, size: Size, key: str) -> None:
-    view = View(1.0)
-    view.press(key)
-    name = {"u": "sources", "l": "leaks", "e": "events", "?": "help"}[key]
-    assert matches_golden(f"watch_{name}_{size.width}.txt", text(node, a_minute(node, 20), view, size))
+@pytest.mark.parametrize(
+    ("key", "wanted"),
+    [
+        ("u", "local (same node)"),
+        ("l", "gpu-cache-smi --leaks 41876"),
+        ("e", "clear_batches(): 1530 freed, 12 survive their 9th"),
+        ("?", "write JSON into the current folder"),
+    ],
+)
+def test_other_views(node: Machine, key: str, wanted: str) -> None:
+    past = a_minute(node, 45)
+    watching(node, pressing(key), WIDE, wanted, past=past)
+    watching(node, pressing("p", key), (80, 30), wanted, past=past)
 
 
-def test_graphs_go_first_where_it_is_narrow_and_events_where_it_is_low(node: Machine) -> None:
-    past = a_minute(node, 20)
-    narrow = text(node, past, size=Size(79, 40))
-    assert not set(narrow) & set(graphs.BLOCKS) - {"█"}
-    assert "LEAK\n" in narrow
-    low = text(node, past, size=Size(100, 23))
-    assert "clear_batches()" not in low
-    assert "█▁" in low
+def test_warnings_stand_below_unless_it_is_low(node: Machine) -> None:
+    add_trainers(node.folder)
+    assert "See them: gpu-cache-smi --leaks 41876" in watching(node, pressing())
+    low = watching(node, pressing(), (100, 14))
+    assert "WARN" not in low
+    assert "actor/7" in low
 
 
-def test_without_a_process(node: Machine) -> None:
-    assert text(node, History()).count("no process") == 8
+def test_without_a_process_it_waits(node: Machine) -> None:
+    found = watching(node, pressing())
+    assert found.count("no process") == 8
+    assert "waiting: no cache reports in /" in found
 
 
-def pressed(*keys: str) -> View:
-    view = View(1.0)
-    for key in keys:
-        view.press(key)
-    return view
+def test_keys(node: Machine) -> None:
+    add_trainers(node.folder)
+
+    async def story(app: Watch, pilot: Pilot[None]) -> None:
+        for key, found, wanted in (
+            ("s", lambda: app.sort, "pool"),
+            ("3", lambda: app.gpu, "3"),
+            ("4", lambda: app.gpu, "4"),
+            ("4", lambda: app.gpu, ""),
+            ("-", lambda: app.interval_s, 30.0),
+            ("=", lambda: app.interval_s, 60.0),
+            ("+", lambda: app.interval_s, 60.0),
+            ("space", lambda: app.is_paused, True),
+            ("z", lambda: app.view, "processes"),
+        ):
+            await pilot.press(key)
+            assert found() == wanted, key
+        await pilot.press(*"-" * 12)
+        assert app.interval_s == MIN_INTERVAL_S
+        await pilot.press("q")
+        assert not app.is_running
+
+    watching(node, story)
 
 
-def test_keys() -> None:
-    assert pressed("q").is_done
-    assert pressed(" ").is_paused
-    assert not pressed(" ", " ").is_paused
-    assert [pressed(*"s" * n).sort for n in (1, 2, 5)] == ["pool", "fetch", "gpu"]
-    assert (pressed("3").gpu, pressed("3", "3").gpu, pressed("3", "4").gpu) == ("3", "", "4")
-    assert (pressed("+").interval_s, pressed("-").interval_s) == (2.0, 0.5)
-    assert pressed(*"-" * 9).interval_s == MIN_INTERVAL_S
-    assert pressed("w").wants_snapshot
-    assert [pressed("?").is_helping, pressed("?", "x").is_helping] == [True, False]
-    assert not pressed("?", "q").is_helping
-    assert pressed("?", "q").is_done
-    assert pressed("z").view == "processes"
+def test_a_filter_is_typed(node: Machine) -> None:
+    add_trainers(node.folder)
 
+    async def story(app: Watch, pilot: Pilot[None]) -> None:
+        await pilot.press("/", *"TOR/7q", "backspace")
+        assert (app.wanted, column_of(app, "Role")) == ("TOR/7", ["actor/7"])
+        await pilot.press("enter", "s")
+        assert (app.wanted, app.sort) == ("TOR/7", "pool")
+        await pilot.press("/", "escape")
+        assert app.wanted == ""
+        assert len(column_of(app, "Role")) == 8
 
-def test_a_filter_is_typed() -> None:
-    view = pressed(*"/ctorq", "\x7f", "\x08")
-    assert (view.filter, view.is_typing, view.is_done) == ("cto", True, False)
-    view.press("\r")
-    assert (view.filter, view.is_typing) == ("cto", False)
-    assert pressed(*"/abc", "\x1b").filter == ""
-    assert pressed(*"/a\x01b").filter == "ab"
+    watching(node, story)
 
 
 def test_rows_follow_sort_and_filter(node: Machine) -> None:
     add_trainers(node.folder)
 
-    def shown(*keys: str) -> list[int | None]:
-        return [process.rank for process in pressed(*keys).processes(node.look())]
+    async def story(app: Watch, pilot: Pilot[None]) -> None:
+        async def ranks(*keys: str) -> str:
+            await pilot.press(*keys)
+            return "".join(role.removeprefix("actor/") for role in column_of(app, "Role"))
 
-    assert shown() == [0, 1, 2, 3, 4, 5, 7, 6]
-    assert shown("s") == [3, 1, 0, 7, 4, 2, 5, 6]
-    assert shown(*"sss")[:2] == [3, 5]
-    assert shown(*"ssss")[:3] == [6, 5, 3]
-    assert shown("5") == [5]
-    assert shown(*"/hung\r") == [5]
-    assert shown(*"/41873\r") == [0]
-    assert shown(*"/TOR/7\r") == [7]
+        assert await ranks() == "01234576"
+        assert await ranks("s") == "31074256"
+        assert (await ranks("s", "s"))[0] == "5", "the lowest hit ratio"
+        assert (await ranks("s"))[:2] == "35"
+        assert (await ranks("s"))[:3] == "653"
+        assert await ranks("5") == "5"
+        assert await ranks("5", "/", *"hung", "enter") == "5"
+        assert await ranks("/", *["backspace"] * 4, *"41873", "enter") == "0"
+
+    watching(node, story)
+
+
+def add_many(node: Machine) -> None:
+    """64 processes, half of them dead, one leaking."""
+    for number in range(64):
+        leak = {"outlived_entries": 6144, "outlived_bytes": 3 << 20} if number == 10 else {}
+        made = report(number % 8, role="rollout", rank=number, pid=5000 + number, **leak)
+        node.folder.add(made, age_s=0.4 if number % 2 == 0 else 30.0, is_alive=number % 2 == 0, host_pid=5000 + number)
+
+
+def test_more_rows_than_lines_are_scrolled(node: Machine) -> None:
+    add_many(node)
+
+    async def story(app: Watch, pilot: Pilot[None]) -> None:
+        rows = app.query_one(List)
+        assert rows.row_count == 64
+        for key, wanted in (("down", 1), ("up", 0), ("end", rows.max_scroll_y), ("home", 0)):
+            await pilot.press(key)
+            await settled(pilot)
+            assert rows.scroll_offset.y == wanted, key
+        await pilot.press("pagedown")
+        await settled(pilot)
+        place = rows.scroll_offset.y
+        assert place > 5
+        await app.tick()
+        await settled(pilot)
+        assert rows.scroll_offset.y == place, "a new look leaves the reader where he is"
+        rows.post_message(MouseScrollDown(rows, 5, 5, 0, 1, 0, False, False, False))
+        await settled(pilot)
+        assert rows.scroll_offset.y > place
+        await pilot.press("end")
+
+    found = watching(node, story)
+    assert "rollout/63" in found
+    assert "See them: gpu-cache-smi --leaks 5010" in found
+    assert "32 processes ended without cleanup" in found
+
+
+def test_a_click_on_a_head_sorts_and_one_on_a_tab_changes_the_list(node: Machine) -> None:
+    add_trainers(node.folder)
+
+    async def story(app: Watch, pilot: Pilot[None]) -> None:
+        await pilot.click(List, offset=(22, 0))
+        assert app.sort == "state"
+        await pilot.click("#sources")
+        await settled(pilot)
+        assert app.view == "sources"
+        assert column_of(app, "Source node")[-1] == "local (same node)"
+
+    watching(node, story)
+
+
+def test_a_snapshot_is_written_or_it_says_why_not(node: Machine, tmp_path: Path) -> None:
+    add_trainers(node.folder)
+    watching(node, pressing("w"), wanted="wrote gpu-cache-smi-20261122-121554.json", folder=tmp_path)
+    (snapshot,) = tmp_path.glob("gpu-cache-smi-*.json")
+    assert len(json.loads(snapshot.read_text())["processes"]) == 8
+    watching(node, pressing("w"), wanted="no snapshot: No such file or directory", folder=tmp_path / "none")
+
+
+def test_a_pause_keeps_the_picture_and_a_count_ends_it(node: Machine) -> None:
+    add_trainers(node.folder)
+
+    async def story(app: Watch, pilot: Pilot[None]) -> None:
+        await pilot.press("space")
+        node.folder.now += 5
+        await app.tick()
+        assert "12:15:54   PAUSED" in str(app.query_one("#title", Static).content)
+        await pilot.press("space")
+        await app.tick()
+        assert "12:15:59" in str(app.query_one("#title", Static).content)
+        await app.tick()
+        await pilot.pause()
+        assert not app.is_running
+
+    watching(node, story, count=2)
+
+
+def test_a_process_that_stays_keeps_its_minute(node: Machine) -> None:
+    past = a_minute(node)
+    busy, hung = (next(p for p in node.look().processes if p.rank == rank) for rank in (0, 5))
+    assert set(past.sparkline(busy, "fetch", 60)) > {"▁", "█"}
+    assert past.sparkline(hung, "fetch", 60).endswith(" " * 30)
+
+
+def test_without_textual_it_says_what_to_install(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setitem(sys.modules, "textual.app", None)
+    monkeypatch.delitem(sys.modules, "gpu_cache.smi.app")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu-cache-smi", "--watch"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match=r"textual.*pip install 'rtensor-data-plane\[smi\]'"):
+        __main__.run()
 
 
 def test_transfers_are_remembered_for_a_minute(node: Machine) -> None:
@@ -199,7 +355,7 @@ def test_events(node: Machine) -> None:
     for file in node.folder.path.iterdir():
         file.unlink()
     past.add(node.look())
-    assert [(event.what, event.state) for event in past.events] == [
+    assert [(event.what, event.state) for event in past._events] == [
         ("actor/0 started", "ok"),
         ("clear_batches(): 1 freed, 2 survive their 3rd", "leak"),
         ("clear_batches(): 1 freed, 2 survive their 3rd", "leak"),
@@ -209,11 +365,19 @@ def test_events(node: Machine) -> None:
     ]
 
 
-def test_into_a_pipe_frames_follow_each_other(node: Machine) -> None:
+def test_into_a_pipe_without_a_report_it_waits_and_says_so(node: Machine) -> None:
+    shown = node.run("--watch", "0.25", "-c", "2").out
+    assert shown.count(" waiting: no cache reports in /") == 2
+
+
+@pytest.mark.parametrize("is_ascii", [False, True])
+def test_into_a_pipe_frames_follow_each_other(node: Machine, is_ascii: bool) -> None:
     add_trainers(node.folder)
-    out = node.run("--watch", "0.25", "-c", "2", "--ascii").out
-    assert out.count("gpu-cache-smi 0.1.0   gpu-a-017   every 0.25 s") == 2
+    out = node.run("--watch", "0.25", "-c", "2", *["--ascii"] * is_ascii).out
+    assert out.isascii() == is_ascii
     assert "\x1b" not in out
+    first, _ = out.split("gpu-cache-smi 0.1.0   gpu-a-017   every 0.25 s   12:15:54\n")[1:]
+    assert matches_golden(f"watch_pipe{'_ascii' * is_ascii}.txt", first)
 
 
 class Session:
@@ -222,6 +386,7 @@ class Session:
     def __init__(self, process: subprocess.Popen[bytes], master: int) -> None:
         self.process = process
         self.master = master
+        self.raw = b""
 
     def see(self, wanted: str) -> str:
         """Read until this text has been drawn."""
@@ -229,8 +394,9 @@ class Session:
         while wanted not in seen:
             assert time.monotonic() < deadline, (wanted, seen)
             if select.select([self.master], [], [], 0.1)[0]:
-                raw = os.read(self.master, 65536).decode(errors="replace")
-                seen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
+                raw = os.read(self.master, 65536)
+                self.raw += raw
+                seen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw.decode(errors="replace"))
         return seen
 
     def press(self, keys: str, wanted: str) -> str:
@@ -240,11 +406,11 @@ class Session:
 
 
 @contextmanager
-def session(folder: Path, cwd: Path) -> Iterator[Session]:
+def session(folder: Path, cwd: Path, **variables: str) -> Iterator[Session]:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environ = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
-    environ |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"}
+    environ |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color"} | variables
     command = [sys.executable, "-m", "gpu_cache.smi", "--watch", "0.5", "--dir", str(folder)]
     try:
         with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environ, cwd=cwd) as process:
@@ -263,21 +429,21 @@ def test_a_session_on_a_terminal(node: Machine, tmp_path: Path) -> None:
     with session(node.folder.path, tmp_path) as on:
         before = termios.tcgetattr(on.master)
         on.see("actor/7")
-        on.press("?", "write a JSON snapshot")
-        on.press("?", "filter: none")
+        on.press("?", "write JSON into")
+        on.press("?", "Evict/s")
         on.press("u", "local (same node)")
-        on.press("l", "--leaks")
+        on.press("l", "gpu-cache-smi --leaks")
         on.press("e", "ended without cleanup")
-        on.press("\x1b[B", "filter: none")
         on.press("p", "Evict/s")
         on.press("s", "sort: pool")
-        on.press("/actor/4", "filter: actor/4_ (/)")
-        on.press("\r", "filter: actor/4 (/)")
+        on.press("/", "role, pid or state")
+        on.press("actor/4", "filter: actor/4")
+        on.press("\r", "sort: pool")
         on.press("+", "every 1.0 s")
         on.press("-", "every 0.5 s")
         on.press(" ", "PAUSED")
         on.press("w", "wrote gpu-cache-smi-")
-        on.press("\x1b[A", "PAUSED")  # an arrow is no Esc and no letter
+        on.press("\x1b[Bs", "sort: fetch")  # an arrow is no Esc and no letter
         os.write(on.master, b"q")
         assert on.process.wait(30) == 0
         assert termios.tcgetattr(on.master) == before
@@ -285,43 +451,15 @@ def test_a_session_on_a_terminal(node: Machine, tmp_path: Path) -> None:
     assert len(json.loads(snapshot.read_text())["processes"]) == 8
 
 
-def test_interrupting_a_session_leaves_the_terminal_as_it_was(node: Machine, tmp_path: Path) -> None:
-    with session(node.folder.path, tmp_path) as on:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_terminal_as_it_was(node: Machine, tmp_path: Path, number: int) -> None:
+    """Here of one that shows neither colours nor letters beyond ASCII."""
+    add_trainers(node.folder)
+    with session(node.folder.path, tmp_path, NO_COLOR="1", PYTHONIOENCODING="ascii") as on:
         before = termios.tcgetattr(on.master)
-        on.see("q quit")
-        on.process.send_signal(signal.SIGINT)
+        on.see("snapshot")
+        on.process.send_signal(number)
         assert on.process.wait(30) == 0
         assert termios.tcgetattr(on.master) == before
-
-
-def test_without_a_report_the_live_view_waits_and_says_so(node: Machine) -> None:
-    shown = node.run("--watch", "0.25", "-c", "2").out
-    assert shown.count(" waiting: no cache reports in /") == 2
-
-
-def test_more_rows_than_lines_are_scrolled(node: Machine) -> None:
-    for number in range(64):
-        node.folder.add(report(number % 8, role="rollout", rank=number, pid=100 + number), host_pid=100 + number)
-    size, past = Size(100, 30), History()
-
-    def ranks(view: View) -> list[str]:
-        return re.findall(r"rollout/(\d+)", text(node, past, view, size))
-
-    all_ranks = re.findall(r"rollout/(\d+)", text(node, past, View(1.0), Size(100, 200)))
-    assert len(all_ranks) == 64
-    view = View(1.0)
-    shown = ranks(view)
-    assert shown == all_ranks[: len(shown)]
-    assert f" ... 0 above, {64 - len(shown)} more: arrows, PgUp, PgDn" in text(node, past, view, size)
-    view.press(DOWN)
-    assert ranks(view) == all_ranks[1 : 1 + len(shown)]
-    view.press(UP)
-    view.press(UP)
-    assert ranks(view) == shown
-    for _ in range(20):
-        view.press(PAGE_DOWN)
-    assert ranks(view) == all_ranks[-len(shown) :]
-    view.press(PAGE_UP)
-    assert view.offset == 64 - len(shown) - 10
-    view.press("e")
-    assert view.offset == 0
+    assert on.raw.isascii()
+    assert not re.search(rb"\x1b\[(?:[0-9;]*;)?[349][1-6](?:;[0-9;]*)?m", on.raw)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.support.smi_reports import DEAD_S, MIB, Folder, dead_trainer, report,
 
 GOLDEN = Path(__file__).parents[1] / "golden/smi"
 HOSTNAME = "gpu-a-017"
+_LETTER = 12.2  # the width of one in a picture
 
 
 @dataclasses.dataclass
@@ -110,3 +113,12 @@ def matches_golden(name: str, found: str) -> bool:
         path.write_text(found)
     assert found == path.read_text(), f"{name} differs; look, then UPDATE_GOLDEN=1"
     return True
+
+
+def words_of(svg: str) -> str:
+    """The text of a picture of a terminal, each word in its place."""
+    found: dict[float, str] = {}
+    for x, y, text in re.findall(r"<text [^>]*?x=\"([\d.]+)\" y=\"([\d.]+)\"[^>]*clip-path[^>]*>(.*?)</text>", svg):
+        words = unescape(text).replace("\N{NO-BREAK SPACE}", " ")
+        found[float(y)] = found.get(float(y), "").ljust(round(float(x) / _LETTER)) + words
+    return "".join(f"{found[y].rstrip()}\n" for y in sorted(found))
