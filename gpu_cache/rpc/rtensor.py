@@ -388,8 +388,8 @@ def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
         place = shard["data"]
         shard_id, node_addr, shape = place["shard_id"], place["node_addr"], meta["shape"]
         is_remote = meta["type"] == "tensor" and meta["data"] is None and shard["class_path"] == _SHARD_WIRE_NAME
-        dtype = DTYPES.get(meta["dtype"].removeprefix("torch."))
-        if not is_remote or dtype is None or type(shard_id) is not str or type(node_addr) is not str:
+        dtype, is_shape = DTYPES.get(meta["dtype"].removeprefix("torch.")), isinstance(shape, list | tuple)
+        if not (is_remote and dtype and is_shape and type(shard_id) is type(node_addr) is str):
             return None
         data = meta_tensor(dtype, *shape)
     except (KeyError, TypeError, AttributeError, RuntimeError):

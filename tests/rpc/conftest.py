@@ -49,8 +49,8 @@ def backend() -> Iterator[HttpRTensorBackend]:
 
 @pytest.fixture
 def hasty_backend() -> Iterator[HttpRTensorBackend]:
-    """This process's backend: it retries at once, and a clear waits 0.2 s at most."""
-    backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0, delete_timeout_s=0.2)
+    """This process's backend: it retries at once, and a clear waits 1 s at most."""
+    backend = with_settings(HttpRTensorBackend(), retry_pause_s=0.0, delete_timeout_s=1.0)
     set_backend(backend)
     yield backend
     backend.close()

@@ -125,6 +125,17 @@ def test_the_codec_pauses_the_collector_once_for_nested_containers(monkeypatch: 
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("shape", ["", {}, None, "12", [2.0], [-1]], ids=str)
+def test_a_handle_whose_shape_is_none_is_left_to_areals_codec(shape: Any) -> None:
+    handle = rtensor.RTensor(rtensor.TensorShardInfo("a", "b:1"), torch.empty(2, device="meta"))
+    described: Any = rtensor.handle_to_json(handle)
+    found = rtensor.handle_from_json(described)
+    assert found is not None
+    assert found.data.shape == (2,)
+    described["data"]["data"]["shape"] = shape
+    assert rtensor.handle_from_json(described) is None
+
+
 @pytest.mark.parametrize("said", ["", "0", "no", "False", " off "])
 def test_a_variable_that_says_no_leaves_areal_alone(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_CACHE_AREAL", said)

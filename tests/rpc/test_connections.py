@@ -111,7 +111,7 @@ def test_a_header_that_takes_too_long_ends_its_connection(
     part: bytes,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with rpc_server.start(owner=owner, header_timeout_s=0.2) as server:
+    with rpc_server.start(owner=owner, header_timeout_s=0.4) as server:
         sock = connect(server.address, first)
         if first:
             assert sock.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
@@ -134,10 +134,10 @@ def test_bytes_of_a_header_give_it_no_more_time(owner: FakeOwner, connect: Calla
 def test_an_idle_connection_ends_after_its_time_and_not_before(
     owner: FakeOwner, connect: Callable[..., socket.socket]
 ) -> None:
-    with rpc_server.start(owner=owner, header_timeout_s=0.1, idle_timeout_s=0.6) as server:
+    with rpc_server.start(owner=owner, header_timeout_s=0.3, idle_timeout_s=0.8) as server:
         began = time.monotonic()
         assert received(connect(server.address, HEALTH)).startswith(b"HTTP/1.1 200 OK")
-        assert time.monotonic() - began >= 0.6, "a header has less time than an idle connection"
+        assert time.monotonic() - began >= 0.8, "a header has less time than an idle connection"
 
 
 @pytest.mark.parametrize("request_bytes", [PUTTING, ASKING], ids=["put", "batch"])

@@ -209,7 +209,7 @@ def test_no_descriptor_stays_open(serve: Callable[..., FaultServer], backend: Ht
         delete(backend, server.address, "a")
     backend.close()
     server.close()
-    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert len(os.listdir("/proc/self/fd")) <= num_open
 
 
 def test_a_group_fetch_that_is_replaced_as_areals_tests_do_gets_each_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from gpu_cache.rpc.rtensor import (
 )
 from gpu_cache.rpc.wire.serialization import serialize_value
 from gpu_cache.source import joined_places
-from tests.support.wire_tensors import WIRE_DTYPES
+from tests.support.wire_tensors import WIRE_DTYPES, raw_bytes
 
 OF_RAY = "ray:00ff.1234/7"
 
@@ -143,6 +144,20 @@ def test_short_shards_are_laid_side_by_side_and_long_ones_are_arrays_of_their_ow
     assert alone == [[long, whole // 2], [whole // 2], [2 * whole], []]
     assert [group.shared_bytes for group in groups] == [1536 + long, 512, 0, 512]
     assert list(ray_objects.packed([])) == []
+
+
+def test_a_tensor_that_was_stored_may_be_resized_afterwards() -> None:
+    tensor = torch.arange(ray_objects.ALONE_BYTES // 8)
+    (group,) = ray_objects.packed([tensor, torch.ones(3)])
+    stored: list[Any] = []
+
+    def put(value: Any) -> Any:
+        stored.append([array.tobytes() for array in value[-1]])
+        return SimpleNamespace(hex=lambda: "00aa")
+
+    ray_objects.Writer(SimpleNamespace(put=put))._put_group(group)
+    assert stored[0][1] == raw_bytes(tensor)
+    tensor.untyped_storage().resize_(0)  # as FSDP does
 
 
 def test_neighbours_are_one_stretch() -> None:

@@ -160,11 +160,11 @@ def test_hits_are_compared_with_the_reference_beside_the_same_thread() -> None:
 
 @pytest.mark.parametrize("kind", [PYTHON, TORCH])
 def test_the_thread_beside_goes_on_during_a_call_and_its_loss_is_in_the_row(kind: str) -> None:
-    path = a_path(run=lambda _: time.sleep(0.02)).besides(kind, "cpu")
+    path = a_path(run=lambda _: time.sleep(0.2)).besides(kind, "cpu")
     (course,) = run_rounds([path], Plan(1, 1, 0), a_meter(), lambda name: None)
     found = row_of(course)
     assert found["lost_percent"] < 100, "it made no step"
-    assert found["stall_ms"] < 20
+    assert found["stall_ms"] < 200
     assert course.costs[0].client_cpu_s >= 0
     assert not any(thread.name == "bench-beside" for thread in threading.enumerate())
 

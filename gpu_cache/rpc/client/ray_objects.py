@@ -31,7 +31,7 @@ from gpu_cache.rpc.shard import (
     is_of_ray,
     ray_objects,
 )
-from gpu_cache.rpc.wire.serialization import DTYPES, host_bytes
+from gpu_cache.rpc.wire.serialization import DTYPES, bytes_for_now, host_bytes, is_dense
 from gpu_cache.source import LentMemory, Stretch, fill_from_lent, joined_places
 
 # Shards of one call share objects of about this length: 3,072 of 9 KiB cost 0.11 ms each to store, and 1.7 ms alone.
@@ -253,7 +253,9 @@ class Writer:
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in group.tensors]
         shapes = [tuple(tensor.shape) for tensor in group.tensors]
         shared = self._side_by_side(group)
-        arrays = [np.frombuffer(host_bytes(tensor), np.uint8) for tensor in group.alone]
+        # They are the caller's, who may resize them later, as FSDP does; Ray copies them at once.
+        bytes_of_each = [bytes_for_now(one) if is_dense(one) else host_bytes(one) for one in group.alone]
+        arrays = [np.frombuffer(one, np.uint8) for one in bytes_of_each]
         arrays.insert(0, shared[: group.shared_bytes].numpy())
         ref = self._ray.put((_FORMAT, names, shapes, group.places, arrays))
         self._spare = [shared][: len(shared) <= GROUP_BYTES]
