@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cache.hosts import is_loopback
-from gpu_cache.smi import cleanup, dmon, document, leaks, query, recording, screen, timeline, watch
+from gpu_cache.smi import dmon, document, leaks, query, recording, screen, timeline, watch
+from gpu_cache.smi.folder import remove
 from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Node, Observer
 from gpu_cache.smi.problems import problems_of
@@ -24,6 +25,9 @@ from gpu_cache.smi.terminal import Terminal
 FAILED, BAD_ARGUMENT, PROBLEM, DENIED = 1, 2, 3, 4
 _RECORD_S = 1.0
 _HEADS_EVERY = 20
+# Options that have a method each: commands, and forms of what is seen.
+_COMMANDS = ("leaks", "gc", "serve", "record", "timeline", "watch", "check")
+_FORMS = ("json", "kind", "dmon", "prom", "list")
 
 
 class Commands:
@@ -39,26 +43,18 @@ class Commands:
         """At what passes the filters."""
         return self._observer.look().filtered(self._options.filters)
 
-    def show(self) -> int:
-        """A table, or what a machine reads, once or again and again."""
-        show = self._renderer()
+    def run(self) -> int:
+        """What the options name first, else a table or what a machine reads, once or again and again."""
+        command = next((name for name in _COMMANDS if getattr(self._options, name)), "")
+        if command:
+            return int(getattr(self, f"_{command}")())
+        show = getattr(self, f"_{next((name for name in _FORMS if getattr(self._options, name)), 'table')}")
         if self._options.interval_s is None:
             return self._show_once(show)
         for number, node in enumerate(self._looks(self._options.interval_s)):
             self._terminal.show([""] * bool(number and show == self._table))
             show(node, number)
         return 0
-
-    def _renderer(self) -> Callable[[Node, int], None]:
-        options = self._options
-        chosen = {
-            self._json: options.json,
-            self._csv: options.kind,
-            self._dmon: options.dmon,
-            self._prom: options.prom,
-            self._listing: options.list,
-        }
-        return next((show for show, is_chosen in chosen.items() if is_chosen), self._table)
 
     def _show_once(self, show: Callable[[Node, int], None]) -> int:
         node = self.look()
@@ -89,13 +85,13 @@ class Commands:
         self._terminal.show(screen.screen(node, self._terminal.width, boxes))
         self._terminal.warn(screen.problem_lines(problems_of(node), self._terminal.width))
 
-    def _listing(self, node: Node, number: int) -> None:
+    def _list(self, node: Node, number: int) -> None:
         self._write(*screen.listing(node))
 
     def _json(self, node: Node, number: int) -> None:
         self._write(document.as_text(node, is_one_line=self._options.interval_s is not None))
 
-    def _csv(self, node: Node, number: int) -> None:
+    def _kind(self, node: Node, number: int) -> None:
         kind, names, style = self._options.kind, self._options.fields, self._options.csv
         head = [query.head(kind, names)] if "noheader" not in style and not number else []
         self._write(*head, *query.lines(node, kind, names, has_units="nounits" not in style))
@@ -116,7 +112,7 @@ class Commands:
             print(line)
         sys.stdout.flush()
 
-    def check(self) -> int:
+    def _check(self) -> int:
         """Nothing, unless something is wrong."""
         node = self.look()
         wrong = [
@@ -132,7 +128,7 @@ class Commands:
             return DENIED
         return self._nvml_status(node)
 
-    def watch(self) -> int:
+    def _watch(self) -> int:
         """Full screen until `q`; frames one after another into a file or pipe."""
         is_ascii = self._options.ascii or not self._terminal.is_unicode
         if all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
@@ -147,7 +143,7 @@ class Commands:
             self._terminal.show(watch.frame(node, past, self._options.watch), watch.TO_ASCII if is_ascii else {})
         return 0
 
-    def leaks(self) -> int:
+    def _leaks(self) -> int:
         """The entries that outlived a clear."""
         process = self._named(self._options.leaks)
         if process is None:
@@ -170,14 +166,19 @@ class Commands:
         found = (one for name in ("pid", "title", "role") for one in processes if getattr(one, name) == wanted)
         return next(found, None)
 
-    def remove_dead(self) -> int:
-        """Delete what dead processes left."""
-        removed, refused = cleanup.remove_dead(self.look())
-        self._write(*(f"removed {file.path}" for file in removed))
-        self._terminal.tell(f"gpu-cache-smi: may not remove {file.path}" for file in refused)
+    def _gc(self) -> int:
+        """Delete reports of dead processes, and damaged ones without a lock."""
+        node, refused = self.look(), False
+        dead = [file for one in node.processes if one.state == DEAD for file in (one.file, *one.others)]
+        for file in [*dead, *node.expired, *(file for file in node.unread if not file.is_denied)]:
+            try:
+                self._write(*[f"removed {file.path}"] * remove(file))
+            except PermissionError:
+                self._terminal.tell([f"gpu-cache-smi: may not remove {file.path}"])
+                refused = True
         return DENIED if refused else 0
 
-    def serve(self) -> int:
+    def _serve(self) -> int:
         """Answer scrapes until Ctrl-C."""
         host, port = self._options.serve
         try:
@@ -189,14 +190,14 @@ class Commands:
             self._terminal.tell([f"gpu-cache-smi: cannot serve on {host}:{port}: {error.strerror}"])
             return FAILED
 
-    def record(self) -> int:
+    def _record(self) -> int:
         """Append samples until Ctrl-C."""
         with open(self._options.record, "a", buffering=1) as file:
             for node in self._looks(self._options.interval_s or _RECORD_S):
                 file.write(recording.line(node) + "\n")
         return 0
 
-    def timeline(self) -> int:
+    def _timeline(self) -> int:
         """Draw a recording."""
         source = self._options.timeline
         target = self._options.output or source.with_suffix(source.suffix + ".html")

@@ -16,6 +16,13 @@ from gpu_cache.smi.process import Process
 
 SCHEMA_VERSION = 1
 _RATES = ("bytes_per_second", "window_age_seconds", "bytes_per_wall_second")
+_HELD = {
+    "pool_used_bytes": "device_bytes",
+    "pool_capacity_bytes": "device_capacity_bytes",
+    "pinned_bytes": "pinned_capacity_bytes",
+    "host_bytes": "host_bytes",
+    "entries": "num_entries",
+}
 _OF_SOURCE = ("entries", "resident_bytes", "fetch_bytes", "fetch_busy_seconds", "fetch_errors")
 
 
@@ -49,11 +56,7 @@ def _gpu(row: Row) -> dict[str, Any]:
         "name": row.name,
         "memory_used_bytes": gpu.used_bytes if gpu else None,
         "memory_total_bytes": gpu.total_bytes if gpu else None,
-        "pool_used_bytes": row.summed("device_bytes"),
-        "pool_capacity_bytes": row.summed("device_capacity_bytes"),
-        "pinned_bytes": row.summed("pinned_capacity_bytes"),
-        "host_bytes": row.summed("host_bytes"),
-        "entries": row.summed("num_entries"),
+        **{name: row.summed(key) for name, key in _HELD.items()},
         "label": row.label,
     }
 
@@ -81,11 +84,7 @@ def _process(process: Process, sources: tuple[str, ...]) -> dict[str, Any]:
             if not sources or any(name in address for name in sources)
         },
         "memory_used_bytes": process.memory_bytes,
-        "pool_used_bytes": process.figure("device_bytes"),
-        "pool_capacity_bytes": process.figure("device_capacity_bytes"),
-        "pinned_bytes": process.figure("pinned_capacity_bytes"),
-        "host_bytes": process.figure("host_bytes"),
-        "entries": process.figure("num_entries"),
+        **{name: process.figure(key) for name, key in _HELD.items()},
         **_shared(process),
         **{key: process.figure(key) for key in ("evictions", "overflows", "alloc_failures", "fetch_errors", "clears")},
         "version": figures.text(process.report, "version") or None,

@@ -1,8 +1,10 @@
-"""The report files of a machine: where they are, and what is in them."""
+"""The report files of a machine: where they are, what is in them, and the locks that tell whose process lives."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import glob
 import json
 import os
@@ -13,6 +15,8 @@ from typing import Any
 from gpu_cache.report import schema as report
 
 _MAX_BYTES = 4 << 20  # the longest file to read: any process may have written it
+
+LockId = tuple[int, int, int]  # major and minor number of the device, inode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +94,62 @@ def _read(path: Path) -> ReportFile:
     if not isinstance(content, dict):
         return ReportFile(path, None, modified, "no report")
     return ReportFile(path, content, modified, uid=status.st_uid)
+
+
+def holders(procfs: Path) -> dict[LockId, int]:
+    """Pid, in the reader's namespace, of each holder of an exclusive `flock` that the kernel shows here."""
+    found: dict[LockId, int] = {}
+    with contextlib.suppress(OSError):
+        for line in (procfs / "locks").read_text().splitlines():
+            words = line.split()
+            if len(words) >= 6 and words[1] == "FLOCK" and words[3] == "WRITE":
+                major, minor, inode = words[5].split(":")
+                found[int(major, 16), int(minor, 16), int(inode)] = int(words[4])
+    return {lock: pid for lock, pid in found.items() if pid > 0}
+
+
+def lock_id(path: Path) -> LockId | None:
+    """How `/proc/locks` names this file."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock; no process holds a file that is gone.
+
+    Raises:
+        PermissionError: It cannot be asked.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        raise
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def remove(file: ReportFile) -> bool:
+    """Delete one report, unless a process holds the lock after all; whether it went."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(file.beside(report.LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        for suffix in report.SUFFIXES:
+            file.beside(suffix).unlink(missing_ok=True)
+    return True

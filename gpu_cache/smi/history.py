@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from gpu_cache import units
 from gpu_cache.smi import figures
-from gpu_cache.smi.events import Event, between
 from gpu_cache.smi.node import Node, Row
-from gpu_cache.smi.process import Process
+from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, Process
 
 SPAN_S = 60.0
 LEVELS = "▁▂▃▄▅▆▇█"
@@ -17,6 +18,13 @@ _MAX_EVENTS = 200
 LINKS = ("fetch", "h2d")
 
 Trace = collections.deque[tuple[float, float | None]]  # unix time, bytes per second of wall clock
+
+
+class Event(NamedTuple):
+    unix_time: float
+    who: str
+    what: str
+    state: str
 
 
 class History:
@@ -86,3 +94,43 @@ def buckets(trace: Sequence[tuple[float, float | None]], now: float, count: int)
         if 0 <= place < count and value is not None:
             found[place] = max(found[place] or 0, value)
     return found
+
+
+def between(before: Node | None, after: Node) -> list[Event]:
+    """In the order of time. Without a look before, what the reports tell of the past."""
+    known = {process.file.path: process for process in before.processes} if before else {}
+    found: list[Event] = []
+    for process in after.processes:
+        earlier = known.pop(process.file.path, None)
+        found += _of_process(earlier, process, is_first=before is None)
+    ended = [Event(after.unix_time, process.label, "ended", "") for process in known.values() if process.state != DEAD]
+    return sorted([*found, *ended])
+
+
+def _of_process(earlier: Process | None, process: Process, *, is_first: bool) -> Iterator[Event]:
+    state, reported = process.state, process.file.modified
+    if earlier is not None and _is_leaking_clear(earlier, process):
+        yield Event(reported, process.label, _clear(earlier, process), LEAK)
+    elif (earlier.state if earlier else OK) != state:
+        what = {
+            LEAK: f"{units.count(process.figure('outlived_entries'))} entries survived 2+ clear_batches()",
+            HUNG: "last report",
+            DEAD: "ended without cleanup",
+            NEWER: "reports in a newer schema",
+            OK: "reports again" if earlier and earlier.state == HUNG else "leaks no more",
+        }
+        yield Event(reported, process.label, what[state], state)
+    elif earlier is None and not is_first:
+        yield Event(reported, process.label, f"{process.title} started", OK)
+
+
+def _is_leaking_clear(earlier: Process, process: Process) -> bool:
+    return process.state == LEAK and (process.figure("clears") or 0) > (earlier.figure("clears") or 0)
+
+
+def _clear(earlier: Process, process: Process) -> str:
+    freed = (process.figure("cleared") or 0) - (earlier.figure("cleared") or 0)
+    entries = process.figure("outlived_entries")
+    survived = process.figure("outlived_max_clears")
+    text = f"clear_batches(): {units.count(freed)} freed, {units.count(entries)} survive"
+    return f"{text} their {units.ordinal(int(survived))}" if survived else text

@@ -38,7 +38,7 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
     found = observer or Observer(lambda: options.dir or folders(os.environ, os.getuid()), dead_s=dead_s(os.environ))
     has_color = True if options.color else False if options.no_color else None
     try:
-        return _carry_out(Commands(found, Terminal(os.environ, has_color), options), options)
+        return Commands(found, Terminal(os.environ, has_color), options).run()
     except KeyboardInterrupt:
         return 0
     except ModuleNotFoundError:
@@ -57,18 +57,4 @@ def _text(options: Namespace) -> str | None:
         return command_line.completion_for(options.completion)
     if options.help_query:
         return query.help_text(options.help_query) + "\n"
-    return command_line.HELP if options.help else None
-
-
-def _carry_out(commands: Commands, options: Namespace) -> int:
-    modes = {
-        "leaks": commands.leaks,
-        "gc": commands.remove_dead,
-        "serve": commands.serve,
-        "record": commands.record,
-        "timeline": commands.timeline,
-        "watch": commands.watch,
-        "check": commands.check,
-    }
-    chosen = next((command for name, command in modes.items() if getattr(options, name)), commands.show)
-    return chosen()
+    return command_line.help_text() if options.help else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gpu_cache.report import schema as report
-from gpu_cache.smi import figures, locks
+from gpu_cache.smi import figures, folder
 from gpu_cache.smi.folder import ReportFile, read_folders
 from gpu_cache.smi.nvml import Devices, Gpu, Nvml
 from gpu_cache.smi.process import DEAD, STATES, Process
@@ -148,7 +148,7 @@ class Observer:
         """Everything, now."""
         searched = tuple(self._folders())
         files = read_folders(searched)
-        now, devices, holders = self.clock(), self._nvml.look(), locks.holders(self._procfs)
+        now, devices, holders = self.clock(), self._nvml.look(), folder.holders(self._procfs)
         found = [self._process(file, now, devices, holders) for file in files if file.content is not None]
         expired = [one for one in found if one.state == DEAD and one.report_age_s > self._dead_s]
         processes = _one_each([one for one in found if one not in expired])
@@ -162,12 +162,12 @@ class Observer:
             searched=searched,
         )
 
-    def _process(self, file: ReportFile, now: float, devices: Devices, holders: dict[locks.LockId, int]) -> Process:
+    def _process(self, file: ReportFile, now: float, devices: Devices, holders: dict[folder.LockId, int]) -> Process:
         content = file.content or {}
-        lock = locks.lock_id(file.beside(report.LOCK))
+        lock = folder.lock_id(file.beside(report.LOCK))
         holder = holders.get(lock) if lock else None
         try:
-            is_alive = locks.is_held(file.beside(report.LOCK))
+            is_alive = folder.is_held(file.beside(report.LOCK))
         except PermissionError:
             is_alive = holder is not None
         host_pid = holder or self._pid_if_ours(content)

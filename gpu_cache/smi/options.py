@@ -19,45 +19,7 @@ from gpu_cache.smi.watch import MIN_INTERVAL_S
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 9478
 _LOOP_S, _WATCH_S = 5.0, 1.0
 
-HELP = f"""\
-usage: gpu-cache-smi [options]
-
-Shows what the gpu_cache caches of this machine hold and do. Without options: a table, once.
-
-Repeat:
-  -l [SEC]                 again every SEC seconds (5)
-  --loop-ms MS             again every MS milliseconds
-  --watch [SEC]            full screen, every SEC seconds (1); ? shows the keys
-  -c N, --count N          stop after N times
-For machines:
-  --json                   one document; with -l, one line each
-  --query-gpu=F,...        comma-separated values of GPUs; so --query-proc, --query-source
-  --format=csv[,noheader][,nounits]
-  --help-query-gpu         what can be asked for; so --help-query-proc, --help-query-source
-  --dmon                   one line for each process and tick
-  --prom                   metrics in Prometheus' text format, once
-  --serve [[ADDR:]PORT]    the same for a scraper ({DEFAULT_HOST}:{DEFAULT_PORT})
-  --check                  nothing unless something is wrong, such as a switch for AReaL without
-                           effect; exit 3 then
-Look closer:
-  --leaks PID|ROLE         entries that outlived a clear; --all for more than 10
-  --gc                     delete the reports of dead processes
-  --record FILE            append a sample every second (-l) to FILE
-  --timeline FILE [-o OUT] a recording as a page for the browser (FILE.html)
-  -L, --list               GPUs, and the processes on each with user and command line
-Choose:
-  -i GPU, --id GPU         GPUs by index or UUID, or "cpu"; commas between several
-  --pid PID, --role ROLE, --source NODE
-  --by gpu|proc|source     one of the boxes
-  --dir DIR                where the reports are, if not in the usual places
-Show:
-  --color, --no-color      also NO_COLOR
-  --ascii                  no block characters in --watch
-  --strict                 exit 9 or 12 where NVML cannot be used
-  --debug                  a traceback for an unexpected error
-  --completion SHELL       a script for bash, zsh or fish that completes all this
-  --version, -h, --help
-
+_EXIT = """\
 Exit: 0 shown, 1 unexpected error, 2 bad argument, 3 --check found LEAK, HUNG or DEAD, 4 reports
 may not be read, 9 driver not loaded, 12 NVML library missing (both with --strict).
 """
@@ -98,38 +60,82 @@ def completion_for(shell: str) -> str:
     return completion.script(shell, _parser(), {f"--query-{kind}": names for kind, names in FIELDS.items()})
 
 
+def help_text() -> str:
+    """What all options do."""
+    return _parser().format_help()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gpu-cache-smi", add_help=False, allow_abbrev=False)
-    _add_modes(parser.add_mutually_exclusive_group())
-    parser.add_argument("-l", "--loop", nargs="?", type=_seconds, const=_LOOP_S, metavar="SEC")
-    parser.add_argument("--loop-ms", type=_milliseconds, metavar="MS")
-    parser.add_argument("-c", "--count", type=_whole, default=0, metavar="N")
-    parser.add_argument("--format", default="csv")
-    parser.add_argument("-o", "--output", type=Path)
-    for name in ("-i/--id", "--pid", "--role", "--source"):
-        parser.add_argument(*name.split("/"), type=_several, default=())
-    parser.add_argument("--by", choices=BOXES)
-    parser.add_argument("--dir", type=Path, action="append")
-    for name in ("all", "color", "no-color", "ascii", "strict", "debug"):
-        parser.add_argument(f"--{name}", action="store_true")
+    parser = _Parser(
+        prog="gpu-cache-smi",
+        usage="gpu-cache-smi [options]",
+        description="Shows what the gpu_cache caches of this machine hold and do. Without options: a table, once.",
+        epilog=_EXIT,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
+        add_help=False,
+        allow_abbrev=False,
+    )
+    _add_modes(parser.add_argument_group("What to do").add_mutually_exclusive_group().add_argument)
+    _add_choices(parser.add_argument_group("How often, of what, and how").add_argument)
     return parser
 
 
-def _add_modes(modes: argparse._MutuallyExclusiveGroup) -> None:
-    modes.add_argument("--version", action="version", version=f"gpu-cache-smi {__version__}")
-    modes.add_argument("-h", "--help", action="store_true")
-    modes.add_argument("--completion", choices=completion.SHELLS)
-    modes.add_argument("--watch", nargs="?", type=_seconds, const=_WATCH_S, metavar="SEC")
-    modes.add_argument("-L", "--list", action="store_true")
+def _add_modes(add: Callable[..., object]) -> None:
+    add("--watch", nargs="?", type=_seconds, const=_WATCH_S, metavar="SEC", help="full screen, every SEC seconds (1)")
+    add("--json", action="store_true", help="one document; with -l, one line each")
     for kind in FIELDS:
-        modes.add_argument(f"--query-{kind}", type=_fields(kind), metavar="F,...")
-        modes.add_argument(f"--help-query-{kind}", dest="help_query", action="store_const", const=kind)
-    modes.add_argument("--serve", nargs="?", type=_address, const=(DEFAULT_HOST, DEFAULT_PORT), metavar="[ADDR:]PORT")
-    modes.add_argument("--leaks", metavar="PID")
-    modes.add_argument("--record", type=Path, metavar="FILE")
-    modes.add_argument("--timeline", type=Path, metavar="FILE")
-    for name in ("json", "dmon", "prom", "check", "gc"):
-        modes.add_argument(f"--{name}", action="store_true")
+        add(f"--query-{kind}", type=_fields(kind), metavar="F,...", help=f"comma-separated values of each {kind}")
+        add(
+            f"--help-query-{kind}",
+            dest="help_query",
+            action="store_const",
+            const=kind,
+            help="the names of these values",
+        )
+    add("--dmon", action="store_true", help="one line for each process and tick")
+    add("--prom", action="store_true", help="metrics in Prometheus' text format, once")
+    address = f"{DEFAULT_HOST}:{DEFAULT_PORT}"
+    served = (DEFAULT_HOST, DEFAULT_PORT)
+    add(
+        "--serve",
+        nargs="?",
+        type=_address,
+        const=served,
+        metavar="ADDR:PORT",
+        help=f"metrics for a scraper ({address})",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="nothing unless something is wrong, also with a switch for AReaL; exit 3 then",
+    )
+    add("--leaks", metavar="PID|ROLE", help="entries that outlived a clear; --all for more than 10")
+    add("--gc", action="store_true", help="delete the reports of dead processes")
+    add("--record", type=Path, metavar="FILE", help="append a sample every second (-l) to FILE")
+    add("--timeline", type=Path, metavar="FILE", help="a recording as a page for the browser (-o, or FILE.html)")
+    add("-L", "--list", action="store_true", help="GPUs, and the processes on each with user and command line")
+    add("--completion", choices=completion.SHELLS, help="a script for this shell that completes all this")
+    add("--version", action="version", version=f"gpu-cache-smi {__version__}", help="the version of this tool")
+    add("-h", "--help", action="store_true", help="this list")
+
+
+def _add_choices(add: Callable[..., object]) -> None:
+    add("-l", "--loop", nargs="?", type=_seconds, const=_LOOP_S, metavar="SEC", help="again every SEC seconds (5)")
+    add("--loop-ms", type=_milliseconds, metavar="MS", help="again every MS milliseconds")
+    add("-c", "--count", type=_whole, default=0, metavar="N", help="stop after N times")
+    add("-i", "--id", type=_several, default=(), metavar="GPU,...", help='GPUs by index or UUID, or "cpu"')
+    for name in ("pid", "role", "source"):
+        add(f"--{name}", type=_several, default=(), metavar=f"{name.upper()},...", help="only these")
+    add("--by", choices=BOXES, help="one of the boxes")
+    add("--dir", type=Path, action="append", help="where the reports are, if not in the usual places")
+    add("--format", default="csv", help="csv[,noheader][,nounits] of a query")
+    add("-o", "--output", type=Path, metavar="OUT", help="where a timeline goes")
+    add("--all", action="store_true", help="every entry of --leaks")
+    add("--color", action="store_true", help="also where output is no terminal")
+    add("--no-color", action="store_true", help="also NO_COLOR")
+    add("--ascii", action="store_true", help="no block characters in --watch")
+    add("--strict", action="store_true", help="exit 9 or 12 where NVML cannot be used")
+    add("--debug", action="store_true", help="a traceback for an unexpected error")
 
 
 def _query(options: argparse.Namespace) -> tuple[str, tuple[str, ...]]:

@@ -10,8 +10,7 @@ from rich.console import RenderableType
 
 from gpu_cache import __version__, units
 from gpu_cache.smi import figures, tables
-from gpu_cache.smi.events import Event
-from gpu_cache.smi.history import LEVELS, SPAN_S, History
+from gpu_cache.smi.history import LEVELS, SPAN_S, Event, History
 from gpu_cache.smi.node import Node, Row
 from gpu_cache.smi.process import HUNG, LEAK, STATES, Process
 from gpu_cache.smi.screen import nothing, pool_style

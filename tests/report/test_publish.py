@@ -22,7 +22,7 @@ from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.device.host import HostDevice
 from gpu_cache.report import publish
 from gpu_cache.report.schema import MAX_REPORT_BYTES, Histograms, HostTierFigures, Rates, Report, SourceStats
-from gpu_cache.smi import locks
+from gpu_cache.smi.folder import is_held
 from gpu_cache.smi.main import main
 from gpu_cache.smi.node import Node, Observer
 from gpu_cache.smi.nvml import Nvml
@@ -433,9 +433,9 @@ def test_a_summary_is_the_box_of_the_tool(
 def test_an_unlocked_report_is_of_a_dead_process(cache: TensorCache, folder: Path) -> None:
     cache.get("unknown")
     lock = next(folder.glob("*.lock"))
-    assert locks.is_held(lock)
+    assert is_held(lock)
     cache._publisher.disown()
-    assert not locks.is_held(lock)
+    assert not is_held(lock)
 
 
 WORKERS = """

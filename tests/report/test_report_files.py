@@ -18,7 +18,7 @@ import pytest
 from gpu_cache.report import files as files_module
 from gpu_cache.report.files import HostileDirectoryError, ReportFiles, problem_of
 from gpu_cache.report.schema import report_name
-from gpu_cache.smi.locks import is_held
+from gpu_cache.smi.folder import is_held
 
 ROOT = Path(__file__).parents[2]
 NAME = "actor-0-7-0a1b2c"

@@ -67,6 +67,6 @@ def test_zsh_reads_the_script(tmp_path: Path) -> None:
 
 def test_every_option_of_the_help_is_completed() -> None:
     script = options.completion_for("fish")
-    names = set(re.findall(r"--[a-z][a-z-]+", options.HELP))
+    names = set(re.findall(r"--[a-z][a-z-]+", options.help_text()))
     assert {"--json", "--query-source", "--completion"} < names
     assert not {name for name in names if f"-l {name[2:]} " not in script.replace("\n", " \n")}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.smi import locks
+from gpu_cache.smi import folder
 from gpu_cache.smi.folder import folders, read_folders
 from gpu_cache.smi.node import Observer
 from gpu_cache.smi.nvml import Nvml
@@ -179,8 +179,8 @@ def test_where_reports_are_looked_for(tmp_path: Path) -> None:
 
 
 def test_a_machine_whose_locks_cannot_be_seen(node: Machine, tmp_path: Path) -> None:
-    assert locks.holders(tmp_path / "none") == {}
-    assert not locks.is_held(tmp_path / "none")
+    assert folder.holders(tmp_path / "none") == {}
+    assert not folder.is_held(tmp_path / "none")
     add_trainers(node.folder)
     (node.folder.procfs / "locks").unlink()
     assert next(process.host_pid for process in node.look().processes if process.is_alive) == 41873
@@ -195,7 +195,7 @@ def test_a_folder_or_a_lock_that_may_not_be_opened(node: Machine, monkeypatch: p
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:
-        patched.setattr("gpu_cache.smi.locks.is_held", refuse)
+        patched.setattr("gpu_cache.smi.folder.is_held", refuse)
         assert node.look().states == {"ok": 1, "dead": 1}
     monkeypatch.setattr("gpu_cache.smi.folder.os.listdir", refuse)
     (unread,) = node.look().unread
