@@ -20,7 +20,7 @@ from gpu_cache.report.schema import EntryInfo, LeakReport, Rates, SourceStats
 
 _MAX_KEY = 200  # characters of a shard's id
 _RULE = "-" * 97
-_HEAD = " GPU     PID  Role        State      Pool  Pinned    Host Entries  Hit%    Fetch      H2D Oldest "
+_HEAD = " GPU     PID  Role          State    Pool  Pinned    Host Entries  Hit%    Fetch      H2D Oldest "
 
 
 class Index(Protocol):
@@ -212,11 +212,11 @@ def summary_of(report: Mapping[str, Any]) -> str:
     """The box in which `gpu-cache-smi` shows this process; made without that tool's libraries."""
     rates, num_entries = report["rates_10s"], report["num_entries"]
     kind, _, index = report["device"].partition(":")
-    title = f"{report['role']}/{report['rank']}"[:11]
+    title = f"{report['role']}/{report['rank']}"[:13]
     hit = units.percent(units.ratio(report["hits"] + report["host_hits"], report["requested"]))
     line = (
-        f"{f'{index or 0}*' if kind == 'cuda' else kind:>4}{report['pid']:>8}  {title:<12}"
-        f"{'LEAK' if report['outlived_entries'] else 'ok':<6}{units.size(report['device_bytes']):>9}"
+        f"{f'{index or 0}*' if kind == 'cuda' else kind:>4}{report['pid']:>8}  {title:<14}"
+        f"{'LEAK' if report['outlived_entries'] else 'ok':<5}{units.size(report['device_bytes']):>8}"
         f"{units.size(report['pinned_capacity_bytes']):>8}{units.size(report['host_bytes']):>8}"
         f"{units.count(num_entries):>8}{hit:>6}{units.speed(rates['fetch_bytes_per_second']):>9}"
         f"{units.speed(rates['h2d_bytes_per_second']):>9}"
