@@ -50,7 +50,7 @@ def under_werkzeug(app: Any) -> Iterator[str]:
         yield f"127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
-        thread.join(10)
+        thread.join(30)
         server.server_close()
 
 
@@ -66,7 +66,7 @@ def under_fastapi(app: Any) -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
         listener.close()
 
 
@@ -237,7 +237,7 @@ def test_shards_expire_where_a_variable_says_so(monkeypatch: pytest.MonkeyPatch)
     wait_until(lambda: blueprint._figures()["expired_shards"] == 1)
     (thread,) = [one for one in threading.enumerate() if one.name == "areal-shard-expiry"]
     thread.ask_to_end()  # type: ignore[attr-defined]
-    thread.join(10)
+    thread.join(30)
 
 
 def test_each_place_is_given_back(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_a_broken_fetch_gives_its_ranges_back(world: World) -> None:
     with world.wrapped(lambda reader: broken(reader, 1)):
         future = world.cache.prefetch(keys, world.source)
     with pytest.raises(FetchError, match="the connection broke"), world.ledger.receiving(keys):
-        future.result(10)
+        future.result(30)
     world.cache.synchronize()
     pending, held, quarantined = look(world)
     assert (pending, quarantined) == (0, 0)
@@ -97,7 +97,7 @@ def test_each_kind_of_look_up_counts_once_and_with_its_bytes(world: World) -> No
     while not world.cache.buffer_stats()["joined"]:
         time.sleep(0.001)
     world.land()
-    joiner.join(10)
+    joiner.join(30)
     stats = world.cache.buffer_stats()
     assert (stats["hits"], stats["misses"], stats["joined"], stats["requested"]) == (1, 2, 1, 4)
     nbytes = {"hit_bytes": 3000, "miss_bytes": 3000 + 4096, "joined_bytes": 4096, "requested_bytes": 2 * (3000 + 4096)}
@@ -146,7 +146,7 @@ def test_a_close_that_the_device_fails_is_finished_by_the_reaper(world: World, m
         world.cache.close()
     thread = world.cache._engine.reaper._thread
     assert thread is not None
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
 
 

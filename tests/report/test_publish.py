@@ -289,19 +289,19 @@ def test_a_close_waits_while_the_thread_removes_the_files(
 
     def slowly() -> None:
         removing.set()
-        may_go_on.wait(10)
+        may_go_on.wait(30)
         remove()
 
     monkeypatch.setattr(files, "remove", slowly)
     threads = [threading.Thread(target=publisher._clean_up), threading.Thread(target=cache.close)]
     threads[0].start()
-    removing.wait(10)
+    removing.wait(30)
     threads[1].start()
     threads[1].join(0.1)
     assert threads[1].is_alive()
     may_go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert not list(folder.iterdir())
 
 

@@ -206,7 +206,7 @@ def test_an_encoding_under_way_does_not_keep_others_waiting(
 
     def slow(text: TensorText) -> Iterator[bytes]:
         entered.set()
-        assert released.wait(timeout=10)
+        assert released.wait(timeout=30)
         yield b" " * text.nbytes
 
     monkeypatch.setattr(TensorText, "__iter__", slow)
@@ -214,11 +214,11 @@ def test_an_encoding_under_way_does_not_keep_others_waiting(
     replies: list[Reply] = []
     thread = threading.Thread(target=lambda: replies.append(ask(server, "GET", "/data/a")))
     thread.start()
-    assert entered.wait(timeout=10)
+    assert entered.wait(timeout=30)
     assert ask(server, "GET", "/health").status == 200
     assert replies == []
     released.set()
-    thread.join(timeout=10)
+    thread.join(timeout=30)
     assert replies[0].body.isspace()
 
 

@@ -119,7 +119,7 @@ def test_a_finaliser_may_use_the_store() -> None:
 
     thread = threading.Thread(target=remove_with_finaliser, daemon=True)
     thread.start()
-    thread.join(timeout=10)
+    thread.join(timeout=30)
     assert not thread.is_alive()
     assert counted == [1, 0, 0]
 

@@ -62,7 +62,7 @@ def consume(world: World, seconds: float) -> None:
     consumer.thread.start()
     time.sleep(seconds)
     world.stopping.set()
-    consumer.thread.join(10)
+    consumer.thread.join(30)
     assert not consumer.thread.is_alive()
 
 
@@ -184,7 +184,7 @@ def test_an_operation_that_takes_too_long_is_told_once_and_with_its_place() -> N
 
     def wait() -> None:
         with tally.operation("localize", 0.01):
-            going_on.wait(10)
+            going_on.wait(30)
 
     thread = threading.Thread(target=wait)
     thread.start()

@@ -48,7 +48,7 @@ def batch(server: ServerHandle, *shard_ids: object, headers: dict[str, str] | No
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()

@@ -93,7 +93,7 @@ def stands(readers: list[GatedReader], count: int) -> None:
     """Wait until so many readers were opened, and the last one stands at its gate."""
     while len(readers) < count:
         time.sleep(0.001)
-    assert readers[count - 1].has_arrived.wait(10)
+    assert readers[count - 1].has_arrived.wait(30)
 
 
 def wait_for_joins(cache: TensorCache, count: int) -> None:

@@ -69,7 +69,7 @@ def test_one_shard_is_brought_back_by_get_and_a_missing_one_is_none(cache: Tenso
 
 def test_a_prefetch_brings_back(cache: TensorCache, source: DictSource) -> None:
     fill(cache, source, "abcdef")
-    assert cache.prefetch(run_of("a"), source).result(10) == 4
+    assert cache.prefetch(run_of("a"), source).result(30) == 4
     assert parked(cache).isdisjoint(run_of("a"))
 
 
