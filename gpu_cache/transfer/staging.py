@@ -197,14 +197,16 @@ class StagingRing:
         return slot
 
     def _free(self, slot: Slot) -> None:
+        is_done = False
         try:
             if slot.guard is not None:
                 self._device.synchronize(slot.guard)
-        except BaseException:
+            is_done = True
+        finally:
             with self._changed:
-                self._idle.append(slot)
+                if is_done:
+                    self._slots.remove(slot)
+                else:
+                    self._idle.append(slot)
                 self._changed.notify_all()
-            raise
-        with self._changed:
-            self._slots.remove(slot)
         self._device.release_pinned(slot.pinned)

@@ -181,14 +181,16 @@ def keep_for_the_host(path: Path) -> None:
     owner, backend = FakeOwner(), HttpRTensorBackend(same_host=True, node_cache=str(path))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(segments.VARIABLE, "0")
-        patched.setattr(node_cache, "_MAX_FORGOTTEN", -10)
+        patched.setattr(node_cache, "_MAX_FORGOTTEN", 0)
         with rpc_server.start(owner=owner) as server, node_cache.Running(path, 8 << 20) as running:
             set_backend(backend)
             for name in "ab":
                 read_back(owner.store, server.address, name)
                 assert transport(server.address) == "node cache"
+            told, forget = list[None](), running.cache.forget
+            patched.setattr(running.cache, "forget", lambda shard_ids: told.append(forget(shard_ids)))
             clear_fetch_buffer(["a"])
-            eventually(lambda: "a" not in running.cache._latest)
+            eventually(lambda: len(told) > 0)
             patched.setattr(running.cache, "_drop_gone", unreachable)
             with pytest.raises(ShardUnreachableError):
                 running.cache._sweep(server.address, Checked("another", "1", "", {}))

@@ -46,7 +46,7 @@ def test_without_a_process(node: Machine, width: int) -> None:
     done = node.run(width=width)
     head, _, said = done.out.rpartition("|\n|--")
     assert matches_golden(f"no_process_{width}.txt", f"{head}|\n")
-    assert f"no cache reports in {node.folder.path}" in re.sub(r"\s*\|\n\|\s*", " ", said)
+    assert f"nocachereportsin{node.folder.path}" in re.sub(r"[\s|]", "", said)  # a long path is broken anywhere
     assert (done.code, done.err) == (0, "")
 
 
