@@ -34,7 +34,8 @@ def screen(node: Node, width: int, boxes: Sequence[str] = BOXES) -> list[Rendera
     width = tables.fitting(width)
     parts: list[RenderableType] = []
     if not node.processes:
-        parts.append(tables.boxed(_head(node, width), Padding(nothing(node), (0, 1)), width=width))
+        said = Padding(Text(nothing(node), overflow="fold"), (0, 1))
+        parts.append(tables.boxed(_head(node, width), said, width=width))
     elif DEVICES in boxes:
         gpus = tables.table(_GPU, node.rows, width - 2, RULED)
         gpus.show_edge = False
