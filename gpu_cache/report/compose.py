@@ -85,7 +85,7 @@ class Reporter:
         known = self._index.report()
         figures = buffer_stats_of(known, engine.stats(), engine.details())
         missing = set() if engine.config.host_tier_bytes else set(schema.HostTierFigures.__annotations__)
-        if engine.device is None:  # what the engine would add is not known, which is not 0
+        if engine.device is None:  # there is no engine yet: its figures are missing, not 0
             missing |= figures.keys() - known.keys()
         return {
             "schema_version": schema.SCHEMA_VERSION,

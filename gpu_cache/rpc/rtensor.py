@@ -626,21 +626,22 @@ def _check_all_travel(obj: Any) -> bool:
 def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
     """The containers with handles in the place of tensors, which the backend has."""
     trimmed = map_leaves(obj, _DICT_OR_TENSOR, _trimmed)
+    leaves = collect_leaves(trimmed, torch.Tensor)
     if isinstance(backend, StoringMany) and hasattr(type(backend), "store_many"):
-        places = iter(backend.store_many(collect_leaves(trimmed, torch.Tensor)))
+        places = iter(backend.store_many(leaves))
         return map_leaves(trimmed, torch.Tensor, lambda leaf: _handle(next(places), leaf))
     # All at once, so that they lie side by side. Each is let go as it is stored.
-    copies = runtime.current().copies(collect_leaves(trimmed, torch.Tensor))[::-1]
+    copies = runtime.current().copies(leaves)[::-1]
     stored: list[Any] = []
-
-    def to_handle(leaf: torch.Tensor) -> RTensor:
-        stored.append(backend.store(copies.pop()))
-        return _handle(TensorShardInfo(stored[-1], node_addr), leaf)
-
+    handles: list[RTensor] = []
     try:
         # A backend of another's making may wait in `store`.
         with no_collections if isinstance(backend, HttpRTensorBackend) else contextlib.nullcontext():
-            return map_leaves(trimmed, torch.Tensor, to_handle)
+            for leaf in leaves:
+                stored.append(backend.store(copies.pop()))
+                handles.append(_handle(TensorShardInfo(stored[-1], node_addr), leaf))
+        made = iter(handles)
+        return map_leaves(trimmed, torch.Tensor, lambda _: next(made))
     except BaseException:
         no_collections.leave()  # whatever interrupted it
         take_back(backend, node_addr, stored)

@@ -27,7 +27,7 @@ from gpu_cache.config import is_off
 from gpu_cache.device.hostmem import POPULATE_WRITE, advise, mapped
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
-from gpu_cache.pool.slab import HighWater
+from gpu_cache.pool.high_water import HighWater
 from gpu_cache.process import forget_sockets, leave_to_parent
 from gpu_cache.report.files import problem_of
 from gpu_cache.throttle import Throttle

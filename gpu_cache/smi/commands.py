@@ -44,7 +44,7 @@ class Commands:
         return self._observer.look().filtered(self._options.filters)
 
     def run(self) -> int:
-        """What the options name first, else a table or what a machine reads, once or again and again."""
+        """Run the mode that the options choose: a job of its own, else a table or text, once or repeatedly."""
         command = next((name for name in _COMMANDS if getattr(self._options, name)), "")
         if command:
             return int(getattr(self, f"_{command}")())

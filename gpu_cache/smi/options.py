@@ -61,7 +61,7 @@ def completion_for(shell: str) -> str:
 
 
 def help_text() -> str:
-    """What all options do."""
+    """The text of `--help`: each option and its effect."""
     return _parser().format_help()
 
 

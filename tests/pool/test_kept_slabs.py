@@ -14,7 +14,8 @@ from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.config import MIB
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
-from gpu_cache.pool.slab import IDLE_S, NUM_STEPS, HighWater, SlabPool
+from gpu_cache.pool.high_water import IDLE_S, NUM_STEPS, HighWater
+from gpu_cache.pool.slab import SlabPool
 from tests.pool.test_slab import check, pool_of, shards_in, taken_from
 from tests.support.clocks import Clock
 from tests.support.cuda_devices import cuda_device

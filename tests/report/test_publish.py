@@ -176,7 +176,7 @@ def test_figures_beside_a_cache_are_reported_before_its_first_use(cache: TensorC
     assert cache._engine is None
     found = report_in(folder)
     names = get_type_hints(Report).keys() - get_type_hints(HostTierFigures).keys()
-    assert found.keys() < names, "what only a device's pool and its copies have is left out"
+    assert found.keys() < names, "figures of a device's pool and of its copies are left out"
     assert (found["shared_bytes"], found["shared_reserved_bytes"]) == (512, 1024)
     assert (found["role"], found["rank"], found["device"]) == ("actor", 3, "cpu")
     assert found["num_entries"] == found["misses"] == 0

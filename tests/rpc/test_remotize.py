@@ -258,6 +258,24 @@ def test_our_backend_takes_back_what_it_had_stored(error: BaseException, monkeyp
     set_backend(None)
 
 
+class Picky(tuple[Any, ...]):
+    """A container that takes no handles, and looks whether the collector is on."""
+
+    def __new__(cls, items: Any) -> Picky:
+        assert gc.isenabled()
+        if any(isinstance(one, RTensor) for one in items):
+            raise ValueError("no handles here")
+        return super().__new__(cls, items)
+
+
+def test_containers_are_built_outside_of_the_pause_and_one_that_refuses_handles_leaves_nothing() -> None:
+    set_backend(HttpRTensorBackend(shards=runtime.current().store))
+    with pytest.raises(ValueError, match="no handles here"):
+        RTensor.remotize({"a": EYE, "b": Picky([EYE, EYE])}, "me:1")
+    assert storage_stats() == NOTHING
+    set_backend(None)
+
+
 def test_a_copy_that_finds_no_memory_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[torch.Tensor] = []
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from gpu_cache import Promise, ShardSpec
-from gpu_cache.config import ALIGNMENT
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.pool.block import aligned
 from gpu_cache.rpc.shard import (
     ONLY_RAYS_SERIALIZER,
     RAY_PREFIX,
@@ -110,7 +110,8 @@ def info_of(found: RayObject | Sent, number: int, node_addr: str = "") -> Tensor
     """The place of one shard, which holds its object from now on.
 
     Args:
-        found: The object, as it arrived, or as this process knows it: then a cleared shard stays cleared.
+        found: The object. A `Sent` one has arrived with its handle, and brings a cleared shard back; a `RayObject` of
+            this process does not.
         number: The shard's in it.
         node_addr: As the handle has it.
     """
@@ -184,7 +185,7 @@ class Packed:
     Attributes:
         tensors: Of each.
         places: The number of its array in the object, and where it begins there.
-        alone: Those with an array of their own, which come behind the first: the others' own, side by side.
+        alone: Shards with an array of their own. Their arrays come behind the first, in which the others share.
         shared_bytes: Length of the first array. Shards begin at steps of 512 bytes as in a slab: a run is one copy.
         nbytes: Bytes of all arrays.
     """
@@ -197,7 +198,7 @@ class Packed:
 
     def add(self, tensor: torch.Tensor) -> None:
         """Put one behind the others."""
-        length = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        length = aligned(tensor.nbytes)
         self.tensors.append(tensor)
         self.nbytes += length
         if tensor.is_cpu and tensor.nbytes >= ALONE_BYTES:

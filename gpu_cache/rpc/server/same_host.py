@@ -73,8 +73,8 @@ class Limits:
     """How much of one client the server bears.
 
     Attributes:
-        request_s: The longest time from a request's first byte to its last, or to that from the end of the answer
-            before.
+        request_s: The longest time in which a client may send a request, from its first byte on. If it begins the
+            request during an answer, the time begins at the answer's end.
         answer_s: The longest time in which a client may take an answer.
         hold_s: The longest time for which a client may hold shards, whatever it asks for.
         num_clients: Connections at once; beyond, the longest idle one is closed, or the new one.

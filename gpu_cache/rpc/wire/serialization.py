@@ -8,7 +8,7 @@ import functools
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from reprlib import repr as short_repr
 from typing import Any
@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.pool.lease import aliases_of
 from gpu_cache.process import no_collections
 
 # Dtypes that travel, by the name that follows "torch." on the wire.
@@ -416,13 +417,11 @@ def meta_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         RuntimeError: torch holds no tensor of this shape.
         TypeError: A length is no number.
     """
-    return _alias_of(torch.Tensor, _meta_template(dtype, *shape))
+    (alias,) = aliases_of([_meta_template(dtype, *shape)])
+    return alias
 
 
 @functools.lru_cache(4096, typed=True)
 def _meta_template(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     with plain_tensors():
         return torch.empty(shape, dtype=dtype, device="meta")
-
-
-_alias_of: Callable[[type[torch.Tensor], torch.Tensor], torch.Tensor] = torch.Tensor._make_subclass

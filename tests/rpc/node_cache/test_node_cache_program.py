@@ -1,0 +1,69 @@
+"""The program: one at a path, its options, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from gpu_cache.rpc import node_cache as module
+from gpu_cache.rpc.client.http import HttpRTensorBackend
+from gpu_cache.rpc.node_cache import Running
+from gpu_cache.rpc.segments import node_cache_path
+
+
+def test_there_is_one_at_a_path(path: Path, running: Running) -> None:
+    with pytest.raises(BlockingIOError):
+        Running(path, 1 << 20)
+    assert os.path.realpath(path) == running.server.path
+
+
+def test_it_leaves_no_link_behind(path: Path) -> None:
+    with Running(path, 1 << 20) as running:
+        socket_path = running.server.path
+        assert path.is_symlink()
+    assert not path.is_symlink()
+    assert not os.path.exists(socket_path)
+    assert running._lock == -1, "a forked child would close a later file of that number"
+    running.stop()
+
+
+def test_the_program_says_what_it_cannot_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "readable_on", lambda *_: contextlib.nullcontext())
+    for arguments, said in (
+        (["--path", str(path), "--max-bytes", "1"], "max_bytes=1: must be at least 512"),
+        (["--path", ""], "name a path by --path"),
+        (["--path", str(path / "missing" / "x")], "No such file or directory"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            module.main(arguments)
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("said", ["", "0", "no", "False"])
+def test_it_is_off_by_default(said: str) -> None:
+    assert node_cache_path({"GPU_CACHE_NODE_CACHE": said}) == node_cache_path({}) == ""
+
+
+def test_a_variable_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        usual = node_cache_path({"GPU_CACHE_NODE_CACHE": "auto", "XDG_RUNTIME_DIR": base})
+        assert usual == f"{base}/gpu-cache-memory-{os.geteuid()}/node-cache"
+    assert node_cache_path({"GPU_CACHE_NODE_CACHE": "/run/mine"}) == "/run/mine"
+    monkeypatch.setenv("GPU_CACHE_SHM", "0")
+    monkeypatch.setenv("GPU_CACHE_NODE_CACHE", "/run/mine")
+    with contextlib.closing(HttpRTensorBackend()) as backend:
+        assert backend.memories is None
+
+
+def test_it_ends_when_it_has_been_idle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "readable_on", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(module.select, "select", lambda *_: (time.sleep(0.01), [[]])[1])
+    assert module.main(["--path", str(path), "--idle-timeout", "0.05", "--max-bytes", "1MiB"]) == 0
