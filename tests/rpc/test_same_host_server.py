@@ -115,16 +115,23 @@ def store() -> ShardStore:
 
 
 @pytest.fixture
-def serve(store: ShardStore, tmp_path: Path) -> Iterator[Callable[..., SameHostServer]]:
+def folder() -> Iterator[Path]:
+    """A folder for sockets, whose paths have few characters: `tmp_path` may be too long."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def serve(store: ShardStore, folder: Path) -> Iterator[Callable[..., SameHostServer]]:
     with contextlib.ExitStack() as stack:
 
         def start(**limits: float) -> SameHostServer:
-            server = SameHostServer(store, "a" * 32, Limits(**limits), tmp_path)  # type: ignore[arg-type]
+            server = SameHostServer(store, "a" * 32, Limits(**limits), folder)  # type: ignore[arg-type]
             stack.callback(server.stop)
             return server
 
         yield start
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture
@@ -263,10 +270,10 @@ class HeldProxy:
 
 
 def test_a_request_that_begins_while_a_proxy_works_has_no_more_time_than_others(
-    store: ShardStore, tmp_path: Path, connect: Connect
+    store: ShardStore, folder: Path, connect: Connect
 ) -> None:
     proxy = HeldProxy()
-    server = SameHostServer(store, "a" * 32, Limits(request_s=0.3), tmp_path, proxy)
+    server = SameHostServer(store, "a" * 32, Limits(request_s=0.3), folder, proxy)
     try:
         client = connect(server)
         text = proxied_text("host:1", {"a": record_of(torch.uint8, (3,), 0, 0)})
@@ -284,18 +291,18 @@ def test_a_request_that_begins_while_a_proxy_works_has_no_more_time_than_others(
 
 
 def test_without_a_thread_there_is_no_server_and_nothing_is_left(
-    store: ShardStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ShardStore, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(same_host.OwnThread, "start", refuse)
-    monkeypatch.setattr(same_host, "socket_folder", lambda: tmp_path)
+    monkeypatch.setattr(same_host, "socket_folder", lambda: folder)
     monkeypatch.setenv("GPU_CACHE_SHM", "1")
     before = len(os.listdir("/proc/self/fd"))
     assert same_host.opened(store, "a" * 32) is None
     assert len(os.listdir("/proc/self/fd")) <= before
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_a_client_that_takes_no_answer_is_given_up(store: ShardStore, serve: Serve, connect: Connect) -> None:
@@ -368,9 +375,9 @@ def test_the_socket_is_in_a_folder_of_this_user_alone(monkeypatch: pytest.Monkey
 
 
 def test_sockets_of_killed_owners_are_removed_and_those_of_living_ones_stay(
-    store: ShardStore, serve: Serve, tmp_path: Path
+    store: ShardStore, serve: Serve, folder: Path
 ) -> None:
-    dead = tmp_path / "1-dead.sock"
+    dead = folder / "1-dead.sock"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(dead))
     first = serve()
