@@ -23,7 +23,7 @@ SCRIPTS = Path(__file__).resolve().parent
 EXIT_FAILED = 1
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 RUNS = {"healthy": SCRIPTS / "train_demo.py", "leaking": SCRIPTS / "screens" / "forgetful_demo.py"}
-_SIZE = "1120,525"
+_SIZE = "1120,600"
 _DRAW_S = 60
 
 

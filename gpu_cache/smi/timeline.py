@@ -6,6 +6,7 @@ import collections
 import importlib.resources
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ MAX_SAMPLES = 4000  # more are thinned out evenly; counters keep what happened b
 MAX_SOURCES = 16  # with a colour of their own
 OTHERS, UNINDEXED = "other sources", "alignment, and held after a clear"
 _PLACE = "/*RECORDING*/null"
+_BROUGHT = re.compile(r"/\*(uplot/[\w.]+)\*/")  # a file of the chart library, in this package
 
 
 def page(samples: Iterable[Mapping[str, Any]]) -> str:
@@ -26,8 +28,10 @@ def page(samples: Iterable[Mapping[str, Any]]) -> str:
         ValueError: There is nothing to draw.
     """
     recording = json.dumps(drawing(list(samples)), separators=(",", ":")).replace("</", "<\\/")
-    template = (importlib.resources.files("gpu_cache.smi") / "timeline.html").read_text()
-    return template.replace(_PLACE, recording)
+    folder = importlib.resources.files("gpu_cache.smi")
+    template = (folder / "timeline.html").read_text("utf-8")
+    whole = _BROUGHT.sub(lambda found: (folder / found[1]).read_text("utf-8"), template)
+    return whole.replace(_PLACE, recording)
 
 
 def drawing(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import gpu_cache
+from tests.support import smi_recording
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = "https://example.org/owner/project"
@@ -110,12 +111,16 @@ def test_the_source_distribution_is_whole_and_its_tests_run(unpacked: Path) -> N
 
 def test_the_wheel_has_the_package_and_an_index_can_show_it(unpacked: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as wheel:
-        tops = {name.partition("/")[0] for name in wheel.namelist()}
+        names = set(wheel.namelist())
+        tops = {name.partition("/")[0] for name in names}
         about = HeaderParser().parsestr(
             wheel.read(next(n for n in wheel.namelist() if n.endswith("/METADATA"))).decode()
         )
     info = f"rtensor_data_plane-{gpu_cache.__version__}.dist-info"
     assert tops == {"gpu_cache", "gpu_cache_areal.pth", info}, "no areal, no tests"
+    library = files_of(ROOT, "gpu_cache/smi/uplot")
+    assert len(library) == 4
+    assert library | {f"{info}/licenses/gpu_cache/smi/uplot/LICENSE"} <= names
     assert (about["Version"], about["Description-Content-Type"]) == (gpu_cache.__version__, "text/markdown")
     assert f"Homepage, {HOME}" in about.get_all("Project-URL", [])
     text = about.get_payload()
@@ -147,6 +152,10 @@ def test_the_tool_runs_in_an_environment_without_torch(tool: Path, tmp_path: Pat
     assert {option: done.returncode for option, done in seen.items()} == dict.fromkeys(seen, 0), seen
     assert json.loads(seen["--json",].stdout)["processes"] == []
     assert gpu_cache.__version__ in run(python, "-m", "gpu_cache_smi", "--version", PYTHONPATH=str(libraries)).stdout
+    (tmp_path / "run").write_text(smi_recording.as_text(smi_recording.samples(3, is_leaking=False)))
+    drawn = run(script, "--timeline", tmp_path / "run", PYTHONPATH=str(libraries))
+    assert drawn.returncode == 0, drawn.stderr
+    assert "uPlot" in (tmp_path / "run.html").read_text()
 
 
 def test_both_distributions_in_one_environment_share_the_script_alone(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import html
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,11 +113,22 @@ def test_long_recordings_are_thinned_and_lose_no_clear(monkeypatch: pytest.Monke
 
 def test_the_page_needs_nothing_else_and_no_name_can_end_its_script() -> None:
     found = samples(3, is_leaking=False)
-    found[0]["processes"][0]["sources"]["</script><b>:1"] = MIB
+    found[0]["processes"][0]["sources"]["</script><b>/*uplot/LICENSE*/:1"] = MIB
     page = timeline.page(found)
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|\bsrc=|@import|url\(", page)
-    assert page.count("</script>") == 1
+    origin = "/*! https://github.com/leeoniya/uPlot (v1.6.32) */"
+    assert origin in page
+    assert not re.search(r"https?://|\bsrc=|@import|url\(", page.replace(origin, ""))
+    assert page.count("</script>") == 2
+    assert page.count("Permission is hereby granted") == 1, "the licence of the chart library"
     assert "/*RECORDING*/" not in page
+
+
+def test_the_chart_library_is_what_its_origin_says() -> None:
+    folder = Path(timeline.__file__).parent / "uplot"
+    sums = dict(re.findall(r"\| `(?:dist/)?(.+)` \| `([0-9a-f]{64})` \|", (folder / "ORIGIN.md").read_text()))
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    del found["ORIGIN.md"]
+    assert found == sums
 
 
 @functools.cache
@@ -136,25 +150,50 @@ def drawn(page: Path, tmp_path: Path, *more: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DRAW_S).stdout
 
 
+# Appended to a page, this writes into the document what each chart has: its series, and the colours that one can see.
+LOOK = """<script>
+const rgb = (fill) => { const one = document.createElement("canvas").getContext("2d");
+                        one.fillStyle = fill; one.fillRect(0, 0, 1, 1); return one.getImageData(0, 0, 1, 1).data.join(); };
+const seen = (chart) => { const found = new Set(), { data } = chart.ctx.getImageData(0, 0, chart.ctx.canvas.width, chart.ctx.canvas.height);
+                          for (let i = 0; i < data.length; i += 4) found.add(data.slice(i, i + 4).join()); return found; };
+setTimeout(() => {
+  const found = charts.map((panels) => panels.map((chart) => { const colours = seen(chart); return {
+    title: chart.root.querySelector(".u-title").textContent, width: chart.width, top: chart.scales.y.max,
+    series: chart.series.slice(1).map((one, i) => [one.label, chart.data[i + 1].filter((value) => value !== null).length]),
+    filled: chart.series.slice(1).filter((one) => one.fill && colours.has(rgb(one.fill()))).map((one) => one.label),
+    drawn: chart.series.slice(1).filter((one) => one._stroke && colours.has(rgb(one._stroke))).map((one) => one.label) }; }));
+  const place = document.createElement("pre");
+  place.id = "found"; place.textContent = JSON.stringify(found); document.body.append(place);
+}, 0);
+</script></body>"""
+
+
+def charts(page: str, tmp_path: Path, *more: str) -> tuple[str, list[list[dict[str, Any]]]]:
+    """The document, and for each process what its three charts show."""
+    (tmp_path / "page.html").write_text(page.replace("</body>", LOOK))
+    dom = drawn(tmp_path / "page.html", tmp_path, *more)
+    found = re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)
+    assert found, dom[-2000:]
+    return dom, json.loads(html.unescape(found[1]))
+
+
 @pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
-def test_a_browser_draws_it(node: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_browser_draws_it(node: Machine, tmp_path: Path, is_dark: bool) -> None:
     (tmp_path / "run.jsonl").write_text(smi_recording.as_text(samples(60, is_leaking=True)))
     node.run("--timeline", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "run.html"))
-    dom = drawn(tmp_path / "run.html", tmp_path)
-    healthy, leaking = re.findall(r"<svg [^>]*data-process=.*?</svg>", dom, re.S)
-    for svg, clears in ((healthy, 9), (leaking, 10)):
-        assert re.findall(r'class="source"[^>]*data-source="([^"]*)"', svg) == [*SOURCES, timeline.UNINDEXED]
-        assert len(re.findall(r'class="clear"', svg)) == clears
-        assert svg.count("<title>1 clear_batches(): 190 entries freed</title>") == clears
-        assert len(re.findall(r'<polyline points="[\d., ]{300,}" class="(?:fetch|h2d)"', svg)) == 2
-        assert "capacity 4 GiB" in svg
-        assert "NaN" not in svg
-    assert "survivor" not in healthy
-    survived = dict(re.findall(r'class="survivor" fill="([^"]*)" data-clears="(\d+)"', leaking))
-    assert list(survived.values()) == [str(n) for n in range(1, 10)]
-    assert len(survived) == 9, "every number of clears has its colour"
+    dark = ["--blink-settings=preferredColorScheme=0"] * is_dark
+    dom, found = charts((tmp_path / "run.html").read_text(), tmp_path, *dark)
+    healthy, leaking = found
+    for (pool, _, speed), clears in ((healthy, 9), (leaking, 10)):
+        assert pool["filled"] == [timeline.UNINDEXED, *reversed(SOURCES), "clears"]
+        assert dict(pool["series"])["clears"] == clears
+        assert "capacity 4 GiB" in pool["title"]
+        assert speed["drawn"] == ["fetch", "h2d"]
+        assert min(num for _, num in speed["series"]) > 50
+    assert (healthy[1]["title"], healthy[1]["series"]) == ("of these, survived clears: none", [])
+    assert leaking[1]["filled"] == [str(n) for n in range(9, 0, -1)], "every number of clears has its colour"
     assert re.search(r'<span class="leaking">At the end actor/1 keeps 720 MiB', dom)
-    assert "10 s" in healthy
 
 
 @pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
@@ -162,9 +201,9 @@ def test_a_browser_shows_figures_where_one_points(tmp_path: Path) -> None:
     """The page points at its own middle: the tooltip has the figures of that moment."""
     page = timeline.page(samples(61, is_leaking=True))
     move = (
-        "<script>for (const svg of document.querySelectorAll('svg')) { const box = svg.getBoundingClientRect();"
-        " const at = {clientX: box.left + box.width * .54, clientY: box.top + 9};"
-        " svg.dispatchEvent(new MouseEvent('mousemove', at)); }"
+        "<script>for (const [{over}] of charts) { const box = over.getBoundingClientRect();"
+        " const at = {clientX: box.left + box.width * .5, clientY: box.top + 9, bubbles: true};"
+        " over.dispatchEvent(new MouseEvent('mousemove', at)); }"
         "</script></body>"
     )
     (tmp_path / "page.html").write_text(page.replace("</body>", move))
@@ -181,14 +220,12 @@ def test_sixteen_colours_and_one_scale_at_500_pixels(tmp_path: Path) -> None:
     found = samples(20, is_leaking=True)
     for number, sample in enumerate(found):
         for one in sample["processes"]:
-            one["sources"] = {f"node-{n:02}:1": MIB for n in range(16)}
+            one["sources"] = {f"node-{n:02}:1": 64 * MIB for n in range(16)}
             leaked = 4 * MIB if one["title"] == "actor/1" else MIB
             one["survivors"] = [[n, 1, leaked] for n in range(1, 17)] if number > 9 else []
-    (tmp_path / "page.html").write_text(timeline.page(found))
-    dom = drawn(tmp_path / "page.html", tmp_path, "--window-size=500,800")
-    small, large = re.findall(r"<svg [^>]*data-process=.*?</svg>", dom, re.S)
-    for kind in ("source", "survivor"):
-        assert len(set(re.findall(rf'class="{kind}" fill="([^"]*)"', small))) >= 16
-    assert ">69.1 MiB</text>" in small, "the scale of the larger leak"
-    assert ">69.1 MiB</text>" in large
-    assert re.search(r'viewBox="0 0 (4[5-9]\d) 342"', small), "a unit is a pixel"
+    dom, (small, large) = charts(timeline.page(found), tmp_path, "--window-size=500,800")
+    assert len(set(re.findall(r'class="chip" style="background: ([^"]*);"', dom.partition('id="survived"')[0]))) >= 16
+    assert len(large[0]["filled"]) >= 16
+    assert large[1]["filled"] == [str(n) for n in range(16, 0, -1)]
+    assert small[1]["top"] == large[1]["top"] == 64 * MIB * 1.08, "the scale of the larger leak"
+    assert all(380 <= chart["width"] < 500 for chart in [*small, *large])
