@@ -152,25 +152,39 @@ def drawn(page: Path, tmp_path: Path, *more: str) -> str:
 
 # Appended to a page, this writes into the document what each chart has: its series, and the colours that one can see.
 LOOK = """<script>
-const rgb = (fill) => { const one = document.createElement("canvas").getContext("2d");
-                        one.fillStyle = fill; one.fillRect(0, 0, 1, 1); return one.getImageData(0, 0, 1, 1).data.join(); };
-const seen = (chart) => { const found = new Set(), { data } = chart.ctx.getImageData(0, 0, chart.ctx.canvas.width, chart.ctx.canvas.height);
-                          for (let i = 0; i < data.length; i += 4) found.add(data.slice(i, i + 4).join()); return found; };
-setTimeout(() => {
-  const found = charts.map((panels) => panels.map((chart) => { const colours = seen(chart); return {
+const coloursOf = (context) => {
+  const found = new Set(), { data } = context.getImageData(0, 0, context.canvas.width, context.canvas.height);
+  for (let i = 0; i < data.length; i += 4) found.add(data.slice(i, i + 4).join());
+  return found;
+};
+const rgb = (fill) => {
+  const one = document.createElement("canvas").getContext("2d");
+  one.fillStyle = fill;
+  one.fillRect(0, 0, one.canvas.width, one.canvas.height);
+  return [...coloursOf(one)][0];
+};
+const look = (chart) => {
+  const seen = coloursOf(chart.ctx), series = chart.series.slice(1);
+  const labels = (wanted) => series.filter((one) => wanted(one) && seen.has(rgb(wanted(one)))).map((one) => one.label);
+  return {
     title: chart.root.querySelector(".u-title").textContent, width: chart.width, top: chart.scales.y.max,
-    series: chart.series.slice(1).map((one, i) => [one.label, chart.data[i + 1].filter((value) => value !== null).length]),
-    filled: chart.series.slice(1).filter((one) => one.fill && colours.has(rgb(one.fill()))).map((one) => one.label),
-    drawn: chart.series.slice(1).filter((one) => one._stroke && colours.has(rgb(one._stroke))).map((one) => one.label) }; }));
+    from: chart.scales.x.min, to: chart.scales.x.max,
+    series: series.map((one, i) => [one.label, chart.data[i + 1].filter((value) => value !== null).length]),
+    filled: labels((one) => one.fill && one.fill()), drawn: labels((one) => one._stroke),
+  };
+};
+setTimeout(() => {
   const place = document.createElement("pre");
-  place.id = "found"; place.textContent = JSON.stringify(found); document.body.append(place);
+  place.id = "found";
+  place.textContent = JSON.stringify(charts.map((panels) => panels.map(look)));
+  document.body.append(place);
 }, 0);
 </script></body>"""
 
 
-def charts(page: str, tmp_path: Path, *more: str) -> tuple[str, list[list[dict[str, Any]]]]:
+def charts(page: str, tmp_path: Path, *more: str, story: str = "") -> tuple[str, list[list[dict[str, Any]]]]:
     """The document, and for each process what its three charts show."""
-    (tmp_path / "page.html").write_text(page.replace("</body>", LOOK))
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{story}</script>{LOOK}"))
     dom = drawn(tmp_path / "page.html", tmp_path, *more)
     found = re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)
     assert found, dom[-2000:]
@@ -213,6 +227,22 @@ def test_a_browser_shows_figures_where_one_points(tmp_path: Path) -> None:
     assert re.match(r"at 30 s state leak pool [\d.]+ [GM]iB gpu-a-021:35221 \d+ MiB", figures), figures
     assert "survived 2 90 MiB" in figures
     assert re.search(r"fetch [\d.]+ GB/s, [\d.]+ [GM]iB copy [\d.]+ GB/s, [\d.]+ [GM]iB", figures), figures
+
+
+@pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
+def test_a_drag_over_one_chart_enlarges_that_time_in_all(tmp_path: Path) -> None:
+    drag = """setTimeout(() => {
+      const { over } = charts[0][0], box = over.getBoundingClientRect();
+      const at = (share) => ({ bubbles: true, button: 0, clientX: box.left + box.width * share, clientY: box.top + 9,
+                               movementX: 9 });
+      over.dispatchEvent(new MouseEvent("mouseenter", at(.5)));
+      over.dispatchEvent(new MouseEvent("mousedown", at(.5)));
+      document.dispatchEvent(new MouseEvent("mousemove", at(.7)));
+      over.dispatchEvent(new MouseEvent("mousemove", at(.75)));
+      over.dispatchEvent(new MouseEvent("mouseup", at(.75)));
+    }, 0);"""
+    _, found = charts(timeline.page(samples(61, is_leaking=True)), tmp_path, story=drag)
+    assert {(round(one["from"]), round(one["to"])) for panels in found for one in panels} == {(30, 45)}
 
 
 @pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
