@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cache.hosts import is_loopback
-from gpu_cache.smi import dmon, document, leaks, query, recording, screen, timeline, watch
+from gpu_cache.smi import dmon, document, leaks, options, query, screen, timeline, watch
 from gpu_cache.smi.folder import remove
 from gpu_cache.smi.history import History
-from gpu_cache.smi.node import Node, Observer
+from gpu_cache.smi.node import Filters, Node, Observer
 from gpu_cache.smi.problems import problems_of
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, Process
 from gpu_cache.smi.terminal import Terminal
@@ -26,22 +26,23 @@ FAILED, BAD_ARGUMENT, PROBLEM, DENIED = 1, 2, 3, 4
 _RECORD_S = 1.0
 _HEADS_EVERY = 20
 # Options that have a method each: commands, and forms of what is seen.
-_COMMANDS = ("leaks", "gc", "serve", "record", "timeline", "watch", "check")
-_FORMS = ("json", "kind", "dmon", "prom", "list")
+_COMMANDS = ("completion", "help_query", "leaks", "gc", "serve", "record", "timeline", "watch", "check")
+_FORMS = ("json", "query", "dmon", "prom", "list")
 
 
 class Commands:
     """One run of the tool."""
 
-    def __init__(self, observer: Observer, terminal: Terminal, options: Namespace) -> None:
+    def __init__(self, observer: Observer, terminal: Terminal, given: Namespace) -> None:
         self._observer = observer
         self._terminal = terminal
-        self._options = options
+        self._options = given
         self._told: set[Path] = set()  # reports of dead processes that --dmon has told of
 
     def look(self) -> Node:
         """At what passes the filters."""
-        return self._observer.look().filtered(self._options.filters)
+        given = self._options
+        return self._observer.look().filtered(Filters(given.id, given.pid, given.role, given.source))
 
     def run(self) -> int:
         """Run the mode that the options choose: a job of its own, else a table or text, once or repeatedly."""
@@ -49,27 +50,33 @@ class Commands:
         if command:
             return int(getattr(self, f"_{command}")())
         show = getattr(self, f"_{next((name for name in _FORMS if getattr(self._options, name)), 'table')}")
-        if self._options.interval_s is None:
+        if self._options.loop is None:
             return self._show_once(show)
-        for number, node in enumerate(self._looks(self._options.interval_s)):
+        for number, node in enumerate(self._looks(self._options.loop)):
             self._terminal.show([""] * bool(number and show == self._table))
             show(node, number)
         return 0
 
     def _show_once(self, show: Callable[[Node, int], None]) -> int:
         node = self.look()
-        if node.is_denied:
-            self._tell_of_denial(node)
-            return DENIED
-        show(node, 0)
-        return self._nvml_status(node)
+        if not node.is_denied:
+            show(node, 0)
+        return self._status(node)
 
-    def _nvml_status(self, node: Node) -> int:
-        """NVML's code, with --strict."""
-        if not (self._options.strict and node.devices.problem):
-            return 0
-        self._terminal.tell([f"gpu-cache-smi: NVML not available: {node.devices.problem}"])
-        return node.devices.code
+    def _status(self, node: Node) -> int:
+        """The exit code of a look: whether no report may be read, or, with --strict, NVML's code."""
+        if node.is_denied:
+            first = next(file for file in node.unread if file.is_denied)
+            hint = "Hint: run it as the user of the trainers, or as root."
+            self._tell(f"there are reports, and none may be read ({first.path}: {first.problem}).", hint)
+            return DENIED
+        if self._options.strict and node.devices.problem:
+            self._tell(f"NVML not available: {node.devices.problem}")
+            return node.devices.code
+        return 0
+
+    def _tell(self, message: str, *more: str) -> None:
+        self._terminal.tell([f"gpu-cache-smi: {message}", *more])
 
     def _looks(self, interval_s: float) -> Iterator[Node]:
         due = time.monotonic()
@@ -89,10 +96,10 @@ class Commands:
         self._write(*screen.listing(node))
 
     def _json(self, node: Node, number: int) -> None:
-        self._write(document.as_text(node, is_one_line=self._options.interval_s is not None))
+        self._write(document.as_text(node, is_one_line=self._options.loop is not None))
 
-    def _kind(self, node: Node, number: int) -> None:
-        kind, names, style = self._options.kind, self._options.fields, self._options.csv
+    def _query(self, node: Node, number: int) -> None:
+        (kind, names), style = self._options.query, self._options.format
         head = [query.head(kind, names)] if "noheader" not in style and not number else []
         self._write(*head, *query.lines(node, kind, names, has_units="nounits" not in style))
 
@@ -112,6 +119,14 @@ class Commands:
             print(line)
         sys.stdout.flush()
 
+    def _completion(self) -> int:
+        sys.stdout.write(options.completion(self._options.completion))
+        return 0
+
+    def _help_query(self) -> int:
+        self._write(query.help_text(self._options.help_query))
+        return 0
+
     def _check(self) -> int:
         """Nothing, unless something is wrong."""
         node = self.look()
@@ -121,12 +136,7 @@ class Commands:
         self._terminal.show(screen.problem_lines(wrong, self._terminal.width))
         faults = _faults_of_switch()
         self._terminal.show([f"WARN  {what}: {text}" for what, text in faults])
-        if wrong or faults:
-            return PROBLEM
-        if node.is_denied:
-            self._tell_of_denial(node)
-            return DENIED
-        return self._nvml_status(node)
+        return PROBLEM if wrong or faults else self._status(node)
 
     def _watch(self) -> int:
         """Full screen until `q`; frames one after another into a file or pipe."""
@@ -147,15 +157,15 @@ class Commands:
         """The entries that outlived a clear."""
         process = self._named(self._options.leaks)
         if process is None:
-            self._terminal.tell([f"gpu-cache-smi: no process with a cache has the pid or role {self._options.leaks}"])
+            self._tell(f"no process with a cache has the pid or role {self._options.leaks}")
             return BAD_ARGUMENT
         try:
             answer = leaks.ask(process) if process.is_alive else None
         except OSError as error:
-            self._terminal.tell([f"gpu-cache-smi: pid {process.pid} may not be asked: {error.strerror}"])
+            self._tell(f"pid {process.pid} may not be asked: {error.strerror}")
             return DENIED
         if answer is None:
-            self._terminal.tell([_silence(process)])
+            self._tell(_silence(process))
             return FAILED
         self._terminal.show(leaks.screen(process, answer, self._terminal.width, shows_all=self._options.all))
         return 0
@@ -174,7 +184,7 @@ class Commands:
             try:
                 self._write(*[f"removed {file.path}"] * remove(file))
             except PermissionError:
-                self._terminal.tell([f"gpu-cache-smi: may not remove {file.path}"])
+                self._tell(f"may not remove {file.path}")
                 refused = True
         return DENIED if refused else 0
 
@@ -183,18 +193,18 @@ class Commands:
         host, port = self._options.serve
         try:
             with _exposition().serving(self.look, host, port) as bound:
-                self._terminal.tell([f"gpu-cache-smi: metrics on http://{host}:{bound}/metrics", *_exposure(host)])
+                self._tell(f"metrics on http://{host}:{bound}/metrics", *_exposure(host))
                 while True:
                     time.sleep(3600)
         except OSError as error:
-            self._terminal.tell([f"gpu-cache-smi: cannot serve on {host}:{port}: {error.strerror}"])
+            self._tell(f"cannot serve on {host}:{port}: {error.strerror}")
             return FAILED
 
     def _record(self) -> int:
         """Append samples until Ctrl-C."""
         with open(self._options.record, "a", buffering=1) as file:
-            for node in self._looks(self._options.interval_s or _RECORD_S):
-                file.write(recording.line(node) + "\n")
+            for node in self._looks(self._options.loop or _RECORD_S):
+                file.write(timeline.line(node) + "\n")
         return 0
 
     def _timeline(self) -> int:
@@ -203,21 +213,12 @@ class Commands:
         target = self._options.output or source.with_suffix(source.suffix + ".html")
         try:
             with open(source) as file:
-                target.write_text(timeline.page(recording.samples(file)))
+                target.write_text(timeline.page(timeline.samples(file)))
         except (OSError, ValueError) as error:
-            self._terminal.tell([f"gpu-cache-smi: {source}: {error}"])
+            self._tell(f"{source}: {error}")
             return BAD_ARGUMENT
         self._write(f"wrote {target}")
         return 0
-
-    def _tell_of_denial(self, node: Node) -> None:
-        denied = [file for file in node.unread if file.is_denied]
-        self._terminal.tell(
-            [
-                f"gpu-cache-smi: there are reports, and none may be read ({denied[0].path}: {denied[0].problem}).",
-                "Hint: run it as the user of the trainers, or as root.",
-            ]
-        )
 
 
 def _faults_of_switch() -> list[tuple[str, str]]:
@@ -233,7 +234,7 @@ def _silence(process: Process) -> str:
     """Why there is no list."""
     age_s = process.report_age_s
     why = {HUNG: f"no report for {age_s:.0f} s", DEAD: "it ended without cleanup"}.get(process.state, "it may be busy")
-    return f"gpu-cache-smi: pid {process.pid} did not answer within {leaks.ANSWER_TIMEOUT_S:.0f} s ({why})"
+    return f"pid {process.pid} did not answer within {leaks.ANSWER_TIMEOUT_S:.0f} s ({why})"
 
 
 def _exposure(host: str) -> list[str]:

@@ -56,7 +56,7 @@ def _gpu(row: Row) -> dict[str, Any]:
         "name": row.name,
         "memory_used_bytes": gpu.used_bytes if gpu else None,
         "memory_total_bytes": gpu.total_bytes if gpu else None,
-        **{name: row.summed(key) for name, key in _HELD.items()},
+        **{name: row.figure(key) for name, key in _HELD.items()},
         "label": row.label,
     }
 
@@ -106,8 +106,8 @@ def _link(process: Process, link: str) -> dict[str, float | None]:
 
 
 def _source(process: Process, one: Mapping[str, Any]) -> dict[str, Any]:
-    oldest = process.aged(figures.number(one, "oldest_entry_age_seconds")) if figures.number(one, "entries") else None
-    found = {key: figures.number(one, key) for key in _OF_SOURCE} | {"oldest_entry_age_seconds": _rounded(oldest)}
+    found = {key: figures.number(one, key) for key in _OF_SOURCE}
+    found["oldest_entry_age_seconds"] = _rounded(process.oldest_of(one, "entries"))
     return found | ({"transport": transport} if (transport := figures.text(one, "transport")) else {})
 
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -22,8 +22,8 @@ from prometheus_client.registry import Collector
 
 from gpu_cache.hosts import HostRule
 from gpu_cache.smi import figures, metrics
-from gpu_cache.smi.metrics import Exported
 from gpu_cache.smi.node import Node
+from gpu_cache.smi.process import Process
 
 # A scraper asks at once and reads at once; a client that does not must not keep a place.
 _CLIENT_S = 10.0
@@ -173,25 +173,24 @@ def _registry(look: Callable[[], Node]) -> CollectorRegistry:
     return registry
 
 
-def _family(metric: metrics.Metric, found: list[Exported]) -> Metric:
-    kind = CounterMetricFamily if metric.kind == metrics.COUNTER else GaugeMetricFamily
+def _family(metric: metrics.Metric, found: Mapping[tuple[str, ...], Process]) -> Metric:
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     family = kind(metric.name, metric.meaning, labels=[*metrics.COMMON_LABELS, *metric.labels])
-    for one in found:
-        if one.process.is_counted or metric.name == metrics.OF_THE_DEAD:
-            for labels, value in metric.read(one.process):
+    for common, process in found.items():
+        if process.is_counted or metric.name == metrics.OF_THE_DEAD:
+            for labels, value in metric.read(process):
                 if value is not None:
-                    family.add_metric([*one.labels, *labels], value)
+                    family.add_metric([*common, *labels], value)
     return family
 
 
-def _histogram(buckets: metrics.Buckets, found: list[Exported]) -> Metric:
+def _histogram(buckets: metrics.Buckets, found: Mapping[tuple[str, ...], Process]) -> Metric:
     family = HistogramMetricFamily(buckets.name, buckets.meaning, labels=metrics.COMMON_LABELS)
-    for one in found:
-        of_process = figures.mapping(one.process.report, "histograms") if one.process.is_counted else {}
+    for labels, process in found.items():
+        of_process = figures.mapping(process.report, "histograms") if process.is_counted else {}
         histogram = figures.mapping(of_process, buckets.key)
         counts, total = figures.numbers(histogram, "counts"), figures.number(histogram, "sum")
         if len(counts) == len(buckets.edges) + 1 and total is not None:
             edges = [*(str(float(edge)) for edge in buckets.edges), "+Inf"]
-            steps = list(zip(edges, itertools.accumulate(counts), strict=True))
-            family.add_metric(one.labels, steps, total)
+            family.add_metric(labels, list(zip(edges, itertools.accumulate(counts), strict=True)), total)
     return family

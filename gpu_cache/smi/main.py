@@ -6,11 +6,9 @@ import io
 import os
 import sys
 import traceback
-from argparse import Namespace
 
 from gpu_cache.report.schema import dead_s
 from gpu_cache.smi import options as command_line
-from gpu_cache.smi import query
 from gpu_cache.smi.commands import Commands
 from gpu_cache.smi.folder import folders
 from gpu_cache.smi.node import Observer
@@ -32,9 +30,6 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a role may have letters that the locale has not
     options = command_line.parse(arguments)
-    if (text := _text(options)) is not None:
-        sys.stdout.write(text)
-        return 0
     found = observer or Observer(lambda: options.dir or folders(os.environ, os.getuid()), dead_s=dead_s(os.environ))
     has_color = True if options.color else False if options.no_color else None
     try:
@@ -49,12 +44,3 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         else:
             print(f"gpu-cache-smi: {type(error).__name__}: {error} (--debug tells where)", file=sys.stderr)
         return 1
-
-
-def _text(options: Namespace) -> str | None:
-    """Words about the tool itself, if the command line asks for them."""
-    if options.completion:
-        return command_line.completion_for(options.completion)
-    if options.help_query:
-        return query.help_text(options.help_query) + "\n"
-    return command_line.help_text() if options.help else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from gpu_cache.smi.sources import host_of
 
 COMMON_LABELS = ("gpu", "role", "rank")
 EXPORTED_STATES = (OK, LEAK, HUNG, DEAD)
-GAUGE, COUNTER, HISTOGRAM = "gauge", "counter", "histogram"
 
 Samples = Iterable[tuple[tuple[str, ...], float | None]]
 
@@ -24,10 +22,13 @@ class Metric(NamedTuple):
     """One name. `read` yields values with those labels that are not common; None: not known, and left out."""
 
     name: str
-    kind: str
     meaning: str
-    labels: tuple[str, ...]
     read: Callable[[Process], Samples]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "counter" if self.name.endswith("_total") else "gauge"
 
 
 class Buckets(NamedTuple):
@@ -37,14 +38,6 @@ class Buckets(NamedTuple):
     meaning: str
     key: str
     edges: Sequence[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """A process under labels that no other has."""
-
-    labels: tuple[str, ...]
-    process: Process
 
 
 def by_key(**keys: str) -> Callable[[Process], Samples]:
@@ -57,19 +50,18 @@ def by_reason(capacity: str, clear: str, drop: str, unit: str = "") -> Callable[
 
     def read(process: Process) -> Samples:
         cleared, of_host = process.figure(clear), process.figure(f"host_cleared{unit}")
-        found = [
-            (("device", "capacity"), process.figure(capacity)),
-            (("device", "clear"), cleared if cleared is None else cleared - (of_host or 0)),
-            (("device", "drop"), process.figure(drop)),
-        ]
+        yield ("device", "capacity"), process.figure(capacity)
+        yield ("device", "clear"), cleared if cleared is None else cleared - (of_host or 0)
+        yield ("device", "drop"), process.figure(drop)
         if process.figure("host_capacity_bytes"):
-            found += [
-                (("host", "capacity"), process.figure(f"host_{capacity}")),
-                (("host", "clear"), of_host),
-            ]
-        return found
+            yield ("host", "capacity"), process.figure(f"host_{capacity}")
+            yield ("host", "clear"), of_host
 
     return read
+
+
+def by_tier(what: str) -> Callable[[Process], Samples]:
+    return by_key(**{tier: f"{tier}_{what}" for tier in ("device", "pinned", "host")})
 
 
 def single(key: str) -> Callable[[Process], Samples]:
@@ -78,23 +70,7 @@ def single(key: str) -> Callable[[Process], Samples]:
 
 def by_source(key: str) -> Callable[[Process], Samples]:
     """By host: the ports of one host are one node."""
-
-    def read(process: Process) -> Samples:
-        return [((host,), figures.number(one, key)) for host, one in _hosts(process)]
-
-    return lambda process: _summed(read(process))
-
-
-def _info(process: Process) -> Samples:
-    return [((process.pid, process.uuid, figures.text(process.report, "version")), 1)]
-
-
-def _state(process: Process) -> Samples:
-    return [((state,), float(process.state == state)) for state in EXPORTED_STATES]
-
-
-def _last_report(process: Process) -> Samples:
-    return [((), process.file.modified)]
+    return lambda process: _summed(((host,), figures.number(one, key)) for host, one in _hosts(process))
 
 
 def _oldest(process: Process) -> Samples:
@@ -137,74 +113,68 @@ def _summed(samples: Samples) -> Samples:
     return list(found.items())
 
 
-TIERS = {"device": "device_{}", "pinned": "pinned_{}", "host": "host_{}"}
-
-
-def by_tier(what: str) -> Callable[[Process], Samples]:
-    return by_key(**{tier: key.format(what) for tier, key in TIERS.items()})
-
-
 METRICS = [
-    Metric("gpu_cache_process_info", GAUGE, "Always 1; to join on.", ("pid", "UUID", "version"), _info),
-    Metric("gpu_cache_process_state", GAUGE, "1 for the state that the process is in.", ("state",), _state),
-    Metric("gpu_cache_last_report_timestamp_seconds", GAUGE, "When the process last reported.", (), _last_report),
-    Metric("gpu_cache_capacity_bytes", GAUGE, "The most it may hold.", ("tier",), by_tier("capacity_bytes")),
-    Metric("gpu_cache_used_bytes", GAUGE, "Cached or still held; of pinned, in use.", ("tier",), by_tier("bytes")),
-    Metric("gpu_cache_used_peak_bytes", GAUGE, "The most so far, or since a reset.", ("tier",), by_tier("peak_bytes")),
-    Metric("gpu_cache_largest_free_bytes", GAUGE, "Largest free range.", ("tier",), by_tier("largest_free_bytes")),
-    Metric("gpu_cache_entries", GAUGE, "Cached tensors.", ("tier",), _entries),
     Metric(
-        "gpu_cache_lookups_total", COUNTER, "Look-ups; joined: waited for a fetch already in flight.", ("result",),
-        by_key(hit_device="hits", hit_host="host_hits", joined="joined", miss="misses"),
+        "gpu_cache_process_info", "Always 1; to join on.",
+        lambda p: [((p.pid, p.uuid, figures.text(p.report, "version")), 1)], ("pid", "UUID", "version"),
     ),
     Metric(
-        "gpu_cache_evictions_total", COUNTER, "Entries that went.", ("tier", "reason"),
-        by_reason("evictions", "cleared", "dropped"),
+        "gpu_cache_process_state", "1 for the state that the process is in.",
+        lambda p: [((state,), float(p.state == state)) for state in EXPORTED_STATES], ("state",),
     ),
     Metric(
-        "gpu_cache_evicted_bytes_total", COUNTER, "Bytes of entries that went.", ("tier", "reason"),
-        by_reason("evicted_bytes", "cleared_bytes", "dropped_bytes", "_bytes"),
+        "gpu_cache_last_report_timestamp_seconds", "When the process last reported.", lambda p: [((), p.file.modified)]
     ),
-    Metric("gpu_cache_fetch_bytes_total", COUNTER, "Bytes fetched.", ("source_node",), by_source("fetch_bytes")),
+    Metric("gpu_cache_capacity_bytes", "The most it may hold.", by_tier("capacity_bytes"), ("tier",)),
+    Metric("gpu_cache_used_bytes", "Cached or still held; of pinned, in use.", by_tier("bytes"), ("tier",)),
+    Metric("gpu_cache_used_peak_bytes", "The most so far, or since a reset.", by_tier("peak_bytes"), ("tier",)),
+    Metric("gpu_cache_largest_free_bytes", "Largest free range.", by_tier("largest_free_bytes"), ("tier",)),
+    Metric("gpu_cache_entries", "Cached tensors.", _entries, ("tier",)),
     Metric(
-        "gpu_cache_fetch_busy_seconds_total", COUNTER, "Time with a fetch in flight; bandwidth is bytes over it.",
-        ("source_node",), by_source("fetch_busy_seconds"),
-    ),
-    Metric("gpu_cache_fetch_errors_total", COUNTER, "Fetches that failed.", ("source_node", "reason"), _errors),
-    Metric(
-        "gpu_cache_copy_bytes_total", COUNTER, "Bytes copied between host and device.", ("direction",),
-        by_key(h2d="h2d_bytes", d2h="d2h_bytes"),
+        "gpu_cache_lookups_total", "Look-ups; joined: waited for a fetch already in flight.",
+        by_key(hit_device="hits", hit_host="host_hits", joined="joined", miss="misses"), ("result",),
     ),
     Metric(
-        "gpu_cache_copy_busy_seconds_total", COUNTER, "Time with a copy in flight.", ("direction",),
-        by_key(h2d="h2d_busy_seconds", d2h="d2h_busy_seconds"),
+        "gpu_cache_evictions_total", "Entries that went.",
+        by_reason("evictions", "cleared", "dropped"), ("tier", "reason"),
     ),
     Metric(
-        "gpu_cache_staging_wait_seconds_total", COUNTER, "Time blocked for a free pinned slot.", (),
-        single("pinned_wait_seconds"),
+        "gpu_cache_evicted_bytes_total", "Bytes of entries that went.",
+        by_reason("evicted_bytes", "cleared_bytes", "dropped_bytes", "_bytes"), ("tier", "reason"),
+    ),
+    Metric("gpu_cache_fetch_bytes_total", "Bytes fetched.", by_source("fetch_bytes"), ("source_node",)),
+    Metric(
+        "gpu_cache_fetch_busy_seconds_total", "Time with a fetch in flight; bandwidth is bytes over it.",
+        by_source("fetch_busy_seconds"), ("source_node",),
+    ),
+    Metric("gpu_cache_fetch_errors_total", "Fetches that failed.", _errors, ("source_node", "reason")),
+    Metric(
+        "gpu_cache_copy_bytes_total", "Bytes copied between host and device.",
+        by_key(h2d="h2d_bytes", d2h="d2h_bytes"), ("direction",),
     ),
     Metric(
-        "gpu_cache_alloc_failures_total", COUNTER, "Allocations that failed.", ("tier",),
-        by_key(device="alloc_failures", pinned="pinned_alloc_failures", host="host_alloc_failures"),
-    ),
-    Metric("gpu_cache_oldest_entry_timestamp_seconds", GAUGE, "Birth of the oldest entry.", (), _oldest),
-    Metric(
-        "gpu_cache_outlived_clear_entries", GAUGE, "Entries that survived two clears or more.", (),
-        single("outlived_entries"),
-    ),
-    Metric("gpu_cache_outlived_clear_bytes", GAUGE, "Bytes of those.", (), single("outlived_bytes")),
-    Metric("gpu_cache_source_entries", GAUGE, "Cached tensors, by origin.", ("source_node",), by_source("entries")),
-    Metric(
-        "gpu_cache_source_resident_bytes", GAUGE, "Cached bytes, by origin.", ("source_node",),
-        by_source("resident_bytes"),
+        "gpu_cache_copy_busy_seconds_total", "Time with a copy in flight.",
+        by_key(h2d="h2d_busy_seconds", d2h="d2h_busy_seconds"), ("direction",),
     ),
     Metric(
-        "gpu_cache_shared_bytes", GAUGE, "Shards of an owner in memory that processes of its host map.", (),
-        single("shared_bytes"),
+        "gpu_cache_staging_wait_seconds_total", "Time blocked for a free pinned slot.", single("pinned_wait_seconds")
     ),
     Metric(
-        "gpu_cache_shared_reserved_bytes", GAUGE, "Memory taken from the system for those.", (),
-        single("shared_reserved_bytes"),
+        "gpu_cache_alloc_failures_total", "Allocations that failed.",
+        by_key(device="alloc_failures", pinned="pinned_alloc_failures", host="host_alloc_failures"), ("tier",),
+    ),
+    Metric("gpu_cache_oldest_entry_timestamp_seconds", "Birth of the oldest entry.", _oldest),
+    Metric("gpu_cache_outlived_clear_entries", "Entries that survived two clears or more.", single("outlived_entries")),
+    Metric("gpu_cache_outlived_clear_bytes", "Bytes of those.", single("outlived_bytes")),
+    Metric("gpu_cache_source_entries", "Cached tensors, by origin.", by_source("entries"), ("source_node",)),
+    Metric(
+        "gpu_cache_source_resident_bytes", "Cached bytes, by origin.", by_source("resident_bytes"), ("source_node",)
+    ),
+    Metric(
+        "gpu_cache_shared_bytes", "Shards of an owner in memory that processes of its host map.", single("shared_bytes")
+    ),
+    Metric(
+        "gpu_cache_shared_reserved_bytes", "Memory taken from the system for those.", single("shared_reserved_bytes")
     ),
 ]  # fmt: skip
 
@@ -219,10 +189,11 @@ HISTOGRAMS = [
 OF_THE_DEAD = "gpu_cache_process_state"
 
 
-def exported(node: Node) -> list[Exported]:
-    """Every cache once. A dead one gives way to its successor; twins get longer ranks, in the order of their start.
+def exported(node: Node) -> dict[tuple[str, ...], Process]:
+    """Every cache once, by labels that no other has.
 
-    No label has a pid in it, so that the next run of the same job goes on with the same series.
+    A dead one gives way to its successor; twins get longer ranks, in the order of their start. No label has a pid in
+    it, so that the next run of the same job goes on with the same series.
     """
     found: dict[tuple[str, ...], Process] = {}
     twins: Counter[tuple[str, ...]] = Counter()
@@ -235,7 +206,7 @@ def exported(node: Node) -> list[Exported]:
             twins[labels] += 1
             labels = (*labels[:2], f"{rank}.{twins[labels]}")
         found[labels] = process
-    return [Exported(labels, process) for labels, process in found.items()]
+    return found
 
 
 def _precedence(process: Process) -> tuple[object, ...]:

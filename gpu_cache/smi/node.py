@@ -16,6 +16,7 @@ from gpu_cache.smi.folder import ReportFile, read_folders
 from gpu_cache.smi.nvml import Devices, Gpu, Nvml
 from gpu_cache.smi.process import DEAD, STATES, Process
 from gpu_cache.smi.sources import Source, sources_of
+from gpu_cache.units import ratio
 
 HOST_SEAT = "cpu"
 
@@ -34,9 +35,17 @@ class Row:
         """As NVML says it, else its processes."""
         return self.gpu.uuid if self.gpu else self.processes[0].uuid or None
 
-    def summed(self, key: str) -> float | None:
+    def figure(self, key: str) -> float | None:
         """A figure over all processes on it."""
         return figures.total(process.figure(key) for process in self.processes)
+
+    def rate(self, key: str) -> float | None:
+        """A rate of all processes on it together."""
+        return figures.total(process.rate(key) for process in self.processes)
+
+    @property
+    def hit_ratio(self) -> float | None:
+        return ratio(figures.total(process.hits for process in self.processes), self.figure("requested"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,9 +126,10 @@ class Process:
         """A figure of `rates_10s`; None while the process does not report."""
         return figures.number(figures.mapping(self.report, "rates_10s"), key) if self.is_reporting else None
 
-    def aged(self, seconds: float | None) -> float | None:
-        """An age in the report, as of now."""
-        return None if seconds is None else seconds + self.report_age_s
+    def oldest_of(self, part: Mapping[str, Any], entries: str = "num_entries") -> float | None:
+        """Age now of the oldest entry in a part of the report; None where that has no entries."""
+        age_s = figures.number(part, "oldest_entry_age_seconds") if figures.number(part, entries) else None
+        return None if age_s is None else age_s + self.report_age_s
 
     @property
     def sources(self) -> dict[str, Mapping[str, Any]]:
@@ -147,4 +148,4 @@ class Process:
     @property
     def oldest_age_s(self) -> float | None:
         """Age of its oldest entry; None when it has none."""
-        return self.aged(self.figure("oldest_entry_age_seconds")) if self.figure("num_entries") else None
+        return self.oldest_of(self.report) if self.is_counted else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gpu_cache.config import MIB
-from gpu_cache.smi.node import Node, Row
+from gpu_cache.smi.node import Node
 from gpu_cache.smi.process import Process
-from gpu_cache.smi.sources import Source
-from gpu_cache.units import ratio
+from gpu_cache.units import DASH, ratio
 
 UNKNOWN = "[N/A]"
 
@@ -24,29 +24,16 @@ class Field(NamedTuple):
     scale: float = 1
 
 
-def mebibytes(meaning: str, show: Callable[[Any], float | None]) -> Field:
-    return Field(meaning, show, "MiB", 0, 1 / MIB)
+mebibytes = functools.partial(Field, unit="MiB", scale=1 / MIB)
+seconds = functools.partial(Field, unit="s")
+rate = functools.partial(Field, unit="GB/s", decimals=1, scale=1e-9)
+share = functools.partial(Field, unit="%", decimals=1, scale=100)
+milliseconds = functools.partial(Field, unit="ms", decimals=1, scale=1000)
 
 
-def seconds(meaning: str, show: Callable[[Any], float | None]) -> Field:
-    return Field(meaning, show, "s")
-
-
-def rate(meaning: str, show: Callable[[Any], float | None]) -> Field:
-    return Field(meaning, show, "GB/s", 1, 1e-9)
-
-
-def share(meaning: str, show: Callable[[Any], float | None]) -> Field:
-    return Field(meaning, show, "%", 1, 100)
-
-
-def milliseconds(meaning: str, show: Callable[[Any], float | None]) -> Field:
-    return Field(meaning, show, "ms", 1, 1000)
-
-
-def figure(key: str) -> Callable[[Row | Process], float | None]:
-    """A figure of a process, or of all processes on a GPU."""
-    return lambda of: of.summed(key) if isinstance(of, Row) else of.figure(key)
+def figure(key: str) -> Callable[[Any], float | None]:
+    """A figure of a process or a source, or of all processes on a GPU."""
+    return lambda of: of.figure(key)
 
 
 def lately(key: str) -> Callable[[Process], float | None]:
@@ -57,7 +44,7 @@ _OF_BOTH = {
     "pool.used": mebibytes("device memory cached or still held", figure("device_bytes")),
     "pool.capacity": mebibytes("the most that the pool may take", figure("device_capacity_bytes")),
     "pool.utilization": share(
-        "used of capacity", lambda of: ratio(figure("device_bytes")(of), figure("device_capacity_bytes")(of))
+        "used of capacity", lambda of: ratio(of.figure("device_bytes"), of.figure("device_capacity_bytes"))
     ),
     "pinned.used": mebibytes("pinned memory allocated", figure("pinned_capacity_bytes")),
     "host.used": mebibytes("cached in host memory", figure("host_bytes")),
@@ -81,7 +68,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "pid": Field("as seen from here", lambda p: p.host_pid),
         "role": Field("role and rank", lambda p: p.title),
         "state": Field("ok, leak, hung, dead or newer", lambda p: p.state),
-        "report.age": Field("since the last report", lambda p: p.report_age_s, "s", 1),
+        "report.age": seconds("since the last report", lambda p: p.report_age_s, decimals=1),
         "memory.used": mebibytes("of the GPU by the whole process, as NVML counts it", lambda p: p.memory_bytes),
         **_OF_BOTH,
         "lookups": Field("since start, as all counts", figure("requested")),
@@ -92,7 +79,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "fetch.errors": Field("failed fetches", figure("fetch_errors")),
         "h2d.rate": rate("copies to the device, over busy seconds", lately("h2d_bytes_per_second")),
         "h2d.wall_rate": rate("over the last 10 s", lately("h2d_bytes_per_wall_second")),
-        "pinned.wait": Field("blocked for a staging slot", figure("pinned_wait_seconds"), "s", 1),
+        "pinned.wait": seconds("blocked for a staging slot", figure("pinned_wait_seconds"), decimals=1),
         "evictions": Field("to make room", figure("evictions")),
         "overflows": Field("tensors that found no room", figure("overflows")),
         "alloc_failures": Field("failed allocations", figure("alloc_failures")),
@@ -103,26 +90,16 @@ FIELDS: dict[str, dict[str, Field]] = {
     },
     "source": {
         "node": Field("its address", lambda s: s.address),
-        "entries": Field("cached now", lambda s: s.entries),
-        "resident": mebibytes("of those", lambda s: s.resident_bytes),
-        "fetch.bytes": mebibytes("fetched since start", lambda s: s.fetch_bytes),
+        "entries": Field("cached now", figure("entries")),
+        "resident": mebibytes("of those", figure("resident_bytes")),
+        "fetch.bytes": mebibytes("fetched since start", figure("fetch_bytes")),
         "fetch.rate": rate("since start, over busy seconds", lambda s: s.bytes_per_second),
         "fetch.p50": milliseconds("median duration of a fetch", lambda s: s.duration_s(0.5)),
         "fetch.p99": milliseconds("its 99th percentile", lambda s: s.duration_s(0.99)),
-        "fetch.errors": Field("failed fetches", lambda s: s.errors),
+        "fetch.errors": Field("failed fetches", figure("fetch_errors")),
         "oldest.age": seconds("of the oldest entry", lambda s: s.oldest_age_s),
     },
 }
-
-
-def subjects(node: Node, kind: str) -> Sequence[Row | Process | Source]:
-    """The subject of the lines."""
-    of_kind: dict[str, Sequence[Row | Process | Source]] = {
-        "gpu": node.rows,
-        "proc": node.processes,
-        "source": node.sources,
-    }
-    return of_kind[kind]
 
 
 def head(kind: str, names: Iterable[str]) -> str:
@@ -134,18 +111,15 @@ def head(kind: str, names: Iterable[str]) -> str:
 def lines(node: Node, kind: str, names: Sequence[str], *, has_units: bool) -> list[str]:
     """One for each GPU, process or source."""
     fields = [FIELDS[kind][name] for name in names]
-    return [", ".join(_cell(field, of, has_units) for field in fields) for of in subjects(node, kind)]
+    subjects: dict[str, Sequence[Any]] = {"gpu": node.rows, "proc": node.processes, "source": node.sources}
+    return [", ".join(_cell(field, of, has_units) for field in fields) for of in subjects[kind]]
 
 
 def help_text(kind: str) -> str:
     """The names of the fields."""
     width = max(map(len, FIELDS[kind]))
-    rows = (f"  {name:<{width}}  {f'[{field.unit}]':<6}  {field.meaning}" for name, field in _with_units(kind))
+    rows = (f"  {name:<{width}}  {f'[{one.unit or DASH}]':<6}  {one.meaning}" for name, one in FIELDS[kind].items())
     return "\n".join([f"Fields of --query-{kind}, separated by commas:", *rows])
-
-
-def _with_units(kind: str) -> list[tuple[str, Field]]:
-    return [(name, field if field.unit else field._replace(unit="-")) for name, field in FIELDS[kind].items()]
 
 
 def _cell(field: Field, of: Any, has_units: bool) -> str:

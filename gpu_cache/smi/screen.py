@@ -112,7 +112,7 @@ def _memory(row: Row) -> str:
 
 
 def _pool(row: Row) -> str:
-    used, capacity = row.summed("device_bytes"), row.summed("device_capacity_bytes")
+    used, capacity = row.figure("device_bytes"), row.figure("device_capacity_bytes")
     if used is None or capacity is None:
         return DASH
     return f"{units.size(used)} / {units.size(capacity):>7} {units.percent(units.ratio(used, capacity), 0):>3}%"
@@ -124,7 +124,7 @@ def pool_style(row: Row) -> str:
 
 
 def _tiers(row: Row) -> str:
-    return f"{units.size(row.summed('pinned_capacity_bytes'))} {units.size(row.summed('host_bytes')):>10}"
+    return f"{units.size(row.figure('pinned_capacity_bytes'))} {units.size(row.figure('host_bytes')):>10}"
 
 
 _GPU = (

@@ -17,33 +17,37 @@ _SHORT_WAYS = {SHARED_MEMORY: "shm", NODE_CACHE: "node"}  # that are shown
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Figures of one node, summed over all processes. `durations` are counts by SOURCE_DURATION_EDGES_S."""
+    """One node. `parts` are what each process reports of it."""
 
     address: str
-    entries: float | None
-    resident_bytes: float | None
-    fetch_bytes: float | None
-    busy_s: float | None
-    errors: float | None
-    oldest_age_s: float | None
-    durations: list[float]
-    transports: frozenset[str] = frozenset()  # of the latest answers to each process
+    parts: tuple[tuple[Process, Mapping[str, Any]], ...]
+
+    def figure(self, key: str) -> float | None:
+        """A figure over all processes."""
+        return figures.total(figures.number(one, key) for _, one in self.parts)
 
     @property
     def title(self) -> str:
         if self.address == LOCAL_SOURCE:
             return "local (same node)"
-        way = next((short for way, short in _SHORT_WAYS.items() if way in self.transports), "")
+        used = {figures.text(one, "transport") for _, one in self.parts}  # by the latest answer to each process
+        way = next((short for way, short in _SHORT_WAYS.items() if way in used), "")
         return f"{self.address} ({way})" if way else self.address
 
     @property
     def bytes_per_second(self) -> float | None:
         """Since start, over the seconds in which each process had a transfer in flight."""
-        return ratio(self.fetch_bytes, self.busy_s)
+        return ratio(self.figure("fetch_bytes"), self.figure("fetch_busy_seconds"))
+
+    @property
+    def oldest_age_s(self) -> float | None:
+        return figures.largest(process.oldest_of(one, "entries") for process, one in self.parts)
 
     def duration_s(self, quantile: float) -> float | None:
         """A quantile of a fetch's duration, such as the median for 0.5."""
-        return quantile_of(self.durations, SOURCE_DURATION_EDGES_S, quantile)
+        found = [figures.numbers(one, "fetch_durations") for _, one in self.parts]
+        fitting = [counts for counts in found if len(counts) == len(SOURCE_DURATION_EDGES_S) + 1]
+        return quantile_of([sum(column) for column in zip(*fitting, strict=True)], SOURCE_DURATION_EDGES_S, quantile)
 
 
 def sources_of(processes: Iterable[Process]) -> list[Source]:
@@ -52,10 +56,9 @@ def sources_of(processes: Iterable[Process]) -> list[Source]:
     for process in processes:
         for address, one in process.sources.items():
             found.setdefault(address, []).append((process, one))
-    order = sorted(
-        found, key=lambda address: (address in (LOCAL_SOURCE, OTHER_SOURCES), address == OTHER_SOURCES, address)
-    )
-    return [_merged(address, found[address]) for address in order]
+    last = ("", LOCAL_SOURCE, OTHER_SOURCES)
+    order = sorted(found, key=lambda address: (last.index(address) if address in last else 0, address))
+    return [Source(address, tuple(found[address])) for address in order]
 
 
 def host_of(address: str) -> str:
@@ -75,32 +78,3 @@ def quantile_of(counts: Sequence[float], edges: Sequence[float], quantile: float
             lower = edges[bucket - 1] if bucket else 0.0
             return lower + (upper - lower) * (wanted - below[bucket]) / counts[bucket]
     return edges[-1]
-
-
-def added(histograms: Iterable[Sequence[float]], num_buckets: int) -> list[float]:
-    """Counts by bucket, over all histograms that have as many."""
-    fitting = [counts for counts in histograms if len(counts) == num_buckets]
-    return [sum(column) for column in zip(*fitting, strict=True)]
-
-
-def _merged(address: str, parts: Sequence[tuple[Process, Mapping[str, Any]]]) -> Source:
-    def summed(key: str) -> float | None:
-        return figures.total(figures.number(one, key) for _, one in parts)
-
-    ages = [
-        process.aged(figures.number(one, "oldest_entry_age_seconds"))
-        for process, one in parts
-        if figures.number(one, "entries")
-    ]
-    durations = (figures.numbers(one, "fetch_durations") for _, one in parts)
-    return Source(
-        address=address,
-        entries=summed("entries"),
-        resident_bytes=summed("resident_bytes"),
-        fetch_bytes=summed("fetch_bytes"),
-        busy_s=summed("fetch_busy_seconds"),
-        errors=summed("fetch_errors"),
-        oldest_age_s=figures.largest(ages),
-        durations=added(durations, len(SOURCE_DURATION_EDGES_S) + 1),
-        transports=frozenset(found for _, one in parts if (found := figures.text(one, "transport"))),
-    )

@@ -104,16 +104,16 @@ def pool_style(process: Process) -> str:
     return YELLOW if process.rate("overflows") else ""
 
 
-def size_of(key: str) -> Callable[[Process], str]:
-    return lambda process: units.size(process.figure(key))
+def size_of(key: str) -> Callable[[Any], str]:
+    return lambda of: units.size(of.figure(key))
 
 
-def count_of(key: str) -> Callable[[Process], str]:
-    return lambda process: units.count(process.figure(key))
+def count_of(key: str) -> Callable[[Any], str]:
+    return lambda of: units.count(of.figure(key))
 
 
-def speed_of(key: str) -> Callable[[Process], str]:
-    return lambda process: units.speed(process.rate(key))
+def speed_of(key: str) -> Callable[[Any], str]:
+    return lambda of: units.speed(of.rate(key))
 
 
 GPU = Column("GPU", lambda p: p.seat, 4)
@@ -132,12 +132,12 @@ OLDEST = Column("Oldest", lambda of: units.age(of.oldest_age_s), 6, 0, age_style
 PROCESS = (GPU, PID, ROLE, STATE, POOL, PINNED, HOST, ENTRIES, HIT, FETCH, H2D, OLDEST)
 SOURCE = (
     Column(" Source node", lambda s: f" {s.title}", justify="left"),
-    Column("Entries", lambda s: units.count(s.entries), 7),
-    Column("Resident", lambda s: units.size(s.resident_bytes), 9),
-    Column("Fetched", lambda s: units.size(s.fetch_bytes), 9, WIDE),
+    Column("Entries", count_of("entries"), 7),
+    Column("Resident", size_of("resident_bytes"), 9),
+    Column("Fetched", size_of("fetch_bytes"), 9, WIDE),
     Column("Speed", lambda s: units.speed(s.bytes_per_second), 9),
     Column("p50 ms", lambda s: units.milliseconds(s.duration_s(0.5)), 8, WIDE),
     Column("p99 ms", lambda s: units.milliseconds(s.duration_s(0.99)), 8),
-    Column("Errors", lambda s: units.count(s.errors), 6, 0, lambda s: RED if s.errors else ""),
+    Column("Errors", count_of("fetch_errors"), 6, 0, lambda s: RED if s.figure("fetch_errors") else ""),
     OLDEST,
 )

@@ -1,4 +1,4 @@
-"""`--timeline FILE`: a recording as one HTML page that needs nothing else."""
+"""`--record FILE`, one line of JSON for each look, and `--timeline FILE`, an HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import importlib.resources
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpu_cache.report.schema import MAX_SURVIVED
 from gpu_cache.smi import figures
+from gpu_cache.smi.node import Node
+from gpu_cache.smi.process import Process
 from gpu_cache.units import ratio
 
+SCHEMA_VERSION = 1
+FIGURES = (
+    "device_bytes", "device_capacity_bytes", "num_entries", "clears", "cleared",
+    *(f"{link}_{key}" for link in ("fetch", "h2d") for key in ("bytes", "busy_seconds")),
+)  # fmt: skip
 MAX_SAMPLES = 4000  # more are thinned out evenly; counters keep what happened between
 MAX_SOURCES = 16  # with a colour of their own
 OTHERS, UNINDEXED = "other sources", "alignment, and held after a clear"
@@ -21,13 +28,57 @@ _PLACE = "/*RECORDING*/null"
 _BROUGHT = re.compile(r"/\*(uplot/[\w.]+)\*/")  # a file of the chart library, in this package
 
 
-def page(samples: Iterable[Mapping[str, Any]]) -> str:
+def line(node: Node) -> str:
+    """One look."""
+    sample = {
+        "schema_version": SCHEMA_VERSION,
+        "unix_time": round(node.unix_time, 3),
+        "hostname": node.hostname,
+        "processes": [_sampled(process) for process in node.processes],
+    }
+    return json.dumps(sample, separators=(",", ":"))
+
+
+def _sampled(process: Process) -> dict[str, Any]:
+    survivors = process.report.get("survivors")
+    return {
+        "name": process.file.name,
+        "gpu": process.seat,
+        "pid": process.pid,
+        "title": process.title,
+        "state": process.state,
+        "report_time": round(process.file.modified, 3),
+        **{key: process.figure(key) for key in FIGURES},
+        "sources": {address: figures.number(one, "resident_bytes") for address, one in process.sources.items()},
+        "survivors": survivors if process.is_counted and isinstance(survivors, list) else [],
+    }
+
+
+def samples(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The looks in a recording. A last line that is cut off, as of a recording under way, is left out.
+
+    Raises:
+        ValueError: This is no recording, or one of a newer tool.
+    """
+    for number, text in enumerate(lines, 1):
+        try:
+            sample = json.loads(text, parse_constant=lambda _: None)
+        except ValueError as error:
+            if text.endswith("\n"):
+                raise ValueError(f"line {number} is no JSON") from error
+            return
+        if not isinstance(sample, dict) or sample.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"line {number} is not of a recording of version {SCHEMA_VERSION}")
+        yield sample
+
+
+def page(found: Iterable[Mapping[str, Any]]) -> str:
     """The HTML.
 
     Raises:
         ValueError: There is nothing to draw.
     """
-    recording = json.dumps(drawing(list(samples)), separators=(",", ":")).replace("</", "<\\/")
+    recording = json.dumps(drawing(list(found)), separators=(",", ":")).replace("</", "<\\/")
     folder = importlib.resources.files("gpu_cache.smi")
     template = (folder / "timeline.html").read_text("utf-8")
     whole = _BROUGHT.sub(lambda found: (folder / found[1]).read_text("utf-8"), template)
@@ -71,13 +122,13 @@ def _most_cached(samples: Iterable[Mapping[str, Any]]) -> list[str]:
 def _curves(found: Sequence[Mapping[str, Any] | None], sources: Sequence[str]) -> dict[str, Any]:
     """The curves of one process, over all samples."""
     last = next(one for one in reversed(found) if one)
-    pool = [_number(one, "device_bytes") for one in found]
+    pool = [figures.number(one or {}, "device_bytes") for one in found]
     return {
         "gpu": figures.text(last, "gpu"),
         "pid": figures.text(last, "pid"),
         "title": figures.text(last, "title"),
-        "states": [figures.text(one, "state") if one else "" for one in found],
-        "capacity": figures.largest(_number(one, "device_capacity_bytes") for one in found),
+        "states": [figures.text(one or {}, "state") for one in found],
+        "capacity": figures.largest(figures.number(one or {}, "device_capacity_bytes") for one in found),
         "pool": pool,
         "stack": _stack(found, pool, sources),
         "survivors": _survivors(found),
@@ -88,16 +139,12 @@ def _curves(found: Sequence[Mapping[str, Any] | None], sources: Sequence[str]) -
     }
 
 
-def _number(one: Mapping[str, Any] | None, key: str) -> float | None:
-    return figures.number(one, key) if one else None
-
-
 def _stack(
     found: Sequence[Mapping[str, Any] | None], pool: Sequence[float | None], sources: Sequence[str]
 ) -> list[list[float | None]]:
     """Bytes by source, then of all other sources, then what the pool holds beyond them."""
     curves: list[list[float | None]] = []
-    resident = [figures.mapping(one, "sources") if one else {} for one in found]
+    resident = [figures.mapping(one or {}, "sources") for one in found]
     for address in sources:
         curves.append([figures.number(at, address) or 0 for at in resident])
     total = [figures.total(figures.number(at, address) for address in at) or 0 for at in resident]
@@ -121,7 +168,7 @@ def _survivors(found: Sequence[Mapping[str, Any] | None]) -> dict[int, list[floa
 
 def _growth(found: Sequence[Mapping[str, Any] | None], key: str) -> list[float]:
     """The growth of a counter since the sample before; 0 where one of the two is missing."""
-    values = [_number(one, key) for one in found]
+    values = [figures.number(one or {}, key) for one in found]
     grown = [
         max(after - before, 0) if before is not None and after is not None else 0
         for before, after in itertools.pairwise(values)

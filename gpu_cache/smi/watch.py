@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from gpu_cache import __version__, units
-from gpu_cache.smi import figures, tables
+from gpu_cache.smi import tables
 from gpu_cache.smi.history import LEVELS, SPAN_S, Event, History
 from gpu_cache.smi.node import Node, Row
 from gpu_cache.smi.process import HUNG, LEAK, STATES, Process
@@ -61,10 +61,10 @@ def gpus(node: Node, past: History, width: int, gpu: str = "") -> RenderableType
         Column("GPU", lambda row: row.label, 3),
         Column("Pool", _bar, _BAR, 0, pool_style, "left"),
         Column("Used/Cap", _used, 15),
-        Column("Hit%", _hits, 5),
-        Column("Fetch", lambda row: _speed(row, "fetch"), 8),
+        tables.HIT._replace(at=0),
+        tables.FETCH._replace(at=0),
         _trace(past, "fetch", room, NARROW + 1),
-        Column("H2D", lambda row: _speed(row, "h2d"), 8),
+        tables.H2D._replace(at=0),
         _trace(past, "h2d", room, NARROW + 1),
     )
     return table(columns, [row for row in node.rows if gpu in ("", row.label.rstrip("*"))], width, None)
@@ -76,7 +76,7 @@ def _trace(past: History, link: str, width: int, at: int) -> Column:
 
 
 def _bar(row: Row) -> str:
-    share = units.ratio(row.summed("device_bytes"), row.summed("device_capacity_bytes"))
+    share = units.ratio(row.figure("device_bytes"), row.figure("device_capacity_bytes"))
     if share is None:
         return "no process"
     full = min(max(round(share * _BLOCKS), 0), _BLOCKS)
@@ -84,18 +84,8 @@ def _bar(row: Row) -> str:
 
 
 def _used(row: Row) -> str:
-    sizes = [units.size(row.summed(f"device_{key}")) for key in ("bytes", "capacity_bytes")]
-    return "" if row.summed("device_bytes") is None else "/".join(sizes)
-
-
-def _hits(row: Row) -> str:
-    hits = figures.total(row.summed(key) for key in ("hits", "host_hits"))
-    return units.percent(units.ratio(hits, row.summed("requested")))
-
-
-def _speed(row: Row, link: str) -> str:
-    """Over busy seconds, of the processes on the GPU together."""
-    return units.speed(figures.total(process.rate(f"{link}_bytes_per_second") for process in row.processes))
+    used, capacity = row.figure("device_bytes"), row.figure("device_capacity_bytes")
+    return "" if used is None else f"{units.size(used)}/{units.size(capacity)}"
 
 
 def _wait(process: Process) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpu_cache.smi import recording, screen, timeline
+from gpu_cache.smi import screen, timeline
 from gpu_cache.smi.app import Watch
 from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Filters, Node, Observer
@@ -60,7 +60,7 @@ class WatchedDemo:
             while process.poll() is None:
                 if (node := observer.look()).processes:
                     self._nodes.append(node)
-                    self._lines.append(recording.line(node.filtered(_TRAINER)))
+                    self._lines.append(timeline.line(node.filtered(_TRAINER)))
                     self._keep(node)
                 time.sleep(PERIOD_S)
 
@@ -112,7 +112,7 @@ class WatchedDemo:
 
     def page(self) -> str:
         """The timeline up to that look as HTML."""
-        return timeline.page(recording.samples(self._lines[: self._num_seen]))
+        return timeline.page(timeline.samples(self._lines[: self._num_seen]))
 
     def _seen(self) -> Node:
         if self._latest is None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.smi import completion, options
+from gpu_cache.smi import options
 from gpu_cache.smi.query import FIELDS
 
 
 def in_shell(shell: str, code: str, tmp_path: Path) -> str:
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} on the PATH")
-    (tmp_path / "script").write_text(options.completion_for(shell))
+    (tmp_path / "script").write_text(options.completion(shell))
     command = {"bash": ["bash", "--norc"], "zsh": ["zsh", "-f"], "fish": ["fish", "--no-config"]}[shell]
     environment = {"HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
     done = subprocess.run(
@@ -40,7 +40,7 @@ def bash_completes(words: list[str], tmp_path: Path) -> set[str]:
         (["--json", "--no"], {"--no-color"}),
         (["--by", ""], {"gpu", "proc", "source"}),
         (["--by", "=", "s"], {"source"}),
-        (["--completion", "="], set(completion.SHELLS)),
+        (["--completion", "="], set(options.SHELLS)),
         (["--record", "rec"], {"recorded.jsonl"}),
         (["--dir", "re"], {"reports"}),
         (["-c", ""], set()),
@@ -66,7 +66,7 @@ def test_zsh_reads_the_script(tmp_path: Path) -> None:
 
 
 def test_every_option_of_the_help_is_completed() -> None:
-    script = options.completion_for("fish")
-    names = set(re.findall(r"--[a-z][a-z-]+", options.help_text()))
+    script = options.completion("fish")
+    names = set(re.findall(r"--[a-z][a-z-]+", options.parser().format_help()))
     assert {"--json", "--query-source", "--completion"} < names
     assert not {name for name in names if f"-l {name[2:]} " not in script.replace("\n", " \n")}

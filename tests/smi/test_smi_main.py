@@ -81,9 +81,9 @@ def test_help(node: Machine, width: int) -> None:
 
 
 def test_help_names_every_option() -> None:
-    parser = options._parser()
+    parser = options.parser()
     known = {name for action in parser._actions for name in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", options.help_text()))
+    named = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", parser.format_help()))
     assert known <= named
     assert {name for name in named if name.startswith("--")} <= known
 

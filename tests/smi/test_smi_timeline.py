@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpu_cache.smi import recording, timeline
+from gpu_cache.smi import timeline
 from tests.support import smi_recording
 from tests.support.smi_machine import Machine, add_trainers
 from tests.support.smi_recording import LEAK_MIB, MIB, SOURCES, samples
@@ -28,7 +28,7 @@ def test_a_recording_is_a_line_for_each_look(node: Machine, tmp_path: Path) -> N
     file = tmp_path / "run.jsonl"
     for _ in range(2):  # the second is appended
         assert node.run("--record", str(file), "-l", "0.25", "-c", "2").code == 0
-    found = list(recording.samples(file.read_text().splitlines(keepends=True)))
+    found = list(timeline.samples(file.read_text().splitlines(keepends=True)))
     assert len(found) == 4
     leaking = found[0]["processes"][3]
     assert leaking["title"] == "actor/3"
@@ -50,11 +50,11 @@ def test_a_real_recording_can_be_drawn(node: Machine, tmp_path: Path) -> None:
 
 def test_a_line_that_is_cut_off_at_the_end_is_left_out() -> None:
     lines = smi_recording.as_text(samples(3, is_leaking=False)).splitlines(keepends=True)
-    assert len(list(recording.samples([*lines, lines[0][:50]]))) == 3
+    assert len(list(timeline.samples([*lines, lines[0][:50]]))) == 3
     with pytest.raises(ValueError, match="line 1 is no JSON"):
-        list(recording.samples(["{\n", *lines]))
+        list(timeline.samples(["{\n", *lines]))
     with pytest.raises(ValueError, match="line 1 is not of a recording of version 1"):
-        list(recording.samples(['{"schema_version": 2}\n']))
+        list(timeline.samples(['{"schema_version": 2}\n']))
 
 
 @pytest.mark.parametrize("text", ["", "no json\n", '{"schema_version": 1, "processes": 3}\n'])
