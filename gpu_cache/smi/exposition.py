@@ -10,10 +10,8 @@ import asyncio
 import itertools
 import logging
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -35,14 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 class NodeCollector(Collector):
-    """Looks at the machine at every scrape."""
+    """Looks at the machine at every scrape; registering takes no look."""
 
     def __init__(self, look: Callable[[], Node]) -> None:
         self._look = look
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing, so that registering takes no look."""
-        return iter(())
 
     def collect(self) -> Iterator[Metric]:
         found = metrics.exported(self._look())
@@ -57,58 +51,40 @@ def text(look: Callable[[], Node]) -> str:
     return generate_latest(_registry(look)).decode()
 
 
-@contextmanager
-def serving(look: Callable[[], Node], host: str, port: int) -> Iterator[int]:
-    """Answer scrapes from a thread that looks once for each, one after another.
+def serve(look: Callable[[], Node], host: str, port: int, tell: Callable[[int], None]) -> None:
+    """Answer scrapes until interrupted. `tell` takes the port, chosen by the system if `port` is 0.
 
-    Yields:
-        The port, chosen by the system if `port` is 0.
     Raises:
         OSError: The port is taken, or the host is not of this machine.
     """
     family, _, _, _, location = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.create_server(location[:2], family=family) as listener:
-        exporter = Exporter(look, listener)
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            exporter.stop()
+        tell(listener.getsockname()[1])
+        asyncio.run(Exporter(look, listener).run())
 
 
 class Exporter:
     """A small HTTP server: few clients, each for a short time, one request each.
 
     Args:
-        look: Finds what is exported.
-        listener: Listens; the caller closes it after `stop`.
-    Thread-safety: any thread.
+        look: Finds what is exported; a thread looks once for each scrape, one after another.
+        listener: Listens; the caller closes it.
     """
 
     def __init__(self, look: Callable[[], Node], listener: socket.socket) -> None:
         self._registry, self._listener = _registry(look), listener
         self._rule = HostRule(listener.getsockname()[0])
-        # Only the loop's thread touches them; that of the client that came first is the first.
+        # The client that came first is the first.
         self._serving: dict[asyncio.Task[None] | None, None] = {}
-        self._looking = ThreadPoolExecutor(1, thread_name_prefix="gpu-cache-smi-look")
-        self._loop = asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="gpu-cache-smi-exporter", daemon=True)
-        self._thread.start()
 
-    def stop(self) -> None:
-        """Drop all clients and end the thread."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
-        self._looking.shutdown()
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # cancels what is under way
-            runner.run(self._serve())
-
-    async def _serve(self) -> None:
+    async def run(self) -> None:
+        """Answer until cancelled; `asyncio.run` then drops the clients."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1, "gpu-cache-smi-look"))
         server = await asyncio.start_server(self._serve_client, sock=self._listener, limit=_MAX_HEAD_BYTES)
-        await self._stopping.wait()
-        server.close()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            server.close()
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._serving) >= _MAX_CLIENTS:
@@ -132,7 +108,7 @@ class Exporter:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(_CLIENT_S):
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        status, content_type, body = await self._loop.run_in_executor(self._looking, self._reply, head)
+        status, content_type, body = await asyncio.to_thread(self._reply, head)
         writer.write(
             f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
             "Connection: close\r\n\r\n".encode()

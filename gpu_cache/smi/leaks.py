@@ -16,9 +16,9 @@ from rich.console import RenderableType
 from gpu_cache import units
 from gpu_cache.report import schema as report
 from gpu_cache.smi import figures
+from gpu_cache.smi.node import host_of
 from gpu_cache.smi.problems import GLUE
 from gpu_cache.smi.process import Process
-from gpu_cache.smi.sources import host_of
 from gpu_cache.smi.tables import WIDE, Column, table
 
 ANSWER_TIMEOUT_S = 3.0

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from gpu_cache.report.schema import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SOURCES, OTHER_SOURCES
 from gpu_cache.smi import figures
-from gpu_cache.smi.node import Node
+from gpu_cache.smi.node import Node, host_of
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, Process
-from gpu_cache.smi.sources import host_of
 
 COMMON_LABELS = ("gpu", "role", "rank")
 EXPORTED_STATES = (OK, LEAK, HUNG, DEAD)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -21,9 +20,9 @@ class Terminal:
 
     def __init__(self, environ: Mapping[str, str], has_color: bool | None = None) -> None:
         self.is_terminal = sys.stdout.isatty()
-        self.width = self._width(environ)
+        has_width = self.is_terminal or environ.get("COLUMNS", "").isdigit()
         self.console = Console(
-            width=self.width,
+            width=None if has_width else WIDE,
             force_terminal=has_color or None,
             color_system="standard" if has_color else "auto",
             no_color=None if has_color is None else not has_color,
@@ -31,12 +30,7 @@ class Terminal:
             markup=False,
             emoji=False,
         )
-
-    def _width(self, environ: Mapping[str, str]) -> int:
-        named = environ.get("COLUMNS", "")
-        if named.isdecimal():
-            return int(named)
-        return os.get_terminal_size(sys.stdout.fileno()).columns if self.is_terminal else WIDE
+        self.width = self.console.width
 
     @property
     def is_unicode(self) -> bool:

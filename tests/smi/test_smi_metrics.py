@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import queue
 import re
 import shutil
 import socket
@@ -11,6 +13,7 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,10 +186,33 @@ def test_a_full_node_has_about_as_many_series_as_foretold(node: Machine) -> None
     assert 1000 < len(scraped(node)) < 1800
 
 
+@contextlib.contextmanager
+def serving(look: Callable[[], Node], busy_s: float = 0.0) -> Iterator[int]:
+    """Run the exporter in a thread, which at first does something else for a time; its port."""
+    loops: queue.Queue[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any] | None]] = queue.Queue()
+
+    async def run() -> None:
+        loops.put((asyncio.get_running_loop(), asyncio.current_task()))
+        asyncio.get_running_loop().call_soon(time.sleep, busy_s)
+        with contextlib.suppress(asyncio.CancelledError):
+            await exposition.Exporter(look, listener).run()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: asyncio.run(run()), name="exporter")
+        thread.start()
+        loop, task = loops.get(timeout=30)
+        assert task is not None
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            loop.call_soon_threadsafe(task.cancel)
+            thread.join(30)
+
+
 def test_it_serves_a_scrape(node: Machine) -> None:
     add_trainers(node.folder)
     with (
-        exposition.serving(node.look, "127.0.0.1", 0) as port,
+        serving(node.look) as port,
         urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer,
     ):
         assert answer.headers["Content-Type"].startswith("text/plain")
@@ -204,7 +230,7 @@ def scrape(port: int, text: str) -> tuple[str, str]:
 
 
 def test_the_exporter_speaks_openmetrics_on_request(node: Machine) -> None:
-    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+    with serving(node.look) as port:
         asked = "GET /metrics HTTP/1.1\nHost: localhost\nAccept: application/openmetrics-text; version=1.0.0\n\n"
         head, body = scrape(port, asked)
     assert "Content-Type: application/openmetrics-text; version=1.0.0" in head
@@ -222,14 +248,14 @@ def test_the_exporter_speaks_openmetrics_on_request(node: Machine) -> None:
 )
 def test_the_exporter_gives_web_pages_nothing(node: Machine, asked: str, status: int) -> None:
     add_trainers(node.folder)
-    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+    with serving(node.look) as port:
         head, body = scrape(port, asked)
     assert head.startswith(f"HTTP/1.1 {status} ")
     assert "gpu_cache" not in body
 
 
 def test_clients_that_say_nothing_cost_the_exporter_no_thread_and_no_scrape(node: Machine) -> None:
-    with exposition.serving(node.look, "127.0.0.1", 0) as port, contextlib.ExitStack() as stack:
+    with serving(node.look) as port, contextlib.ExitStack() as stack:
         scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")
         before = threading.active_count()
         slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(100)]
@@ -242,11 +268,8 @@ def test_clients_that_say_nothing_cost_the_exporter_no_thread_and_no_scrape(node
 
 
 def test_clients_that_come_at_once_get_no_more_places_of_the_exporter(node: Machine) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
-        exporter = exposition.Exporter(node.look, listener)
-        stack.callback(exporter.stop)
-        exporter._loop.call_soon_threadsafe(time.sleep, 0.2)
-        address = listener.getsockname()
+    with serving(node.look, busy_s=0.2) as port, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", port)
         clients = [stack.enter_context(socket.create_connection(address, exposition._CLIENT_S / 2)) for _ in range(90)]
         for client in clients[: -exposition._MAX_CLIENTS]:
             with contextlib.suppress(ConnectionError):
@@ -255,7 +278,7 @@ def test_clients_that_come_at_once_get_no_more_places_of_the_exporter(node: Mach
 
 def test_a_slow_client_of_the_exporter_is_dropped(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exposition, "_CLIENT_S", 0.1)
-    with exposition.serving(node.look, "127.0.0.1", 0) as port:
+    with serving(node.look) as port:
         for start in ("", "GET / HTTP/1.1\nHost: localhost\nX: " + 20_000 * "x"):
             with contextlib.suppress(ConnectionError):
                 assert scrape(port, start) == ("", "")
@@ -271,17 +294,17 @@ def test_a_look_that_fails_is_an_answer_and_the_next_one_works(
             raise error
         return node.look()
 
-    with exposition.serving(look, "127.0.0.1", 0) as port:
+    with serving(look) as port:
         statuses = [scrape(port, "GET / HTTP/1.1\nHost: localhost\n\n")[0].split()[1] for _ in range(2)]
     assert statuses == ["500", "200"]
     assert "no driver" in caplog.text
 
 
 def test_serving_until_interrupted(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: float) -> None:
+    async def interrupt(_: exposition.Exporter) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("time.sleep", interrupt)
+    monkeypatch.setattr(exposition.Exporter, "run", interrupt)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = node.run("--serve", str(port))

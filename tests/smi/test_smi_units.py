@@ -9,7 +9,7 @@ import pytest
 from gpu_cache import units
 from gpu_cache.smi import figures
 from gpu_cache.smi.leaks import short_dtype, short_key
-from gpu_cache.smi.sources import host_of, quantile_of
+from gpu_cache.smi.node import host_of, quantile_of
 from tests.support.smi_machine import Machine
 from tests.support.smi_reports import report
 
