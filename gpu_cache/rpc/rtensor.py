@@ -257,7 +257,8 @@ class RTensor:
         """
         remote = [handle for handle in _handles_in(obj) if handle.data.is_meta]
         _check_owners(remote)
-        return runtime.current().prefetch({one.shard.shard_id: one for one in remote}, timeout_s, prefer, keep)
+        promises = {handle.shard.shard_id: handle.promise for handle in remote}
+        return runtime.current().prefetch(remote, promises, timeout_s, prefer, keep)
 
     @staticmethod
     def remotize(obj: Any, node_addr: str) -> Any:

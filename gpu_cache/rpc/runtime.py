@@ -33,7 +33,6 @@ from gpu_cache.rpc.shard import (
     TensorShardInfo,
     answer_error,
     is_of_ray,
-    promise_of,
     ray_objects,
 )
 from gpu_cache.rpc.store import ShardStore, owned_copy
@@ -161,25 +160,30 @@ class Runtime:
 
     def prefetch(
         self,
-        handles: Mapping[Hashable, Handle],
+        handles: Sequence[Handle],
+        promises: Mapping[Hashable, Promise],
         timeout_s: float | None = None,
         prefer: Prefer = "device",
         keep: bool = False,
     ) -> Future[int]:
-        """Begin to fetch shards that are not cached."""
-        source, expected = _HandleSource(self, list(handles.values())), _promises(handles)
+        """Begin to fetch shards that are not cached. Arguments as for `get_many`."""
+        source = _HandleSource(self, handles)
         return self.cache.prefetch(
-            list(handles), source, timeout_s=timeout_s, prefer=prefer, expected=expected, keep=keep
+            list(promises), source, timeout_s=timeout_s, prefer=prefer, expected=promises, keep=keep
         )
 
-    def source(self, handles: Mapping[Hashable, Handle]) -> gpu_cache.ShardSource:
-        """Where the tensors of remote handles come from: this process's store, or the backend."""
+    def source(self, handles: Iterable[Handle], keys: Sequence[Hashable]) -> gpu_cache.ShardSource:
+        """Where the shards `keys` of remote handles come from: this process's store, or the backend."""
+        wanted = set(keys)
         shards: dict[Hashable, TensorShardInfo] = {}
         expected: dict[Hashable, torch.Tensor] = {}
         own: set[Hashable] = set()
         lacks_address = False
-        for key, handle in handles.items():
-            shards[key], expected[key], address = handle.shard, handle.data, handle.shard.node_addr
+        for handle in handles:
+            key, address = handle.shard.shard_id, handle.shard.node_addr
+            if key not in wanted:
+                continue
+            shards[key], expected[key] = handle.shard, handle.data
             lacks_address = lacks_address or not address
             if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
                 own.add(key)
@@ -319,11 +323,7 @@ class _HandleSource:
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
-        wanted, handles = set(keys), dict[Hashable, Handle]()
-        for handle in self._handles:
-            if handle.shard.shard_id in wanted:
-                handles[handle.shard.shard_id] = handle
-        return self._runtime.source(handles).open(keys, timeout_s)
+        return self._runtime.source(self._handles, keys).open(keys, timeout_s)
 
 
 def _source_of(
@@ -354,11 +354,6 @@ def _check_not_of_ray(shards: Iterable[Hashable]) -> None:
             f"Failed to fetch shard {of_ray[0]} ({len(of_ray):,} such): in Ray's object store, and the backend of "
             f"this process is HTTP{remedy}"
         )
-
-
-def _promises(handles: Mapping[Hashable, Handle]) -> dict[Hashable, Promise]:
-    """The promises of handles, by key."""
-    return {key: promise_of(one.data, one.shard.node_addr) for key, one in handles.items()}
 
 
 def _can_be_id(value: Any) -> bool:

@@ -150,7 +150,6 @@ class HttpAnswer:
     """The answer to one request: status, headers, and a body that is read exactly once.
 
     Attributes:
-        retry_after_s: How long the server asks to wait; None where it does not.
         incarnation: Which server answered; "" where it does not say.
         memory: Where processes of its host ask for shared memory, as it announces that.
         removals: How often its owner has removed shards, as it says; "" where it does not.
@@ -163,7 +162,6 @@ class HttpAnswer:
     def __init__(self, response: http.client.HTTPResponse, sock: DeadlineSocket) -> None:
         self.status = response.status
         self.content_type = response.headers.get_content_type()
-        self.retry_after_s = _retry_after_s(response.headers)
         self.incarnation = response.headers.get(INCARNATION_HEADER, "")[:MAX_INCARNATION]
         self.memory = response.headers.get(MEMORY_HEADER, "")
         self.removals = response.headers.get(REMOVALS_HEADER, "")[:MAX_INCARNATION]
@@ -173,6 +171,17 @@ class HttpAnswer:
         if response.length is None and not response.chunked:
             raise BrokenOffError("an answer that does not say where it ends")
         self._is_ahead = True  # http.client may have read more than the headers
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """How long the server asks to wait; None where it does not. A date is too coarse to be computed with."""
+        headers = self._response.headers
+        exactly, told = headers.get(RETRY_AFTER_MS_HEADER, ""), headers.get("Retry-After")
+        if exactly.isdecimal():
+            return float(exactly) / 1000
+        if told is None:
+            return None
+        return float(told) if told.isdecimal() else _RETRY_AFTER_DATE_S
 
     def read(self, nbytes: int) -> bytearray:
         """The next `nbytes` of a body of known length. Raises as `fill` does."""
@@ -416,13 +425,3 @@ def split_address(address: str) -> tuple[str, int]:
     if found is None or not 0 < int(found[3]) <= 0xFFFF:
         raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
     return found[1] or found[2], int(found[3])
-
-
-def _retry_after_s(headers: http.client.HTTPMessage) -> float | None:
-    """The delay that a server asks for; the other form of the header, a date, is too coarse to be computed with."""
-    exactly, told = headers.get(RETRY_AFTER_MS_HEADER, ""), headers.get("Retry-After")
-    if exactly.isdecimal():
-        return float(exactly) / 1000
-    if told is None:
-        return None
-    return float(told) if told.isdecimal() else _RETRY_AFTER_DATE_S

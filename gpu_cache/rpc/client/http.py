@@ -275,14 +275,16 @@ class HttpSource:
         by_node: dict[str, list[Hashable]] = {}
         for key in keys:
             by_node.setdefault(self._shards[key].node_addr, []).append(key)
-        return [self._reader(node, wanted, timeout_s) for node, wanted in by_node.items()]
-
-    def _reader(self, node: str, wanted: Sequence[Hashable], timeout_s: float) -> HttpReader | SameHostReader:
-        requester = self._requester(node, FETCH, timeout_s)
-        reader = HttpReader(wanted, self._expected, requester, self._settings)
-        if self._memories is None:
-            return reader
-        return SameHostReader(reader, requester.node, self._memories, self._expected, time.monotonic() + timeout_s)
+        readers: list[HttpReader | SameHostReader] = []
+        for node, wanted in by_node.items():
+            requester = self._requester(node, FETCH, timeout_s)
+            http = HttpReader(wanted, self._expected, requester, self._settings)
+            if self._memories is None:
+                readers.append(http)
+            else:
+                ends = time.monotonic() + timeout_s
+                readers.append(SameHostReader(http, requester.node, self._memories, self._expected, ends))
+        return readers
 
 
 def _checked(requester: Requester, shard_ids: Sequence[str], answer: HttpAnswer) -> Checked:

@@ -159,7 +159,7 @@ class HttpReader:
         self._node_state = requester.node  # the reader learns the node's wire form here, and the backend remembers it
         self._left = list(reversed(keys))
         self._most = settings.max_binary_shards  # in one request; fewer once an answer was too long
-        self._expectation = Expectation((), {}, 0)  # that of the request under way
+        self._expectation: Expectation  # that of the request under way
         self._body: FrameBody | None = None  # that of a binary part
         self._announced: Sequence[ShardSpec] = ()  # the shards of that part
         self._part_nbytes = self._num_read = 0  # its bytes, and those of reads that succeeded

@@ -201,9 +201,6 @@ class Requester:
     def release(self) -> None:
         """Give connection and place back for others; the connection is closed if its last answer was not read."""
         self._pool.leave(self._place)
-        self._put_back()
-
-    def _put_back(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
@@ -227,8 +224,10 @@ class Requester:
             connection.cancel()
 
     def _try(self, payload: bytes, meanwhile: Callable[[], object]) -> HttpAnswer:
-        if self._connection is not None and not self._connection.can_be_reused:
-            self._put_back()
+        connection = self._connection
+        if connection is not None and not connection.can_be_reused:  # its last answer was not read
+            self._connection = None
+            connection.close()
         answer = self._answer(payload, meanwhile)
         self._has_answered = True
         if answer.status == 200:  # it is no secret, but one who has no token is told none
