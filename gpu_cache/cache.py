@@ -215,9 +215,7 @@ class TensorCache:
             self._check_bytes(keys)
             engine = fetch.complete(keys, source, may_lack=may_lack)
             with profiled(HANDOUT):
-                if on_host := fetch.completions(on_host=True):
-                    engine.settle(on_host, "host")  # no stream waits where the host reads
-                engine.settle(fetch.completions(on_host=False), ready or self.config.ready)
+                engine.settle(fetch.claim.completions, ready or self.config.ready)
                 tensors = fetch.hand_out()
             self._check_bytes(keys, only_new=True)  # before any caller has new bytes
         finally:
@@ -244,7 +242,7 @@ class TensorCache:
         if found is None:
             return self._bring_back(key) if key in self._index else None
         tensor, completion = found
-        engine.settle([] if completion is None else [completion], self.config.ready)
+        engine.settle({} if completion is None else {completion: False}, self.config.ready)
         return tensor
 
     @eager

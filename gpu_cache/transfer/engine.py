@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 from gpu_cache import process
 from gpu_cache.config import CacheConfig, ReadyMode, described
@@ -91,9 +91,12 @@ class Engine:
         for pool in self.pools:
             pool.synchronize()
 
-    def settle(self, completions: Iterable[Completion], ready: ReadyMode) -> None:
+    def settle(self, completions: Mapping[Completion, object], ready: ReadyMode) -> None:
         """Make handed-out tensors safe to read, on every stream ("host") or on the caller's ("stream").
 
+        Args:
+            completions: Of their copies. Those that map to true are of the host tier: no stream waits for these.
+            ready: As `CacheConfig.ready`.
         Raises:
             TransferError: During CUDA graph capture, where nothing can be waited for.
         """
@@ -101,11 +104,11 @@ class Engine:
             self.reaper.wake()
         stream = self.device.current_stream()
         self.fence.note(stream)
-        unseen = [completion for completion in completions if not completion.is_seen]
+        unseen = [pair for pair in completions.items() if not pair[0].is_seen]
         if unseen and self.device.is_capturing():
             raise TransferError(f"{len(unseen)} copies were not seen complete before CUDA graph capture began")
-        for completion in unseen:
-            if ready == "host":
+        for completion, is_on_host in unseen:
+            if is_on_host or ready == "host":
                 completion.wait_host()
             else:
                 completion.wait_on(stream)

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -322,10 +322,6 @@ class Fetch:
         """A tensor of every shard that is as the caller expects, by key. After `wait`."""
         return {**self.claim.hits, **self._index.lend(self._arrived)} if self._arrived else self.claim.hits
 
-    def completions(self, *, on_host: bool) -> Iterable[Completion]:
-        """Completions of the copies, to the host tier or to the device, that handed-out shards depend on."""
-        return [completion for completion, is_low in self.claim.completions.items() if is_low is on_host]
-
     def keep_arrived(self) -> None:
         """Let go of failed shards; the next `begin` looks up only those. After `wait`."""
         before = self.claim
@@ -402,17 +398,18 @@ class Fetch:
             self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
 
     def _start(self, source: ShardSource, level: Engine | HostTier) -> None:
-        """Open readers for the claimed shards, the first for those of the level below; drain each in a thread."""
+        """Open readers for the claimed shards, and drain each in a thread."""
         left = dict(self.claim.claimed)
         try:
-            if below := self.claim.below:
-                self._enter(ResidentReader({}, below, self.deadline), {key: left.pop(key) for key in below}, level)
-            for reader in source.open(list(left), max(0.0, self.deadline - time.monotonic())) if left else ():
+            for reader in self._readers(source):
                 if foreign := [key for key in reader.keys if key not in left]:
                     raise FetchError(
                         f"Failed to fetch shards: {reader.node} offers {names_of(foreign)} unasked, or twice"
                     )
-                self._enter(reader, {key: left.pop(key) for key in reader.keys}, level)
+                entries = {key: left.pop(key) for key in reader.keys}
+                self.tasks.append(
+                    ReaderTask(reader, entries, level, self.deadline, self._live, may_overflow=self._hands_out)
+                )
             for task in self.tasks:
                 task.start()
         except BaseException as error:
@@ -426,9 +423,13 @@ class Fetch:
             unoffered = FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them")
             self._index.abort(left.values(), unoffered)
 
-    def _enter(self, reader: ShardReader, entries: Mapping[Hashable, Entry], level: Engine | HostTier) -> None:
-        task = ReaderTask(reader, entries, level, self.deadline, self._live, may_overflow=self._hands_out)
-        self.tasks.append(task)
+    def _readers(self, source: ShardSource) -> Iterator[ShardReader]:
+        """Readers of the claimed shards; the first is of those of the level below."""
+        below = self.claim.below
+        if below:
+            yield ResidentReader({}, below, self.deadline)
+        if remote := [key for key in self.claim.claimed if key not in below]:
+            yield from source.open(remote, max(0.0, self.deadline - time.monotonic()))
 
     def _refuse_misses(self, keys: Sequence[Hashable]) -> None:
         if not (missing := self._index.missing(keys, self.claim.expected)):

@@ -151,11 +151,8 @@ class Transfer:
             Exception: Whatever the reader raised. Runs that landed before stay; the others' ranges are given back.
         """
         delivery = Delivery(self, reader, sink, deadline, turn or Turn(reader.node), may_overflow=may_overflow)
-        try:
-            with plain_tensors():  # once, as entering costs as much as three shards
-                delivery.run()
-        finally:
-            delivery.abandon_rest()
+        with plain_tensors():  # once, as entering costs as much as three shards
+            delivery.run()
 
     def finish(self) -> None:
         """Give back what is unused, and allocate no staging buffer any more; waits for copies under way."""
@@ -218,34 +215,35 @@ class Delivery:
         self._placed: dict[Run, None] = {}  # runs that have room, and did not land yet
 
     def run(self) -> None:
-        """Receive, or copy, part after part."""
-        resident = getattr(self._reader, "resident", None)
-        while (specs := self._next_specs()) is not None:
-            runs = self._expect(specs)
-            if resident is not None:
-                self._copy_resident(deque(runs), resident)
-                continue
-            left = Backlog(runs, self._transfer.window_bytes, self._place)
-            if getattr(self._reader, "is_lending", False):
-                self._move_lent(left)
-                continue
-            while left.nbytes:  # room is taken when the bytes may be on their way
-                with self._granted(left):
-                    window = left.next_window()
-                    carved = self._carve(window)  # tensors are built while bytes arrive
-                    self._land(carved, self._receive(window))
+        """Receive, or copy, part after part. At the end, give back the ranges of runs that did not land."""
+        try:
+            while (runs := self._next_runs()) is not None:
+                self._move(runs)
+        finally:
+            for run in self._placed:
+                self._pool.abandon(run.range)
 
-    def abandon_rest(self) -> None:
-        """Give back the ranges of runs that did not land."""
-        for run in self._placed:
-            self._pool.abandon(run.range)
+    def _move(self, runs: list[Run]) -> None:
+        """Receive, or copy, the runs of a part."""
+        if (resident := getattr(self._reader, "resident", None)) is not None:
+            self._copy_resident(deque(runs), resident)
+            return
+        left = Backlog(runs, self._transfer.window_bytes, self._place)
+        if getattr(self._reader, "is_lending", False):
+            self._move_lent(left)
+            return
+        while left.nbytes:  # room is taken when the bytes may be on their way
+            with self._granted(left):
+                window = left.next_window()
+                carved = self._carve(window)  # tensors are built while bytes arrive
+                self._land(carved, self._receive(window))
 
-    def _next_specs(self) -> Sequence[ShardSpec] | None:
+    def _next_runs(self) -> list[Run] | None:
+        """Ask for the next part, and pack it; None: there is none. Shards without bytes take no room, and land now."""
         with profiled(FETCH):
-            return self._reader.next_specs()
-
-    def _expect(self, specs: Sequence[ShardSpec]) -> list[Run]:
-        """The runs of a part. Shards without bytes take no room, and land at once."""
+            specs = self._reader.next_specs()
+        if specs is None:
+            return None
         self._sink.expect(specs)
         if empty := [spec for spec in specs if not spec.nbytes]:
             self._sink.land(empty_copies(empty, self._pool.torch_device), None, is_overflow=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_cache import TensorCache
@@ -94,9 +94,9 @@ def _make_orderly(cache: TensorCache, engine: Engine) -> None:
     """Take out what differs from run to run: the order of a set, the clock, what a thread does after its last word."""
     settle = engine.settle
 
-    def settle_one_by_one(completions: Iterable[Completion | None], ready: ReadyMode) -> None:
-        for completion in dict.fromkeys(completions):
-            settle([completion], ready)
+    def settle_one_by_one(completions: Mapping[Completion, object], ready: ReadyMode) -> None:
+        for completion, is_on_host in completions.items():
+            settle({completion: is_on_host}, ready)
 
     engine.settle = settle_one_by_one  # type: ignore[method-assign]
     engine.reaper._period_s = 3600.0

@@ -7,11 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from gpu_cache.config import ReadyMode
 from gpu_cache.index.entry import Candidate
 from gpu_cache.index.room import RoomMaker
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.fence import StreamFence
-from gpu_cache.transfer.fetch import Fetch
+from gpu_cache.transfer.engine import Engine
 from gpu_cache.transfer.host_tier import HostTier, ResidentReader
 from tests.support.sim_mutant import Mutants
 
@@ -44,9 +45,9 @@ def _unfenced_back(original: Any, self: HostTier, device: Any, *args: Any) -> No
     self.pool._fence.note(self.transfer.stream)
 
 
-@_mutant("handed out on the host before the copy out ran", Fetch, "completions")
-def _early_on_host(original: Any, self: Fetch, *, on_host: bool) -> Any:
-    return () if on_host else original(self, on_host=False)
+@_mutant("handed out on the host before the copy out ran", Engine, "settle")
+def _early_on_host(original: Any, self: Engine, completions: Any, ready: ReadyMode) -> None:
+    original(self, {one: False for one, is_on_host in completions.items() if not is_on_host}, ready)
 
 
 @_mutant("a written shard that goes to the host tier", RoomMaker, "_evict")
