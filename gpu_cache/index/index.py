@@ -17,7 +17,7 @@ import torch
 from gpu_cache.errors import PromiseError, failure_reason
 from gpu_cache.index import lending
 from gpu_cache.index.entry import Candidate, Claim, Entry, Flight, Holding, Promise, State
-from gpu_cache.index.ledger import Ledger
+from gpu_cache.index.ledger import Dropped, Ledger
 from gpu_cache.index.lending import Table
 from gpu_cache.index.mutation import DOUBTED, Mutations
 from gpu_cache.native import blocks
@@ -53,6 +53,7 @@ class ShardIndex:
         broken: Makes the error for a key whose shard is not as promised, from the promise and the truth.
     Attributes:
         below: The lower level; None: there is none, or this is it.
+        looks_for_writes: Whether shards that a reader wrote into are dropped, or raise.
     Thread-safety: any thread. Methods that drop entries return them, so that tensors die outside the lock.
     Source: two-phase insert (reserve, then publish or abort) after vLLM's KV-cache off-loading.
     """
@@ -70,6 +71,7 @@ class ShardIndex:
         self._ledger = Ledger(now)
         self._shared = Shared(self._ledger, [self._entries])
         self._mutations = mutations or Mutations()
+        self.looks_for_writes = self._mutations.is_on
         self._is_held, self.broken = is_held, broken
         self.below: ShardIndex | None = None
         self._is_low = False
@@ -119,11 +121,6 @@ class ShardIndex:
     def is_closed(self) -> bool:
         """Whether the index is closed, and indexes nothing more."""
         return self._shared.is_closed
-
-    @property
-    def looks_for_writes(self) -> bool:
-        """Whether shards that a reader wrote into are dropped, or raise."""
-        return self._mutations.is_on
 
     @property
     def is_empty(self) -> bool:
@@ -180,16 +177,18 @@ class ShardIndex:
         with no_collections, self._lock:
             if hands_out and self._mutations.is_on:
                 self._drop_changed_locked(keys, found.expected, changed)
-                found.mutated.update((entry.key, None) for entry in changed)
+                for entry in changed:
+                    found.mutated[entry.key] = None
             if found.num_removals is None:
                 found.num_removals = self._shared.num_removals
-            ready, num_low = self._look_up_locked(keys, found)
+            ready, nbytes, num_low = self._look_up_locked(keys, found)
             found.hits.update(zip(ready, lending.lend(list(ready.values()), left), strict=True))
-            self._ledger.claimed(found, len(ready), sum(one.nbytes for one in ready.values()), num_low)
+            self._ledger.claimed(found, len(ready), nbytes, num_low)
         del left
         if blocks is not None:
             blocks.untrack(list(found.claimed.values()))
-        self._mutations.tell(changed)
+        if changed:
+            self._mutations.tell(changed)
         return found
 
     def lend(self, copies: Mapping[Hashable, Copy]) -> dict[Hashable, torch.Tensor]:
@@ -212,7 +211,8 @@ class ShardIndex:
             if not self._at_locked(key):
                 entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
                 self._entries[key] = entry
-        self._mutations.tell(changed)
+        if changed:
+            self._mutations.tell(changed)
         return entry
 
     def publish(self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None) -> list[Entry]:
@@ -238,7 +238,7 @@ class ShardIndex:
             standing = [entry for entry in landed if self._entries.get(entry.key) is entry]
             rising = [] if self.below is None else [entry for entry in standing if entry.flight.is_copy]
             if self._shared.is_closed:
-                left += self._drop_all_locked(standing)
+                left += self._drop_all_locked(standing).entries
             else:
                 fresh = [entry for entry in standing if not entry.flight.is_copy] if rising else standing
                 self._ledger.indexed(fresh, node, is_low=self._is_low)
@@ -292,7 +292,7 @@ class ShardIndex:
             dropped = self._drop_all_locked(found)
             if wanted:
                 self._ledger.cleared(dropped)
-            return list(dropped)
+            return dropped.entries
 
     def remove_node(self, node: str | None) -> list[Entry]:
         """Drop every entry of a node, or all (None), and return the READY ones."""
@@ -391,7 +391,8 @@ class ShardIndex:
             if entry is not None and (at := entry.copy) is not None:
                 self._entries.move_to_end(key)
                 found = aliases_of([at.counted])[0], at.completion
-        self._mutations.tell(changed)
+        if changed:
+            self._mutations.tell(changed)
         return found
 
     def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Copy, torch.Tensor]]:
@@ -438,7 +439,7 @@ class ShardIndex:
             # The end of an inner scope ends no step: shards of the outer one have outlived nothing yet.
             self._ledger.cleared(dropped, ends_step=holding.outer is None)
         del over  # keys may be anything, and die outside the lock
-        return list(dropped)
+        return dropped.entries
 
     def stats(self) -> dict[str, float]:
         """The index's part of `BufferStats`, consistent in itself."""
@@ -486,10 +487,10 @@ class ShardIndex:
         """The entries of a key: two only while it rises."""
         return [entry for table in self._shared.tables if (entry := table.get(key)) is not None]
 
-    def _look_up_locked(self, keys: Collection[Hashable], found: Claim) -> tuple[dict[Hashable, Copy], int]:
-        """Join or claim missing shards; return the copies of the others, and how many of these are below."""
+    def _look_up_locked(self, keys: Collection[Hashable], found: Claim) -> tuple[dict[Hashable, Copy], int, int]:
+        """Join or claim missing shards; return the copies of the others, their bytes, and how many are below."""
         ready: dict[Hashable, Copy] = {}
-        num_low = 0
+        nbytes = num_low = 0
         for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
             table = self._entries if key in self._entries else self._above
             if (entry := table.get(key)) is None:
@@ -504,10 +505,11 @@ class ShardIndex:
                 continue
             table.move_to_end(key)
             ready[key] = at
+            nbytes += at.nbytes
             num_low += (is_low := self._is_low and table is self._entries)
             if at.completion is not None:
                 found.completions[at.completion] = is_low
-        return ready, num_low
+        return ready, nbytes, num_low
 
     def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
         """Claim a missing shard: a fetch, or a copy of the shard below."""
@@ -603,7 +605,7 @@ class ShardIndex:
         """Index a landed shard in the place of another owner's, unless a drop on request came meanwhile."""
         old = next(iter(self._at_locked(entry.key)), None)
         if old is not None and entry.flight.replaces == (old.generation, self._shared.num_removals):
-            left += self._drop_all_locked([old])
+            left += self._drop_all_locked([old]).entries
             self._entries[entry.key] = entry
 
     def _sink_locked(self, entry: Entry, refuge: Copy) -> None:
@@ -660,13 +662,13 @@ class ShardIndex:
             blocks.untrack([entry.copy for entry in landed])
         return landed
 
-    def _drop_all_locked(self, entries: Collection[Entry]) -> dict[Entry, bool]:
+    def _drop_all_locked(self, entries: Collection[Entry]) -> Dropped:
         """Forget entries, at both levels. PENDING ones still arrive, for the calls that wait.
 
         Returns:
-            The READY ones, and whether each was at the lower level. They must not die under the lock.
+            The READY ones. They must not die under the lock.
         """
-        dropped: dict[Entry, bool] = {}
+        dropped: dict[Entry, bool] = {}  # to whether each was at the lower level
         for is_low, table in zip((False, True), self._shared.tables, strict=False):
             for entry in entries:
                 one = table.get(entry.key)
@@ -678,8 +680,7 @@ class ShardIndex:
                 one.state = State.GONE
         for entry in entries:
             entry.state = State.GONE
-        self._ledger.dropped(dropped)
-        return dropped
+        return self._ledger.dropped(dropped)
 
     def _forget_locked(self, entry: Entry) -> None:
         """Forget an entry that is not READY, where it is."""

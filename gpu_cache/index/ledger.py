@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_cache.errors import LOCAL
 from gpu_cache.index.entry import Claim, Entry, State
@@ -37,20 +37,15 @@ class Tally:
         self.counts = [0] * (len(edges) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(self._edges, value)] += 1
-        self.sum += value
-
-    def observe_all(self, values: Iterable[float], total: float) -> None:
-        """Count many values, whose sum is `total`."""
+    def observe(self, *values: float) -> None:
+        """Count values."""
         ordered, counted = sorted(values), 0
         for bucket, edge in enumerate(self._edges):
             end = bisect_right(ordered, edge)
             self.counts[bucket] += end - counted
             counted = end
         self.counts[-1] += len(ordered) - counted
-        self.sum += total
+        self.sum += sum(values)
 
     def histogram(self) -> Histogram:
         """A copy for a report."""
@@ -161,6 +156,22 @@ class Sources:
         return {node: tally.stats(now) for node, tally in self._tallies.items()}
 
 
+class Dropped(NamedTuple):
+    """READY entries that left the index.
+
+    Attributes:
+        entries: They must not die under the index lock.
+        nbytes: Their bytes.
+        num_in_tier: How many were in the host tier.
+        tier_bytes: The bytes of these.
+    """
+
+    entries: list[Entry]
+    nbytes: int
+    num_in_tier: int
+    tier_bytes: int
+
+
 OUTLIVED = 2  # clears; an entry that survived as many is a leak: the next step's tensors may arrive before a clear
 
 
@@ -241,28 +252,32 @@ class Ledger:
             if entry.is_kept:
                 num_kept += 1
                 kept_bytes += taken
-        total = sum(sizes)
         self._host_entries += len(entries) * is_low
-        self.ready_bytes += total
-        self._entry_sizes.observe_all(sizes, total)
+        self.ready_bytes += sum(sizes)
+        self._entry_sizes.observe(*sizes)
         self._sources[node].add(born, len(entries), pool_bytes)
         self._survivors.add(epoch, len(entries) - num_kept, pool_bytes - kept_bytes)
 
-    def dropped(self, entries: Mapping[Entry, bool]) -> None:
+    def dropped(self, entries: Mapping[Entry, bool]) -> Dropped:
         """Count READY entries out. Those that map to true were in the host tier."""
         sums: dict[tuple[str, float, int, bool], list[int]] = {}
-        for entry in entries:
+        total = tier_bytes = 0
+        for entry, is_low in entries.items():
             del self.births[entry.key]
-            count = sums.setdefault((entry.node, entry.born, entry.epoch, entry.is_kept), [0, 0, 0])
+            nbytes = entry.nbytes
+            total += nbytes
+            tier_bytes += nbytes * is_low
+            count = sums.setdefault((entry.node, entry.born, entry.epoch, entry.is_kept), [0, 0])
             count[0] += 1
-            count[1] += (nbytes := entry.nbytes)
-            count[2] += aligned(nbytes)
-        self._host_entries -= sum(entries.values())
-        for (node, born, epoch, is_kept), (num_entries, nbytes, pool_bytes) in sums.items():
-            self.ready_bytes -= nbytes
+            count[1] += aligned(nbytes)
+        gone = Dropped(list(entries), total, sum(entries.values()), tier_bytes)
+        self._host_entries -= gone.num_in_tier
+        self.ready_bytes -= total
+        for (node, born, epoch, is_kept), (num_entries, pool_bytes) in sums.items():
             self._sources[node].add(born, -num_entries, -pool_bytes)
             if not is_kept:
                 self._survivors.add(epoch, -num_entries, -pool_bytes)
+        return gone
 
     def moved(self, number: int) -> None:
         """Count READY entries that moved to the host tier, or, with a negative number, to the device."""
@@ -296,25 +311,23 @@ class Ledger:
         self.counters.evictions += len(entries)
         self.counters.evicted_bytes += sum(entry.nbytes for entry in entries)
 
-    def died(self, entries: Collection[Entry]) -> None:
+    def died(self, dropped: Dropped) -> None:
         """Count entries that were dropped because their storage died."""
-        self._dropped += len(entries)
-        self._dropped_bytes += sum(entry.nbytes for entry in entries)
+        self._dropped += len(dropped.entries)
+        self._dropped_bytes += dropped.nbytes
 
-    def cleared(self, entries: Mapping[Entry, bool], *, ends_step: bool = True) -> None:
-        """Count entries that were dropped on request. Those that map to true were in the host tier.
+    def cleared(self, dropped: Dropped, *, ends_step: bool = True) -> None:
+        """Count entries that were dropped on request.
 
         All clears between two fetches count as one: a step clears its owners one by one.
         """
         if self._has_fetched and ends_step:
             self._has_fetched = False
             self.counters.clears += 1
-        for entry, is_low in entries.items():
-            nbytes = entry.nbytes
-            self.counters.cleared_bytes += nbytes
-            self._host_cleared += is_low
-            self._host_cleared_bytes += nbytes * is_low
-        self.counters.cleared += len(entries)
+        self.counters.cleared += len(dropped.entries)
+        self.counters.cleared_bytes += dropped.nbytes
+        self._host_cleared += dropped.num_in_tier
+        self._host_cleared_bytes += dropped.tier_bytes
 
     def is_outlived(self, entry: Entry) -> bool:
         """Whether an entry survived so many clears that it is a leak, unless it is kept. True of every older one."""

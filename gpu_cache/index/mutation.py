@@ -51,8 +51,6 @@ class Mutations:
 
     def tell(self, dropped: Sequence[Entry]) -> None:
         """Warn of entries that were dropped because a reader wrote into them; one line a minute at most."""
-        if not dropped:
-            return
         if not self._gate.opens():
             self._num_untold += len(dropped)
             return

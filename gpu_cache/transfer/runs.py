@@ -44,18 +44,15 @@ class Piece:
         """The arena that it goes to, and where it begins there."""
         return self.run.range.slab.arena.tensor, self.run.range.offset + self.start
 
-    def arena_bytes(self) -> torch.Tensor:
-        """Its bytes in the arena: `(nbytes,)` uint8 on the device."""
-        arena, begin = self.place
-        return arena[begin : begin + self.nbytes]
-
-    def buffers(self, slot: memoryview | None) -> Iterator[memoryview]:
+    def buffers(self, slot: memoryview | None) -> list[memoryview]:
         """The shards' places in a staging slot, or, without one, in an arena in host memory; no alignment gaps."""
-        arena = cast(Any, self.arena_bytes().numpy() if slot is None else None)
-        room = memoryview(arena) if slot is None else slot[self.at : self.at + self.nbytes]
-        first = self.start  # only a run of one large shard is cut into pieces
-        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
-            yield room[offset : offset - first + spec.nbytes]
+        if slot is None:
+            arena, begin = self.place
+            room = memoryview(cast(Any, arena[begin : begin + self.nbytes].numpy()))
+        else:
+            room = slot[self.at : self.at + self.nbytes]
+        first, run = self.start, self.run  # only a run of one large shard is cut into pieces
+        return [room[at : at - first + spec.nbytes] for spec, at in zip(run.specs, run.offsets, strict=True)]
 
     def places(self) -> Iterator[tuple[int, int]]:
         """Where each shard goes within the piece, and how many of its bytes."""

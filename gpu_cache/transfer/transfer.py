@@ -412,8 +412,11 @@ class Delivery:
 
 def _views(window: Sequence[Piece], slot: memoryview | None) -> list[memoryview]:
     """The places of a window's shards in a staging slot, or, without one, in arenas in host memory."""
+    views: list[memoryview] = []
     with no_collections:
-        return [view for piece in window for view in piece.buffers(slot)]
+        for piece in window:
+            views += piece.buffers(slot)
+    return views
 
 
 def _lent_copies(lent: Lent) -> Copies:

@@ -107,7 +107,6 @@ def test_a_shard_that_fails_a_checksum_and_is_gone_is_told_as_such(source: DictS
 def test_a_warning_comes_once_a_minute_and_counts_the_others(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     mutations = Mutations("refetch", lambda: now[0])
-    mutations.tell([])
     for keys in ("ab", "c"):
         mutations.tell([Entry(key, 1, node="n:1", copy=Copy(key, torch.empty(0), None, 1234)) for key in keys])
     now[0] = 60.0

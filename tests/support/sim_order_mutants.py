@@ -135,7 +135,9 @@ def _receive_marked(self: Delivery, window: list[Piece], *, before: int) -> Comp
         for number, piece in enumerate(window):
             if number == before:
                 slot.guard = self._device.record(stream, timing=True)
-            self._device.copy_all([(piece.arena_bytes(), slot.pinned.tensor[piece.at :][: piece.nbytes])], stream)
+            arena, begin = piece.place
+            pair = arena[begin:][: piece.nbytes], slot.pinned.tensor[piece.at :][: piece.nbytes]
+            self._device.copy_all([pair], stream)
         slot.guard = guard = slot.guard or self._device.record(stream, timing=True)
     finally:
         self._staging.release(slot)

@@ -49,13 +49,12 @@ class HttpDeleter:
         Raises:
             ShardClearError: Some could not; says which. Its cause tells by its type what the first failure was.
         """
-        self._kept = [shard_id for shard_id in shard_ids if not _is_json(shard_id)]
-        unsaid = {id(shard_id) for shard_id in self._kept}
+        sayable: list[Any] = []
+        for shard_id in shard_ids:
+            (sayable if _is_json(shard_id) else self._kept).append(shard_id)
         if self._kept:
             self._error = TypeError(f"JSON cannot express {_kinds(self._kept)}")
-        groups = [[shard_id for shard_id in shard_ids if id(shard_id) not in unsaid]]
-        if unsaid and not groups[0]:
-            groups = []
+        groups = [sayable] if sayable or not self._kept else []
         while groups:
             self._delete_next(groups)
         error, self._error = self._error, None  # its traceback has us: no cycle

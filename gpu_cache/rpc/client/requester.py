@@ -224,10 +224,6 @@ class Requester:
             connection.cancel()
 
     def _try(self, payload: bytes, meanwhile: Callable[[], object]) -> HttpAnswer:
-        connection = self._connection
-        if connection is not None and not connection.can_be_reused:  # its last answer was not read
-            self._connection = None
-            connection.close()
         answer = self._answer(payload, meanwhile)
         self._has_answered = True
         if answer.status == 200:  # it is no secret, but one who has no token is told none
@@ -264,7 +260,11 @@ class Requester:
                 self._drop_connections()
 
     def _connected(self) -> NodeConnection:
-        """The connection, or another one, for which a place may have to be waited for."""
+        """A connection whose last answer was read, if need be another one; a place for that may have to be waited for."""
+        connection = self._connection
+        if connection is not None and not connection.can_be_reused:
+            self._connection = None
+            connection.close()
         if self._connection is None:
             if not self._place.is_taken:
                 # Amid a fetch there are buffers that others wait for.
