@@ -260,7 +260,7 @@ class Requester:
                 self._drop_connections()
 
     def _connected(self) -> NodeConnection:
-        """A connection whose last answer was read, if need be another one; a place for that may have to be waited for."""
+        """A connection whose last answer was read, mostly the same one. A place for it may have to be waited for."""
         connection = self._connection
         if connection is not None and not connection.can_be_reused:
             self._connection = None
