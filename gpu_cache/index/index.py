@@ -175,7 +175,7 @@ class ShardIndex:
         changed: list[Entry] = []
         left: list[torch.Tensor | None] = []
         with no_collections, self._lock:
-            if hands_out and self._mutations.is_on:
+            if hands_out:
                 self._drop_changed_locked(keys, found.expected, changed)
                 for entry in changed:
                     found.mutated[entry.key] = None
@@ -206,8 +206,7 @@ class ShardIndex:
         """
         entry, changed = None, list[Entry]()
         with self._lock:
-            if self._mutations.is_on:
-                self._drop_changed_locked([key], {}, changed)
+            self._drop_changed_locked([key], {}, changed)
             if not self._at_locked(key):
                 entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
                 self._entries[key] = entry
@@ -385,8 +384,7 @@ class ShardIndex:
         """
         found, changed = None, list[Entry]()
         with self._lock:
-            if self._mutations.is_on:
-                self._drop_changed_locked([key], {}, changed)
+            self._drop_changed_locked([key], {}, changed)
             entry = self._entries.get(key)
             if entry is not None and (at := entry.copy) is not None:
                 self._entries.move_to_end(key)
@@ -559,7 +557,7 @@ class ShardIndex:
     def _drop_changed_locked(
         self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise], changed: list[Entry]
     ) -> None:
-        """Drop those of `keys` that a reader wrote into, and whose owner is the one that the caller means.
+        """Drop those of `keys` that a reader wrote into, of the owner that the caller means. Policy "ignore": none.
 
         Args:
             keys: May be indexed.
@@ -568,7 +566,8 @@ class ShardIndex:
         Raises:
             MutatedError: There are some, and the policy is "error": none was dropped, and `changed` is empty.
         """
-        changed += self._changed_locked(keys, expected)
+        if self._mutations.is_on:
+            changed += self._changed_locked(keys, expected)
         if changed:
             self._mutations.found(changed)
             self._drop_all_locked(changed)

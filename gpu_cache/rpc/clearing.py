@@ -9,6 +9,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
@@ -309,27 +310,18 @@ async def in_own_thread(work: Callable[..., ResultT], *args: Any) -> ResultT:
     The few threads of `asyncio.to_thread` could all be waiting for an owner that is dead. And the interpreter waits
     for those of an executor without end; for this one it waits a moment.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[ResultT] = loop.create_future()
-
-    def settle(how: Callable[[Any], None], what: Any) -> None:
-        if not future.done():  # else the caller waits no more
-            how(what)
+    loop, has_ended, outcome = asyncio.get_running_loop(), asyncio.Event(), Future[ResultT]()
 
     def run() -> None:
         try:
-            result = work(*args)
+            outcome.set_result(work(*args))
         except BaseException as error:
-            # A future does not take the one, and the others would end the caller's loop.
+            # The one would end the caller's coroutine, and the others its loop.
             is_odd = isinstance(error, StopIteration) or not isinstance(error, Exception)
-            _tell(loop, settle, future.set_exception, RuntimeError(f"{error!r} was raised") if is_odd else error)
-        else:
-            _tell(loop, settle, future.set_result, result)
+            outcome.set_exception(RuntimeError(f"{error!r} was raised") if is_odd else error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(has_ended.set)
 
     OwnThread(run, "areal-clear").start()
-    return await future
-
-
-def _tell(loop: asyncio.AbstractEventLoop, settle: Callable[..., None], *what: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(settle, *what)
+    await has_ended.wait()
+    return outcome.result()

@@ -203,10 +203,9 @@ class Runtime:
         if isinstance(backend := self._backend, HttpRTensorBackend):
             backend.forget(wanted)
         try:
-            keys = dict.fromkeys(wanted)
-        except TypeError:  # one cannot be hashed; a tuple says that it can, whatever it contains
-            keys = dict.fromkeys(filter(_can_be_id, wanted))
-        return self.cache.clear(keys)
+            return self.cache.clear(wanted)
+        except TypeError:  # one cannot be hashed, so nothing was dropped
+            return self.cache.clear(filter(_can_be_id, wanted))
 
     def release(self, shard_ids: Sequence[Any]) -> None:
         """Let go of shards in Ray's object store of which this process has handles; others are passed over."""
