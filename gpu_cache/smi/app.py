@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.segment import Segment
 from rich.text import Text
 from textual.app import App, ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import Binding
 from textual.color import Color
 from textual.containers import VerticalScroll
 from textual.coordinate import Coordinate
@@ -23,17 +23,16 @@ from textual.filter import LineFilter
 from textual.widgets import DataTable, Footer, Input, Static, Tab, Tabs
 
 from gpu_cache.smi import document, watch
-from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Node
 from gpu_cache.smi.problems import problems_of
 from gpu_cache.smi.screen import census, nothing, problem_lines
 from gpu_cache.smi.tables import WIDE, Column, row_style
-from gpu_cache.smi.watch import EVENTS, LEAKS, MAX_INTERVAL_S, MIN_INTERVAL_S, PROCESSES, SORTS, SOURCES
+from gpu_cache.smi.watch import EVENTS, LEAKS, MAX_INTERVAL_S, MIN_INTERVAL_S, PROCESSES, SORTS, SOURCES, History
 
 _NUM_EVENTS = 3
 _VIEW_KEYS = {"p": PROCESSES, "u": SOURCES, "l": LEAKS, "e": EVENTS}
 
-_KEYS: list[BindingType] = [
+_KEYS = [
     Binding("q", "quit", "quit"),
     Binding("ctrl+c", "quit", show=False, priority=True),
     Binding("question_mark", "help", "help", key_display="?", tooltip="this list of keys; again: away with it"),
@@ -48,11 +47,7 @@ _KEYS: list[BindingType] = [
     Binding("minus", "interval(0.5)", "faster", key_display="-", tooltip="a shorter interval"),
     Binding("w", "snapshot", "snapshot", tooltip="write JSON into the current folder"),
 ]
-_HELP = [
-    f" {key.key_display or key.key:<7}{key.description:<11}{key.tooltip}"
-    for key in _KEYS
-    if isinstance(key, Binding) and key.description
-]
+_HELP = [f" {key.key_display or key.key:<7}{key.description:<11}{key.tooltip}" for key in _KEYS if key.description]
 _HELP.append(" arrows, PgUp, PgDn, Home, End and the mouse scroll")
 
 
@@ -161,15 +156,10 @@ class Watch(App[None]):
         self.query_one("#problems").set_class(not problems, "-empty")
 
     def _rows(self, node: Node) -> Sequence[Any]:
+        if self.view in (SOURCES, EVENTS):
+            return node.sources if self.view == SOURCES else self._past.events
         found = watch.processes(node, self.sort, self.wanted, self.gpu)
-        leaking = [process for process in found if process.figure("outlived_entries")]
-        of_view: dict[str, Sequence[Any]] = {
-            PROCESSES: found,
-            SOURCES: node.sources,
-            LEAKS: leaking,
-            EVENTS: self._past.events,
-        }
-        return of_view[self.view]
+        return [process for process in found if self.view == PROCESSES or process.figure("outlived_entries")]
 
     def _write(self, where: str, content: RenderableType) -> None:
         self.query_one(where, Static).update(content)
@@ -253,11 +243,12 @@ class List(DataTable[Text]):
         heads = [Text(f" {column.head}", justify=column.justify) for column in columns]
         cells = [[self._cell(column, row) for column in columns] for row in rows]
         widths = [max(text.cell_len for text in texts) for texts in zip(heads, *cells, strict=True)]
-        if heads != [column.label for column in self.ordered_columns]:
-            self._begin(heads, widths)
-        elif any(width > column.width for width, column in zip(widths, self.ordered_columns, strict=True)):
-            place = self.scroll_offset
-            self._begin(heads, widths)
+        is_same = heads == [column.label for column in self.ordered_columns]
+        if not is_same or any(width > column.width for width, column in zip(widths, self.ordered_columns, strict=True)):
+            place = self.scroll_offset if is_same else (0, 0)
+            self.clear(columns=True)
+            for head, width in zip(heads, widths, strict=True):
+                self.add_column(head, width=width)
             self.call_after_refresh(self.scroll_to, *place, animate=False)
         for number, line in enumerate(cells[: self.row_count]):
             for at, (before, cell) in enumerate(zip(self.get_row_at(number), line, strict=True)):
@@ -266,11 +257,6 @@ class List(DataTable[Text]):
         self.add_rows(cells[self.row_count :])
         while self.row_count > len(rows):
             self.remove_row(self.ordered_rows[-1].key)
-
-    def _begin(self, heads: Iterable[Text], widths: Iterable[int]) -> None:
-        self.clear(columns=True)
-        for head, width in zip(heads, widths, strict=True):
-            self.add_column(head, width=width)
 
     def _cell(self, column: Column, row: Any) -> Text:
         return Text.assemble(" ", (column.show(row), column.style(row)), justify=column.justify, style=row_style(row))
@@ -281,9 +267,5 @@ class Ascii(LineFilter):
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         """Letters that ASCII has not become question marks, as they do in the table."""
-        return [Segment(_ascii(text), style, control) for text, style, control in segments]
-
-
-def _ascii(text: str) -> str:
-    drawn = text.translate(watch.TO_ASCII)
-    return drawn.encode("ascii", "replace").decode()
+        drawn = ((text.translate(watch.TO_ASCII), style, control) for text, style, control in segments)
+        return [Segment(text.encode("ascii", "replace").decode(), style, control) for text, style, control in drawn]

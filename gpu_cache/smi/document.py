@@ -23,6 +23,7 @@ _HELD = {
     "host_bytes": "host_bytes",
     "entries": "num_entries",
 }
+_SHARED = ("shared_bytes", "shared_reserved_bytes")  # counted for the owner of that memory alone
 _OF_SOURCE = ("entries", "resident_bytes", "fetch_bytes", "fetch_busy_seconds", "fetch_errors")
 
 
@@ -85,18 +86,12 @@ def _process(process: Process, sources: tuple[str, ...]) -> dict[str, Any]:
         },
         "memory_used_bytes": process.memory_bytes,
         **{name: process.figure(key) for name, key in _HELD.items()},
-        **_shared(process),
+        **{key: found for key in _SHARED if (found := process.figure(key)) is not None},
         **{key: process.figure(key) for key in ("evictions", "overflows", "alloc_failures", "fetch_errors", "clears")},
         "version": figures.text(process.report, "version") or None,
         "user": process.user,
         "command": process.command or None,
     }
-
-
-def _shared(process: Process) -> dict[str, float]:
-    """Memory that it shares, if it does: counted for its owner alone."""
-    keys = ("shared_bytes", "shared_reserved_bytes")
-    return {key: found for key in keys if (found := process.figure(key)) is not None}
 
 
 def _link(process: Process, link: str) -> dict[str, float | None]:

@@ -75,7 +75,7 @@ class Exporter:
         self._registry, self._listener = _registry(look), listener
         self._rule = HostRule(listener.getsockname()[0])
         # The client that came first is the first.
-        self._serving: dict[asyncio.Task[None] | None, None] = {}
+        self._serving: dict[asyncio.Task[None], None] = {}
 
     async def run(self) -> None:
         """Answer until cancelled; `asyncio.run` then drops the clients."""
@@ -87,9 +87,13 @@ class Exporter:
             server.close()
 
     async def _serve_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._serving) >= _MAX_CLIENTS:
-            self._drop_first()
-        self._serving[task := asyncio.current_task()] = None
+        if len(self._serving) >= _MAX_CLIENTS:  # one goes for each that comes; a look that has not begun is not taken
+            first = next(iter(self._serving))
+            del self._serving[first]
+            first.cancel()
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving[task] = None
         try:
             await self._answer(reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
@@ -97,13 +101,6 @@ class Exporter:
         finally:
             self._serving.pop(task, None)
             writer.transport.abort()  # the answer is sent, or the client does not want it
-
-    def _drop_first(self) -> None:
-        """Drop one client for each that comes; a look that has not begun is not taken."""
-        first = next(iter(self._serving))
-        del self._serving[first]
-        assert first is not None
-        first.cancel()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with asyncio.timeout(_CLIENT_S):

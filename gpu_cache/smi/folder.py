@@ -68,16 +68,14 @@ def read_folders(paths: Iterable[Path]) -> list[ReportFile]:
 
 
 def _read_folder(path: Path) -> Iterator[ReportFile]:
-    for name in sorted(os.listdir(path)):
-        if report.is_report(name):
-            try:
-                yield _read(path / name)
-            except FileNotFoundError:
-                continue  # its process ended just now
-            except OSError as error:
-                yield ReportFile(
-                    path / name, None, problem=error.strerror or "", is_denied=isinstance(error, PermissionError)
-                )
+    for name in sorted(filter(report.is_report, os.listdir(path))):
+        try:
+            yield _read(path / name)
+        except FileNotFoundError:
+            continue  # its process ended just now
+        except OSError as error:
+            is_denied = isinstance(error, PermissionError)
+            yield ReportFile(path / name, None, problem=error.strerror or "", is_denied=is_denied)
 
 
 def _read(path: Path) -> ReportFile:
@@ -125,18 +123,14 @@ def is_held(path: Path) -> bool:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
     except PermissionError:
         raise
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 

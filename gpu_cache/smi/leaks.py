@@ -8,7 +8,7 @@ import os
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -75,7 +75,8 @@ _COLUMNS = (
 
 def screen(process: Process, answer: Answer, width: int, *, shows_all: bool) -> list[RenderableType]:
     """The process, its oldest entries, and where they come from."""
-    leaks = _leaks(answer)
+    listed = answer.get("leaks")
+    leaks = [leak for leak in listed if isinstance(leak, dict)] if isinstance(listed, list) else []
     num = figures.integer(answer, "outlived_entries") or len(leaks)
     nbytes = units.size(figures.number(answer, "outlived_bytes"))
     where = f"GPU {process.seat}  pid {process.pid}  {process.title:<12}"
@@ -91,12 +92,7 @@ def screen(process: Process, answer: Answer, width: int, *, shows_all: bool) -> 
     return [*parts, *(line.replace(GLUE, " ") for line in hint)]
 
 
-def _leaks(answer: Answer) -> list[Answer]:
-    found = answer.get("leaks")
-    return [leak for leak in found if isinstance(leak, dict)] if isinstance(found, list) else []
-
-
-def _hint(process: Process, leaks: list[Answer], num: int) -> str:
+def _hint(process: Process, leaks: Sequence[Answer], num: int) -> str:
     """Where most of them came from."""
     host, count = Counter(host_of(figures.text(leak, "source")) for leak in leaks).most_common(1)[0]
     failed = figures.total(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import io
 import itertools
@@ -11,19 +10,21 @@ import sys
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+
+from rich.console import Console, RenderableType
 
 from gpu_cache.hosts import is_loopback
 from gpu_cache.report.schema import dead_s
-from gpu_cache.smi import dmon, document, leaks, options, query, screen, timeline, watch
+from gpu_cache.smi import document, leaks, options, query, screen, tables, timeline, watch
 from gpu_cache.smi.folder import folders, remove
-from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Filters, Node, Observer
 from gpu_cache.smi.problems import problems_of
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, Process
-from gpu_cache.smi.terminal import Terminal
+from gpu_cache.smi.tables import WIDE
+from gpu_cache.smi.watch import History
 
 FAILED, BAD_ARGUMENT, PROBLEM, DENIED = 1, 2, 3, 4
 _RECORD_S = 1.0
@@ -64,6 +65,54 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         return 1
 
 
+class Terminal:
+    """Stdout and stderr of one run.
+
+    Args:
+        has_color: None: as the terminal and NO_COLOR say.
+    """
+
+    def __init__(self, environ: Mapping[str, str], has_color: bool | None = None) -> None:
+        self.is_terminal = sys.stdout.isatty()
+        has_width = self.is_terminal or environ.get("COLUMNS", "").isdigit()
+        self.console = Console(
+            width=None if has_width else WIDE,
+            force_terminal=has_color or None,
+            color_system="standard" if has_color else "auto",
+            no_color=None if has_color is None else not has_color,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self.width = self.console.width
+
+    @property
+    def is_unicode(self) -> bool:
+        """Whether it can show block characters."""
+        return "utf" in (sys.stdout.encoding or "").lower()
+
+    def show(self, parts: Iterable[RenderableType], letters: Mapping[int, int] = MappingProxyType({})) -> None:
+        """On stdout, with some letters in place of others."""
+        for part in parts:
+            with self.console.capture() as shown:
+                self.console.print(part, soft_wrap=True)
+            for line in shown.get().translate(letters).removesuffix("\n").split("\n"):
+                print(line.rstrip())
+        sys.stdout.flush()
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Below what was shown, or on stderr where stdout is read by a program."""
+        if self.is_terminal:
+            self.show(lines)
+        else:
+            self.tell(lines)
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """On stderr."""
+        for line in lines:
+            print(line, file=sys.stderr)
+
+
 class Commands:
     """One run of the tool."""
 
@@ -82,20 +131,17 @@ class Commands:
         """Run the mode that the options choose: a job of its own, else a table or text, once or repeatedly."""
         command = next((name for name in _COMMANDS if getattr(self._options, name)), "")
         if command:
-            return int(getattr(self, f"_{command}")())
+            return int(getattr(self, f"_{command}")() or 0)
         show = getattr(self, f"_{next((name for name in _FORMS if getattr(self._options, name)), 'table')}")
         if self._options.loop is None:
-            return self._show_once(show)
+            node = self.look()
+            if not node.is_denied:
+                show(node, 0)
+            return self._status(node)
         for number, node in enumerate(self._looks(self._options.loop)):
             self._terminal.show([""] * bool(number and show == self._table))
             show(node, number)
         return 0
-
-    def _show_once(self, show: Callable[[Node, int], None]) -> int:
-        node = self.look()
-        if not node.is_denied:
-            show(node, 0)
-        return self._status(node)
 
     def _status(self, node: Node) -> int:
         """The exit code of a look: whether no report may be read, or, with --strict, NVML's code."""
@@ -134,45 +180,40 @@ class Commands:
 
     def _query(self, node: Node, number: int) -> None:
         (kind, names), style = self._options.query, self._options.format
-        head = [query.head(kind, names)] if "noheader" not in style and not number else []
-        self._write(*head, *query.lines(node, kind, names, has_units="nounits" not in style))
+        has_head, has_units = "noheader" not in style and not number, "nounits" not in style
+        self._write(*query.lines(node, kind, names, has_head=has_head, has_units=has_units))
 
     def _dmon(self, node: Node, number: int) -> None:
         width = self._terminal.width
-        dead = {process.file.path for process in node.processes if process.state == DEAD}
-        fresh = tuple(process for process in node.processes if process.file.path not in self._told)
-        self._told |= dead
-        lines = dmon.lines(dataclasses.replace(node, processes=fresh), width)
-        self._write(*(dmon.heads(width) if number % _HEADS_EVERY == 0 else []), *lines)
+        fresh = [process for process in node.processes if process.file.path not in self._told]
+        self._told |= {process.file.path for process in fresh if process.state == DEAD}
+        heads = tables.log_heads(width) if number % _HEADS_EVERY == 0 else []
+        self._write(*heads, *tables.log_lines(fresh, node.unix_time, width))
 
     def _prom(self, node: Node, number: int) -> None:
-        self._write(_exposition().text(lambda: node).rstrip("\n"))
+        self._write(importlib.import_module("gpu_cache.smi.exposition").text(lambda: node).rstrip("\n"))
 
     def _write(self, *lines: str) -> None:
         for line in lines:
             print(line)
         sys.stdout.flush()
 
-    def _completion(self) -> int:
+    def _completion(self) -> None:
         sys.stdout.write(options.completion(self._options.completion))
-        return 0
 
-    def _help_query(self) -> int:
+    def _help_query(self) -> None:
         self._write(query.help_text(self._options.help_query))
-        return 0
 
     def _check(self) -> int:
         """Nothing, unless something is wrong."""
         node = self.look()
-        wrong = [
-            problem for problem in problems_of(node) if problem.process and problem.process.state in (LEAK, HUNG, DEAD)
-        ]
+        wrong = [one for one in problems_of(node) if one.process and one.process.state in (LEAK, HUNG, DEAD)]
         self._terminal.show(screen.problem_lines(wrong, self._terminal.width))
         faults = _faults_of_switch()
         self._terminal.show([f"WARN  {what}: {text}" for what, text in faults])
         return PROBLEM if wrong or faults else self._status(node)
 
-    def _watch(self) -> int:
+    def _watch(self) -> None:
         """Full screen until `q`; frames one after another into a file or pipe."""
         is_ascii = self._options.ascii or not self._terminal.is_unicode
         if all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
@@ -180,12 +221,11 @@ class Commands:
             if self._terminal.console.no_color:
                 os.environ["NO_COLOR"] = "1"
             app.Watch(self.look, self._options.watch, self._options.count, is_ascii=is_ascii).run()
-            return 0
+            return
         past = History()
         for node in self._looks(self._options.watch):
             past.add(node)
             self._terminal.show(watch.frame(node, past, self._options.watch), watch.TO_ASCII if is_ascii else {})
-        return 0
 
     def _leaks(self) -> int:
         """The entries that outlived a clear."""
@@ -225,22 +265,22 @@ class Commands:
     def _serve(self) -> int:
         """Answer scrapes until Ctrl-C."""
         host, port = self._options.serve
+        words = f"Warning: on {host} everyone who reaches this machine may read its processes' ids, roles and figures."
 
         def told(bound: int) -> None:
-            self._tell(f"metrics on http://{host}:{bound}/metrics", *_exposure(host))
+            self._tell(f"metrics on http://{host}:{bound}/metrics", *[words] * (not is_loopback(host)))
 
         try:
-            _exposition().serve(self.look, host, port, told)
+            importlib.import_module("gpu_cache.smi.exposition").serve(self.look, host, port, told)
         except OSError as error:
             self._tell(f"cannot serve on {host}:{port}: {error.strerror}")
         return FAILED
 
-    def _record(self) -> int:
+    def _record(self) -> None:
         """Append samples until Ctrl-C."""
         with open(self._options.record, "a", buffering=1) as file:
             for node in self._looks(self._options.loop or _RECORD_S):
                 file.write(timeline.line(node) + "\n")
-        return 0
 
     def _timeline(self) -> int:
         """Draw a recording."""
@@ -270,15 +310,3 @@ def _silence(process: Process) -> str:
     age_s = process.report_age_s
     why = {HUNG: f"no report for {age_s:.0f} s", DEAD: "it ended without cleanup"}.get(process.state, "it may be busy")
     return f"pid {process.pid} did not answer within {leaks.ANSWER_TIMEOUT_S:.0f} s ({why})"
-
-
-def _exposure(host: str) -> list[str]:
-    """A warning, if other machines can ask."""
-    if is_loopback(host):
-        return []
-    return [f"Warning: on {host} everyone who reaches this machine may read its processes' ids, roles and figures."]
-
-
-def _exposition() -> Any:
-    """Loaded only when asked for: prometheus_client is an extra."""
-    return importlib.import_module("gpu_cache.smi.exposition")

@@ -196,7 +196,7 @@ def exported(node: Node) -> dict[tuple[str, ...], Process]:
     """
     found: dict[tuple[str, ...], Process] = {}
     twins: Counter[tuple[str, ...]] = Counter()
-    for process in sorted(node.processes, key=_precedence):
+    for process in sorted(node.processes, key=lambda p: (p.state == DEAD, p.start_time, p.file.name)):
         rank = "" if process.rank is None else str(process.rank)
         labels = (process.gpu.label if process.gpu else "", process.role, rank)
         if process.state == NEWER or (labels in found and process.state == DEAD):
@@ -206,7 +206,3 @@ def exported(node: Node) -> dict[tuple[str, ...], Process]:
             labels = (*labels[:2], f"{rank}.{twins[labels]}")
         found[labels] = process
     return found
-
-
-def _precedence(process: Process) -> tuple[object, ...]:
-    return process.state == DEAD, figures.number(process.report, "start_time") or 0, process.file.name

@@ -20,7 +20,6 @@ from gpu_cache.smi.nvml import Devices, Gpu, Nvml
 from gpu_cache.smi.process import DEAD, STATES, Process
 from gpu_cache.units import ratio
 
-HOST_SEAT = "cpu"
 _SHORT_WAYS = {SHARED_MEMORY: "shm", NODE_CACHE: "node"}  # that are shown
 
 
@@ -133,11 +132,11 @@ class Node:
             for gpu in self.devices.gpus
             if self.filters.admits_gpu(gpu.label, gpu.uuid)
         ]
-        others: dict[object, list[Process]] = {}
+        others: dict[tuple[str, str], list[Process]] = {}
         for process in self.processes:
             if process.gpu is None:
                 others.setdefault((process.seat, process.uuid), []).append(process)
-        return known + [Row(found[0].seat, _name(found[0]), None, tuple(found)) for found in others.values()]
+        return known + [Row(seat, found[0].gpu_name, None, tuple(found)) for (seat, _), found in others.items()]
 
     @property
     def sources(self) -> list[Source]:
@@ -285,9 +284,3 @@ def _one_each(processes: Sequence[Process]) -> list[Process]:
         latest, *others = sorted(caches, key=lambda one: one.report_age_s)
         found.append(dataclasses.replace(latest, others=tuple(one.file for one in others)))
     return found
-
-
-def _name(process: Process) -> str:
-    if process.seat == HOST_SEAT:
-        return "host memory"
-    return figures.text(process.report, "gpu_name") or "N/A"

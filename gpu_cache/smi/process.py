@@ -14,6 +14,7 @@ from gpu_cache.smi.nvml import Gpu
 from gpu_cache.units import ratio
 
 OK, LEAK, HUNG, DEAD, NEWER = "ok", "leak", "hung", "dead", "newer"
+HOST_SEAT = "cpu"
 STATES = (OK, LEAK, HUNG, DEAD, NEWER)
 
 
@@ -95,6 +96,14 @@ class Process:
         return figures.text(self.report, "gpu_uuid")
 
     @property
+    def gpu_name(self) -> str:
+        return "host memory" if self.seat == HOST_SEAT else figures.text(self.report, "gpu_name") or "N/A"
+
+    @property
+    def start_time(self) -> float:
+        return figures.number(self.report, "start_time") or 0
+
+    @property
     def seat(self) -> str:
         """Which GPU, as the first column says it: NVML's index, the process's own with a star, "cpu", or "-"."""
         if self.gpu is not None:
@@ -105,7 +114,7 @@ class Process:
     @property
     def order(self) -> tuple[object, ...]:
         """GPUs as NVML orders them, then others, then the host; on one GPU by role and rank. The dead come last."""
-        place = (0, self.gpu.index, self.gpu.label) if self.gpu else (1 + (self.seat == "cpu"), 0, self.seat)
+        place = (0, self.gpu.index, self.gpu.label) if self.gpu else (1 + (self.seat == HOST_SEAT), 0, self.seat)
         return (self.state == DEAD, *place, self.role, self.rank or 0, self.host_pid or 0)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gpu_cache.config import MIB
@@ -102,17 +102,13 @@ FIELDS: dict[str, dict[str, Field]] = {
 }
 
 
-def head(kind: str, names: Iterable[str]) -> str:
-    """The first line."""
-    fields = ((name, FIELDS[kind][name]) for name in names)
-    return ", ".join(f"{name} [{field.unit}]" if field.unit else name for name, field in fields)
-
-
-def lines(node: Node, kind: str, names: Sequence[str], *, has_units: bool) -> list[str]:
-    """One for each GPU, process or source."""
+def lines(node: Node, kind: str, names: Sequence[str], *, has_head: bool, has_units: bool) -> list[str]:
+    """One for each GPU, process or source, below their names."""
     fields = [FIELDS[kind][name] for name in names]
     subjects: dict[str, Sequence[Any]] = {"gpu": node.rows, "proc": node.processes, "source": node.sources}
-    return [", ".join(_cell(field, of, has_units) for field in fields) for of in subjects[kind]]
+    rows = [", ".join(_cell(field, of, has_units) for field in fields) for of in subjects[kind]]
+    heads = (f"{name} [{one.unit}]" if one.unit else name for name, one in zip(names, fields, strict=True))
+    return [", ".join(heads), *rows] if has_head else rows
 
 
 def help_text(kind: str) -> str:

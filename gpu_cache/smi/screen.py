@@ -13,8 +13,9 @@ from rich.text import Text
 from gpu_cache import __version__, units
 from gpu_cache.report.schema import WINDOW_S
 from gpu_cache.smi import tables
-from gpu_cache.smi.node import HOST_SEAT, Filters, Node, Row
+from gpu_cache.smi.node import Filters, Node, Row
 from gpu_cache.smi.problems import Problem, summed_up
+from gpu_cache.smi.process import HOST_SEAT
 from gpu_cache.smi.tables import DIM, NARROW, RED, RULED, WIDE, YELLOW, Column
 from gpu_cache.units import DASH
 
@@ -45,7 +46,8 @@ def screen(node: Node, width: int, boxes: Sequence[str] = BOXES) -> list[Rendera
     if node.sources and SOURCES in boxes:
         parts.append(tables.table(tables.SOURCE, node.sources, width))
     spaced = [line for part in parts for line in ("", part)][1:]
-    return [clock_line(node.unix_time), *spaced, *(_footnote(node) if boxes != (SOURCES,) else [])]
+    clock = time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(node.unix_time))
+    return [clock, *spaced, *(_footnote(node) if boxes != (SOURCES,) else [])]
 
 
 def nothing(node: Node) -> str:
@@ -67,10 +69,6 @@ def listing(node: Node) -> list[str]:
     return lines or [nothing(node)]
 
 
-def clock_line(unix_time: float) -> str:
-    return time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(unix_time))
-
-
 def problem_lines(problems: list[Problem], width: int) -> list[str]:
     """WARN and NOTE below the boxes, no wider than they are."""
     return [line for problem in summed_up(problems) for line in problem.lines(tables.fitting(width))]
@@ -87,19 +85,17 @@ def _head(node: Node, width: int) -> RenderableType:
     driver, cuda = node.devices.driver_version or "N/A", node.devices.cuda_version or "N/A"
     long = " Version" if width == WIDE else ""
     versions = f"GPU-CACHE-SMI {__version__:<8}  Driver{long}: {driver:<12}  CUDA{long}: {cuda:<8}"
-    memory = {what: [node.summed(f"{what}_{key}") for key in keys] for what, keys in _MEMORY.items()}
     shown = [
-        f"{_NAMES[what]} {units.size(used)} / {units.size(capacity)}"
-        for what, (used, capacity) in memory.items()
-        if capacity and (width == WIDE or what == "shared")
+        f"{name} {units.size(node.summed(used))} / {units.size(node.summed(capacity))}"
+        for name, used, capacity in _MEMORY[: 2 if width == WIDE else 1]
+        if node.summed(capacity)
     ]
     of_node = tables.spread(f"Node {node.hostname}   {census(node)}", "  ".join(shown))
     return Group(tables.spread(versions, f"rates: {WINDOW_S:.0f} s busy"), of_node)
 
 
 _LEAST = 46  # with ten characters for a role
-_MEMORY = {"shared": ("bytes", "reserved_bytes"), "host": ("bytes", "capacity_bytes")}
-_NAMES = {"shared": "shared", "host": "host tier"}
+_MEMORY = (("shared", "shared_bytes", "shared_reserved_bytes"), ("host tier", "host_bytes", "host_capacity_bytes"))
 
 
 def _memory(row: Row) -> str:

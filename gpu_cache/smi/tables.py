@@ -1,7 +1,8 @@
-"""Lists that people read: the columns of each, and their tables by `rich`, at 99 characters, 78, or fewer."""
+"""Lists of processes and sources: the columns of each, tables by `rich` at 99 characters, 78, or fewer, and a log."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -141,3 +142,41 @@ SOURCE = (
     Column("Errors", count_of("fetch_errors"), 6, 0, lambda s: RED if s.figure("fetch_errors") else ""),
     OLDEST,
 )
+
+# Of --dmon: one line for each process and tick. Columns keep their places, each with its unit below its name.
+_LOG = (
+    Column("gpu\nIdx", lambda p: p.seat, 4),
+    Column("pid\n#", lambda p: p.pid, 8),
+    Column(" role\n name", lambda p: f" {p.title.replace(' ', '_')[:12]}", 13, justify="left"),
+    Column("state\n-", lambda p: p.state, 6, justify="left"),
+    Column("pool\nMiB", lambda p: units.mib(p.figure("device_bytes")), 7),
+    Column("pinned\nMiB", lambda p: units.mib(p.figure("pinned_capacity_bytes")), 7, WIDE),
+    Column("host\nMiB", lambda p: units.mib(p.figure("host_bytes")), 7, WIDE),
+    Column("entries\n#", count_of("num_entries"), 8),
+    Column("hit\n%", lambda p: units.percent(p.hit_ratio), 6),
+    Column("fetch\nGB/s", lambda p: units.gigabytes(p.rate("fetch_bytes_per_second")), 6),
+    Column("h2d\nGB/s", lambda p: units.gigabytes(p.rate("h2d_bytes_per_second")), 6, WIDE),
+    Column("evict\n/s", lambda p: units.decimal(p.rate("evictions_per_second")), 6, WIDE),
+    Column("oldest\ns", lambda p: units.count(p.oldest_age_s), 7),
+)
+
+
+def log_heads(width: int) -> list[str]:
+    """Names and units; a log's reader skips lines that begin with #."""
+    names, units_of = (_log_line((column.head.split("\n")[row] for column in _LOG), width) for row in (0, 1))
+    return [f"#time     {names}", f"#HH:MM:SS {units_of}"]
+
+
+def log_lines(processes: Iterable[Process], unix_time: float, width: int) -> list[str]:
+    when = time.strftime("%H:%M:%S", time.localtime(unix_time))
+    return [f" {when} {_log_line((column.show(process) for column in _LOG), width)}" for process in processes]
+
+
+def _log_line(texts: Iterable[str], width: int) -> str:
+    """A long number is never cut."""
+    cells = (
+        text.ljust(column.width) if column.justify == "left" else text.rjust(column.width)
+        for column, text in zip(_LOG, texts, strict=True)
+        if column.at <= width
+    )
+    return " ".join(cells)

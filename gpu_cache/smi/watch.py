@@ -1,20 +1,26 @@
-"""What `--watch` shows, on a terminal and elsewhere: GPUs with a minute of transfers, and lists with theirs."""
+"""What `--watch` shows, on a terminal and elsewhere: GPUs, lists, a minute of transfers, and the log of events."""
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import RenderableType
 
 from gpu_cache import __version__, units
-from gpu_cache.smi import tables
-from gpu_cache.smi.history import LEVELS, SPAN_S, Event, History
+from gpu_cache.smi import figures, tables
 from gpu_cache.smi.node import Node, Row
-from gpu_cache.smi.process import HUNG, LEAK, STATES, Process
+from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, STATES, Process
 from gpu_cache.smi.screen import nothing, pool_style
 from gpu_cache.smi.tables import NARROW, RED, WIDE, Column, count_of, size_of, table
+
+SPAN_S = 60.0
+LEVELS = "▁▂▃▄▅▆▇█"
+_MAX_EVENTS = 200
+LINKS = ("fetch", "h2d")
 
 PROCESSES, SOURCES, LEAKS, EVENTS = "processes", "sources", "leaks", "events"
 MIN_INTERVAL_S, MAX_INTERVAL_S = 0.25, 60.0
@@ -23,6 +29,8 @@ TO_ASCII = str.maketrans(f"░{LEVELS}━╸╺…", "._.:-=+*#---.")
 _BLOCKS = 10  # of the bar
 _BAR = _BLOCKS + 5
 _OF_GPU, _OF_PROCESS = 66, 91  # characters of a line without its sparklines
+
+Trace = collections.deque[tuple[float, float | None]]  # unix time, bytes per second of wall clock
 
 SORTS: dict[str, Callable[[Process], Any]] = {
     "gpu": lambda p: p.order,
@@ -34,16 +42,127 @@ SORTS: dict[str, Callable[[Process], Any]] = {
 }
 
 
+class Event(NamedTuple):
+    unix_time: float
+    who: str
+    what: str
+    state: str
+
+
+class History:
+    """Grows with each look. Bytes per second of wall clock, so that a pause between steps shows as one."""
+
+    def __init__(self) -> None:
+        self._events: collections.deque[Event] = collections.deque(maxlen=_MAX_EVENTS)
+        self._last: Node | None = None
+        self._traces: dict[tuple[object, str], Trace] = {}
+        self._speeds: dict[tuple[Path, str], float] = {}
+
+    @property
+    def events(self) -> list[Event]:
+        """The latest first."""
+        return sorted(self._events, reverse=True)
+
+    def add(self, node: Node) -> None:
+        """One more look."""
+        self._events.extend(between(self._last, node))
+        before = {process.file.path: process for process in self._last.processes} if self._last else {}
+        for link in LINKS:
+            speeds = {p.file.path: self._speed(before.get(p.file.path), p, link) for p in node.processes}
+            for process in node.processes:
+                self._append(_key(process), link, node.unix_time, speeds[process.file.path])
+            for row in node.rows:
+                total = figures.total(speeds[process.file.path] for process in row.processes)
+                self._append(_key(row), link, node.unix_time, total)
+        self._last = node
+
+    def _append(self, key: object, link: str, now: float, speed: float | None) -> None:
+        trace = self._traces.setdefault((key, link), collections.deque())
+        trace.append((now, speed))
+        while trace[0][0] < now - SPAN_S:
+            trace.popleft()
+
+    def _speed(self, earlier: Process | None, process: Process, link: str) -> float | None:
+        """Between the last two reports; the same again while there is no new one."""
+        key = (process.file.path, link)
+        if not process.is_reporting:
+            return None
+        if earlier is not None and process.file.modified > earlier.file.modified:
+            grown = (process.figure(f"{link}_bytes") or 0) - (earlier.figure(f"{link}_bytes") or 0)
+            self._speeds[key] = max(grown, 0) / (process.file.modified - earlier.file.modified)
+        return self._speeds.get(key)
+
+    def trace(self, of: Row | Process, link: str) -> Sequence[tuple[float, float | None]]:
+        """The last minute of a GPU or a process."""
+        return self._traces.get((_key(of), link), ())
+
+    def sparkline(self, of: Row | Process, link: str, width: int) -> str:
+        """The last minute, as high as the largest value; a blank where nothing is known."""
+        now = self._last.unix_time if self._last else 0.0
+        values = buckets(self.trace(of, link), now, width)
+        largest = figures.largest(values) or 1
+        return "".join(" " if value is None else LEVELS[round(value / largest * 7)] for value in values)
+
+
+def _key(of: Row | Process) -> object:
+    return (of.label, of.uuid) if isinstance(of, Row) else of.file.path
+
+
+def buckets(trace: Sequence[tuple[float, float | None]], now: float, count: int) -> list[float | None]:
+    """The last minute cut into `count` parts, each with its largest value; None where nothing is known."""
+    found: list[float | None] = [None] * count
+    for unix_time, value in trace:
+        place = count - 1 - int((now - unix_time) / SPAN_S * count)
+        if 0 <= place < count and value is not None:
+            found[place] = max(found[place] or 0, value)
+    return found
+
+
+def between(before: Node | None, after: Node) -> list[Event]:
+    """In the order of time. Without a look before, what the reports tell of the past."""
+    known = {process.file.path: process for process in before.processes} if before else {}
+    found: list[Event] = []
+    for process in after.processes:
+        earlier = known.pop(process.file.path, None)
+        found += _of_process(earlier, process, is_first=before is None)
+    ended = [Event(after.unix_time, process.label, "ended", "") for process in known.values() if process.state != DEAD]
+    return sorted([*found, *ended])
+
+
+def _of_process(earlier: Process | None, process: Process, *, is_first: bool) -> Iterator[Event]:
+    state, reported = process.state, process.file.modified
+    if earlier is not None and _is_leaking_clear(earlier, process):
+        yield Event(reported, process.label, _clear(earlier, process), LEAK)
+    elif (earlier.state if earlier else OK) != state:
+        what = {
+            LEAK: f"{units.count(process.figure('outlived_entries'))} entries survived 2+ clear_batches()",
+            HUNG: "last report",
+            DEAD: "ended without cleanup",
+            NEWER: "reports in a newer schema",
+            OK: "reports again" if earlier and earlier.state == HUNG else "leaks no more",
+        }
+        yield Event(reported, process.label, what[state], state)
+    elif earlier is None and not is_first:
+        yield Event(reported, process.label, f"{process.title} started", OK)
+
+
+def _is_leaking_clear(earlier: Process, process: Process) -> bool:
+    return process.state == LEAK and (process.figure("clears") or 0) > (earlier.figure("clears") or 0)
+
+
+def _clear(earlier: Process, process: Process) -> str:
+    freed = (process.figure("cleared") or 0) - (earlier.figure("cleared") or 0)
+    entries = process.figure("outlived_entries")
+    survived = process.figure("outlived_max_clears")
+    text = f"clear_batches(): {units.count(freed)} freed, {units.count(entries)} survive"
+    return f"{text} their {units.ordinal(int(survived))}" if survived else text
+
+
 def lists(past: History, width: int) -> dict[str, tuple[Column, ...]]:
     """The columns of each list; where there is room, the last of a process is a sparkline of its fetches."""
     room = min(max(width - _OF_PROCESS, 0), int(SPAN_S))
     trace = _trace(past, "fetch", room, WIDE)
-    shown = {
-        PROCESSES: (*_PROCESS, trace),
-        SOURCES: tables.SOURCE,
-        LEAKS: _LEAK,
-        EVENTS: _EVENT,
-    }
+    shown = {PROCESSES: (*_PROCESS, trace), SOURCES: tables.SOURCE, LEAKS: _LEAK, EVENTS: _EVENT}
     return {view: tuple(one for one in columns if one.at <= width) for view, columns in shown.items()}
 
 
@@ -88,11 +207,6 @@ def _used(row: Row) -> str:
     return "" if used is None else f"{units.size(used)}/{units.size(capacity)}"
 
 
-def _wait(process: Process) -> str:
-    """Milliseconds in each second of the last ten in which a fetch waited for a staging slot."""
-    return units.milliseconds(process.rate("pinned_wait_seconds_per_second"))
-
-
 def frame(node: Node, past: History, interval_s: float) -> Iterator[RenderableType]:
     """All of it, for a file or pipe."""
     yield title(node, interval_s)
@@ -124,7 +238,8 @@ _PROCESS = (
     tables.HIT._replace(at=0),
     tables.FETCH._replace(at=0),
     Column("Evict/s", lambda p: units.decimal(p.rate("evictions_per_second")), 7, WIDE),
-    Column("Wait ms", _wait, 7, WIDE),
+    # In each second of the last ten, a fetch waited for a staging slot this long.
+    Column("Wait ms", lambda p: units.milliseconds(p.rate("pinned_wait_seconds_per_second")), 7, WIDE),
     tables.OLDEST,
 )
 _LEAK = (

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from gpu_cache.smi import screen, timeline
 from gpu_cache.smi.app import Watch
-from gpu_cache.smi.history import History
 from gpu_cache.smi.node import Filters, Node, Observer
 from gpu_cache.smi.problems import problems_of
 from gpu_cache.smi.process import LEAK, OK
 from gpu_cache.smi.tables import WIDE
+from gpu_cache.smi.watch import History
 
 PERIOD_S = 0.25
 _DRAWN_S = 0.5

@@ -25,10 +25,9 @@ from textual.events import MouseScrollDown
 from textual.pilot import Pilot
 from textual.widgets import Static
 
-from gpu_cache.smi import __main__, history
+from gpu_cache.smi import __main__, watch
 from gpu_cache.smi.app import List, Watch
-from gpu_cache.smi.history import History
-from gpu_cache.smi.watch import MIN_INTERVAL_S
+from gpu_cache.smi.watch import MIN_INTERVAL_S, History
 from tests.support.smi_machine import Machine, add_trainers, matches_golden, words_of
 from tests.support.smi_reports import DEAD_S, NOW, dead_trainer, report, trainers
 
@@ -313,9 +312,9 @@ def test_transfers_are_remembered_for_a_minute(node: Machine) -> None:
     trace = list(past.trace(row, "fetch"))
     assert len(trace) == 61
     assert max(value or 0 for _, value in trace) == pytest.approx(11e9)
-    values = history.buckets(trace, NOW, 60)
+    values = watch.buckets(trace, NOW, 60)
     assert values[-1] == pytest.approx(STEP_GB[80 % 12] * 1e9)
-    assert history.buckets([], NOW, 3) == [None] * 3
+    assert watch.buckets([], NOW, 3) == [None] * 3
 
 
 def test_looking_twice_at_one_report_repeats_its_speed(node: Machine) -> None:
