@@ -70,16 +70,9 @@ def summed_up(problems: list[Problem]) -> list[Problem]:
 
 
 def _of_process(process: Process) -> Iterator[Problem]:
-    match process.state:
-        case state if state == LEAK:
-            yield _leak(process)
-        case state if state == HUNG:
-            yield _hung(process)
-        case state if state == DEAD:
-            message = f"ended without cleanup {units.age(process.report_age_s)} ago; not counted above"
-            yield Problem(NOTE, ENDED, message, process, "Clear: gpu-cache-smi --gc")
-        case state if state == NEWER:
-            yield _newer(process)
+    of_state = {LEAK: _leak, HUNG: _hung, DEAD: _dead, NEWER: _newer}
+    if process.state in of_state:
+        yield of_state[process.state](process)
     if process.is_alive and process.host_pid is None:
         message = (
             f"{process.title} runs in another PID namespace and its host PID is not visible from here"
@@ -105,6 +98,11 @@ def _hung(process: Process) -> Problem:
     )
     inside, pid = ("", process.pid) if process.host_pid else ("in its container: ", units.count(process.own_pid))
     return Problem(WARNING, "no_report", message, process, f"Look: {inside}py-spy dump --pid {pid}")
+
+
+def _dead(process: Process) -> Problem:
+    message = f"ended without cleanup {units.age(process.report_age_s)} ago; not counted above"
+    return Problem(NOTE, ENDED, message, process, "Clear: gpu-cache-smi --gc")
 
 
 def _newer(process: Process) -> Problem:

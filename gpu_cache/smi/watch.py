@@ -68,19 +68,14 @@ class History:
         self._events.extend(between(self._last, node))
         before = {process.file.path: process for process in self._last.processes} if self._last else {}
         for link in LINKS:
-            speeds = {p.file.path: self._speed(before.get(p.file.path), p, link) for p in node.processes}
-            for process in node.processes:
-                self._append(_key(process), link, node.unix_time, speeds[process.file.path])
-            for row in node.rows:
-                total = figures.total(speeds[process.file.path] for process in row.processes)
-                self._append(_key(row), link, node.unix_time, total)
+            speeds = {_key(p): self._speed(before.get(p.file.path), p, link) for p in node.processes}
+            speeds |= {_key(row): figures.total(speeds[_key(p)] for p in row.processes) for row in node.rows}
+            for key, speed in speeds.items():
+                trace = self._traces.setdefault((key, link), collections.deque())
+                trace.append((node.unix_time, speed))
+                while trace[0][0] < node.unix_time - SPAN_S:
+                    trace.popleft()
         self._last = node
-
-    def _append(self, key: object, link: str, now: float, speed: float | None) -> None:
-        trace = self._traces.setdefault((key, link), collections.deque())
-        trace.append((now, speed))
-        while trace[0][0] < now - SPAN_S:
-            trace.popleft()
 
     def _speed(self, earlier: Process | None, process: Process, link: str) -> float | None:
         """Between the last two reports; the same again while there is no new one."""
@@ -131,7 +126,7 @@ def between(before: Node | None, after: Node) -> list[Event]:
 
 def _of_process(earlier: Process | None, process: Process, *, is_first: bool) -> Iterator[Event]:
     state, reported = process.state, process.file.modified
-    if earlier is not None and _is_leaking_clear(earlier, process):
+    if earlier and state == LEAK and (process.figure("clears") or 0) > (earlier.figure("clears") or 0):
         yield Event(reported, process.label, _clear(earlier, process), LEAK)
     elif (earlier.state if earlier else OK) != state:
         what = {
@@ -144,10 +139,6 @@ def _of_process(earlier: Process | None, process: Process, *, is_first: bool) ->
         yield Event(reported, process.label, what[state], state)
     elif earlier is None and not is_first:
         yield Event(reported, process.label, f"{process.title} started", OK)
-
-
-def _is_leaking_clear(earlier: Process, process: Process) -> bool:
-    return process.state == LEAK and (process.figure("clears") or 0) > (earlier.figure("clears") or 0)
 
 
 def _clear(earlier: Process, process: Process) -> str:
