@@ -23,9 +23,9 @@ RANKS = [
     {"smi"},
 ]
 RANKS_OF_RPC = [
-    {"shard", "tokens", "trimming"},
+    {"shard", "tokens"},
     {"wire", "segments"},
-    {"store", "clearing"},
+    {"store", "clearing", "trimming"},
     {"client"},
     {"runtime", "views"},
     {"rtensor"},

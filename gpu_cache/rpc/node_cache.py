@@ -294,13 +294,7 @@ class _VersionSource:
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each owner."""
         versions: dict[Hashable, Version] = {one.shard_id: one for one in cast(Sequence[Version], keys)}
-        metas: dict[Promise, torch.Tensor] = {}
-        expected: dict[Hashable, torch.Tensor] = {}
-        for key, version in versions.items():
-            promise = dtype, shape, _ = self._promises[version]
-            if (meta := metas.get(promise)) is None:
-                meta = metas[promise] = torch.empty(shape, dtype=dtype, device="meta")
-            expected[key] = meta
+        expected = {key: ShardSpec(key, *self._promises[version][:2]) for key, version in versions.items()}
         shards = {key: TensorShardInfo(key, one.address) for key, one in versions.items()}
         readers = self._backend.source(shards, expected).open(list(versions), timeout_s)
         return [_VersionReader(reader, versions) for reader in readers]

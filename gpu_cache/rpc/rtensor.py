@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import math
 import operator
+import os
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
@@ -41,9 +43,10 @@ from gpu_cache.rpc.shard import (
     map_leaves,
     promise_of,
 )
+from gpu_cache.rpc.store import copied
 from gpu_cache.rpc.trimming import trim_padding
 from gpu_cache.rpc.views import FetchBufferView, StorageStatsView, StorageView
-from gpu_cache.rpc.wire.serialization import DTYPES, check_stored, meta_tensor, register_dataclass
+from gpu_cache.rpc.wire.serialization import DTYPES, check_stored, checked_shape, meta_tensor, register_dataclass
 
 __all__ = [
     "ClearReport",
@@ -94,14 +97,14 @@ class RTensor:
     Attributes:
         shard: Where it lives.
         data: Its shape and dtype on `meta` while remote; the tensor itself once localized. On the wire it is always
-            the former: a handle stays small.
+            the former: a handle stays small. The meta tensor is made when a caller first looks at it.
     """
 
     shard: TensorShardInfo
     data: torch.Tensor
 
-    # The promise of the handle, and the meta tensor that it was read from. Reading each tensor again would make
-    # localizing thousands of cached shards a third slower.
+    # The promise of the handle, and the meta tensor that it was read from; None while `data` was not looked at.
+    # Reading each tensor again would make localizing thousands of cached shards a third slower.
     # No annotations, which would make them fields.
     _promise = cast(Promise, (torch.uint8, (), ""))
     _said = cast("torch.Tensor | None", None)
@@ -110,43 +113,57 @@ class RTensor:
         if isinstance(self.data, torch.Tensor) and self.data.is_meta and isinstance(self.shard, TensorShardInfo):
             self._note()
 
+    @classmethod
+    def _remote(cls, shard: TensorShardInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> RTensor:
+        """A handle whose meta tensor is not made yet."""
+        handle = cls.__new__(cls)
+        handle.shard = shard
+        handle._promise = promise = promise_of(dtype, shape, shard.node_addr)
+        shard.node_addr = promise[2] or ""  # the same text, as one object with that of other handles
+        return handle
+
     def __repr__(self) -> str:
         dtype, shape = str(self.dtype).removeprefix("torch."), list(self.shape)
-        place = "remote" if self.data.is_meta else f"on {self.device}"
+        place = "remote" if self.device.type == "meta" else f"on {self.device}"
         return f"RTensor({dtype} {shape} {place}, shard {self.shard.shard_id!r} of {self.shard.node_addr or 'Ray'})"
 
     def _note(self) -> Promise:
-        data = self.data
-        promise = promise_of(data, self.shard.node_addr)
-        self.shard.node_addr = promise[2] or ""  # the same text, as one object with that of other handles
+        data = self.__dict__.get("data")
+        dtype, shape = self._described()
+        promise = promise_of(dtype, shape, self.shard.node_addr)
+        self.shard.node_addr = promise[2] or ""
         self._promise, self._said = promise, data
         return promise
+
+    def _described(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        data = self.__dict__.get("data")
+        return self._promise[:2] if data is None else (data.dtype, data.shape)
 
     @property
     def promise(self) -> Promise:
         """Dtype, shape and owner of its shard, as it says while it is remote."""
-        is_known = self._said is self.data and self._promise[2] is self.shard.node_addr
+        is_known = self._said is self.__dict__.get("data") and self._promise[2] is self.shard.node_addr
         return self._promise if is_known else self._note()
 
     @property
     def shape(self) -> torch.Size:
         """Its shape."""
-        return self.data.shape
+        return torch.Size(self._described()[1])
 
     @property
     def dtype(self) -> torch.dtype:
         """Its dtype."""
-        return self.data.dtype
+        return self._described()[0]
 
     @property
     def device(self) -> torch.device:
         """`meta` while remote."""
-        return self.data.device
+        return self.data.device if "data" in self.__dict__ else _META
 
     @property
     def ndim(self) -> int:
         """Its number of dimensions."""
-        return self.data.ndim
+        return len(self._described()[1])
 
     def to_local(self, *, timeout_s: float | None = None) -> torch.Tensor:
         """The tensor itself: from `data` if it is there, else from the cache or the owner; kept in `data`.
@@ -255,7 +272,7 @@ class RTensor:
         Returns:
             A future of the number of shards on their way. It need not be waited for.
         """
-        remote = [handle for handle in _handles_in(obj) if handle.data.is_meta]
+        remote = [handle for handle in _handles_in(obj) if _is_remote(handle)]
         _check_owners(remote)
         promises = {handle.shard.shard_id: handle.promise for handle in remote}
         return runtime.current().prefetch(remote, promises, timeout_s, prefer, keep)
@@ -324,40 +341,58 @@ class RTensor:
         return await ending.clear(_sized_shards(obj), _clear_owner, consumers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shard": self.shard, "data": _MetaState(self.data)}
+        return {"shard": self.shard, "data": _MetaState(*self._described())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.shard, self.data = state["shard"], state["data"]
         self.__post_init__()
 
     def __copy__(self) -> RTensor:
-        return RTensor(self.shard, self.data)
+        return self._copied(self.shard, self.__dict__.get("data"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RTensor:
-        return RTensor(copy.deepcopy(self.shard, memo), copy.deepcopy(self.data, memo))
+        return self._copied(copy.deepcopy(self.shard, memo), copy.deepcopy(self.__dict__.get("data"), memo))
+
+    def _copied(self, shard: TensorShardInfo, data: torch.Tensor | None) -> RTensor:
+        return RTensor._remote(shard, *self._promise[:2]) if data is None else RTensor(shard, data)
 
     def __wire_fields__(self) -> dict[str, Any]:
         """The fields that travel: shape and dtype, never the values."""
-        data = self.data
-        if not data.is_meta:
-            with plain_tensors():
-                data = meta_tensor(data.dtype, *data.shape)
-        return {"shard": self.shard, "data": data}
+        dtype, shape = self._described()
+        return {"shard": self.shard, "data": meta_tensor(dtype, *shape)}
+
+
+class _MetaTensor:
+    """`RTensor.data` until a caller looks at it: makes the meta tensor then.
+
+    Callers look at few of the thousands that travel, and each drop of a tensor gives the GIL away: beside a busy
+    thread that took 14 s of a step of 3,072 shards.
+    """
+
+    def __get__(self, handle: RTensor, owner: type) -> torch.Tensor:
+        made = meta_tensor(*handle._promise[:1], *handle._promise[1])
+        # Another thread may have localized the handle.
+        found: torch.Tensor = handle.__dict__.setdefault("data", made)
+        handle._said = made
+        return found
+
+
+RTensor.data = _MetaTensor()  # type: ignore[assignment]  # in the place of an attribute that a handle lacks
 
 
 class _MetaState:
     """A meta tensor in a pickle, as torch itself writes one: Ray's option for tensors without a copy takes no other."""
 
-    def __init__(self, like: torch.Tensor) -> None:
-        self._like = like
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._dtype, self._shape = dtype, tuple(shape)
 
     def __reduce__(self) -> Any:
-        shape = tuple(self._like.shape)
+        shape = self._shape
         strides = [1]
         for extent in reversed(shape[1:]):
             strides.append(strides[-1] * max(extent, 1))
         strides = strides[::-1] if shape else []
-        return torch._utils._rebuild_meta_tensor_no_storage, (self._like.dtype, shape, tuple(strides), False)
+        return torch._utils._rebuild_meta_tensor_no_storage, (self._dtype, shape, tuple(strides), False)
 
 
 _SHARD_WIRE_NAME = "areal.infra.rpc.rtensor.TensorShardInfo"
@@ -370,12 +405,12 @@ def handle_to_json(handle: RTensor) -> dict[str, Any] | None:
         TypeError: Its shard is in Ray's object store.
     Source: our measurement; this takes 8 us a handle, AReaL's 56 to 150. Reading one takes 15 instead of 55 to 90.
     """
-    shard, data = handle.shard, handle.data
+    shard, (dtype, shape) = handle.shard, handle._described()
     if type(shard.shard_id) is not str:
         return None
     check_has_text_form(shard.shard_id)
     place = {"shard_id": shard.shard_id, "node_addr": shard.node_addr}
-    meta = {"type": "tensor", "data": None, "shape": list(data.shape), "dtype": str(data.dtype)}
+    meta = {"type": "tensor", "data": None, "shape": list(shape), "dtype": str(dtype)}
     described = {"type": "dataclass", "class_path": _SHARD_WIRE_NAME, "data": place}
     return {"type": "dataclass", "class_path": _WIRE_NAME, "data": {"shard": described, "data": meta}}
 
@@ -385,25 +420,27 @@ def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
     try:
         if value["class_path"] != _WIRE_NAME or value["type"] != "dataclass":
             return None
-        shard, meta = value["data"]["shard"], value["data"]["data"]
+        described = value["data"]
+        shard, meta = described["shard"], described["data"]
         place = shard["data"]
         shard_id, node_addr, shape = place["shard_id"], place["node_addr"], meta["shape"]
         is_remote = meta["type"] == "tensor" and meta["data"] is None and shard["class_path"] == _SHARD_WIRE_NAME
-        dtype, is_shape = DTYPES.get(meta["dtype"].removeprefix("torch.")), isinstance(shape, list | tuple)
-        if not (is_remote and dtype and is_shape and type(shard_id) is type(node_addr) is str):
+        dtype, is_whole = DTYPES.get(meta["dtype"].removeprefix("torch.")), len(described) == len(place) == 2
+        if not (is_remote and dtype and is_whole and type(shard_id) is type(node_addr) is str):
             return None
-        data = meta_tensor(dtype, *shape)
-    except (KeyError, TypeError, AttributeError, RuntimeError):
+        extents, _ = checked_shape(list(shape) if isinstance(shape, tuple) else shape, dtype.itemsize)
+    except (KeyError, TypeError, AttributeError, ValueError):
         return None
-    return RTensor(TensorShardInfo(shard_id, node_addr), data)
+    return RTensor._remote(TensorShardInfo(shard_id, node_addr), dtype, extents)
 
 
 _DICT_OR_TENSOR: Any = (dict, torch.Tensor)
 _DATA_OF = operator.attrgetter("data")
+_META = torch.device("meta")
 
 _WIRE_NAME = "areal.infra.rpc.rtensor.RTensor"
 
-register_dataclass(_WIRE_NAME, RTensor)
+register_dataclass(_WIRE_NAME, RTensor, handle_from_json)
 register_dataclass(_SHARD_WIRE_NAME, TensorShardInfo)
 
 
@@ -515,7 +552,9 @@ def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
     """
     shards: dict[str, dict[Any, SizedId]] = {}
     for handle in _handles_in(obj):
-        owned, sized = shards.setdefault(handle.shard.node_addr, {}), SizedId(handle.shard.shard_id, handle.data.nbytes)
+        dtype, shape = handle._described()
+        sized = SizedId(handle.shard.shard_id, math.prod(shape) * dtype.itemsize)
+        owned = shards.setdefault(handle.shard.node_addr, {})
         try:
             owned[sized.shard_id] = sized
         except TypeError:  # unhashable
@@ -540,7 +579,7 @@ def _is_message(obj: Any) -> bool:
 
 
 def _data_or_none(handle: RTensor) -> torch.Tensor | None:
-    return None if handle.data.is_meta else handle.data
+    return None if _is_remote(handle) else handle.data
 
 
 def _fill(
@@ -554,7 +593,7 @@ def _fill(
     remote = [
         handle
         for handle in handles
-        if (handle._said is handle.data and handle._promise[2] is handle.shard.node_addr) or _is_remote(handle)
+        if ("data" not in handle.__dict__ and handle._promise[2] is handle.shard.node_addr) or _is_remote(handle)
     ]
     if not remote:
         return
@@ -569,10 +608,12 @@ def _fill(
 
 
 def _is_remote(handle: RTensor) -> bool:
-    """Whether it has no values; then what it says is looked at once more, as it was given another tensor or owner."""
-    if not handle.data.is_meta:
+    """Whether it has no values; then `_promise` is what it says by now, as it may have another tensor or owner."""
+    data = handle.__dict__.get("data")
+    if data is not None and not data.is_meta:
         return False
-    handle._note()
+    if handle._said is not data or handle._promise[2] is not handle.shard.node_addr:
+        handle._note()
     return True
 
 
@@ -628,29 +669,38 @@ def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
     """The containers with handles in the place of tensors, which the backend has."""
     trimmed = map_leaves(obj, _DICT_OR_TENSOR, _trimmed)
     leaves = collect_leaves(trimmed, torch.Tensor)
-    if isinstance(backend, StoringMany) and hasattr(type(backend), "store_many"):
-        places = iter(backend.store_many(leaves))
-        return map_leaves(trimmed, torch.Tensor, lambda leaf: _handle(next(places), leaf))
-    # All at once, so that they lie side by side. Each is let go as it is stored.
-    copies = runtime.current().copies(leaves)[::-1]
     stored: list[Any] = []
-    handles: list[RTensor] = []
     try:
-        # A backend of another's making may wait in `store`.
-        with no_collections if isinstance(backend, HttpRTensorBackend) else contextlib.nullcontext():
-            for leaf in leaves:
-                stored.append(backend.store(copies.pop()))
-                handles.append(_handle(TensorShardInfo(stored[-1], node_addr), leaf))
-        made = iter(handles)
-        return map_leaves(trimmed, torch.Tensor, lambda _: next(made))
+        if isinstance(backend, StoringMany) and hasattr(type(backend), "store_many"):
+            places = list(backend.store_many(leaves))
+            stored += [place.shard_id for place in places]
+        else:
+            _store_each(backend, leaves, stored)
+            places = [TensorShardInfo(shard_id, node_addr) for shard_id in stored]
+        left = iter(places)
+        return map_leaves(trimmed, torch.Tensor, lambda leaf: RTensor._remote(next(left), leaf.dtype, leaf.shape))
     except BaseException:
         no_collections.leave()  # whatever interrupted it
         take_back(backend, node_addr, stored)
         raise
 
 
-def _handle(place: TensorShardInfo, like: torch.Tensor) -> RTensor:
-    return RTensor(place, meta_tensor(like.dtype, *like.shape))
+_OWN_STORE = HttpRTensorBackend.store  # a user may have replaced it
+
+
+def _store_each(backend: RTensorBackend, tensors: Sequence[torch.Tensor], stored: list[Any]) -> None:
+    """Store copies; `stored` gets the ids of those that are. Those of this project's HTTP backend lie side by side."""
+    shards = backend.shards if isinstance(backend, HttpRTensorBackend) else None
+    if shards is not None and type(backend).store is _OWN_STORE:
+        with no_collections:
+            drawn = os.urandom(16 * len(tensors))  # at once: each call gives the GIL away
+            stored += [str(uuid.UUID(bytes=drawn[at : at + 16], version=4)) for at in range(0, len(drawn), 16)]
+            shards.put_copies(stored, tensors)
+        return
+    # Each copy is let go as it is stored.
+    copies = ([copied(tensor).tensor for tensor in tensors] if shards is None else shards.copies(tensors))[::-1]
+    while copies:
+        stored.append(backend.store(copies.pop()))
 
 
 def _trimmed(leaf: Any) -> Any:

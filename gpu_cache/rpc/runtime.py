@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 import gpu_cache
-from gpu_cache import Promise, ShardReader
+from gpu_cache import Promise, ShardReader, ShardSpec
 from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
 from gpu_cache.errors import listed
@@ -35,14 +35,17 @@ from gpu_cache.rpc.shard import (
     is_of_ray,
     ray_objects,
 )
-from gpu_cache.rpc.store import ShardStore, owned_copy
+from gpu_cache.rpc.store import ShardStore
 
 
 class Handle(Protocol):
     """The part of an `RTensor` that names its shard."""
 
     shard: TensorShardInfo
-    data: torch.Tensor  # on meta
+
+    @property
+    def promise(self) -> Promise:
+        """Dtype, shape and owner."""
 
 
 class Runtime:
@@ -176,14 +179,15 @@ class Runtime:
         """Where the shards `keys` of remote handles come from: this process's store, or the backend."""
         wanted = set(keys)
         shards: dict[Hashable, TensorShardInfo] = {}
-        expected: dict[Hashable, torch.Tensor] = {}
+        expected: dict[Hashable, ShardSpec] = {}
         own: set[Hashable] = set()
         lacks_address = False
         for handle in handles:
-            key, address = handle.shard.shard_id, handle.shard.node_addr
+            key = handle.shard.shard_id
             if key not in wanted:
                 continue
-            shards[key], expected[key] = handle.shard, handle.data
+            dtype, shape, address = handle.promise
+            shards[key], expected[key] = handle.shard, ShardSpec(key, dtype, shape)
             lacks_address = lacks_address or not address
             if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
                 own.add(key)
@@ -259,13 +263,6 @@ class Runtime:
         if address and isinstance(backend, HttpRTensorBackend) and backend.shards is self.store:
             self.noted_addresses.add(address)
 
-    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Dense copies of what is to be stored, in the store's memory if the backend keeps shards in this process."""
-        backend = self.backend
-        if isinstance(backend, HttpRTensorBackend) and backend.shards is not None:
-            return backend.shards.copies(tensors)
-        return [owned_copy(tensor) for tensor in tensors]
-
     def remove_own_address(self, address: str) -> None:
         """The server at this address has stopped."""
         self.own_addresses.discard(address)
@@ -326,7 +323,7 @@ class _HandleSource:
 
 
 def _source_of(
-    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]
 ) -> gpu_cache.ShardSource:
     """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
     # Asked of the class: a mock in the place of a backend has every attribute.

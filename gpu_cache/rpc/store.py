@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 import time
@@ -9,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from gpu_cache.rpc.segments import Segments
@@ -46,23 +48,42 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
 
     def put(self, shard_id: Hashable, tensor: torch.Tensor) -> None:
         """Keep a tensor as it is, without a copy; replaces what the id named before."""
-        entry = OwnedShard(tensor)
-        entry.number(next(self._numbers))
-        self._describe(entry)
-        with self._lock:
-            previous = self._entries.pop(shard_id, None)
-            entry.stored_at = self._now()
-            self._entries[shard_id] = entry
-            self._total_bytes += entry.nbytes - (previous.nbytes if previous else 0)
-        # `previous` may be the last reference; it dies here, outside the lock.
+        self._put_all([shard_id], [OwnedShard(tensor)])
 
-    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Dense copies in host memory, to be put here: what is served must not change when the originals do.
+    def put_copies(self, shard_ids: Iterable[Hashable], tensors: Sequence[torch.Tensor]) -> None:
+        """Keep dense copies in host memory, all or none: what is served must not change when the originals do.
 
         They lie side by side where other processes of this host can map them, as far as there is such memory.
+
+        Args:
+            shard_ids: One for each; replaces what it named before.
+            tensors: Of dtypes that travel.
         """
+        self._put_all(shard_ids, self._copied(tensors))
+
+    def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same copies, for a caller that puts them here itself."""
+        return [shard.tensor for shard in self._copied(tensors)]
+
+    def _copied(self, tensors: Sequence[torch.Tensor]) -> list[OwnedShard]:
         memories = iter(self.segments.take([tensor.nbytes for tensor in tensors if tensor.nbytes]))
-        return [owned_copy(tensor, next(memories) if tensor.nbytes else None) for tensor in tensors]
+        return [copied(tensor, next(memories) if tensor.nbytes else None) for tensor in tensors]
+
+    def _put_all(self, shard_ids: Iterable[Hashable], shards: Sequence[OwnedShard]) -> None:
+        for shard in shards:
+            shard.number(next(self._numbers))
+            self._describe(shard)
+        replaced = []
+        with self._lock:
+            now = self._now()
+            for shard_id, shard in zip(shard_ids, shards, strict=True):
+                if (previous := self._entries.pop(shard_id, None)) is not None:
+                    self._total_bytes -= previous.nbytes
+                    replaced.append(previous)
+                shard.stored_at = now
+                self._entries[shard_id] = shard
+                self._total_bytes += shard.nbytes
+        # Those replaced may have had their last reference here; they die outside the lock.
 
     def find(self, shard_ids: Iterable[Hashable]) -> list[OwnedShard | None]:
         """Look up several shards at one moment, as `get_many`; None for each that is not here."""
@@ -141,9 +162,9 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
 
     def _describe(self, entry: OwnedShard) -> None:
         """Say where it is, if other processes can map it."""
-        if entry.memory is None or entry.tensor.dtype is not entry.dtype:
+        if entry.memory is None:
             return
-        place = self.segments.locate(entry.tensor.data_ptr(), entry.nbytes) if entry.nbytes else (0, 0)
+        place = self.segments.locate(_address(entry.memory), entry.nbytes) if entry.nbytes else (0, 0)
         if place is not None:
             entry.record = record_of(entry.dtype, entry.shape, *place)
 
@@ -178,16 +199,19 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         return "ShardStore(num_tensors={num_tensors:,}, total_bytes={total_bytes:,})".format(**self.stats())
 
 
-def owned_copy(tensor: torch.Tensor, memory: Any = None) -> torch.Tensor:
-    """A dense copy in host memory; in the memory given, an array of as many bytes, or else in its own."""
-    if memory is None:
-        plain = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return plain.resolve_conj().resolve_neg()
-    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+def copied(tensor: torch.Tensor, memory: Any = None) -> OwnedShard:
+    """A dense copy in host memory: in the array given, of as many bytes, or else in one of its own."""
+    target = (np.empty(tensor.nbytes, np.uint8) if memory is None else memory).data
+    shard = OwnedShard.over(target, tensor.dtype, tuple(tensor.shape))
     if tensor.nbytes <= _SHORT_BYTES and is_dense(tensor):
-        memory.data[:] = bytes_for_now(tensor)  # keeps the GIL: another thread may not give it back for 5 ms
-        return copy
-    return copy.copy_(tensor.detach())
+        target[:] = bytes_for_now(tensor)  # keeps the GIL: another thread may not give it back for 5 ms
+    else:
+        shard.tensor.copy_(tensor.detach())
+    return shard
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def _not_found(shard_id: object) -> KeyError:

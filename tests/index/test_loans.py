@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import itertools
-import sys
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +17,7 @@ from gpu_cache.device.modes import plain_tensors
 from gpu_cache.pool import lease
 from gpu_cache.pool.block import Range
 from gpu_cache.source import ShardSpec
+from tests.support.gil import counted_turns
 from tests.support.sources import DictSource, same_bytes
 
 ORIGINAL = torch.arange(24.0).reshape(4, 6)
@@ -181,30 +178,6 @@ def test_a_clear_gives_bytes_back_at_once_and_leaves_husks_for_the_reaper(
 
 
 # The GIL.
-
-
-@contextlib.contextmanager
-def counted_turns() -> Iterator[Callable[[], int]]:
-    """Count how often a waiting thread gets the GIL. It gets it only if another thread gives it away."""
-    interval_s, turns, is_over = sys.getswitchinterval(), itertools.count(1), threading.Event()
-    taken = [0]
-
-    def take_turns() -> None:
-        while not is_over.is_set():
-            taken[0] = next(turns)
-            time.sleep(0)
-
-    thread = threading.Thread(target=take_turns)
-    gc.disable()
-    try:
-        sys.setswitchinterval(1000.0)  # first: a thread that waits already asks for the GIL after the interval before
-        thread.start()
-        yield lambda: taken[0]
-    finally:
-        sys.setswitchinterval(interval_s)
-        gc.enable()
-        is_over.set()
-        thread.join()
 
 
 def carved(cache: TensorCache, keys: list[str], specs: list[ShardSpec]) -> Range:

@@ -18,6 +18,7 @@ from gpu_cache.rpc import store as store_module
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import RTensor, set_backend, storage_stats, store
 from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.frame import OwnedShard
 from gpu_cache.rpc.wire.serialization import serialize_value
 from tests.support.users_backend import UsersBackend
 
@@ -238,13 +239,14 @@ def test_a_deletion_that_fails_too_is_logged_and_hides_nothing(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
-def test_our_backend_takes_back_what_it_had_stored(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_method_of_our_backend_is_called_and_what_it_stored_is_taken_back(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = HttpRTensorBackend(shards=runtime.current().store)
     set_backend(backend)
     stored, num_left = backend.store, [2]
 
     def failing(tensor: torch.Tensor) -> Any:
-        assert not gc.isenabled()  # thousands of handles would set off a collection of the whole process
         num_left[0] -= 1
         if num_left[0] < 0:
             raise error
@@ -276,16 +278,19 @@ def test_containers_are_built_outside_of_the_pause_and_one_that_refuses_handles_
     set_backend(None)
 
 
-def test_a_copy_that_finds_no_memory_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[torch.Tensor] = []
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_a_copy_that_fails_leaves_nothing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[OwnedShard] = []
+    copied = store_module.copied
 
-    def copy(tensor: torch.Tensor, memory: object = None) -> torch.Tensor:
+    def copy(tensor: torch.Tensor, memory: object = None) -> OwnedShard:
+        assert not gc.isenabled()  # thousands of handles would set off a collection of the whole process
         if len(copies) == 3:
-            raise MemoryError
-        copies.append(tensor.clone())
+            raise error
+        copies.append(copied(tensor, memory))
         return copies[-1]
 
-    monkeypatch.setattr(store_module, "owned_copy", copy)
-    with pytest.raises(MemoryError):
+    monkeypatch.setattr(store_module, "copied", copy)
+    with pytest.raises(type(error)):
         RTensor.remotize(BATCH, "me:1")
-    assert (len(copies), storage_stats()) == (3, NOTHING)
+    assert (len(copies), storage_stats(), gc.isenabled()) == (3, NOTHING, True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_cache import ShardSpec
 from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader, drained
 from gpu_cache.rpc.node_cache import Running
 from gpu_cache.rpc.rtensor import TensorShardInfo
@@ -36,7 +37,7 @@ class Consumer:
 
     def reader(self, address: str, tensors: Mapping[str, torch.Tensor], timeout_s: float = 30.0) -> SameHostReader:
         shards = {key: TensorShardInfo(key, address) for key in tensors}
-        expected = {key: torch.empty(one.shape, dtype=one.dtype, device="meta") for key, one in tensors.items()}
+        expected = {key: ShardSpec(key, one.dtype, tuple(one.shape)) for key, one in tensors.items()}
         (reader,) = self.backend.source(shards, expected).open(list(tensors), timeout_s)  # type: ignore[arg-type]
         assert isinstance(reader, SameHostReader)
         return reader

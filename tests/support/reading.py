@@ -34,7 +34,8 @@ def reader_of(
         pool.close()
     chosen = HttpSettings({}, **{"retry_pause_s": 0.0, **settings})
     requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s, node or NodeState())
-    return HttpReader(keys, promised or {}, requester, chosen)
+    specs = {key: ShardSpec(key, one.dtype, tuple(one.shape)) for key, one in (promised or {}).items()}
+    return HttpReader(keys, specs, requester, chosen)
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
+from gpu_cache import Promise, ShardReader, ShardSource, ShardSpec, TensorReader
 from gpu_cache.process import OwnThread
 from gpu_cache.rpc.shard import (
     ShardAnswerError,
@@ -102,10 +102,8 @@ class RTensorBackend(Protocol):
 class StreamingBackend(Protocol):
     """A backend that can deliver bytes into buffers of the cache's choosing."""
 
-    def source(
-        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
-    ) -> ShardSource:
-        """A source for these shards; `expected` are meta tensors as they should be, where known."""
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> ShardSource:
+        """A source for these shards; `expected` says what they should be, where known."""
 
 
 @runtime_checkable
@@ -183,10 +181,10 @@ class NodesSource:
 
 
 def promises_of(
-    shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
+    shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]
 ) -> dict[Hashable, Promise]:
     """The promises of handles that make one."""
-    return {key: promise_of(meta, shards[key].node_addr) for key, meta in expected.items()}
+    return {key: promise_of(one.dtype, one.shape, shards[key].node_addr) for key, one in expected.items()}
 
 
 def take_back(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:

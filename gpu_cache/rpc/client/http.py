@@ -112,10 +112,8 @@ class HttpRTensorBackend:
     def __repr__(self) -> str:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
 
-    def source(
-        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
-    ) -> HttpSource:
-        """A source for these shards by id; `expected` are meta tensors as they should be, where known."""
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> HttpSource:
+        """A source for these shards by id; `expected` says what they should be, where known."""
         return HttpSource(self._requester, self._settings, shards, expected, self.memories)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
@@ -255,7 +253,7 @@ class HttpSource:
         requester: Makes one for a node and a route, whose requests take so many seconds together.
         settings: The backend's settings.
         shards: Where each is.
-        expected: Meta tensors as they should be, where known.
+        expected: What the shards should be, where known.
         memories: Mapped segments of owners of this host; None: all shards come over HTTP.
     """
 
@@ -264,7 +262,7 @@ class HttpSource:
         requester: Callable[[str, Route, float], Requester],
         settings: HttpSettings,
         shards: Mapping[Hashable, TensorShardInfo],
-        expected: Mapping[Hashable, torch.Tensor],
+        expected: Mapping[Hashable, ShardSpec],
         memories: OwnersMemory | None = None,
     ) -> None:
         self._requester, self._settings, self._shards, self._expected = requester, settings, shards, expected

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache import Promise, ShardReader
+from gpu_cache import Promise, ShardReader, ShardSpec
 from gpu_cache.rpc.client.backend import promises_of
 from gpu_cache.rpc.client.http import drained
 from gpu_cache.rpc.client.ray_objects import RayObject, RayReader, Writer, clear
@@ -50,9 +50,7 @@ class RayRTensorBackend:
     def __repr__(self) -> str:
         return "RayRTensorBackend()"
 
-    def source(
-        self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, torch.Tensor]
-    ) -> RaySource:
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> RaySource:
         """A source over the object store; a lost object fails alone."""
         return RaySource(self._ray, shards, promises_of(shards, expected))
 

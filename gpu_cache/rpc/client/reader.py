@@ -91,19 +91,16 @@ class Expectation:
 
     Args:
         keys: As they are asked for.
-        promised: Meta tensors, where known.
+        promised: What they are, where known.
         max_unknown_bytes: The most bytes of a shard that no handle promises, or of one whole answer in JSON.
     """
 
     def __init__(
-        self, keys: Sequence[Hashable], promised: Mapping[Hashable, torch.Tensor], max_unknown_bytes: int
+        self, keys: Sequence[Hashable], promised: Mapping[Hashable, ShardSpec], max_unknown_bytes: int
     ) -> None:
-        self.shards: list[ShardSpec] = []  # those that are promised
+        self.shards = [promised[key] for key in keys if key in promised]
         self._keys, self._max_unknown_bytes = keys, max_unknown_bytes
         self._layout: Layout | None = None
-        for key in keys:
-            if (meta := promised.get(key)) is not None:
-                self.shards.append(ShardSpec(key, meta.dtype, tuple(meta.shape)))
         if len(self.shards) == len(keys):
             with contextlib.suppress(WireError, KeyError):  # the owner will say so
                 texts = [described(spec.dtype, spec.shape, spec.nbytes) for spec in self.shards]
@@ -139,7 +136,7 @@ class HttpReader:
 
     Args:
         keys: Shard ids, wanted from this node.
-        expected: Meta tensors as the handles promise them, where known: nothing longer is read, and nothing else.
+        expected: The shards as the handles promise them, where known: nothing longer is read, and nothing else.
         requester: Asks the node's route `FETCH`.
         settings: Limits of a request.
     """
@@ -149,7 +146,7 @@ class HttpReader:
     def __init__(
         self,
         keys: Sequence[Hashable],
-        expected: Mapping[Hashable, torch.Tensor],
+        expected: Mapping[Hashable, ShardSpec],
         requester: Requester,
         settings: HttpSettings,
     ) -> None:

@@ -11,8 +11,6 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from gpu_cache import ShardSpec
 from gpu_cache.hosts import is_loopback
 from gpu_cache.process import no_collections
@@ -69,7 +67,7 @@ class SameHostReader:
             brings the shards that are in no shared memory.
         node: What is known of the owner.
         memories: Segments that this process maps.
-        expected: Meta tensors as the handles promise them, where known.
+        expected: The shards as the handles promise them, where known.
         deadline: As by `time.monotonic()`.
     Attributes:
         is_lending: Whether the part is in shared memory.
@@ -81,7 +79,7 @@ class SameHostReader:
         http: HttpReader,
         node: NodeState,
         memories: OwnersMemory,
-        expected: Mapping[Hashable, torch.Tensor],
+        expected: Mapping[Hashable, ShardSpec],
         deadline: float,
     ) -> None:
         self.node, self.keys, self.failures = http.node, http.keys, http.failures

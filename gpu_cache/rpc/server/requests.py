@@ -177,7 +177,7 @@ def put(owner: DataOwner, shard_id: str, body: bytes | bytearray, content_type: 
         tensor = decode(body, shard_id)
     except (ValueError, TypeError, RecursionError) as error:
         raise RefusedError(400, str(error)) from None
-    (owner.store[shard_id],) = owner.store.copies([tensor])
+    owner.store.put_copies([shard_id], [tensor])
 
 
 def batch_answer(owner: DataOwner, shard_ids: list[str], is_binary: bool) -> Answer:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from reprlib import repr as short_repr
@@ -42,7 +43,6 @@ class OwnedShard:
     Values written into the tensor later are served; another shape or memory given to it is not.
 
     Attributes:
-        tensor: As it was stored.
         nbytes: Its length.
         text: Its dtype and shape, as a frame's header has them.
         memory: Its bytes, if it is dense and in host memory; else None.
@@ -51,17 +51,18 @@ class OwnedShard:
     """
 
     __slots__ = (
-        "_fault", "_number", "_serial", "_version", "dtype", "memory", "nbytes", "record", "shape", "stored_at",
-        "tensor", "text",
+        "_fault", "_number", "_serial", "_tensor", "_version", "dtype", "memory", "nbytes", "record", "shape",
+        "stored_at", "text",
     )  # fmt: skip
 
+    memory: memoryview | None
+    _tensor: torch.Tensor | None
+    _version: int | None
+
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.nbytes = tensor, tensor.nbytes
-        self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
-        self.text, self._fault = "", ""
-        self.memory: memoryview | None = None
-        self.stored_at, self.record = 0.0, ELSEWHERE
-        self._number, self._version, self._serial = 0, _version(tensor), ""
+        self._tensor = tensor
+        self._describe(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+        self._version = _version(tensor)
         try:
             check_travels(tensor)
         except TypeError as error:
@@ -71,15 +72,52 @@ class OwnedShard:
         if is_dense(tensor):
             self.memory = dense_bytes(tensor)
 
+    @classmethod
+    def over(cls, memory: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> OwnedShard:
+        """A tensor over host memory, made when a caller asks for it: its drop gives the GIL away.
+
+        Args:
+            memory: Its bytes, dense; kept for as long as the shard or its tensor.
+            dtype: One that travels.
+            shape: Its shape.
+        """
+        shard = cls.__new__(cls)
+        shard._tensor, shard._version = None, 0
+        shard._describe(dtype, shape, len(memory), memory)
+        shard.text = described(dtype, shape, len(memory))
+        return shard
+
+    def _describe(
+        self, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int, memory: memoryview | None = None
+    ) -> None:
+        self.dtype, self.shape, self.nbytes, self.memory = dtype, shape, nbytes, memory
+        self.text, self._fault = "", ""
+        self.stored_at, self.record = 0.0, ELSEWHERE
+        self._number, self._serial = 0, ""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """As it was stored; one object for all callers."""
+        if self._tensor is None:
+            with plain_tensors():
+                made = (
+                    torch.frombuffer(self.memory, dtype=self.dtype) if self.nbytes else torch.empty(0, dtype=self.dtype)
+                )
+                made = made.view(self.shape)
+            with _adopting:
+                self._tensor = made if self._tensor is None else self._tensor
+        return self._tensor
+
     @property
     def serial(self) -> str:
         """Tells this tensor, with what was written into it so far, from every other that its store has had.
 
         Empty outside a store. torch counts no writes into inference tensors, nor those past it, as through numpy.
         """
-        if not self._serial or self._version is None or self._version == (version := self.tensor._version):
+        tensor = self._tensor  # None: no caller has had it, nor written into it
+        if not self._serial or self._version is None or tensor is None or self._version == tensor._version:
             return self._serial
-        return f"{self._number}.{version}"
+        return f"{self._number}.{tensor._version}"
 
     def number(self, number: int) -> None:
         """Note its store's number for it, which no other of the store's shards gets."""
@@ -89,8 +127,11 @@ class OwnedShard:
         """Raise `TypeError` if it cannot be sent."""
         if self._fault:
             raise TypeError(self._fault)
-        if self.tensor.is_meta:
+        if self._tensor is not None and self._tensor.is_meta:
             raise TypeError(f"shard {shard_id} is a meta tensor: it has no bytes to send")
+
+
+_adopting = threading.Lock()  # guards the making of `OwnedShard.tensor`, of which there is one
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -6,9 +6,10 @@ import binascii
 import enum
 import functools
 import json
+import operator
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from reprlib import repr as short_repr
 from typing import Any
@@ -48,6 +49,7 @@ _DATA_OPENS = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*"')
 ADMITTED_CLASS_PATHS = frozenset({"areal.infra.rpc.rtensor.RTensor", "areal.infra.rpc.rtensor.TensorShardInfo"})
 # Entered by rtensor.py when it is imported, constant from then on.
 _class_of_path: dict[str, type] = {}
+_reader_of_path: dict[str, Callable[[dict[str, Any]], Any] | None] = {}
 _path_of_class: dict[type, str] = {}
 
 _ONLY = "only tensors, handles and plain JSON values do"
@@ -63,11 +65,15 @@ _REFUSED_TAGS = {
 }
 
 
-def register_dataclass(class_path: str, cls: type) -> None:
+def register_dataclass(class_path: str, cls: type, read: Callable[[dict[str, Any]], Any] | None = None) -> None:
     """Say which class an admitted path stands for.
 
     A class may define `__wire_fields__(self) -> dict[str, Any]`, sent in the place of its fields.
 
+    Args:
+        class_path: As it stands in messages.
+        cls: The class.
+        read: Builds an instance of a whole tagged value; None from it: the value is read field by field.
     Raises:
         ValueError: Not one of `ADMITTED_CLASS_PATHS`.
     """
@@ -75,6 +81,7 @@ def register_dataclass(class_path: str, cls: type) -> None:
         raise ValueError(f"{class_path!r} is not admitted on the wire, only {sorted(ADMITTED_CLASS_PATHS)}")
     _class_of_path[class_path] = cls
     _path_of_class[cls] = class_path
+    _reader_of_path[class_path] = read
 
 
 def serialize_value(value: Any) -> Any:
@@ -139,13 +146,17 @@ def _deserialize(value: Any) -> Any:
     if tag == "tensor" and value.keys() >= {"shape", "dtype"}:
         return _tensor_from_json(value)
     if tag == "dataclass" and value.keys() >= {"class_path", "data"}:
-        return _dataclass_from_json(value["class_path"], value["data"])
+        return _dataclass_from_json(value)
     if isinstance(tag, str) and value.keys() >= _REFUSED_TAGS.get(tag, {"class_path"}):
         raise TypeError(f"values tagged {short_repr(tag)} do not travel, {_ONLY}")
     return {name: _deserialize(item) for name, item in value.items()}
 
 
-def _dataclass_from_json(class_path: object, described: object) -> Any:
+def _dataclass_from_json(value: dict[str, Any]) -> Any:
+    class_path, described = value["class_path"], value["data"]
+    read = _reader_of_path.get(class_path) if isinstance(class_path, str) else None
+    if read is not None and (found := read(value)) is not None:
+        return found
     cls = _class_of_path.get(class_path) if isinstance(class_path, str) else None
     if cls is None:
         raise TypeError(
@@ -381,8 +392,17 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether its bytes lie in C order on the host: no lazy conjugation, no tensor of zeros without memory."""
-    is_lazy_one = tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor()
+    # By its keys: `is_conj`, `is_neg` and `_is_zerotensor` give the GIL away.
+    is_lazy_one = torch._C._dispatch_keys(tensor).raw_repr() & _LAZY_KEYS
     return tensor.is_cpu and tensor.is_contiguous() and not is_lazy_one
+
+
+_LAZY_KEYS = functools.reduce(
+    operator.or_,
+    (torch._C.DispatchKeySet(key).raw_repr() for key in (
+        torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative, torch._C.DispatchKey.ZeroTensor
+    )),
+)  # fmt: skip
 
 
 def dense_bytes(tensor: torch.Tensor) -> memoryview:
