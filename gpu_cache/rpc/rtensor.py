@@ -370,7 +370,7 @@ class _MetaTensor:
     """
 
     def __get__(self, handle: RTensor, owner: type) -> torch.Tensor:
-        made = meta_tensor(*handle._promise[:1], *handle._promise[1])
+        made = meta_tensor(handle._promise[0], *handle._promise[1])
         # Another thread may have localized the handle.
         found: torch.Tensor = handle.__dict__.setdefault("data", made)
         handle._said = made

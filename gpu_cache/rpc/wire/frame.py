@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from reprlib import repr as short_repr
@@ -51,16 +50,16 @@ class OwnedShard:
     """
 
     __slots__ = (
-        "_fault", "_number", "_serial", "_tensor", "_version", "dtype", "memory", "nbytes", "record", "shape",
+        "_fault", "_number", "_serial", "_tensors", "_version", "dtype", "memory", "nbytes", "record", "shape",
         "stored_at", "text",
     )  # fmt: skip
 
     memory: memoryview | None
-    _tensor: torch.Tensor | None
+    _tensors: dict[str, torch.Tensor]  # the one, from when it was made
     _version: int | None
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self._tensors = {_THE_ONE: tensor}
         self._describe(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
         self._version = _version(tensor)
         try:
@@ -82,7 +81,7 @@ class OwnedShard:
             shape: Its shape.
         """
         shard = cls.__new__(cls)
-        shard._tensor, shard._version = None, 0
+        shard._tensors, shard._version = {}, 0
         shard._describe(dtype, shape, len(memory), memory)
         shard.text = described(dtype, shape, len(memory))
         return shard
@@ -98,15 +97,14 @@ class OwnedShard:
     @property
     def tensor(self) -> torch.Tensor:
         """As it was stored; one object for all callers."""
-        if self._tensor is None:
+        if (found := self._tensors.get(_THE_ONE)) is None:
             with plain_tensors():
-                made = (
-                    torch.frombuffer(self.memory, dtype=self.dtype) if self.nbytes else torch.empty(0, dtype=self.dtype)
-                )
-                made = made.view(self.shape)
-            with _adopting:
-                self._tensor = made if self._tensor is None else self._tensor
-        return self._tensor
+                if self.nbytes:
+                    made = torch.frombuffer(self.memory, dtype=self.dtype).view(self.shape)
+                else:
+                    made = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+            found = self._tensors.setdefault(_THE_ONE, made)  # another thread may have made it
+        return found
 
     @property
     def serial(self) -> str:
@@ -114,7 +112,7 @@ class OwnedShard:
 
         Empty outside a store. torch counts no writes into inference tensors, nor those past it, as through numpy.
         """
-        tensor = self._tensor  # None: no caller has had it, nor written into it
+        tensor = self._tensors.get(_THE_ONE)  # None: no caller has had it, nor written into it
         if not self._serial or self._version is None or tensor is None or self._version == tensor._version:
             return self._serial
         return f"{self._number}.{tensor._version}"
@@ -127,11 +125,11 @@ class OwnedShard:
         """Raise `TypeError` if it cannot be sent."""
         if self._fault:
             raise TypeError(self._fault)
-        if self._tensor is not None and self._tensor.is_meta:
+        if any(tensor.is_meta for tensor in self._tensors.values()):
             raise TypeError(f"shard {shard_id} is a meta tensor: it has no bytes to send")
 
 
-_adopting = threading.Lock()  # guards the making of `OwnedShard.tensor`, of which there is one
+_THE_ONE = "tensor"
 
 
 def _version(tensor: torch.Tensor) -> int | None:

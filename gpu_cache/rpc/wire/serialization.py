@@ -437,11 +437,11 @@ def meta_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         RuntimeError: torch holds no tensor of this shape.
         TypeError: A length is no number.
     """
-    (alias,) = aliases_of([_meta_template(dtype, *shape)])
+    with plain_tensors():
+        (alias,) = aliases_of([_meta_template(dtype, *shape)])
     return alias
 
 
 @functools.lru_cache(4096, typed=True)
 def _meta_template(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    with plain_tensors():
-        return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
