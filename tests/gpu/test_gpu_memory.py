@@ -34,7 +34,7 @@ def rehearsed(cache: TensorCache) -> TensorCache:
 
     It has what is preallocated, and no more.
     """
-    fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))
+    assert is_all(fetch_all(cache, dict.fromkeys(range(4), SLAB_BYTES))[3], 3)  # loads kernels
     cache.clear()
     cache.trim(cache._lazy.open().config.prealloc_bytes or 0)
     cache.resume()
@@ -187,7 +187,8 @@ def test_an_overflow_is_taken_from_torch_and_goes_back_to_it() -> None:
 
 
 def test_a_release_during_a_capture_waits_for_its_end_and_leaves_it_intact() -> None:
-    device = small_cache()._lazy.open().device
+    cache = small_cache()
+    device = cache._lazy.open().device
     arena, later = device.arena(SLAB_BYTES), device.arena(SLAB_BYTES)
     data, graph = torch.zeros(4, device=GPU), torch.cuda.CUDAGraph()
     data.add_(0)
