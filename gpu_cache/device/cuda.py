@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -189,12 +189,27 @@ class CudaDevice:
         with self._here():
             return pooled_streams(self._cuda, self.torch_device)
 
-    @contextlib.contextmanager
-    def _here(self) -> Iterator[None]:
+    def _here(self) -> _Here:
         """Leave captures in other threads intact, and make no context, half a GiB, on device 0 in a new thread."""
-        with self._cuda.device(self.torch_device), self._runtime.beside_captures():
-            yield
+        return _Here(self._cuda.device(self.torch_device), self._runtime.beside_captures())
 
     def _refuse_capture(self, action: str) -> None:
         if self.is_capturing():
             raise RuntimeError(f"cannot {action} on {self.torch_device}: this thread is capturing a CUDA graph")
+
+
+class _Here:
+    """Two contexts, one inside the other."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class RawCalls:
     def __init__(self, library: Any, waiting: Any) -> None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
         numbers = ctypes.POINTER(number)
+        # An address takes ctypes half the time of a typed pointer, and a fence makes hundreds of these calls.
         self.event_create = _typed(library, "cudaEventCreateWithFlags", ctypes.POINTER(pointer), ctypes.c_uint)
         self.event_record = _typed(library, "cudaEventRecord", pointer, pointer)
         self.event_query = _typed(library, "cudaEventQuery", pointer)
@@ -57,7 +58,7 @@ class RawCalls:
         elapsed = next(name for name in ("cudaEventElapsedTime", "cudaEventElapsedTime_v2", "") if _has(library, name))
         self.event_elapsed_time = _typed(library, elapsed, ctypes.POINTER(ctypes.c_float), pointer, pointer)
         self.stream_wait_event = _typed(library, "cudaStreamWaitEvent", pointer, pointer, ctypes.c_uint)
-        self._is_capturing = _typed(library, "cudaStreamIsCapturing", pointer, numbers)
+        self._is_capturing = _typed(library, "cudaStreamIsCapturing", pointer, pointer)
         self._copy = _typed(library, "cudaMemcpyAsync", pointer, pointer, size, number, pointer)
         self._version_of = _typed(library, "cudaRuntimeGetVersion", numbers)
         self.clear = _typed(library, "cudaGetLastError")
@@ -74,15 +75,19 @@ class RawCalls:
             self.clear()
             raise RuntimeError(f"{call}: CUDA error {code}")
 
-    def is_capturing(self, stream: int) -> bool:
-        """Whether a graph is being captured on a stream, or on one that the default stream would wait for."""
-        answer = self._answer()
-        if code := self._is_capturing(stream, answer):
-            self.clear()
-            if code != _CAPTURE_IMPLICIT:
-                raise RuntimeError(f"cudaStreamIsCapturing: CUDA error {code}")
-            return True
-        return bool(answer.value)
+    def is_capturing(self, streams: Iterable[int]) -> bool:
+        """Whether a graph is being captured on one of the streams, or on one that the default stream would wait for."""
+        answer, ask = self._answer(), self._is_capturing
+        place = ctypes.addressof(answer)
+        for stream in streams:
+            if code := ask(stream, place):
+                self.clear()
+                if code != _CAPTURE_IMPLICIT:
+                    raise RuntimeError(f"cudaStreamIsCapturing: CUDA error {code}")
+                return True
+            if answer.value:
+                return True
+        return False
 
     def copy(self, copies: Sequence[tuple[int, int, int]], stream: int) -> None:
         """Enqueue copies of pinned or device memory: where to, where from, how many bytes. They must not overlap.
@@ -228,21 +233,14 @@ class CudaRuntime:
         """Undo a `pin` or `pin_shared` that returned True."""
         self._checked(self._cuda.cudart().cudaHostUnregister(address))
 
-    @contextlib.contextmanager
-    def beside_captures(self) -> Iterator[None]:
+    def beside_captures(self) -> contextlib.AbstractContextManager[None]:
         """Keep this thread's calls inside from breaking a CUDA graph capture in another thread.
 
         By default a capture fails when *any* thread allocates, pins, or queries an event meanwhile. In thread-local
         mode calls of this thread affect its own captures only.
         Source: torch's ProcessGroupNCCL, whose watchdog queries events the same way (pytorch#148594).
         """
-        mode = ctypes.c_int(_THREAD_LOCAL)
-        has_changed = self._exchange is not None and self._exchange(ctypes.byref(mode)) == 0
-        try:
-            yield
-        finally:
-            if has_changed:
-                self._exchange(ctypes.byref(mode))  # which is the earlier mode by now
+        return _ThreadLocalCaptures(self._exchange)
 
     def _checked(self, status: Any) -> int:
         """The code of a status. An error is sticky: left alone, the next kernel launch would report it as its own."""
@@ -273,6 +271,22 @@ class CudaRuntime:
             with contextlib.suppress(OSError):  # replaced on disk since
                 libraries[path] = self._load(path)
         return libraries
+
+
+class _ThreadLocalCaptures:
+    """A capture mode for as long as the context is entered. No generator: each call of a device enters it."""
+
+    __slots__ = ("_exchange", "_has_changed", "_mode")
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange, self._mode = exchange, ctypes.c_int(_THREAD_LOCAL)
+
+    def __enter__(self) -> None:
+        self._has_changed = self._exchange is not None and self._exchange(ctypes.byref(self._mode)) == 0
+
+    def __exit__(self, *_: object) -> None:
+        if self._has_changed:
+            self._exchange(ctypes.byref(self._mode))  # which is the earlier mode by now
 
 
 @contextlib.contextmanager

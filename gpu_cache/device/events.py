@@ -120,7 +120,7 @@ class RawEvents:
         return milliseconds.value / 1e3
 
     def is_capturing(self, streams: Sequence[Any]) -> bool:
-        return any(map(self._raw.is_capturing, self._handles_of(streams)))
+        return self._raw.is_capturing(self._handles_of(streams))
 
     def _record(self, streams: Sequence[int], timing: bool) -> EventSet:
         found = EventSet(self._take(len(streams), timing), timing, self._let_go)
