@@ -139,11 +139,11 @@ class CacheConfig:
     slab_bytes: Size[int] = Size(256 * MIB)
     prealloc_bytes: Size[int | None] = Size(None)
     pool_bytes: Size[int | None] = Size(None)
-    # Each owner that sends fills a buffer of its own: fewer buffers let fewer owners send at once. Measured on an H100:
-    # buffers of 32 MiB with runs of 16 MiB gave 0.89 of the link's speed, 16 MiB with 4 MiB gave 0.78. But long runs
-    # fragment the pool. When 1 % of the shards outlive their batch, a run of 16 MiB finds no place in a pool that is
-    # 54 % full, and one of 4 MiB first at 94 %. So runs have 4 MiB; one call copies all neighbours in a buffer anyway.
-    # On the host no size was faster.
+    # Each owner that sends fills a buffer of its own: fewer buffers let fewer owners send at once. Measured on an H200:
+    # buffers of 32 MiB gave 0.91 to 0.95 of the link's speed with runs of 4 to 32 MiB, buffers of 16 MiB 0.93 (of many
+    # shards of 5.6 MiB 0.55 instead of 0.87), buffers of 64 MiB 0.38 to 0.50. Long runs fragment the pool. When 1 % of
+    # the shards outlive their batch, a run of 16 MiB finds no place in a pool that is 54 % full, and one of 4 MiB first
+    # at 94 %. So runs have 4 MiB; one call copies all neighbours in a buffer anyway. On the host no size was faster.
     staging_slots: int = 8
     staging_slot_bytes: Size[int] = Size(32 * MIB)
     run_bytes: Size[int] = Size(4 * MIB)
