@@ -114,7 +114,7 @@ class HttpRTensorBackend:
 
     def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> HttpSource:
         """A source for these shards by id; `expected` says what they should be, where known."""
-        return HttpSource(self._requester, self._settings, shards, expected, self.memories)
+        return HttpSource(self, shards, expected)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """Fetch into tensors of the host's own memory, past every cache; nodes in parallel.
@@ -250,23 +250,18 @@ class HttpSource:
     """A `ShardSource` over one backend.
 
     Args:
-        requester: Makes one for a node and a route, whose requests take so many seconds together.
-        settings: The backend's settings.
+        backend: Has connections, settings and mapped memory.
         shards: Where each is.
         expected: What the shards should be, where known.
-        memories: Mapped segments of owners of this host; None: all shards come over HTTP.
     """
 
     def __init__(
         self,
-        requester: Callable[[str, Route, float], Requester],
-        settings: HttpSettings,
+        backend: HttpRTensorBackend,
         shards: Mapping[Hashable, TensorShardInfo],
         expected: Mapping[Hashable, ShardSpec],
-        memories: OwnersMemory | None = None,
     ) -> None:
-        self._requester, self._settings, self._shards, self._expected = requester, settings, shards, expected
-        self._memories = memories
+        self._backend, self._shards, self._expected = backend, shards, expected
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> list[HttpReader | SameHostReader]:
         """One reader for each node; connects at its first read."""
@@ -274,14 +269,12 @@ class HttpSource:
         for key in keys:
             by_node.setdefault(self._shards[key].node_addr, []).append(key)
         readers: list[HttpReader | SameHostReader] = []
+        backend, expected, ends = self._backend, self._expected, time.monotonic() + timeout_s
+        memories = backend.memories
         for node, wanted in by_node.items():
-            requester = self._requester(node, FETCH, timeout_s)
-            http = HttpReader(wanted, self._expected, requester, self._settings)
-            if self._memories is None:
-                readers.append(http)
-            else:
-                ends = time.monotonic() + timeout_s
-                readers.append(SameHostReader(http, requester.node, self._memories, self._expected, ends))
+            requester = backend._requester(node, FETCH, timeout_s)
+            http = HttpReader(wanted, expected, requester, backend._settings)
+            readers.append(http if memories is None else SameHostReader(http, requester.node, memories, expected, ends))
         return readers
 
 
