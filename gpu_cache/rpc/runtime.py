@@ -106,6 +106,9 @@ class Runtime:
             TypeError: It is no backend.
         """
         lacking = [name for name in ("fetch", "store", "delete") if not callable(getattr(backend, name, None))]
+        if hasattr(backend, "__mro__"):
+            name = getattr(backend, "__name__", "")
+            raise TypeError(f"an RTensorBackend is expected, not the class of one: write {name}()")
         if backend is not None and "fetch" in lacking:  # one that only reads needs no other
             kind = type(backend).__name__
             raise TypeError(f"an RTensorBackend is expected, not {kind}, which has no {', '.join(lacking)}")
@@ -250,7 +253,7 @@ class Runtime:
         """
         if isinstance(self.backend, HttpRTensorBackend) and not takes_any_address:
             try:
-                split_address(address)
+                split_address(address if isinstance(address, str) else repr(address))
             except AddressError as error:
                 raise ValueError(f"node_addr {error}, where clients reach this process's server") from None
 

@@ -276,11 +276,16 @@ class Commands:
             self._tell(f"cannot serve on {host}:{port}: {error.strerror}")
         return FAILED
 
-    def _record(self) -> None:
+    def _record(self) -> int:
         """Append samples until Ctrl-C."""
-        with open(self._options.record, "a", buffering=1) as file:
-            for node in self._looks(self._options.loop or _RECORD_S):
-                file.write(timeline.line(node) + "\n")
+        try:
+            with open(self._options.record, "a", buffering=1) as file:
+                for node in self._looks(self._options.loop or _RECORD_S):
+                    file.write(timeline.line(node) + "\n")
+        except OSError as error:
+            self._tell(f"{self._options.record}: {error.strerror}")
+            return BAD_ARGUMENT
+        return 0
 
     def _timeline(self) -> int:
         """Draw a recording."""
@@ -289,7 +294,10 @@ class Commands:
         try:
             with open(source) as file:
                 target.write_text(timeline.page(timeline.samples(file)))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._tell(f"{error.filename or target}: {error.strerror}")
+            return BAD_ARGUMENT
+        except ValueError as error:
             self._tell(f"{source}: {error}")
             return BAD_ARGUMENT
         self._write(f"wrote {target}")

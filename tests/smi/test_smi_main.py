@@ -15,7 +15,7 @@ import pytest
 
 from gpu_cache.smi import options
 from gpu_cache.smi.query import FIELDS
-from tests.support.smi_machine import Machine, add_strange, add_trainers, machine, matches_golden
+from tests.support.smi_machine import Machine, Run, add_strange, add_trainers, machine, matches_golden
 from tests.support.smi_nvml import FakeNvml
 from tests.support.smi_reports import report
 
@@ -294,6 +294,19 @@ def test_a_bad_argument_is_refused_in_words(node: Machine, arguments: list[str],
     found = node.run(*arguments)
     assert (found.code, found.out) == (2, "")
     assert found.err == f"gpu-cache-smi: {message}\nHint: gpu-cache-smi --help\n"
+
+
+@pytest.mark.parametrize("option", ["--record", "--timeline"])
+def test_a_file_that_cannot_be_opened_is_named_once(node: Machine, option: str) -> None:
+    found = node.run(option, "/nonexistent/run.jsonl", "-c", "1")
+    assert found == Run(2, "", "gpu-cache-smi: /nonexistent/run.jsonl: No such file or directory\n")
+
+
+def test_a_timeline_that_cannot_be_written_is_named(node: Machine, tmp_path: Path) -> None:
+    add_trainers(node.folder)
+    node.run("--record", str(tmp_path / "run"), "-l", "0.25", "-c", "1")
+    found = node.run("--timeline", str(tmp_path / "run"), "-o", "/nonexistent/page.html")
+    assert found == Run(2, "", "gpu-cache-smi: /nonexistent/page.html: No such file or directory\n")
 
 
 def test_dmon_tells_a_death_once(node: Machine) -> None:

@@ -182,9 +182,9 @@ setTimeout(() => {
 </script></body>"""
 
 
-def charts(page: str, tmp_path: Path, *more: str, story: str = "") -> tuple[str, list[list[dict[str, Any]]]]:
+def charts(page: str, tmp_path: Path, *more: str) -> tuple[str, list[list[dict[str, Any]]]]:
     """The document, and for each process what its three charts show."""
-    (tmp_path / "page.html").write_text(page.replace("</body>", f"<script>{story}</script>{LOOK}"))
+    (tmp_path / "page.html").write_text(page.replace("</body>", LOOK))
     dom = drawn(tmp_path / "page.html", tmp_path, *more)
     found = re.search(r'<pre id="found">(.*?)</pre>', dom, re.S)
     assert found, dom[-2000:]
@@ -229,20 +229,28 @@ def test_a_browser_shows_figures_where_one_points(tmp_path: Path) -> None:
     assert re.search(r"fetch [\d.]+ GB/s, [\d.]+ [GM]iB copy [\d.]+ GB/s, [\d.]+ [GM]iB", figures), figures
 
 
+DRAG = """const { over } = charts[0][0], box = over.getBoundingClientRect();
+  const at = (share) => ({ bubbles: true, button: 0, clientX: box.left + box.width * share, clientY: box.top + 9,
+                           movementX: 9 });
+  over.dispatchEvent(new MouseEvent("mouseenter", at(.5)));
+  over.dispatchEvent(new MouseEvent("mousedown", at(.5)));
+  document.dispatchEvent(new MouseEvent("mousemove", at(.7)));
+  over.dispatchEvent(new MouseEvent("mousemove", at(.75)));
+  over.dispatchEvent(new MouseEvent("mouseup", at(.75)));"""
+DOUBLE_CLICK = """const { over: clicked } = charts[1][2], place = clicked.getBoundingClientRect();
+  clicked.dispatchEvent(new MouseEvent("dblclick", { bubbles: true, button: 0, clientX: place.left + 20,
+                                                     clientY: place.top + 9 }));"""
+
+
 @pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
-def test_a_drag_over_one_chart_enlarges_that_time_in_all(tmp_path: Path) -> None:
-    drag = """setTimeout(() => {
-      const { over } = charts[0][0], box = over.getBoundingClientRect();
-      const at = (share) => ({ bubbles: true, button: 0, clientX: box.left + box.width * share, clientY: box.top + 9,
-                               movementX: 9 });
-      over.dispatchEvent(new MouseEvent("mouseenter", at(.5)));
-      over.dispatchEvent(new MouseEvent("mousedown", at(.5)));
-      document.dispatchEvent(new MouseEvent("mousemove", at(.7)));
-      over.dispatchEvent(new MouseEvent("mousemove", at(.75)));
-      over.dispatchEvent(new MouseEvent("mouseup", at(.75)));
-    }, 0);"""
-    _, found = charts(timeline.page(samples(61, is_leaking=True)), tmp_path, story=drag)
-    assert {(round(one["from"]), round(one["to"])) for panels in found for one in panels} == {(30, 45)}
+@pytest.mark.parametrize(("then", "shown"), [("", (30, 45)), (DOUBLE_CLICK, (0, 60))], ids=["drag", "double click"])
+def test_a_drag_enlarges_that_time_in_all_charts_and_a_double_click_shows_the_whole_run(
+    tmp_path: Path, then: str, shown: tuple[int, int]
+) -> None:
+    story = f"setTimeout(() => {{ {DRAG} }}, 0); setTimeout(() => {{ {then} }}, 0);"
+    page = timeline.page(samples(61, is_leaking=True))
+    _, found = charts(page.replace("</body>", f"<script>{story}</script></body>"), tmp_path)
+    assert {(round(one["from"]), round(one["to"])) for panels in found for one in panels} == {shown}
 
 
 @pytest.mark.skipif(not browser(), reason=f"no browser: none of {', '.join(BROWSERS)} is on PATH")
