@@ -77,7 +77,7 @@ QUICK = Extent(0.25, Plan(most=3, least=1, seconds=4), 7e6, scale.SIZES[:-1])
 _LARGE = (
     *("raw", "memcpy", "json", "defaults/cold*", "defaults/step*", "defaults/warm", "defaults/clear", "tuned/cold"),
     "samehost/cold",
-    *("pinned_peak", "*/pipeline", "upstream_*"),
+    *("pinned_peak", "*/pipeline", "*/larger*", "upstream_*"),
 )
 _ROWS_OF = {
     "distillation": _LARGE,

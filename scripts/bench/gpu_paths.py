@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bench.beside import TORCH
 from bench.exactness import BenchError, Original, check_tensors
 from bench.paths import DEFAULTS, TUNED, JsonPart, Path, Trainers
 from bench.trainer import Trainer
@@ -17,6 +18,8 @@ from gpu_cache import ShardReader, ShardSpec
 
 PINNED_PEAK, PIPELINE, FEW = "pinned_peak", "pipeline", "get_clear_30"
 _NUM_FEW = 30
+LARGER = "larger"
+_NUM_BATCHES = 5  # in one read: more than a cache preallocates at defaults, where the batch is that of vision
 UPSTREAM_COLD, UPSTREAM_SECOND = "upstream_cold", "upstream_second"
 
 
@@ -59,20 +62,27 @@ def gpu_paths(
     source, target = link.pinned(original.joined), torch.empty_like(original.joined, device=link.device)
     all_of_it = (workload.nbytes, workload.num_shards)
     on_host = [tensor for trajectory in workload.trajectories() for tensor in trajectory.values()]
+    trainers.defaults.cache.put("opens it", torch.zeros(1))
+    trainers.defaults.clear_cache()
+    room = trainers.defaults.stats()["device_capacity_bytes"]
+    num_batches = max(1, min(_NUM_BATCHES, 3 * room // 4 // workload.nbytes))
+    larger = _pipeline(f"{DEFAULTS}/{LARGER}", workload, trainers.defaults, num_batches)
     check_part, check_moved = partial(part.check, original), partial(check_tensors, on_host)
     return [
         Path(PINNED_PEAK, lambda _: link.copy(target, source), original.check_bytes, *all_of_it),
         _pipeline(f"{DEFAULTS}/{PIPELINE}", workload, trainers.defaults),
         _pipeline(f"{TUNED}/{PIPELINE}", workload, trainers.tuned),
         _few(f"{DEFAULTS}/{FEW}", workload, trainers.defaults),
+        larger,
+        larger.besides(TORCH, link.device),
         Path(UPSTREAM_COLD, lambda _: link.move(part.fetch()), check_part, part.nbytes, len(part.shard_ids)),
         Path(UPSTREAM_SECOND, lambda _: link.move(on_host), check_moved, *all_of_it, is_transfer=False),
     ]
 
 
-def _pipeline(name: str, workload: Workload, trainer: Trainer) -> Path:
+def _pipeline(name: str, workload: Workload, trainer: Trainer, num_batches: int = 1) -> Path:
     """All that the cache does, from a source that takes no time; the bytes are whatever the staging buffers held."""
-    specs = _specs(workload)
+    specs = [one for batch in range(num_batches) for one in _specs(workload, batch)]
     keys, source = [spec.key for spec in specs], InstantSource(specs)
 
     def check(path: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -83,8 +93,8 @@ def _pipeline(name: str, workload: Workload, trainer: Trainer) -> Path:
     def run(_: None) -> list[torch.Tensor]:
         return trainer.cache.get_many(keys, source)
 
-    finish = trainer.clear_cache  # the pool has room for one batch
-    return Path(name, run, check, workload.nbytes, workload.num_shards, trainer.clear_cache, finish)
+    finish = trainer.clear_cache  # a tuned pool has room for one batch
+    return Path(name, run, check, workload.nbytes * num_batches, len(specs), trainer.clear_cache, finish)
 
 
 def _few(name: str, workload: Workload, trainer: Trainer) -> Path:
@@ -104,9 +114,9 @@ def _few(name: str, workload: Workload, trainer: Trainer) -> Path:
     return Path(name, run, check, nbytes, len(keys), trainer.clear_cache, is_transfer=False, is_reading=False)
 
 
-def _specs(workload: Workload) -> list[ShardSpec]:
+def _specs(workload: Workload, batch: int = 0) -> list[ShardSpec]:
     return [
-        ShardSpec(("pipeline", number, name), dtype, shape(length))
+        ShardSpec(("pipeline", batch, number, name), dtype, shape(length))
         for number, length in enumerate(workload.lengths)
         for name, (dtype, shape) in workload.layout.items()
     ]

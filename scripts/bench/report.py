@@ -46,6 +46,7 @@ is left out."""
 DEVICE_NOTES = """\
 pinned_peak      one pinned copy of all bytes      pipeline  get_many from a source that takes no time: room, tensors,
                  staging buffers, copies; the bytes are not looked at      get_clear_30  of 30 such shards, and clear
+larger           pipeline with five such batches at once: more than is preallocated at defaults
 upstream_cold    AReaL's way: tensors on the host from JSON, then .to(device) one by one
 upstream_second  the same at a later read: the host has the tensors, .to(device) again; compare with warm
 new blocks: of torch's allocator, slabs included, or of pinned memory, in all timed rounds. Memory: at the most."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import scale
-from bench.gpu_paths import FEW, PIPELINE
+from bench.gpu_paths import FEW, LARGER, PIPELINE
 from bench.paths import GET_MANY_HITS, LOCALIZE_HITS
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -192,5 +192,8 @@ DEVICE_TARGETS = [
     ),
     Target("rollout pipeline, us per shard", _figure("rollout", _PIPELINE, "us_per_shard"), 12),
     Target("rollout get and clear of 30 shards, ms", _milliseconds("rollout", f"defaults/{FEW}"), 2),
+    Target(
+        "five vision batches, stall of busy torch, ms", _figure("vision", f"defaults/{LARGER}+torch", "stall_ms"), 6, 2
+    ),
     Target("rollout cold, times upstream_cold", _figure("rollout", COLD, "ratio_upstream"), 10, 20, is_floor=True),
 ]

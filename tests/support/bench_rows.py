@@ -38,7 +38,8 @@ HOST_PATHS = [
 ]
 HIT_PATHS = _beside_each("areal/hits", "areal/own_hits", "defaults/hits", "defaults/hits_get_many")
 DEVICE_PATHS = [
-    "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "upstream_cold", "upstream_second",
+    "pinned_peak", "defaults/pipeline", "tuned/pipeline", "defaults/get_clear_30", "defaults/larger",
+    "defaults/larger+torch", "upstream_cold", "upstream_second",
 ]  # fmt: skip
 _BATCH_PATHS = _beside_each("defaults/cold", "defaults/step", "samehost/cold")
 # Rows of each workload; those of distillation and vision are the same.
