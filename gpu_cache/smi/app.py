@@ -119,6 +119,7 @@ class Watch(App[None]):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, self.exit)
         self.query_one(List).focus()
+        self.watch(self.query_one(List), "scroll_y", self._draw_menu, init=False)
         self._timer = self.set_interval(self.interval_s, self.tick)
         await self.tick()
 
@@ -145,15 +146,23 @@ class Watch(App[None]):
         width = self.size.width - 1  # beside a scroll bar
         self._write("#title", watch.title(node, self.interval_s) + "   PAUSED" * self.is_paused)
         self._write("#gpus Static", watch.gpus(node, self._past, width, self.gpu))
-        of_node = census(node) if node.processes else f"waiting: {nothing(node)}"
-        chosen = {"sort": self.sort, "filter": self.wanted, "gpu": self.gpu}
-        self._write("#menu", "   ".join([*(f"{name}: {value}" for name, value in chosen.items() if value), of_node]))
         columns = watch.lists(self._past, width)[self.view]
         self.query_one(List).show(columns, self._rows(node))
         self._write("#latest", watch.events(self._past.events[:_NUM_EVENTS], min(width, WIDE)))
         problems = problem_lines(problems_of(node), width)
         self._write("#problems Static", "\n".join(problems))
         self.query_one("#problems").set_class(not problems, "-empty")
+        self.call_after_refresh(self._draw_menu)
+
+    def _draw_menu(self) -> None:
+        """Say how the list is chosen, how many rows are below it, and what the node has."""
+        if (node := self._node) is None:
+            return
+        below = self.query_one(List).num_below
+        of_node = census(node) if node.processes else f"waiting: {nothing(node)}"
+        chosen = {"sort": self.sort, "filter": self.wanted, "gpu": self.gpu}
+        words = [*(f"{name}: {value}" for name, value in chosen.items() if value), *[f"{below} more"] * (below > 0)]
+        self._write("#menu", "  ".join([*words, of_node]))
 
     def _rows(self, node: Node) -> Sequence[Any]:
         if self.view in (SOURCES, EVENTS):
@@ -237,6 +246,11 @@ class List(DataTable[Text]):
     """Rows that change in their places, so that the reader's scroll position stays."""
 
     BINDINGS: ClassVar = [("home", "scroll_top"), ("end", "scroll_bottom")]
+
+    @property
+    def num_below(self) -> int:
+        """Rows that a reader has to scroll to."""
+        return round(self.max_scroll_y - self.scroll_y)
 
     def show(self, columns: Sequence[Column], rows: Sequence[Any]) -> None:
         """Put these rows in place of those shown. Columns grow with their texts and do not shrink."""

@@ -225,6 +225,8 @@ def test_more_rows_than_lines_are_scrolled(node: Machine) -> None:
     async def story(app: Watch, pilot: Pilot[None]) -> None:
         rows = app.query_one(List)
         assert rows.row_count == 64
+        seen = words_of(app.export_screenshot())
+        assert f"sort: gpu  {64 - seen.count(' rollout/')} more  64 processes: " in seen
         for key, wanted in (("down", 1), ("up", 0), ("end", rows.max_scroll_y), ("home", 0)):
             await pilot.press(key)
             await settled(pilot)
@@ -242,6 +244,7 @@ def test_more_rows_than_lines_are_scrolled(node: Machine) -> None:
         await pilot.press("end")
 
     found = watching(node, story)
+    assert "sort: gpu  64 processes: " in found, "none is below the last"
     assert "rollout/63" in found
     assert "See them: gpu-cache-smi --leaks 5010" in found
     assert "32 processes ended without cleanup" in found
