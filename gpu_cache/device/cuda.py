@@ -208,8 +208,14 @@ class _Here:
 
     def __enter__(self) -> None:
         self._outer.__enter__()
-        self._inner.__enter__()
+        try:
+            self._inner.__enter__()
+        except BaseException:  # an interrupt, too, leaves this thread its own device
+            self._outer.__exit__(None, None, None)
+            raise
 
     def __exit__(self, *error: Any) -> None:
-        self._inner.__exit__(*error)
-        self._outer.__exit__(*error)
+        try:
+            self._inner.__exit__(*error)
+        finally:
+            self._outer.__exit__(*error)

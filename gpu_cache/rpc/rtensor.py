@@ -12,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
@@ -89,6 +89,8 @@ _storage_stats = StorageStatsView()
 _fetch_buffer_lock = threading.Lock()
 _storage_lock = threading.Lock()
 
+_UNSEEN: Any = type("Unseen", (), {})  # for the `data` of a handle that was not looked at; a class is its own copy
+
 
 @dataclasses.dataclass
 class RTensor:
@@ -103,11 +105,10 @@ class RTensor:
     shard: TensorShardInfo
     data: torch.Tensor
 
-    # The promise of the handle, and the meta tensor that it was read from; None while `data` was not looked at.
-    # Reading each tensor again would make localizing thousands of cached shards a third slower.
-    # No annotations, which would make them fields.
-    _promise = cast(Promise, (torch.uint8, (), ""))
-    _said = cast("torch.Tensor | None", None)
+    # `_promise` is that of the handle while it is remote; this is the meta tensor that it was read from. Reading each
+    # tensor again would make localizing thousands of cached shards a third slower.
+    # No annotation, which would make it a field.
+    _said = _UNSEEN
 
     def __post_init__(self) -> None:
         if isinstance(self.data, torch.Tensor) and self.data.is_meta and isinstance(self.shard, TensorShardInfo):
@@ -128,21 +129,22 @@ class RTensor:
         return f"RTensor({dtype} {shape} {place}, shard {self.shard.shard_id!r} of {self.shard.node_addr or 'Ray'})"
 
     def _note(self) -> Promise:
-        data = self.__dict__.get("data")
+        data = self.__dict__.get("data", _UNSEEN)
         dtype, shape = self._described()
         promise = promise_of(dtype, shape, self.shard.node_addr)
         self.shard.node_addr = promise[2] or ""
-        self._promise, self._said = promise, data
+        if data is _UNSEEN or data.is_meta:  # a localized tensor must not live as long as the handle
+            self._promise, self._said = promise, data
         return promise
 
     def _described(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        data = self.__dict__.get("data")
-        return self._promise[:2] if data is None else (data.dtype, data.shape)
+        data = self.__dict__.get("data", _UNSEEN)
+        return self._promise[:2] if data is _UNSEEN else (data.dtype, data.shape)
 
     @property
     def promise(self) -> Promise:
         """Dtype, shape and owner of its shard, as it says while it is remote."""
-        is_known = self._said is self.__dict__.get("data") and self._promise[2] is self.shard.node_addr
+        is_known = self._said is self.__dict__.get("data", _UNSEEN) and self._promise[2] is self.shard.node_addr
         return self._promise if is_known else self._note()
 
     @property
@@ -348,13 +350,13 @@ class RTensor:
         self.__post_init__()
 
     def __copy__(self) -> RTensor:
-        return self._copied(self.shard, self.__dict__.get("data"))
+        return self._copied(self.shard, self.__dict__.get("data", _UNSEEN))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RTensor:
-        return self._copied(copy.deepcopy(self.shard, memo), copy.deepcopy(self.__dict__.get("data"), memo))
+        return self._copied(copy.deepcopy(self.shard, memo), copy.deepcopy(self.__dict__.get("data", _UNSEEN), memo))
 
-    def _copied(self, shard: TensorShardInfo, data: torch.Tensor | None) -> RTensor:
-        return RTensor._remote(shard, *self._promise[:2]) if data is None else RTensor(shard, data)
+    def _copied(self, shard: TensorShardInfo, data: Any) -> RTensor:
+        return RTensor._remote(shard, *self._promise[:2]) if data is _UNSEEN else RTensor(shard, data)
 
     def __wire_fields__(self) -> dict[str, Any]:
         """The fields that travel: shape and dtype, never the values."""
@@ -369,7 +371,9 @@ class _MetaTensor:
     thread that took 14 s of a step of 3,072 shards.
     """
 
-    def __get__(self, handle: RTensor, owner: type) -> torch.Tensor:
+    def __get__(self, handle: RTensor | None, owner: type) -> torch.Tensor:
+        if handle is None or "_promise" not in handle.__dict__:
+            raise AttributeError(f"{owner.__name__} has no attribute 'data'")
         made = meta_tensor(handle._promise[0], *handle._promise[1])
         # Another thread may have localized the handle.
         found: torch.Tensor = handle.__dict__.setdefault("data", made)
@@ -609,8 +613,8 @@ def _fill(
 
 def _is_remote(handle: RTensor) -> bool:
     """Whether it has no values; then `_promise` is what it says by now, as it may have another tensor or owner."""
-    data = handle.__dict__.get("data")
-    if data is not None and not data.is_meta:
+    data = handle.__dict__.get("data", _UNSEEN)
+    if data is not _UNSEEN and not data.is_meta:
         return False
     if handle._said is not data or handle._promise[2] is not handle.shard.node_addr:
         handle._note()
@@ -685,13 +689,13 @@ def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
         raise
 
 
-_OWN_STORE = HttpRTensorBackend.store  # a user may have replaced it
+_OWN_STORE = HttpRTensorBackend.store  # a user may have replaced it, in a subclass or in one object
 
 
 def _store_each(backend: RTensorBackend, tensors: Sequence[torch.Tensor], stored: list[Any]) -> None:
     """Store copies; `stored` gets the ids of those that are. Those of this project's HTTP backend lie side by side."""
     shards = backend.shards if isinstance(backend, HttpRTensorBackend) else None
-    if shards is not None and type(backend).store is _OWN_STORE:
+    if shards is not None and getattr(backend.store, "__func__", None) is _OWN_STORE:
         with no_collections:
             drawn = os.urandom(16 * len(tensors))  # at once: each call gives the GIL away
             stored += [str(uuid.UUID(bytes=drawn[at : at + 16], version=4)) for at in range(0, len(drawn), 16)]

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpu_cache.device.cuda import CudaDevice
+from gpu_cache.device.cuda import CudaDevice, _Here
 from gpu_cache.device.cudart import has_context
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Device
@@ -235,6 +237,22 @@ def test_real_arena_gives_its_memory_back_and_leaves_torch_its_cache(real: CudaD
         assert real.memory_info()[0] >= free - (2 - number) * 256 * MIB - SLACK_BYTES
     # About: devices of other tests may die meanwhile, and take 2 MiB with them, torch's smallest segment.
     assert is_about(torch.cuda.memory_reserved(real.torch_device), kept)
+
+
+@pytest.mark.parametrize("step", ["enter", "exit"])
+def test_an_interrupted_call_leaves_the_thread_its_own_device(step: str) -> None:
+    noted = MagicMock()
+
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[None]:
+        if step == "enter":
+            raise KeyboardInterrupt
+        yield
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), _Here(noted, interrupted()):
+        pass
+    noted.__exit__.assert_called_once()
 
 
 @pytest.mark.gpu

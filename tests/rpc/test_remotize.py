@@ -294,3 +294,17 @@ def test_a_copy_that_fails_leaves_nothing(error: BaseException, monkeypatch: pyt
     with pytest.raises(type(error)):
         RTensor.remotize(BATCH, "me:1")
     assert (len(copies), storage_stats(), gc.isenabled()) == (3, NOTHING, True)
+
+
+def test_a_store_that_a_caller_replaced_in_one_backend_is_called() -> None:
+    backend, seen = rtensor.get_backend(), list[torch.Tensor]()
+    own = backend.store
+
+    def watched(tensor: torch.Tensor) -> Any:
+        seen.append(tensor)
+        return own(tensor)
+
+    backend.store = watched  # type: ignore[method-assign]
+    handles = RTensor.remotize([EYE, EYE[:1]], "me:1")
+    assert [rtensor.fetch(handle.shard.shard_id) for handle in handles] == seen
+    assert len(seen) == 2

@@ -289,3 +289,26 @@ def test_a_backend_is_set_and_picked() -> None:
     assert get_backend() is users
     set_backend(None)
     assert isinstance(get_backend(), HttpRTensorBackend)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda handle: handle.shape, lambda handle: handle.promise, repr, pickle.dumps, serialize_value],
+    ids=["shape", "promise", "repr", "pickle", "message"],
+)
+def test_a_handle_without_a_tensor_describes_none(look: Any) -> None:
+    for address in ("", "me:1"):
+        handle = RTensor(TensorShardInfo("a", address), None)  # type: ignore[arg-type]
+        with pytest.raises(AttributeError, match="NoneType"):
+            look(handle)
+        assert copy.copy(handle).data is None
+
+
+def test_a_deleted_tensor_is_described_again_only_if_the_handle_was_remote() -> None:
+    local = RTensor(TensorShardInfo("a", "me:1"), torch.ones(3))
+    remote = RTensor(TensorShardInfo("a", "me:1"), torch.ones(3, device="meta"))
+    del local.data, remote.data
+    assert remote.data.shape == (3,)
+    for lacks_one in (local, RTensor):
+        with pytest.raises(AttributeError, match="RTensor has no attribute 'data'"):
+            _ = lacks_one.data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,13 @@ def test_autograd_sees_writes_in_training(server: ServerHandle) -> None:
     tensor.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_handle_keeps_no_tensor_that_a_caller_took_out_of_it() -> None:
+    tensor = torch.ones(3)
+    handle, alive = remote("me:1", "a", tensor), weakref.ref(tensor)
+    handle.data = tensor
+    assert handle.promise[1] == (3,)
+    handle.data = torch.ones(3, device="meta")
+    del tensor
+    assert alive() is None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
 
 from gpu_cache.rpc.store import ShardStore
+from gpu_cache.rpc.wire.frame import OwnedShard
 
 
 def test_put_keeps_the_tensor_itself() -> None:
@@ -154,3 +157,26 @@ def test_repr_shows_the_totals() -> None:
     store = ShardStore()
     store.put("a", torch.zeros(1000, dtype=torch.uint8))
     assert repr(store) == "ShardStore(num_tensors=1, total_bytes=1,000)"
+
+
+def test_a_tensor_made_while_a_server_looks_at_its_shard_disturbs_nothing() -> None:
+    store = ShardStore()
+    for step in range(30):  # the caller comes at each of them
+        store.put_copies(["a"], [torch.ones(3)])
+        (shard,) = store.find(["a"])
+        assert shard is not None
+        left = step
+
+        def come(frame: Any, event: str, value: Any, shard: OwnedShard = shard) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                assert shard.tensor is store["a"]
+            return come
+
+        before = sys.gettrace()
+        sys.settrace(come)
+        try:
+            shard.check("a")
+        finally:
+            sys.settrace(before)

@@ -125,7 +125,8 @@ class OwnedShard:
         """Raise `TypeError` if it cannot be sent."""
         if self._fault:
             raise TypeError(self._fault)
-        if any(tensor.is_meta for tensor in self._tensors.values()):
+        tensor = self._tensors.get(_THE_ONE)  # a caller may be making it
+        if tensor is not None and tensor.is_meta:
             raise TypeError(f"shard {shard_id} is a meta tensor: it has no bytes to send")
 
 
