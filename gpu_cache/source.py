@@ -200,3 +200,16 @@ class _NoSource:
 
 
 NO_SOURCE = _NoSource()
+
+
+def check_source(source: object, prefer: object) -> None:
+    """Refuse a source that cannot be asked, and a place that is none.
+
+    Raises:
+        TypeError: `source` has no `open`.
+        ValueError: `prefer` is another word.
+    """
+    if prefer not in ("device", "host"):
+        raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
+    if not callable(getattr(source, "open", None)):
+        raise TypeError(f"source is a {type(source).__name__}: a ShardSource is expected, with open(keys, timeout_s)")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_cache import CacheClosedError, CacheFullError, FetchError, TensorCache, TransferError
 from gpu_cache.report.counters import BufferStats
+from gpu_cache.source import NO_SOURCE
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
 from tests.support.mutation_scene import CONFIG
@@ -182,6 +184,22 @@ def test_put_refuses_an_object_that_is_no_tensor(cache: TensorCache) -> None:
     with pytest.raises(TypeError, match="shard 'a' is a list: a Tensor is expected"):
         cache.put("a", [1, 2])  # type: ignore[arg-type]
     assert cache.put("a", torch.ones(2))
+
+
+@pytest.mark.parametrize("source", [None, object(), {}])
+def test_a_source_that_is_none_is_refused_for_a_missing_shard(cache: TensorCache, source: Any) -> None:
+    said = f"source is a {type(source).__name__}: a ShardSource is expected"
+    for call in (cache.get_many, cache.prefetch):
+        with pytest.raises(TypeError, match=said):
+            call(["a"], source)
+    cache.put("a", torch.ones(2))
+    assert len(cache.get_many(["a"], source)) == 1, "a hit asks no source"
+
+
+@pytest.mark.parametrize("call", ["get_many", "prefetch"])
+def test_a_place_that_is_none_is_refused(cache: TensorCache, call: str) -> None:
+    with pytest.raises(ValueError, match="prefer='gpu': must be 'device' or 'host'"):
+        getattr(cache, call)(["a"], NO_SOURCE, prefer="gpu")
 
 
 def test_put_refuses_a_tensor_without_room_and_changes_nothing(cache: TensorCache) -> None:

@@ -27,6 +27,11 @@ def test_a_port_that_is_none_is_refused(port: Any) -> None:
         rpc_server.start(port=port)
 
 
+def test_a_host_that_cannot_be_found_is_named() -> None:
+    with pytest.raises(OSError, match=r"host='no\.such\.host\.invalid': "):
+        rpc_server.start(host="no.such.host.invalid")
+
+
 @pytest.mark.parametrize(
     "address", ["http://h:1", "", "localhost", "h:0", "h:65536", "h:x", "a b:1", "h:1:", ":80", None, 80]
 )

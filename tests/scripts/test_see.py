@@ -146,6 +146,34 @@ def test_a_trainer_as_the_tool_sees_it(trainer: Trainer) -> None:
     assert list(trainer.folder.iterdir()) == []
 
 
+TWELVE = """
+import sys, time, torch
+from gpu_cache import CacheConfig, TensorCache
+
+def use():
+    made = [TensorCache(CacheConfig(device="cpu")) for _ in range(12)]
+    for cache in made:
+        cache.put("a", torch.ones(18))
+    return made[::2]  # the others are dropped here
+
+kept = use()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_twelve_caches_of_a_process_that_ends_leave_nothing(tmp_path: Path, status: int) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GPU_CACHE_")}
+    environ |= {"GPU_CACHE_STATS_DIR": str(tmp_path / "stats"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", TWELVE, str(status)]
+    done = subprocess.run(command, cwd=ROOT, env=environ, timeout=60, check=False)
+    assert done.returncode == status
+    assert list((tmp_path / "stats").iterdir()) == []
+    check = [sys.executable, "-m", "gpu_cache.smi", "--check"]
+    seen = subprocess.run(check, cwd=ROOT, env=environ, timeout=60, check=False, capture_output=True, text=True)
+    assert (seen.returncode, seen.stdout) == (0, "")
+
+
 def test_a_trainer_that_ends_leaves_nothing(trainer: Trainer) -> None:
     trainer.do("fetch('a')")
     assert len(list(trainer.folder.iterdir())) == 2

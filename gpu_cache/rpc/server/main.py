@@ -284,7 +284,10 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int
     """The one address to bind; IPv4 where a name has both."""
     if type(port) is not int or not 0 <= port <= 0xFFFF:  # the resolver takes the rest of a division
         raise ValueError(f"port={port!r}: must be 0, for a free one, or 1 to 65535")
-    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise OSError(error.errno, f"host={host!r}: {error.strerror}") from error
     family, _, _, _, location = min(found, key=lambda info: info[0] != socket.AF_INET)
     return family, (str(location[0]), int(location[1]))
 
