@@ -236,6 +236,13 @@ def test_readme_is_short_and_names_every_page() -> None:
     assert set(re.findall(r"\((docs/\w[\w-]*\.md)\)", README)) == PAGES.keys() - {"README.md"}
 
 
+def test_readme_says_what_and_why_before_how() -> None:
+    order = ["**Why.**", "![", "## Status", "## Install", "## Ten lines", "## Beside AReaL", "## Demo", "## The tool"]
+    places = [README.index(one) for one in [*order, "## More"]]
+    assert places == sorted(places)
+    assert README.count("![") == 1
+
+
 def test_the_site_has_every_page() -> None:
     navigation = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     written_elsewhere = {"index.md", "contributing.md", "changelog.md", "reference.md"}
