@@ -156,7 +156,7 @@ class Watch(App[None]):
 
     def _draw_menu(self) -> None:
         """Say how the list is chosen, how many rows are below it, and what the node has."""
-        if (node := self._node) is None:
+        if (node := self._node) is None or not (self.screen_stack and self.query(List)):  # it was left meanwhile
             return
         below = self.query_one(List).num_below
         of_node = census(node) if node.processes else f"waiting: {nothing(node)}"
