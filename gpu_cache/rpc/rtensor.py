@@ -367,8 +367,8 @@ class RTensor:
 class _MetaTensor:
     """`RTensor.data` until a caller looks at it: makes the meta tensor then.
 
-    Callers look at few of the thousands that travel, and each drop of a tensor gives the GIL away: beside a busy
-    thread that took 14 s of a step of 3,072 shards.
+    Callers look at few of the thousands that travel. Each drop of a tensor gives the GIL away. Beside a busy thread the
+    drops took 14 s of a step of 3,072 shards.
     """
 
     def __get__(self, handle: RTensor | None, owner: type) -> torch.Tensor:
