@@ -43,7 +43,7 @@ from gpu_cache.rpc.shard import (
     map_leaves,
     promise_of,
 )
-from gpu_cache.rpc.store import copied
+from gpu_cache.rpc.store import owned_copy
 from gpu_cache.rpc.trimming import trim_padding
 from gpu_cache.rpc.views import FetchBufferView, StorageStatsView, StorageView
 from gpu_cache.rpc.wire.serialization import DTYPES, check_stored, checked_shape, meta_tensor, register_dataclass
@@ -702,7 +702,7 @@ def _store_each(backend: RTensorBackend, tensors: Sequence[torch.Tensor], stored
             shards.put_copies(stored, tensors)
         return
     # Each copy is let go as it is stored.
-    copies = ([copied(tensor).tensor for tensor in tensors] if shards is None else shards.copies(tensors))[::-1]
+    copies = ([owned_copy(tensor) for tensor in tensors] if shards is None else shards.copies(tensors))[::-1]
     while copies:
         stored.append(backend.store(copies.pop()))
 

@@ -296,6 +296,11 @@ def test_a_copy_that_fails_leaves_nothing(error: BaseException, monkeypatch: pyt
     assert (len(copies), storage_stats(), gc.isenabled()) == (3, NOTHING, True)
 
 
+def test_a_users_backend_gets_copies_that_it_may_resize(users: FullBackend) -> None:
+    handle = RTensor.remotize(EYE, "me:1")
+    assert users.tensors[handle.shard.shard_id].resize_(100).shape == (100,)
+
+
 def test_a_store_that_a_caller_replaced_in_one_backend_is_called() -> None:
     backend, seen = rtensor.get_backend(), list[torch.Tensor]()
     own = backend.store
