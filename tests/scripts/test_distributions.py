@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import gpu_cache
+from tests import test_readme
 from tests.support import smi_recording
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,8 +87,8 @@ def run(*command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def install(python: Path, wheel: Path) -> None:
-    done = run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps", wheel)
+def install(python: Path, what: Path | str, *options: str) -> None:
+    done = run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", *options, what)
     assert done.returncode == 0, done.stderr
 
 
@@ -131,9 +133,30 @@ def test_the_wheel_has_the_package_and_an_index_can_show_it(unpacked: Path, tmp_
     assert f"({HOME}/raw/v{gpu_cache.__version__}/docs/screens/" in text
 
 
+def test_a_stranger_with_the_wheel_and_its_extra_runs_what_the_pages_show(unpacked: Path, tmp_path: Path) -> None:
+    python = bare_venv(tmp_path / "venv")
+    purelib = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (purelib / "over.pth").write_text(sysconfig.get_path("purelib") + "\n")  # torch and the other packages
+    install(python, build("wheel", unpacked, tmp_path), "--force-reinstall", "--no-deps")
+    install(python, "rtensor-data-plane[smi]")  # the extra asks for nothing that is not there
+    where = run(python, "-c", "import gpu_cache; print(gpu_cache.__file__)").stdout
+    assert where.startswith(str(purelib))
+    variables = {"GPU_CACHE_STATS_DIR": str(tmp_path), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    for script, output in test_readme.SCRIPTS:
+        (tmp_path / "script.py").write_text(script)
+        done = run(python, "-W", "error", tmp_path / "script.py", **variables)
+        assert (done.returncode, done.stderr) == (0, ""), script
+        assert done.stdout == output or output is None
+    commands = [command for command, _ in test_readme.COMMANDS if "gpu_cache" in command or "gpu-cache" in command]
+    assert commands
+    for command in commands:
+        done = run("bash", "-c", command, **variables)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
 def test_the_tool_runs_in_an_environment_without_torch(tool: Path, tmp_path: Path) -> None:
     python = bare_venv(tmp_path / "node")
-    install(python, tool)
+    install(python, tool, "--no-deps")
     here = Path(next(iter(__import__("rich").__path__))).parent
     script = python.parent / "gpu-cache-smi"
     reports = tmp_path / "reports"
@@ -162,9 +185,9 @@ def test_both_distributions_in_one_environment_share_the_script_alone(
     tool: Path, unpacked: Path, tmp_path: Path
 ) -> None:
     python = bare_venv(tmp_path / "both")
-    install(python, build("wheel", unpacked, tmp_path))
+    install(python, build("wheel", unpacked, tmp_path), "--no-deps")
     before = files_of(tmp_path / "both", "lib")
-    install(python, tool)
+    install(python, tool, "--no-deps")
     added = files_of(tmp_path / "both", "lib") - before
     assert {Path(name).parts[3].partition("-")[0] for name in added} == {"gpu_cache_smi"}
     run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-qy", "gpu-cache-smi")
