@@ -276,7 +276,7 @@ class RTensor:
         """
         remote = [handle for handle in _handles_in(obj) if _is_remote(handle)]
         _check_owners(remote)
-        promises = {handle.shard.shard_id: handle.promise for handle in remote}
+        promises = {handle.shard.shard_id: handle._promise for handle in remote}
         return runtime.current().prefetch(remote, promises, timeout_s, prefer, keep)
 
     @staticmethod

@@ -51,9 +51,9 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         self._put_all([shard_id], [OwnedShard(tensor)])
 
     def put_copies(self, shard_ids: Iterable[Hashable], tensors: Sequence[torch.Tensor]) -> None:
-        """Keep dense copies in host memory, all or none: what is served must not change when the originals do.
+        """Keep dense copies in host memory, all or none. A caller may change the originals afterwards.
 
-        They lie side by side where other processes of this host can map them, as far as there is such memory.
+        The copies lie side by side where other processes of this host can map them, as far as there is such memory.
 
         Args:
             shard_ids: One for each; replaces what it named before.
@@ -62,7 +62,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         self._put_all(shard_ids, self._copied(tensors))
 
     def copies(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same copies, for a caller that puts them here itself."""
+        """Make the copies of `put_copies` for a caller that puts them here itself."""
         return [shard.tensor for shard in self._copied(tensors)]
 
     def _copied(self, tensors: Sequence[torch.Tensor]) -> list[OwnedShard]:

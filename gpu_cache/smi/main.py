@@ -1,4 +1,4 @@
-"""`gpu-cache-smi`: what the caches of a machine hold and do. Each mode is a method that returns the exit code."""
+"""The command `gpu-cache-smi` shows the caches of a machine. Each mode is a method that returns the exit code."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class StreamingBackend(Protocol):
     """A backend that can deliver bytes into buffers of the cache's choosing."""
 
     def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> ShardSource:
-        """A source for these shards; `expected` says what they should be, where known."""
+        """A source for these shards; `expected` has them as their handles promise, where known."""
 
 
 @runtime_checkable

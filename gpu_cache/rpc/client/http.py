@@ -113,7 +113,7 @@ class HttpRTensorBackend:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
 
     def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> HttpSource:
-        """A source for these shards by id; `expected` says what they should be, where known."""
+        """A source for these shards by id; `expected` has them as their handles promise, where known."""
         return HttpSource(self, shards, expected)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
@@ -252,7 +252,7 @@ class HttpSource:
     Args:
         backend: Has connections, settings and mapped memory.
         shards: Where each is.
-        expected: What the shards should be, where known.
+        expected: The shards as their handles promise them, where known.
     """
 
     def __init__(

@@ -91,7 +91,7 @@ class Expectation:
 
     Args:
         keys: As they are asked for.
-        promised: What they are, where known.
+        promised: The shards as their handles promise them, where known.
         max_unknown_bytes: The most bytes of a shard that no handle promises, or of one whole answer in JSON.
     """
 

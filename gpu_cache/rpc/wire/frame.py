@@ -55,7 +55,7 @@ class OwnedShard:
     )  # fmt: skip
 
     memory: memoryview | None
-    _tensors: dict[str, torch.Tensor]  # the one, from when it was made
+    _tensors: dict[str, torch.Tensor]  # one at most; `setdefault` lets one of several threads make it
     _version: int | None
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -73,7 +73,7 @@ class OwnedShard:
 
     @classmethod
     def over(cls, memory: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> OwnedShard:
-        """A tensor over host memory, made when a caller asks for it: its drop gives the GIL away.
+        """A shard whose tensor is made when a caller asks for it. The drop of a tensor gives the GIL away.
 
         Args:
             memory: Its bytes, dense; kept for as long as the shard or its tensor.
