@@ -26,7 +26,7 @@ from gpu_cache.pool.lease import AliasCounter, aliases_of
 from gpu_cache.report.counters import BufferStats, buffer_stats_of
 from gpu_cache.report.publish import Publisher
 from gpu_cache.report.schema import EntryInfo, SourceStats
-from gpu_cache.source import NO_SOURCE, ShardSource, check_source
+from gpu_cache.source import NO_SOURCE, ShardSource, check_call
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.fetch import Fetch, ReaderTask, put_one
 from gpu_cache.transfer.tensor_reader import host_bytes
@@ -196,7 +196,7 @@ class TensorCache:
                 yet seen complete.
             MutatedError: A reader wrote into a shard, and `config.on_mutation` is "error".
             ValueError: The host is preferred, and the host tier is off (`config.host_tier_bytes`).
-            TypeError: A shard is missing, and `source` is no ShardSource.
+            TypeError: A shard is missing, and `source` is no ShardSource; or `keys` is a text.
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
         if ready not in (None, "host", "stream"):
@@ -207,7 +207,7 @@ class TensorCache:
         may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum)
         if may_be_plain and (hits := self._hits(keys, expected or {}, ready or self.config.ready)) is not None:
             return hits
-        check_source(source, prefer)
+        check_call(keys, source, prefer)
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=True, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,
@@ -266,7 +266,7 @@ class TensorCache:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
         limit_s = self._limit_s(timeout_s)
-        check_source(source, prefer)
+        check_call(keys, source, prefer)
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=False, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+KeyT = TypeVar("KeyT")
 
 _MAX_CAUSES = 8  # looked at behind an error; some chains are rings
 _MAX_NAMED = 3  # shards in a message
@@ -179,6 +181,17 @@ def _names(text: str, key: Hashable) -> bool:
     """Whether a message names a shard."""
     is_quoted = isinstance(key, str) and repr(key) in text
     return is_quoted or any(f"shard {key}{end}" in text for end in (" ", ":", ","))
+
+
+def several(keys: Iterable[KeyT]) -> list[KeyT]:
+    """List keys; a text is one key, and its letters are none.
+
+    Raises:
+        TypeError: A text, or bytes, is in the place of the keys.
+    """
+    if isinstance(keys, str | bytes):
+        raise TypeError(f"{keys!r} is one key, where several are expected: put it into a list")
+    return list(keys)
 
 
 def names_of(keys: Iterable[Hashable]) -> str:

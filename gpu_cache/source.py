@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from gpu_cache.config import ALIGNMENT
+from gpu_cache.errors import several
 
 MemoryT = TypeVar("MemoryT")
 
@@ -202,14 +203,15 @@ class _NoSource:
 NO_SOURCE = _NoSource()
 
 
-def check_source(source: object, prefer: object) -> None:
-    """Refuse a source that cannot be asked, and a place that is none.
+def check_call(keys: Sequence[Hashable], source: object, prefer: object) -> None:
+    """Refuse a text in the place of keys, a source that cannot be asked, and a place that is none.
 
     Raises:
-        TypeError: `source` has no `open`.
+        TypeError: `keys` is a text, or `source` has no `open`.
         ValueError: `prefer` is another word.
     """
     if prefer not in ("device", "host"):
         raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
+    several(keys)
     if not callable(getattr(source, "open", None)):
         raise TypeError(f"source is a {type(source).__name__}: a ShardSource is expected, with open(keys, timeout_s)")

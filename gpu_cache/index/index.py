@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache.errors import PromiseError, failure_reason
+from gpu_cache.errors import PromiseError, failure_reason, several
 from gpu_cache.index import lending
 from gpu_cache.index.entry import Candidate, Claim, Entry, Flight, Holding, Promise, State
 from gpu_cache.index.ledger import Dropped, Ledger
@@ -279,7 +279,7 @@ class ShardIndex:
         A PENDING shard will not be cached when it arrives. Unknown keys are ignored.
         """
         # Outside the lock: a generator may ask the cache. Before any drop: an object that is no key raises here.
-        wanted = dict.fromkeys(keys)
+        wanted = dict.fromkeys(several(keys))
         with self._lock:
             self._shared.num_removals += 1
             found = [

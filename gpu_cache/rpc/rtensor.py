@@ -20,6 +20,7 @@ import gpu_cache
 from gpu_cache import Promise
 from gpu_cache.config import OnError, Prefer
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.errors import several
 from gpu_cache.process import no_collections
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
@@ -319,7 +320,7 @@ class RTensor:
         Raises:
             gpu_cache.FetchError: The owner could not be told. They are evicted here all the same.
         """
-        wanted = list(shard_ids)
+        wanted = several(shard_ids)
         clear_fetch_buffer(wanted)
         of_step = await runtime.current().clears.join(wanted)
         backend = get_backend()
@@ -493,7 +494,7 @@ def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
     """
     if not shard_ids:
         return 0
-    wanted = list(shard_ids)
+    wanted = several(shard_ids)
     runtime.current().release(wanted)
     return clear_fetch_buffer(wanted)
 

@@ -21,7 +21,7 @@ import gpu_cache
 from gpu_cache import Promise, ShardReader, ShardSpec
 from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
-from gpu_cache.errors import listed
+from gpu_cache.errors import listed, several
 from gpu_cache.rpc.clearing import ClearsTogether, StepClearer
 from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, StreamingBackend, promises_of
 from gpu_cache.rpc.client.connection import AddressError, split_address
@@ -205,8 +205,8 @@ class Runtime:
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
+        wanted = several(shard_ids)
         self._num_told += 1
-        wanted = list(shard_ids)
         if isinstance(backend := self._backend, HttpRTensorBackend):
             backend.forget(wanted)
         try:

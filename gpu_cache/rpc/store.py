@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from gpu_cache.errors import several
 from gpu_cache.rpc.segments import Segments
 from gpu_cache.rpc.wire.frame import OwnedShard
 from gpu_cache.rpc.wire.records import record_of
@@ -115,7 +116,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         Returns:
             The number of shards that were there.
         """
-        unwanted = list(shard_ids)
+        unwanted = several(shard_ids)
         removed = []
         with self._lock:
             for shard_id in unwanted:

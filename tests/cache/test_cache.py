@@ -196,6 +196,20 @@ def test_a_source_that_is_none_is_refused_for_a_missing_shard(cache: TensorCache
     assert len(cache.get_many(["a"], source)) == 1, "a hit asks no source"
 
 
+def test_a_text_in_the_place_of_keys_is_refused(cache: TensorCache) -> None:
+    cache.put("a", torch.ones(2))
+    calls = [
+        lambda: cache.clear("a"),
+        lambda: cache.clear_node("node", "a"),
+        lambda: cache.get_many("ab", NO_SOURCE),
+        lambda: cache.prefetch("ab", NO_SOURCE),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"'ab?' is one key, where several are expected: put it into a list"):
+            call()
+    assert cache.keys() == ["a"]
+
+
 @pytest.mark.parametrize("call", ["get_many", "prefetch"])
 def test_a_place_that_is_none_is_refused(cache: TensorCache, call: str) -> None:
     with pytest.raises(ValueError, match="prefer='gpu': must be 'device' or 'host'"):

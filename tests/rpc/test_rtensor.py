@@ -19,7 +19,7 @@ import torch
 import gpu_cache.rpc
 from gpu_cache import FetchError
 from gpu_cache.report.counters import BufferStats
-from gpu_cache.rpc import rtensor
+from gpu_cache.rpc import rtensor, runtime
 from gpu_cache.rpc.rtensor import (
     HttpRTensorBackend,
     RTensor,
@@ -251,6 +251,20 @@ def test_clearing_batches_never_flushes(users_backend: UsersBackend) -> None:
     assert [clear_batches(), clear_batches(None), clear_batches([]), clear_batches(())] == [0, 0, 0, 0]
     assert clear_batches(["s0", "unknown"]) == 1
     assert fetch_buffer_stats() == {"num_entries": 2}
+
+
+def test_one_id_is_no_list_of_ids(users_backend: UsersBackend) -> None:
+    RTensor.localize(handle(1))
+    calls = [
+        lambda: clear_batches("s1"),
+        lambda: clear_fetch_buffer("s1"),
+        lambda: asyncio.run(RTensor.clear_node("node-a:1", "s1")),
+        lambda: runtime.current().store.remove("s1"),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="'s1' is one key, where several are expected: put it into a list"):
+            call()
+    assert (fetch_buffer_stats(), users_backend.deleted) == ({"num_entries": 1}, [])
 
 
 def test_clearing_a_node_evicts_first_and_then_deletes(users_backend: UsersBackend) -> None:
