@@ -657,8 +657,6 @@ class ShardIndex:
             if entry.flight.is_copy:
                 self._let_go_below_locked(entry)
         self._ledger.landed(landed, node)
-        if blocks is not None:
-            blocks.untrack([entry.copy for entry in landed])
         return landed
 
     def _drop_all_locked(self, entries: Collection[Entry]) -> Dropped:

@@ -103,5 +103,5 @@ lend: Callable[[Sequence[Copy], list[torch.Tensor | None]], list[torch.Tensor]] 
 hits: Callable[..., tuple[list[torch.Tensor], int] | None] = hits_in_python
 
 if blocks is not None:
-    blocks.bind(Entry, Flight, Copy, OrderedDict.move_to_end)
+    blocks.bind_entries(Entry, Flight, OrderedDict.move_to_end)
     lend, hits = blocks.lend, blocks.hits

@@ -124,20 +124,16 @@ at::Tensor dense(c10::Storage storage, const at::Tensor& like, c10::IntArrayRef 
   return made;
 }
 
-// carve(arena, offset, nbytes, template, shape, fired) -> (base, loan, lease)
-//
-// Two tensors over one block, like `template` in dtype and device, with version counters of their own. Their storage
-// has exactly `nbytes`, and cannot be resized.
-PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(
-      count == 6 && THPStorage_Check(args[0]) && THPVariable_Check(args[3]) && PyTuple_Check(args[4]),
-      "carve takes a storage, offset, bytes, a tensor, a tuple and a function");
-  const c10::Storage& arena = THPStorage_Unpack(args[0]);
-  const int64_t offset = PyLong_AsSsize_t(args[1]);
-  const int64_t nbytes = PyLong_AsSsize_t(args[2]);
-  const at::Tensor& like = THPVariable_Unpack(args[3]);
-  PyObject* shape = args[4];
+struct Block {
+  Ref base, loan, lease;
+};
+
+// Makes two tensors over one block, like `like` in dtype and device, with version counters of their own, and their
+// lease, which fires once it is armed. Their storage has exactly `nbytes`, and cannot be resized.
+bool make_block(
+    const c10::Storage& arena, int64_t offset, int64_t nbytes, const at::Tensor& like, PyObject* shape, PyObject* fired,
+    Block& made) {
+  TORCH_CHECK_TYPE(PyTuple_Check(shape), "a shape is a tuple");
   c10::SmallVector<int64_t, 8> sizes;
   bool is_negative = false, is_huge = false;
   int64_t wanted = static_cast<int64_t>(like.dtype().itemsize());
@@ -147,15 +143,17 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
     is_huge |= __builtin_mul_overflow(wanted, sizes.back(), &wanted);
   }
   if (PyErr_Occurred()) {
-    return nullptr;
+    return false;
   }
   if (is_negative) {
-    return PyErr_Format(PyExc_ValueError, "shape %R has a negative length", shape);
+    PyErr_Format(PyExc_ValueError, "shape %R has a negative length", shape);
+    return false;
   }
   if (is_huge || wanted != nbytes) {
-    return PyErr_Format(
+    PyErr_Format(
         PyExc_ValueError, "%zd bytes are no %s tensor of shape %R", static_cast<Py_ssize_t>(nbytes),
         c10::toString(like.scalar_type()), shape);
+    return false;
   }
   const auto room = static_cast<int64_t>(arena.nbytes());
   TORCH_CHECK_VALUE(
@@ -164,40 +162,60 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
   auto* lease = reinterpret_cast<Lease*>(LeaseType.tp_alloc(&LeaseType, 0));
   if (lease == nullptr) {
-    return nullptr;
+    return false;
   }
-  Ref kept(reinterpret_cast<PyObject*>(lease));
+  made.lease.object = reinterpret_cast<PyObject*>(lease);
   lease->has_fired = true;  // not if this fails: the range is the caller's still
   auto held = std::make_unique<Held>();
   held->arena = arena;
-  held->lease = reinterpret_cast<Lease*>(Py_NewRef(kept.object));
-  held->fired = Py_NewRef(args[5]);
+  held->lease = reinterpret_cast<Lease*>(Py_NewRef(made.lease.object));
+  held->fired = Py_NewRef(fired);
   void* bytes = static_cast<char*>(arena.mutable_data()) + offset;
   c10::Storage block(
       c10::Storage::use_byte_size_t(), nbytes, at::DataPtr(bytes, held.release(), &end_block, like.device()),
       /*allocator=*/nullptr, /*resizable=*/false);
-  Ref loan(THPVariable_Wrap(dense(block, like, sizes)));
-  Ref base(THPVariable_Wrap(dense(std::move(block), like, sizes)));
-  if (base.object == nullptr || loan.object == nullptr) {
+  made.loan.object = THPVariable_Wrap(dense(block, like, sizes));
+  made.base.object = THPVariable_Wrap(dense(std::move(block), like, sizes));
+  return made.base.object != nullptr && made.loan.object != nullptr;
+}
+
+// Lets the lease of a block fire, and leaves what is in no cycle out of the garbage collector's lists.
+void arm(Block& made) {
+  reinterpret_cast<Lease*>(made.lease.object)->has_fired = false;
+  set_tracked(made.lease.object, false);  // its only cycle is that of its slab, which ends when the block does
+  set_tracked(made.base.object, false);  // it is never handed out, and refers to no Python object
+}
+
+// carve(arena, offset, nbytes, template, shape, fired) -> (base, loan, lease): one block.
+PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 6 && THPStorage_Check(args[0]) && THPVariable_Check(args[3]),
+      "carve takes a storage, offset, bytes, a tensor, a tuple and a function");
+  const int64_t offset = PyLong_AsSsize_t(args[1]);
+  const int64_t nbytes = PyLong_AsSsize_t(args[2]);
+  Block made;
+  if (!make_block(THPStorage_Unpack(args[0]), offset, nbytes, THPVariable_Unpack(args[3]), args[4], args[5], made)) {
     return nullptr;
   }
-  PyObject* made = PyTuple_Pack(3, base.object, loan.object, kept.object);
-  if (made != nullptr) {
-    lease->has_fired = false;
-    set_tracked(kept.object, false);  // its only cycle is that of its slab, which ends when the block does
-    set_tracked(base.object, false);  // is in no cycle: it is never handed out, and refers to no Python object
+  PyObject* found = PyTuple_Pack(3, made.base.object, made.loan.object, made.lease.object);
+  if (found != nullptr) {
+    arm(made);
   }
-  return made;
+  return found;
   END_HANDLE_TH_ERRORS
 }
 
-// ---- Hits -----------------------------------------------------------------------------------------------------------
+// ---- Records --------------------------------------------------------------------------------------------------------
 
 // Where the slots of `Entry`, `Flight` and `Copy` are in their objects.
 struct {
-  Py_ssize_t copy, promise, flight, error, base, loan, version, nbytes, completion;
+  Py_ssize_t copy, promise, flight, error;
 } slots;
-PyTypeObject *Entry, *Flight, *Copy;  // null before `bind`
+struct {
+  Py_ssize_t key, base, lease, nbytes, loan, completion, version, checksum;
+} copy_slots;
+PyTypeObject *Entry, *Flight, *Copy;  // null before they are bound
 PyObject* move_to_end;
 
 PyObject*& slot(PyObject* object, Py_ssize_t offset) {
@@ -236,28 +254,132 @@ bool find_slot(PyObject* type, const char* name, Py_ssize_t& offset) {
   return true;
 }
 
-// bind(Entry, Flight, Copy, move_to_end): once, before any other call but `carve`.
-PyObject* bind(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4 || !PyType_Check(args[0]) || !PyType_Check(args[1]) || !PyType_Check(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "bind takes three classes and a function");
+// bind_copies(Copy): once, before `carve_all` and `lend`.
+PyObject* bind_copies(PyObject*, PyObject* copy) {
+  if (!PyType_Check(copy)) {
+    return PyErr_Format(PyExc_TypeError, "a class is expected, not %R", copy);
+  }
+  auto found = copy_slots;
+  if (!(find_slot(copy, "key", found.key) && find_slot(copy, "base", found.base) &&
+        find_slot(copy, "lease", found.lease) && find_slot(copy, "nbytes", found.nbytes) &&
+        find_slot(copy, "loan", found.loan) && find_slot(copy, "completion", found.completion) &&
+        find_slot(copy, "version", found.version) && find_slot(copy, "checksum", found.checksum))) {
     return nullptr;
   }
-  PyObject *entry = args[0], *flight = args[1], *copy = args[2];
+  constexpr size_t num_slots = sizeof(copy_slots) / sizeof(Py_ssize_t);
+  if (reinterpret_cast<PyTypeObject*>(copy)->tp_basicsize != sizeof(PyObject) + num_slots * sizeof(PyObject*)) {
+    return PyErr_Format(PyExc_TypeError, "%R has other slots than those that are known", copy);
+  }
+  copy_slots = found;
+  Py_XSETREF(Copy, reinterpret_cast<PyTypeObject*>(Py_NewRef(copy)));
+  Py_RETURN_NONE;
+}
+
+// bind_entries(Entry, Flight, move_to_end): once, before `untrack`, `track` and `hits`.
+PyObject* bind_entries(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "bind_entries takes two classes and a function");
+    return nullptr;
+  }
+  PyObject *entry = args[0], *flight = args[1];
   auto found = slots;
   if (!(find_slot(entry, "copy", found.copy) && find_slot(entry, "promise", found.promise) &&
-        find_slot(entry, "flight", found.flight) && find_slot(flight, "error", found.error) &&
-        find_slot(copy, "base", found.base) && find_slot(copy, "loan", found.loan) &&
-        find_slot(copy, "version", found.version) && find_slot(copy, "nbytes", found.nbytes) &&
-        find_slot(copy, "completion", found.completion))) {
+        find_slot(entry, "flight", found.flight) && find_slot(flight, "error", found.error))) {
     return nullptr;
   }
   slots = found;
   Py_XSETREF(Entry, reinterpret_cast<PyTypeObject*>(Py_NewRef(entry)));
   Py_XSETREF(Flight, reinterpret_cast<PyTypeObject*>(Py_NewRef(flight)));
-  Py_XSETREF(Copy, reinterpret_cast<PyTypeObject*>(Py_NewRef(copy)));
-  Py_XSETREF(move_to_end, Py_NewRef(args[3]));
+  Py_XSETREF(move_to_end, Py_NewRef(args[2]));
   Py_RETURN_NONE;
 }
+
+// ---- Runs -----------------------------------------------------------------------------------------------------------
+
+// A `Copy` of a block, and its lease in `leases`, by offset. Takes the block's references.
+PyObject* make_copy(PyObject* key, Block& made, PyObject* nbytes, PyObject* leases) {
+  Ref copy(Copy->tp_alloc(Copy, 0));
+  Ref offset(PyLong_FromSsize_t(reinterpret_cast<Lease*>(made.lease.object)->offset));
+  Ref version(PyLong_FromLong(0));  // of new tensors
+  if (copy.object == nullptr || offset.object == nullptr || version.object == nullptr ||
+      PyDict_SetItem(leases, offset.object, made.lease.object) < 0) {
+    return nullptr;
+  }
+  arm(made);
+  set_tracked(made.loan.object, false);  // until a reader has it
+  set_tracked(copy.object, false);  // it is in no cycle
+  slot(copy.object, copy_slots.key) = Py_NewRef(key);
+  slot(copy.object, copy_slots.base) = made.base.release();
+  slot(copy.object, copy_slots.lease) = made.lease.release();
+  slot(copy.object, copy_slots.nbytes) = Py_NewRef(nbytes);
+  slot(copy.object, copy_slots.loan) = made.loan.release();
+  slot(copy.object, copy_slots.completion) = Py_NewRef(Py_None);
+  slot(copy.object, copy_slots.version) = version.release();
+  slot(copy.object, copy_slots.checksum) = Py_NewRef(Py_None);
+  return copy.release();
+}
+
+PyObject *key_name, *dtype_name, *shape_name, *nbytes_name;
+
+// The `Copy` of one shard, `offset` bytes into the arena.
+PyObject* carve_shard(
+    PyObject* spec, const c10::Storage& arena, PyObject* slab, Py_ssize_t offset, Py_ssize_t alignment,
+    PyObject* templates, PyObject* fired, PyObject* leases) {
+  Ref key(PyObject_GetAttr(spec, key_name)), dtype(PyObject_GetAttr(spec, dtype_name));
+  Ref shape(PyObject_GetAttr(spec, shape_name)), length(PyObject_GetAttr(spec, nbytes_name));
+  if (key.object == nullptr || dtype.object == nullptr || shape.object == nullptr || length.object == nullptr) {
+    return nullptr;
+  }
+  const Py_ssize_t nbytes = PyLong_AsSsize_t(length.object);
+  Ref like(Py_XNewRef(PyDict_GetItemWithError(templates, dtype.object)));
+  if (PyErr_Occurred()) {
+    return nullptr;
+  }
+  TORCH_CHECK_TYPE(like.object != nullptr && THPVariable_Check(like.object), "there is no template of that dtype");
+  Block made;
+  if (!make_block(arena, offset, nbytes, THPVariable_Unpack(like.object), shape.object, fired, made)) {
+    return nullptr;
+  }
+  auto* lease = reinterpret_cast<Lease*>(made.lease.object);
+  lease->key = Py_NewRef(key.object);
+  lease->slab = Py_NewRef(slab);
+  lease->offset = offset;
+  lease->nbytes = (nbytes + alignment - 1) / alignment * alignment;
+  return make_copy(key.object, made, length.object, leases);
+}
+
+// carve_all(arena, slab, first, specs, offsets, alignment, templates, fired, leases) -> list of `Copy`
+//
+// If it raises, `leases` has those of the shards before.
+PyObject* carve_all(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 9 && THPStorage_Check(args[0]) && PyDict_Check(args[6]) && PyDict_Check(args[8]) && Copy != nullptr,
+      "carve_all takes a storage, a slab, its first byte, specs, offsets, an alignment, a dict, a function and a dict");
+  const Py_ssize_t first = PyLong_AsSsize_t(args[2]), alignment = PyLong_AsSsize_t(args[5]);
+  Ref specs(PySequence_Tuple(args[3])), offsets(PySequence_Tuple(args[4]));
+  if (specs.object == nullptr || offsets.object == nullptr || PyErr_Occurred()) {
+    return nullptr;
+  }
+  const Py_ssize_t length = PyTuple_GET_SIZE(specs.object);
+  TORCH_CHECK_VALUE(length == PyTuple_GET_SIZE(offsets.object) && alignment > 0, "each shard has one offset");
+  Ref copies(PyList_New(length));
+  for (Py_ssize_t i = 0; copies.object != nullptr && i < length; ++i) {
+    const Py_ssize_t offset = first + PyLong_AsSsize_t(PyTuple_GET_ITEM(offsets.object, i));
+    PyObject* copy = PyErr_Occurred() ? nullptr
+                                      : carve_shard(
+                                            PyTuple_GET_ITEM(specs.object, i), THPStorage_Unpack(args[0]), args[1],
+                                            offset, alignment, args[6], args[7], args[8]);
+    if (copy == nullptr) {
+      return nullptr;
+    }
+    PyList_SET_ITEM(copies.object, i, copy);
+  }
+  return copies.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// ---- Hits -----------------------------------------------------------------------------------------------------------
 
 PyObject* set_all_tracked(PyObject* records, bool is_wanted) {
   if (!PyList_Check(records)) {
@@ -327,11 +449,11 @@ const at::Tensor* tensor_in(PyObject* copy, Py_ssize_t offset) {
 // The tensor for a reader of a shard, a new reference: the one that its last reader let go of, made to look like the
 // shard again; else another alias, and `left` gets the one before.
 PyObject* lend(PyObject* copy, PyObject* left) {
-  const at::Tensor *base = tensor_in(copy, slots.base), *last = tensor_in(copy, slots.loan);
+  const at::Tensor *base = tensor_in(copy, copy_slots.base), *last = tensor_in(copy, copy_slots.loan);
   if (base == nullptr) {
     return PyErr_Format(PyExc_TypeError, "%R has no tensor", copy);
   }
-  PyObject* loan = value(copy, slots.loan);
+  PyObject* loan = value(copy, copy_slots.loan);
   c10::TensorImpl* wanted = base->unsafeGetTensorImpl();
   if (last != nullptr && is_free(loan, *last) &&
       last->unsafeGetTensorImpl()->has_compatible_shallow_copy_type(wanted->key_set())) {
@@ -339,6 +461,7 @@ PyObject* lend(PyObject* copy, PyObject* left) {
     if (!looks_alike(tensor.unsafeGetTensorImpl(), wanted)) {
       tensor.set_data(*base);
     }
+    set_tracked(loan, true);  // from now on it may be in a cycle
     return Py_NewRef(loan);
   }
   c10::impl::ExcludeDispatchKeyGuard without_modes(c10::DispatchKey::Python);  // they would make it, in Python
@@ -349,18 +472,18 @@ PyObject* lend(PyObject* copy, PyObject* left) {
   if (made.object == nullptr || PyList_Append(left, loan) < 0) {
     return nullptr;
   }
-  Py_XSETREF(slot(copy, slots.loan), Py_NewRef(made.object));
+  Py_XSETREF(slot(copy, copy_slots.loan), Py_NewRef(made.object));
   return made.release();
 }
 
 bool is_changed(PyObject* copy) {
-  const at::Tensor* counted = tensor_in(copy, slots.loan);
+  const at::Tensor* counted = tensor_in(copy, copy_slots.loan);
   if (counted == nullptr) {
-    counted = tensor_in(copy, slots.base);
+    counted = tensor_in(copy, copy_slots.base);
   }
   return counted == nullptr ||
       counted->unsafeGetTensorImpl()->version_counter().current_version() !=
-      static_cast<uint32_t>(PyLong_AsUnsignedLongMask(value(copy, slots.version)));
+      static_cast<uint32_t>(PyLong_AsUnsignedLongMask(value(copy, copy_slots.version)));
 }
 
 // lend(copies, left) -> list of tensors
@@ -441,8 +564,8 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (moved.object == nullptr) {
       return nullptr;
     }
-    nbytes += PyLong_AsSsize_t(value(copy.object, slots.nbytes));
-    PyObject* completion = value(copy.object, slots.completion);
+    nbytes += PyLong_AsSsize_t(value(copy.object, copy_slots.nbytes));
+    PyObject* completion = value(copy.object, copy_slots.completion);
     if (completion != latest && completion != Py_None) {
       if (PyDict_SetItem(completions, completion, Py_None) < 0) {
         return nullptr;
@@ -455,8 +578,10 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyMethodDef methods[] = {
-    {"bind", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bind)), METH_FASTCALL, nullptr},
+    {"bind_copies", bind_copies, METH_O, nullptr},
+    {"bind_entries", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bind_entries)), METH_FASTCALL, nullptr},
     {"carve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(carve)), METH_FASTCALL, nullptr},
+    {"carve_all", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(carve_all)), METH_FASTCALL, nullptr},
     {"lend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lend_all)), METH_FASTCALL, nullptr},
     {"track", track, METH_O, nullptr},
     {"untrack", untrack, METH_O, nullptr},
@@ -468,6 +593,10 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "gpu_cache.native.blocks", nullptr,
 }  // namespace
 
 PyMODINIT_FUNC PyInit_blocks() {
+  key_name = PyUnicode_InternFromString("key");
+  dtype_name = PyUnicode_InternFromString("dtype");
+  shape_name = PyUnicode_InternFromString("shape");
+  nbytes_name = PyUnicode_InternFromString("nbytes");
   Ref made(PyModule_Create(&module));
   if (made.object == nullptr || !ready_lease_type() ||
       PyModule_AddObjectRef(made.object, "Lease", reinterpret_cast<PyObject*>(&LeaseType)) < 0) {

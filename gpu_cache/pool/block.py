@@ -10,6 +10,7 @@ import torch
 
 from gpu_cache.config import ALIGNMENT
 from gpu_cache.device.protocol import Arena, Event
+from gpu_cache.native import blocks
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.lease import Catch, Lease, carve
@@ -76,6 +77,10 @@ class Copy:
         self.completion, self.version = completion, (self.base if self.loan is None else self.loan)._version
 
 
+if blocks is not None:
+    blocks.bind_copies(Copy)
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Quarantine:
     """Ranges freed together; reusable when every event is done."""
@@ -116,6 +121,8 @@ def carve_shards(
     templates = slab.templates
     for dtype in {spec.dtype for spec in specs} - templates.keys():
         templates[dtype] = torch.empty(0, dtype=dtype, device=device)
+    if blocks is not None:
+        return blocks.carve_all(storage, slab, first, specs, offsets, ALIGNMENT, templates, freed.append, leases)  # type: ignore[no-any-return]
     catch = Catch(freed)
     twins = catch.twins
     for spec, relative in zip(specs, offsets, strict=True):

@@ -152,7 +152,9 @@ class ReaderTask:
     def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
         """Index arrived shards; or hand them to waiting calls alone, if the pool had no room."""
         self._ended = time.monotonic()
-        pairs = [(self.entries[landing.key], landing) for landing in landings]
+        entries = self.entries
+        # Without thousands of tuples, which would set off a collection here.
+        pairs = zip([entries[landing.key] for landing in landings], landings, strict=True)
         take = self._index.deliver if is_overflow else self._index.publish
         take(pairs, self.reader.node, completion)
 

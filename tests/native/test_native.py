@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -17,11 +18,16 @@ import pytest
 import torch
 
 from gpu_cache import native
+from gpu_cache.config import CacheConfig
+from gpu_cache.device.host import HostDevice
 from gpu_cache.index import lending
 from gpu_cache.index.entry import Entry, Flight, State
 from gpu_cache.index.lending import Table
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import Catch, carve
+from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.lease import Catch, Husks, carve
+from gpu_cache.pool.slab import SlabPool
+from gpu_cache.source import ShardSpec
 
 SAYS = "from gpu_cache.index import lending; print(lending.hits.__module__)"
 
@@ -107,14 +113,17 @@ def test_a_block_outside_of_the_arena_is_refused(offset: int, nbytes: int, shape
 
 @needs_library
 def test_the_functions_refuse_what_they_do_not_take() -> None:
-    for call in (native.blocks.carve, native.blocks.lend, native.blocks.hits, native.blocks.bind):
+    taking = native.blocks
+    for call in (taking.carve, taking.carve_all, taking.lend, taking.hits, taking.bind_entries, taking.bind_copies):
         with pytest.raises(TypeError):
             call(1)
     for call in (native.blocks.track, native.blocks.untrack):
         with pytest.raises(TypeError, match="a list of records is expected"):
             call(1)
     with pytest.raises(TypeError, match="is no slot"):
-        native.blocks.bind(type("Entry", (), {"copy": 1}), object, object, print)
+        native.blocks.bind_entries(type("Entry", (), {"copy": 1}), object, print)
+    with pytest.raises(TypeError, match="has other slots than those that are known"):
+        native.blocks.bind_copies(dataclasses.make_dataclass("Copy", [("extra", int, 0)], bases=(Copy,), slots=True))
 
 
 class Owner(str):
@@ -223,6 +232,29 @@ def test_the_next_reader_finds_no_trace_of_the_last(trace: str) -> None:
     assert (type(again), again.shape, again.dtype, again.requires_grad) == (torch.Tensor, (64,), torch.uint8, False)
     assert (vars(again), again._backward_hooks, weakref.getweakrefcount(again)) == ({}, None, 0)
     KEPT.clear()
+
+
+@needs_library
+def test_a_run_is_carved_without_work_for_the_garbage_collector_until_readers_have_it() -> None:
+    config = CacheConfig(pool_bytes="1MiB", prealloc_bytes=0).resolved(is_cuda=False, device_bytes=0)
+    pool = SlabPool(HostDevice(), config, StreamFence(HostDevice(), "all"), lambda dead: None, Husks())
+    taken = pool.take(1024)
+    assert taken is not None
+    specs = [ShardSpec("a", torch.int16, (3, 4)), ShardSpec("b", torch.float64, ())]
+    copies = pool.carve(taken, specs, [0, 512])
+    assert [(one.key, one.nbytes, one.version, one.completion, one.checksum) for one in copies] == [
+        ("a", 24, 0, None, None),
+        ("b", 8, 0, None, None),
+    ]
+    assert [(one.base.dtype, one.base.shape) for one in copies] == [(one.dtype, one.shape) for one in specs]
+    assert [(one.lease.key, one.lease.slab, one.lease.nbytes) for one in copies if one.lease is not None] == [
+        ("a", taken.slab, 512),
+        ("b", taken.slab, 512),
+    ]
+    assert not any(gc.is_tracked(part) for one in copies for part in (one, one.base, one.loan, one.lease))
+    lent = lending.lend(copies, [])
+    assert all(map(gc.is_tracked, lent))
+    assert lent == [one.loan for one in copies]
 
 
 @needs_library
