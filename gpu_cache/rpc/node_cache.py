@@ -210,10 +210,7 @@ class NodeCache:
         if checked.memory.partition(" ")[0] == boot_id() or not checked.incarnation:
             return _left_to_owner(asked)  # the consumer reads its memory; or it does not say which server it is
         versions = self._versions(asked.address, checked)
-        promises: dict[Hashable, Promise] = {}
-        for key, version in versions.items():
-            found = asked.promised[key]
-            promises[version] = found.dtype, torch.Size(found.shape), asked.address
+        promises: dict[Hashable, Promise] = {version: asked.promises[key] for key, version in versions.items()}
         tensors = self.cache.get_many(
             list(promises),
             _VersionSource(self._backend, promises),
@@ -294,7 +291,7 @@ class _VersionSource:
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each owner."""
         versions: dict[Hashable, Version] = {one.shard_id: one for one in cast(Sequence[Version], keys)}
-        expected = {key: ShardSpec(key, *self._promises[version][:2]) for key, version in versions.items()}
+        expected = {key: self._promises[version] for key, version in versions.items()}
         shards = {key: TensorShardInfo(key, one.address) for key, one in versions.items()}
         readers = self._backend.source(shards, expected).open(list(versions), timeout_s)
         return [_VersionReader(reader, versions) for reader in readers]

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 import torch
 
 import gpu_cache
-from gpu_cache import Promise, ShardReader, ShardSpec
+from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
 from gpu_cache.errors import listed, several
 from gpu_cache.rpc.clearing import ClearsTogether, StepClearer
-from gpu_cache.rpc.client.backend import CallSource, NodesSource, RTensorBackend, StreamingBackend, promises_of
+from gpu_cache.rpc.client.backend import CallSource, RTensorBackend, StreamingBackend
 from gpu_cache.rpc.client.connection import AddressError, split_address
 from gpu_cache.rpc.client.http import HttpRTensorBackend, drained
 from gpu_cache.rpc.client.ray import RayRTensorBackend
@@ -137,10 +137,9 @@ class Runtime:
         """
         if on_error == "raise" and _wants_host_memory.get() and not self._hands_out_host_memory():
             return self._read_past_cache(handles, promises, timeout_s)
-        source = _HandleSource(self, handles)
         return self.cache.get_many(
             list(promises),
-            source,
+            _HandleSource(self, handles, promises),
             timeout_s=timeout_s,
             on_error=on_error,
             prefer=prefer,
@@ -160,7 +159,7 @@ class Runtime:
     ) -> list[torch.Tensor]:
         timeout_s = self.cache.config.fetch_timeout_s if timeout_s is None else timeout_s
         found: dict[Hashable, torch.Tensor] = {}
-        for reader in _HandleSource(self, handles).open(list(promises), timeout_s):
+        for reader in _HandleSource(self, handles, promises).open(list(promises), timeout_s):
             found |= drained(reader)
         return [found[key] for key in promises]
 
@@ -173,35 +172,10 @@ class Runtime:
         keep: bool = False,
     ) -> Future[int]:
         """Begin to fetch shards that are not cached. Arguments as for `get_many`."""
-        source = _HandleSource(self, handles)
+        source = _HandleSource(self, handles, promises)
         return self.cache.prefetch(
             list(promises), source, timeout_s=timeout_s, prefer=prefer, expected=promises, keep=keep
         )
-
-    def source(self, handles: Iterable[Handle], keys: Sequence[Hashable]) -> gpu_cache.ShardSource:
-        """Where the shards `keys` of remote handles come from: this process's store, or the backend."""
-        wanted = set(keys)
-        shards: dict[Hashable, TensorShardInfo] = {}
-        expected: dict[Hashable, ShardSpec] = {}
-        own: set[Hashable] = set()
-        lacks_address = False
-        for handle in handles:
-            key = handle.shard.shard_id
-            if key not in wanted:
-                continue
-            dtype, shape, address = handle.promise
-            shards[key], expected[key] = handle.shard, ShardSpec(key, dtype, shape)
-            lacks_address = lacks_address or not address
-            if address in self.own_addresses or (address in self.noted_addresses and key in self.store):
-                own.add(key)
-        backend = self.backend
-        if lacks_address and isinstance(backend, HttpRTensorBackend):
-            _check_not_of_ray(shards)
-        remote = _source_of(backend, shards, expected)
-        if not own:
-            return remote
-        local = CallSource("local", partial(self._load_own, shards), promises_of(shards, expected), may_hang=False)
-        return NodesSource({key: local if key in own else remote for key in shards})
 
     def evict(self, shard_ids: Iterable[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
@@ -292,6 +266,10 @@ class Runtime:
         if isinstance(self._backend, HttpRTensorBackend):
             self._backend.close()
 
+    def owns(self, shard_id: Hashable, address: str | None) -> bool:
+        """Whether the shard of that address is read from this process's store."""
+        return address in self.own_addresses or (address in self.noted_addresses and shard_id in self.store)
+
     def _load_own(
         self, shards: Mapping[Hashable, TensorShardInfo], keys: Iterable[Hashable], timeout_s: float
     ) -> list[torch.Tensor | Exception]:
@@ -315,29 +293,45 @@ def _note_removal(of: weakref.ref[Runtime], address: str) -> None:
 
 
 class _HandleSource:
-    """The source of handles, made only for those that are asked for: of a batch that is cached, none."""
+    """The source of remote handles: this process's store, or the backend. Of a cached batch it looks at none."""
 
-    def __init__(self, runtime: Runtime, handles: Sequence[Handle]) -> None:
-        self._runtime, self._handles = runtime, handles
+    def __init__(self, runtime: Runtime, handles: Sequence[Handle], promises: Mapping[Hashable, Promise]) -> None:
+        self._runtime, self._handles, self._promises = runtime, handles, promises
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
-        return self._runtime.source(self._handles, keys).open(keys, timeout_s)
+        here, promises = self._runtime, self._promises
+        shards = {handle.shard.shard_id: handle.shard for handle in self._handles}
+        owners, backend = {owner for _, _, owner in promises.values()}, here.backend
+        if not all(owners) and isinstance(backend, HttpRTensorBackend):
+            _check_not_of_ray(keys)
+        readers: list[ShardReader] = []
+        if owners & (here.own_addresses | here.noted_addresses):
+            own = {key: None for key in keys if here.owns(key, promises[key][2])}
+            local = CallSource("local", partial(here._load_own, shards), promises, may_hang=False)
+            readers += local.open(list(own), timeout_s) if own else ()
+            keys = [key for key in keys if key not in own]
+        if keys:
+            readers += _source_of(backend, shards, promises, keys).open(keys, timeout_s)
+        return readers
 
 
 def _source_of(
-    backend: RTensorBackend, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]
+    backend: RTensorBackend,
+    shards: Mapping[Hashable, TensorShardInfo],
+    promises: Mapping[Hashable, Promise],
+    keys: Sequence[Hashable],
 ) -> gpu_cache.ShardSource:
     """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
     # Asked of the class: a mock in the place of a backend has every attribute.
     if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
-        return backend.source(shards, expected)
+        return backend.source(shards, promises)
 
     def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
         return backend.fetch([shards[key] for key in keys])
 
-    nodes = listed(sorted({info.node_addr for info in shards.values()}))
-    return CallSource(nodes, load, promises_of(shards, expected))
+    nodes = listed(sorted({shards[key].node_addr for key in keys}))
+    return CallSource(nodes, load, promises)
 
 
 def _check_not_of_ray(shards: Iterable[Hashable]) -> None:

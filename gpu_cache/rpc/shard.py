@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -188,6 +189,11 @@ def promise_of(dtype: torch.dtype, shape: tuple[int, ...], owner: str) -> Promis
         _promises.clear()
     promise = dtype, shape, owner
     return _promises.setdefault(promise, promise)
+
+
+def nbytes_of(promise: Promise) -> int:
+    """The length of the shard that a handle promises, in bytes."""
+    return math.prod(promise[1]) * promise[0].itemsize
 
 
 def answer_error(key: Hashable, promised: Promise, found: Promise) -> ShardAnswerError:

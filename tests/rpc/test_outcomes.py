@@ -188,7 +188,8 @@ def test_a_shard_that_does_not_arrive_can_be_none(
 
 def test_repeated_keys_and_holes_go_together(serve: Callable[..., FaultServer]) -> None:
     server = serve(whole(frames_of({"a": PAIR["a"]})))
-    source = runtime._HandleSource(runtime.current(), list(pair(server.address).values()))
+    handles = list(pair(server.address).values())
+    source = runtime._HandleSource(runtime.current(), handles, {one.shard.shard_id: one.promise for one in handles})
     got = runtime.current().cache.get_many(["a", "b", "a"], source, on_error="none")
     assert got[1] is None
     assert got[0] is not got[2]

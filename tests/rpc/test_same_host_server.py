@@ -40,18 +40,18 @@ from gpu_cache.rpc.wire.records import (
     Header,
     Proxied,
     joined_ids,
-    parse_records,
     proxied_text,
     record_of,
 )
 from tests.support.interleave_stage import eventually
+from tests.support.reading import parse_records
 from tests.support.wire_tensors import patterned, raw_bytes
 
 LONG_S = 30.0
 
 
 def keys_of(answer: Answer) -> list[Hashable]:
-    return [one.spec.key for one in answer.found]
+    return [spec.key for spec, _, _ in answer.found]
 
 
 class Client:
@@ -96,8 +96,8 @@ class Client:
         return parse_records(body[at:], ids)
 
     def bytes_of(self, answer: Answer, key: str) -> bytes:
-        (found,) = (one for one in answer.found if one.spec.key == key)
-        return bytes(self.segments[found.segment][found.place : found.place + found.spec.nbytes])
+        ((spec, segment, place),) = (one for one in answer.found if one[0].key == key)
+        return bytes(self.segments[segment][place : place + spec.nbytes])
 
     def release(self) -> None:
         self.sock.sendall(Header(RELEASE, 0, 0, 0).encoded())

@@ -22,7 +22,8 @@ from gpu_cache.rpc import segments as module
 from gpu_cache.rpc.segments import FIRST_BYTES, Segment, Segments, is_wanted
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import Frame
-from gpu_cache.rpc.wire.records import ELSEWHERE, parse_records
+from gpu_cache.rpc.wire.records import ELSEWHERE
+from tests.support.reading import parse_records
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def put(store: ShardStore, *tensors: torch.Tensor) -> list[str]:
 
 def places(store: ShardStore, ids: list[str]) -> list[tuple[int, int]]:
     records = b"".join(shard.record for shard in store.find(ids) if shard is not None)
-    found = {one.spec.key: (one.segment, one.place) for one in parse_records(records, ids).found}
+    found = {spec.key: (segment, place) for spec, segment, place in parse_records(records, ids).found}
     return [found[shard_id] for shard_id in ids if shard_id in found]
 
 
@@ -59,7 +60,7 @@ def test_copies_have_every_bit_of_every_dtype_and_shape(store: ShardStore) -> No
     for tensor, shard_id in zip(tensors, ids, strict=True):
         assert same_bits(store[shard_id], tensor)
     records = b"".join(shard.record for shard in store.find(ids) if shard is not None)
-    found = {one.spec.key: one.spec for one in parse_records(records, ids).found}
+    found = {spec.key: spec for spec, _, _ in parse_records(records, ids).found}
     specs = [found[shard_id] for shard_id in ids]
     assert [(one.dtype, one.shape, one.nbytes) for one in specs] == [(t.dtype, t.shape, t.nbytes) for t in tensors]
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import ShardSpec
 from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader, drained
 from gpu_cache.rpc.node_cache import Running
 from gpu_cache.rpc.rtensor import TensorShardInfo
@@ -18,6 +17,7 @@ from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.shard import ShardMissingError
 from tests.support.fake_owner import FakeOwner
+from tests.support.reading import promises_of
 from tests.support.wire_tensors import patterned, same_bits
 
 
@@ -37,8 +37,7 @@ class Consumer:
 
     def reader(self, address: str, tensors: Mapping[str, torch.Tensor], timeout_s: float = 30.0) -> SameHostReader:
         shards = {key: TensorShardInfo(key, address) for key in tensors}
-        expected = {key: ShardSpec(key, one.dtype, tuple(one.shape)) for key, one in tensors.items()}
-        (reader,) = self.backend.source(shards, expected).open(list(tensors), timeout_s)  # type: ignore[arg-type]
+        (reader,) = self.backend.source(shards, promises_of(tensors, address)).open(list(tensors), timeout_s)  # type: ignore[arg-type]
         assert isinstance(reader, SameHostReader)
         return reader
 

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import FetchError, ShardReader, ShardSpec
+from gpu_cache import FetchError, Promise, ShardReader, ShardSpec
 from gpu_cache.rpc.client.pool import ConnectionPool, NodeState
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.requester import FETCH, HttpSettings, Requester
 from gpu_cache.rpc.shard import ShardFetchError
+from gpu_cache.rpc.wire.records import Answer, Foreseen
 from tests.support.areal_fixtures import LONG_S
 from tests.support.fault_server import FaultServer
 
@@ -34,8 +35,18 @@ def reader_of(
         pool.close()
     chosen = HttpSettings({}, **{"retry_pause_s": 0.0, **settings})
     requester = Requester(address, FETCH, pool, chosen, time.monotonic() + timeout_s, node or NodeState())
-    specs = {key: ShardSpec(key, one.dtype, tuple(one.shape)) for key, one in (promised or {}).items()}
-    return HttpReader(keys, specs, requester, chosen)
+    return HttpReader(keys, promises_of(promised or {}, address), requester, chosen)
+
+
+def promises_of(tensors: Mapping[Any, torch.Tensor], owner: str) -> dict[Hashable, Promise]:
+    """As handles of these tensors promise them."""
+    return {key: (one.dtype, tuple(one.shape), owner) for key, one in tensors.items()}
+
+
+def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
+    """What an owner says of shards that no handle promises."""
+    answer = Foreseen(ids, {}).compared(records, lambda _: True)
+    return answer._replace(found=list(answer.found))
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from gpu_cache import Promise, ShardReader, ShardSource, ShardSpec, TensorReader
+from gpu_cache import Promise, ShardReader, ShardSource, TensorReader
 from gpu_cache.process import OwnThread
 from gpu_cache.rpc.shard import (
     ShardAnswerError,
@@ -22,7 +22,6 @@ from gpu_cache.rpc.shard import (
     ShardUnreachableError,
     TensorShardInfo,
     answer_error,
-    promise_of,
 )
 
 ResultT = TypeVar("ResultT")
@@ -102,8 +101,13 @@ class RTensorBackend(Protocol):
 class StreamingBackend(Protocol):
     """A backend that can deliver bytes into buffers of the cache's choosing."""
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> ShardSource:
-        """A source for these shards; `expected` has them as their handles promise, where known."""
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, Promise]) -> ShardSource:
+        """A source for these shards, of which it opens some or all.
+
+        Args:
+            shards: The place of each.
+            expected: What the handle of each promises, where known.
+        """
 
 
 @runtime_checkable
@@ -164,27 +168,6 @@ class CallSource:
         if promise is not None and (one.dtype, one.shape) != promise[:2]:
             return answer_error(key, promise, (one.dtype, one.shape, promise[2]))
         return one if one.is_cpu else one.detach().cpu()
-
-
-class NodesSource:
-    """Routes each key to the source of its node."""
-
-    def __init__(self, source_of: Mapping[Hashable, ShardSource]) -> None:
-        self._source_of = source_of
-
-    def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
-        """The readers of every source that has some of the keys."""
-        keys_of: dict[int, list[Hashable]] = {}
-        for key in keys:
-            keys_of.setdefault(id(self._source_of[key]), []).append(key)
-        return [reader for wanted in keys_of.values() for reader in self._source_of[wanted[0]].open(wanted, timeout_s)]
-
-
-def promises_of(
-    shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]
-) -> dict[Hashable, Promise]:
-    """The promises of handles that make one."""
-    return {key: promise_of(one.dtype, one.shape, shards[key].node_addr) for key, one in expected.items()}
 
 
 def take_back(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpu_cache import FetchError, ShardReader, ShardSpec
+from gpu_cache import FetchError, Promise, ShardReader, ShardSpec
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.rpc.clearing import in_own_thread
 from gpu_cache.rpc.client.connection import HttpAnswer
@@ -112,8 +112,8 @@ class HttpRTensorBackend:
     def __repr__(self) -> str:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> HttpSource:
-        """A source for these shards by id; `expected` has them as their handles promise, where known."""
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, Promise]) -> HttpSource:
+        """A source for these shards by id; `expected` has what their handles promise, where known."""
         return HttpSource(self, shards, expected)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
@@ -252,14 +252,14 @@ class HttpSource:
     Args:
         backend: Has connections, settings and mapped memory.
         shards: Where each is.
-        expected: The shards as their handles promise them, where known.
+        expected: What their handles promise, where known.
     """
 
     def __init__(
         self,
         backend: HttpRTensorBackend,
         shards: Mapping[Hashable, TensorShardInfo],
-        expected: Mapping[Hashable, ShardSpec],
+        expected: Mapping[Hashable, Promise],
     ) -> None:
         self._backend, self._shards, self._expected = backend, shards, expected
 

@@ -151,8 +151,8 @@ class MemoryConnection:
             return False
         return False
 
-    def ask(self, text: bytes, number: int, deadline: float, kind: int = FETCH) -> Told:
-        """Ask for shards, which the owner then holds until `release`.
+    def ask(self, text: bytes, number: int, deadline: float, kind: int = FETCH) -> None:
+        """Ask for shards, which the owner then holds until `release`; `told` has its answer.
 
         Args:
             text: Their ids, as of `joined_ids`; for FETCH_FOR, as of `proxied_text`.
@@ -165,10 +165,14 @@ class MemoryConnection:
         patience_s = PATIENCE_S if kind == FETCH else _PROXY_PATIENCE_S
         self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, patience_s), patience_s
         hold_ms = min(int((max(left_s, 0.0) + _HOLD_SLACK_S) * 1000), 0xFFFFFFFF)
+        with _reasons(self.path):
+            self.sock.sendall(Header(kind, number, hold_ms, len(text)).encoded() + text)
+
+    def told(self, number: int) -> Told:
+        """The answer about so many shards, by the deadline of `ask`."""
         segments: list[tuple[int, int, int]] = []
         try:
             with _reasons(self.path):
-                self.sock.sendall(Header(kind, number, hold_ms, len(text)).encoded() + text)
                 return self._told(number, segments)
         except BaseException:
             _close_all(descriptor for _, _, descriptor in segments)

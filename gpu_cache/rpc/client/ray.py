@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache import Promise, ShardReader, ShardSpec
-from gpu_cache.rpc.client.backend import promises_of
+from gpu_cache import Promise, ShardReader
 from gpu_cache.rpc.client.http import drained
 from gpu_cache.rpc.client.ray_objects import RayObject, RayReader, Writer, clear
 from gpu_cache.rpc.shard import TensorShardInfo
@@ -50,9 +49,9 @@ class RayRTensorBackend:
     def __repr__(self) -> str:
         return "RayRTensorBackend()"
 
-    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, ShardSpec]) -> RaySource:
+    def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, Promise]) -> RaySource:
         """A source over the object store; a lost object fails alone."""
-        return RaySource(self._ray, shards, promises_of(shards, expected))
+        return RaySource(self._ray, shards, expected)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
         """The tensors of shards, in order, past every cache.

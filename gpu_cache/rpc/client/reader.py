@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 
-from gpu_cache import ShardSpec, TensorReader
+from gpu_cache import Promise, ShardSpec, TensorReader
 from gpu_cache.process import no_collections
 from gpu_cache.rpc.client.connection import AddressError, HttpAnswer
 from gpu_cache.rpc.client.requester import (
@@ -33,6 +33,7 @@ from gpu_cache.rpc.shard import (
     TooLongError,
     WireError,
     answer_error,
+    nbytes_of,
 )
 from gpu_cache.rpc.wire.frame import (
     CONTENT_TYPE,
@@ -91,14 +92,12 @@ class Expectation:
 
     Args:
         keys: As they are asked for.
-        promised: The shards as their handles promise them, where known.
+        promises: Of their handles, where known.
         max_unknown_bytes: The most bytes of a shard that no handle promises, or of one whole answer in JSON.
     """
 
-    def __init__(
-        self, keys: Sequence[Hashable], promised: Mapping[Hashable, ShardSpec], max_unknown_bytes: int
-    ) -> None:
-        self.shards = [promised[key] for key in keys if key in promised]
+    def __init__(self, keys: Sequence[Hashable], promises: Mapping[Hashable, Promise], max_unknown_bytes: int) -> None:
+        self.shards = [ShardSpec(key, one[0], one[1]) for key in keys if (one := promises.get(key)) is not None]
         self._keys, self._max_unknown_bytes = keys, max_unknown_bytes
         self._layout: Layout | None = None
         if len(self.shards) == len(keys):
@@ -136,7 +135,7 @@ class HttpReader:
 
     Args:
         keys: Shard ids, wanted from this node.
-        expected: The shards as the handles promise them, where known: nothing longer is read, and nothing else.
+        promises: Of their handles, where known: nothing longer is read, and nothing else.
         requester: Asks the node's route `FETCH`.
         settings: Limits of a request.
     """
@@ -146,13 +145,13 @@ class HttpReader:
     def __init__(
         self,
         keys: Sequence[Hashable],
-        expected: Mapping[Hashable, ShardSpec],
+        promises: Mapping[Hashable, Promise],
         requester: Requester,
         settings: HttpSettings,
     ) -> None:
         self.node, self.keys = requester.address, keys
         self.failures: dict[Hashable, Exception] = {}
-        self._expected, self._requester, self._settings = expected, requester, settings
+        self._promises, self._requester, self._settings = promises, requester, settings
         self._node_state = requester.node  # the reader learns the node's wire form here, and the backend remembers it
         self._left = list(reversed(keys))
         self._most = settings.max_binary_shards  # in one request; fewer once an answer was too long
@@ -231,8 +230,8 @@ class HttpReader:
         wanted: list[Hashable] = []
         total = 0
         while self._left and len(wanted) < most:
-            expected = self._expected.get(self._left[-1])
-            total += limits.max_binary_bytes // limits.max_json_shards if expected is None else expected.nbytes
+            promise = self._promises.get(self._left[-1])
+            total += limits.max_binary_bytes // limits.max_json_shards if promise is None else nbytes_of(promise)
             if wanted and total > limits.max_binary_bytes:
                 break
             wanted.append(self._left.pop())
@@ -251,7 +250,7 @@ class HttpReader:
     def _foresee(self, wanted: Sequence[Hashable]) -> None:
         """Lay out what the owner should answer, while it does the same."""
         with no_collections:
-            self._expectation = Expectation(wanted, self._expected, self._settings.max_unknown_bytes)
+            self._expectation = Expectation(wanted, self._promises, self._settings.max_unknown_bytes)
 
     def _failed(self, kind: type[ShardFetchError], what: str, wanted: Sequence[Hashable]) -> ShardFetchError:
         return kind(f"Failed to fetch shard batch from {self._requester.url}: {what} ({named(wanted)})")
@@ -317,15 +316,14 @@ class HttpReader:
 
     def is_welcome(self, found: ShardSpec) -> bool:
         """Whether a shard is as its handle promises, or short enough where no handle promised; else it fails."""
-        promised, limit = self._expected.get(found.key), self._settings.max_unknown_bytes
-        if promised is None and found.nbytes > limit:
+        promise, limit = self._promises.get(found.key), self._settings.max_unknown_bytes
+        if promise is None and found.nbytes > limit:
             self.failures[found.key] = ShardAnswerError(
                 f"Failed to fetch shard {found.key} from {self.node}: it has {found.nbytes:,} bytes, no handle "
                 f"says how many it should have, and the limit is then {limit:,} (max_unknown_bytes)"
             )
-        elif promised is not None and (promised.dtype, promised.shape) != (found.dtype, found.shape):
-            promise = promised.dtype, promised.shape, self.node
-            self.failures[found.key] = answer_error(found.key, promise, (found.dtype, found.shape, self.node))
+        elif promise is not None and (found.dtype, found.shape) != promise[:2]:
+            self.failures[found.key] = answer_error(found.key, promise, (found.dtype, found.shape, promise[2]))
         return found.key not in self.failures
 
     def _asked_again(self, broken: FrameBody, error: BaseException) -> FrameBody:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from gpu_cache import ShardSpec
+from gpu_cache import Promise, ShardSpec
 from gpu_cache.hosts import is_loopback
 from gpu_cache.process import no_collections
 from gpu_cache.report.schema import NODE_CACHE, SHARED_MEMORY
@@ -25,17 +25,16 @@ from gpu_cache.rpc.client.memory import (
 )
 from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.client.reader import HttpReader
-from gpu_cache.rpc.shard import ShardUnreachableError, WireError
+from gpu_cache.rpc.shard import ShardUnreachableError, WireError, nbytes_of
 from gpu_cache.rpc.wire.records import (
     ELSEWHERE,
     FETCH,
     FETCH_FOR,
     MAX_IDS,
     UNKNOWN_COUNT,
-    Found,
+    Foreseen,
     boot_id,
     joined_ids,
-    parse_records,
     proxied_text,
     record_of,
 )
@@ -67,7 +66,7 @@ class SameHostReader:
             brings the shards that are in no shared memory.
         node: What is known of the owner.
         memories: Segments that this process maps.
-        expected: The shards as the handles promise them, where known.
+        promises: Of the handles, where known.
         deadline: As by `time.monotonic()`.
     Attributes:
         is_lending: Whether the part is in shared memory.
@@ -79,20 +78,20 @@ class SameHostReader:
         http: HttpReader,
         node: NodeState,
         memories: OwnersMemory,
-        expected: Mapping[Hashable, ShardSpec],
+        promises: Mapping[Hashable, Promise],
         deadline: float,
     ) -> None:
         self.node, self.keys, self.failures = http.node, http.keys, http.failures
         self.is_lending, self.transport = False, ""
         self._http, self._node, self._memories = http, node, memories
-        self._expected, self._deadline = expected, deadline
+        self._promises, self._deadline = promises, deadline
         self._is_over = self._is_cancelled = False  # nothing is read from the owner's memory any more
         self._is_proxy_over = False  # nor from a node cache's
         self._way_of_part = _Way("")
         self._elsewhere: list[Hashable] = []  # over HTTP, when the others are here
         self._connection: MemoryConnection | None = None
-        self._announced: list[ShardSpec] = []  # of the part, those with bytes
-        self._places: list[tuple[Segment, int, int]] = []  # of each of them: segment, begin, length
+        self._part: list[ShardSpec] = []
+        self._places: list[tuple[Segment, int, int]] = []  # of those with bytes: segment, begin, length
         self._at = self._start = self._num_confirmed = 0  # of the next to be read: number, bytes read; confirmed ones
         self._num_shared_bytes = 0
 
@@ -143,7 +142,7 @@ class SameHostReader:
             f"Failed to fetch shards from {self.node}: {holder} ended the connection under which it held them"
         )
         lost.may_go_on = not self._is_cancelled
-        self._http.put_back([spec.key for spec in self._announced[self._num_confirmed :]])
+        self._http.put_back([spec.key for spec in self._part if spec.nbytes][self._num_confirmed :])
         self._end_part(is_good=False)
         self._leave(self._way_of_part)
         raise lost
@@ -211,21 +210,21 @@ class SameHostReader:
 
         Shards without a promise that fits a record come over HTTP.
         """
-        promises: dict[Hashable, bytes] = {}
+        records: dict[Hashable, bytes] = {}
         nbytes, end = 0, len(left)
         for number, key in enumerate(left):
-            promised = self._expected.get(key)
-            record = ELSEWHERE if promised is None else record_of(promised.dtype, promised.shape, 0, 0)
-            if promised is None or record is ELSEWHERE:
+            promise = self._promises.get(key)
+            record = ELSEWHERE if promise is None else record_of(promise[0], promise[1], 0, 0)
+            if promise is None or record is ELSEWHERE:
                 self._elsewhere.append(key)
                 continue
-            nbytes += promised.nbytes
-            if promises and (nbytes > _PROXIED_BYTES or len(promises) == _PROXIED_IDS):
+            nbytes += nbytes_of(promise)
+            if records and (nbytes > _PROXIED_BYTES or len(records) == _PROXIED_IDS):
                 end = number
                 break
-            promises[key] = record
-        text = proxied_text(self.node, promises) if promises else None
-        return list(promises), text, list(left[end:])
+            records[key] = record
+        text = proxied_text(self.node, records) if records else None
+        return list(records), text, list(left[end:])
 
     def _asked(self, way: _Way, text: bytes, wanted: Sequence[Hashable]) -> list[ShardSpec]:
         """The shards that are in memory, in the order in which they lie there."""
@@ -235,53 +234,49 @@ class SameHostReader:
             raise OutOfReachError("the fetch was given up")
         if not way.is_proxy:
             self._node.note(connection.incarnation)
-        told = connection.ask(text, len(wanted), self._deadline, FETCH_FOR if way.is_proxy else FETCH)
+        connection.ask(text, len(wanted), self._deadline, FETCH_FOR if way.is_proxy else FETCH)
+        with no_collections:  # while the owner answers
+            foreseen = Foreseen(wanted, self._promises)
+        told = connection.told(len(wanted))
         segments = self._memories.segments(way.path, told)  # first: it closes the descriptors that came
         self._memories.forget(way.path, told.alive)
         if told.removals != UNKNOWN_COUNT:
             self._node.note_removals(str(told.removals))
         try:
             with no_collections:
-                answer = parse_records(told.records, wanted)
-                specs = self._announce(answer.found, segments)
+                answer = foreseen.compared(told.records, self._http.is_welcome)
+                self._announce(answer.found, segments)
         except WireError as error:
             raise OutOfReachError(str(error)) from error
         for key in answer.absent:
             self.failures[key] = self._http.missing(key)
         self._elsewhere += answer.elsewhere
-        return specs
+        return self._part
 
-    def _announce(self, found: Sequence[Found], segments: Mapping[int, Segment]) -> list[ShardSpec]:
-        """Describe the shards that are as promised; one loop, as there are thousands.
+    def _announce(self, found: Iterable[tuple[ShardSpec, int, int]], segments: Mapping[int, Segment]) -> None:
+        """Lend shards; one loop, as there are thousands.
 
         Raises:
             WireError: One is outside of its segment.
         """
         specs: list[ShardSpec] = []
-        announced: list[ShardSpec] = []
         places: list[tuple[Segment, int, int]] = []
-        for spec, number, place in found:
-            promised = self._expected.get(spec.key)
-            is_promised = promised is not None and promised.dtype is spec.dtype and promised.shape == spec.shape
-            if not (is_promised or self._http.is_welcome(spec)):
-                continue
+        for spec, number, begin in found:
             specs.append(spec)
             if nbytes := spec.nbytes:
                 segment = segments.get(number)
-                if segment is None or place + nbytes > segment.nbytes:
+                if segment is None or begin + nbytes > segment.nbytes:
                     raise WireError(f"shard {spec.key!r} is outside of segment {number}")
-                announced.append(spec)
-                places.append((segment, place, nbytes))
-        self._announced, self._places = announced, places
+                places.append((segment, begin, nbytes))
+        self._part, self._places = specs, places
         self._at = self._start = self._num_confirmed = 0
         self.is_lending = True
-        return specs
 
     def _end_part(self, *, is_good: bool) -> None:
         """Let the owner have its shards, and others the connection."""
         connection, self._connection = self._connection, None
         self.is_lending = False
-        self._announced, self._places = [], []
+        self._part, self._places = [], []
         if connection is None:
             return
         if is_good:

@@ -17,13 +17,13 @@ from __future__ import annotations
 import functools
 import socket
 import struct
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from gpu_cache import ShardSpec
+from gpu_cache import Promise, ShardSpec
 from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.wire.serialization import DTYPES
 
@@ -32,13 +32,14 @@ MEMORY_HEADER = "X-Shard-Memory"
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 
-_RECORD = struct.Struct("<QIBBxx6Q")
-RECORD_BYTES = _RECORD.size
-_KIND_AT = 12  # in a record: dtype and shape
-_KIND_BYTES = RECORD_BYTES - _KIND_AT
 _MAX_DIMS = 6
+_PLACE = struct.Struct("<QI")
+_KIND = struct.Struct(f"<BBxx{_MAX_DIMS}Q")
+_KINDS = [struct.Struct(f"<BBxx{dims}Q{8 * (_MAX_DIMS - dims)}x") for dims in range(_MAX_DIMS + 1)]
+_NO_KIND = b"\xff" * _KIND.size  # no record has it
+RECORD_BYTES = _PLACE.size + _KIND.size
 _ABSENT, _ELSEWHERE, _EMPTY = 0xFFFFFFFF, 0xFFFFFFFE, 0  # in the place of a segment's number
-_FIELDS = np.dtype({"names": ["place", "segment"], "formats": ["<u8", "<u4"], "offsets": [0, 8], "itemsize": 64})
+_FIELDS = np.dtype([("place", "<u8"), ("segment", "<u4"), ("kind", "<u4", _KIND.size // 4)])
 _DTYPES = list(DTYPES.values())  # new ones go to its end
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
@@ -85,44 +86,18 @@ class Header(NamedTuple):
         return cls(kind, number, more, nbytes)
 
 
-class Found(NamedTuple):
-    """One shard of an answer.
-
-    Attributes:
-        spec: The shard.
-        segment: The number of its segment; 0 where it has no bytes.
-        place: Where its bytes begin there.
-    """
-
-    spec: ShardSpec
-    segment: int
-    place: int
-
-
-class Answer(NamedTuple):
-    """An owner's answer about the shards that it was asked for.
-
-    Attributes:
-        found: In shared memory, in the order in which they lie there.
-        absent: It does not have these.
-        elsewhere: It has these, and they travel over HTTP.
-    """
-
-    found: list[Found]
-    absent: list[Hashable]
-    elsewhere: list[Hashable]
-
-
 def record_of(dtype: torch.dtype, shape: Sequence[int], segment: int, place: int) -> bytes:
     """The record of a shard; ELSEWHERE if there is none for it."""
+    kind = _kind(dtype, shape)
+    return ELSEWHERE if kind is None else _PLACE.pack(place, segment) + kind
+
+
+def _kind(dtype: torch.dtype, shape: Sequence[int]) -> bytes | None:
     code, dims = _CODES.get(dtype), len(shape)
-    if code is None or dims > _MAX_DIMS:
-        return ELSEWHERE
-    return _RECORD.pack(place, segment, code, dims, *shape, *(0,) * (_MAX_DIMS - dims))
+    return None if code is None or dims > _MAX_DIMS else _KINDS[dims].pack(code, dims, *shape)
 
 
-ABSENT = _RECORD.pack(0, _ABSENT, *(0,) * 8)
-ELSEWHERE = _RECORD.pack(0, _ELSEWHERE, *(0,) * 8)
+ABSENT, ELSEWHERE = (_PLACE.pack(0, one) + bytes(_KIND.size) for one in (_ABSENT, _ELSEWHERE))
 
 
 def segments_in(records: bytes) -> list[int]:
@@ -131,29 +106,67 @@ def segments_in(records: bytes) -> list[int]:
     return [number for number in numbers if number not in (_ABSENT, _ELSEWHERE, _EMPTY)]
 
 
-def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
-    """What an owner says of these shards.
+class Answer(NamedTuple):
+    """An owner's answer about the shards that it was asked for.
 
-    Raises:
-        WireError: It is no such answer.
+    Attributes:
+        found: In shared memory, in the order in which they lie there. Of each the number of its segment, 0 where it has
+            no bytes, and the place of its first byte there.
+        absent: It does not have these.
+        elsewhere: It has these, and they travel over HTTP.
     """
-    if len(records) != len(ids) * RECORD_BYTES:
-        raise WireError(f"{len(records):,} bytes of records for {len(ids):,} shards")
-    fields = np.frombuffer(records, _FIELDS)
-    segments, places = fields["segment"].tolist(), fields["place"].tolist()
-    kinds: dict[bytes, tuple[torch.dtype, tuple[int, ...]]] = {}
-    answer = Answer([], [], [])
-    for index in np.lexsort((fields["place"], fields["segment"])).tolist():
-        key, segment = ids[index], segments[index]
-        if segment >= _ELSEWHERE:
-            (answer.absent if segment == _ABSENT else answer.elsewhere).append(key)
-            continue
-        at = index * RECORD_BYTES + _KIND_AT
-        described = records[at : at + _KIND_BYTES]
-        if (kind := kinds.get(described)) is None:
-            kind = kinds[described] = _kind_of(described)
-        answer.found.append(Found(ShardSpec(key, *kind), segment, places[index]))
-    return answer
+
+    found: Iterable[tuple[ShardSpec, int, int]]
+    absent: list[Hashable]
+    elsewhere: list[Hashable]
+
+
+class Foreseen:
+    """Shards as their handles promise them, laid out while the owner answers, so that its records are compared at once.
+
+    Args:
+        ids: As they are asked for.
+        promises: Of their handles, where known.
+    """
+
+    def __init__(self, ids: Sequence[Hashable], promises: Mapping[Hashable, Promise]) -> None:
+        self._ids = ids
+        self._specs: list[Any] = []  # of shards without a promise, None
+        kinds: list[bytes] = []
+        for key in ids:
+            promise = promises.get(key)
+            self._specs.append(None if promise is None else ShardSpec(key, promise[0], promise[1]))
+            kinds.append((None if promise is None else _kind(promise[0], promise[1])) or _NO_KIND)
+        self._kinds = b"".join(kinds)
+
+    def compared(self, records: bytes, is_welcome: Callable[[ShardSpec], bool]) -> Answer:
+        """What an owner says of these shards. To be called once.
+
+        Args:
+            records: One for each.
+            is_welcome: Asked about shards that are not as promised, or that no handle promises.
+        Raises:
+            WireError: These are no records of the shards.
+        """
+        if len(records) != len(self._ids) * RECORD_BYTES:
+            raise WireError(f"{len(records):,} bytes of records for {len(self._ids):,} shards")
+        fields, specs = np.frombuffer(records, _FIELDS), self._specs
+        segments, places = fields["segment"], fields["place"]
+        absent: list[Hashable] = []
+        elsewhere: list[Hashable] = []
+        differs = (fields["kind"] != np.frombuffer(self._kinds, _FIELDS["kind"])).any(axis=1)
+        is_here = ~differs & (segments < _ELSEWHERE)
+        for index in np.flatnonzero(~is_here).tolist():
+            key, segment = self._ids[index], segments[index]
+            if segment >= _ELSEWHERE:
+                (absent if segment == _ABSENT else elsewhere).append(key)
+                continue
+            specs[index] = ShardSpec(key, *_kind_of(fields["kind"][index].tobytes()))
+            is_here[index] = is_welcome(specs[index])
+        order = np.lexsort((places, segments))
+        order = order[is_here[order]]
+        columns = segments[order].tolist(), places[order].tolist()
+        return Answer(zip(map(specs.__getitem__, order.tolist()), *columns, strict=True), absent, elsewhere)
 
 
 class Proxied(NamedTuple):
@@ -162,13 +175,13 @@ class Proxied(NamedTuple):
     Attributes:
         address: The owner's.
         ids: Of the shards, in the order in which they are to be answered about.
-        promised: Dtype and shape of each, as its handle says.
+        promises: Of their handles.
         timeout_s: The time left for the caller's fetch, in seconds.
     """
 
     address: str
     ids: list[str]
-    promised: dict[Hashable, ShardSpec]
+    promises: dict[Hashable, Promise]
     timeout_s: float
 
 
@@ -187,14 +200,15 @@ def parse_proxied(body: bytes | bytearray, request: Header) -> Proxied:
     """Read such a request; raises `WireError` if it is none."""
     end = request.number * RECORD_BYTES
     address, *ids = split_ids(body[end:], request.number + 1)
-    promised = {one.spec.key: one.spec for one in parse_records(bytes(body[:end]), ids).found}
-    if len(promised) != request.number:
-        raise WireError(f"{len(promised):,} promises for {request.number:,} shards, or a shard is named twice")
-    return Proxied(address, ids, promised, request.more / 1000)
+    found = Foreseen(ids, {}).compared(bytes(body[:end]), lambda _: True).found
+    promises: dict[Hashable, Promise] = {spec.key: (spec.dtype, spec.shape, address) for spec, _, _ in found}
+    if len(promises) != request.number:
+        raise WireError(f"{len(promises):,} promises for {request.number:,} shards, or a shard is named twice")
+    return Proxied(address, ids, promises, request.more / 1000)
 
 
 def _kind_of(described: bytes) -> tuple[torch.dtype, tuple[int, ...]]:
-    code, dims, *shape = struct.unpack("<BBxx6Q", described)
+    code, dims, *shape = _KIND.unpack(described)
     if code >= len(_DTYPES) or dims > _MAX_DIMS:
         raise WireError(f"a record of dtype {code} and {dims} dimensions")
     return _DTYPES[code], tuple(shape[:dims])
