@@ -26,22 +26,24 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Flight:
-    """A shard's way to its level, and the calls that wait for it. The index lock guards it.
-
-    `error` is set at most once.
+    """A shard's way to its level. Not to be changed: the entries of one claim share it until one of them needs its own.
 
     Attributes:
         kind: The shard's origin. "fetch": a source. "put": the caller of `put`, which does not count as a look-up.
             "rise": the level below, which has it. "follow": the level below, when the shard will have come there.
+        deadline: The claiming call's.
+        num_joined: Calls that joined it.
+        landed: Made for the first call that joins; done when the entry is settled.
+        error: The reason why it did not arrive.
+        replaces: A generation that is another owner's, and the drops on request so far. If none follows, it replaces
+            that one.
     """
 
     kind: Literal["fetch", "put", "rise", "follow"] = "fetch"
-    deadline: float = 0.0  # the claiming call's
-    num_awaiting: int = 1  # calls that claimed or joined it and have yet to hand it out; until then it is no victim
+    deadline: float = 0.0
     num_joined: int = 0
-    landed: Future[None] | None = None  # made by the first call that joins; done when the entry is settled
+    landed: Future[None] | None = None
     error: BaseException | None = None
-    # A generation that is another owner's, and the drops on request so far. If none follows, it replaces that one.
     replaces: tuple[int, int] | None = None
 
     @property
@@ -49,10 +51,29 @@ class Flight:
         """Whether it comes from the level below."""
         return self.kind in ("rise", "follow")
 
-    def join(self) -> None:
-        """Count one more call that waits for it."""
-        self.num_joined, self.num_awaiting = self.num_joined + 1, self.num_awaiting + 1
-        self.landed = self.landed or Future()
+    def joined(self) -> Flight:
+        """It, with one more call that waits for it."""
+        landed = self.landed or Future()
+        return Flight(self.kind, self.deadline, self.num_joined + 1, landed, self.error, self.replaces)
+
+    def failed(self, error: BaseException) -> Flight:
+        """It, once it is given up."""
+        return Flight(self.kind, self.deadline, self.num_joined, self.landed, error, self.replaces)
+
+
+class Arrival(NamedTuple):
+    """When shards that came together were first READY.
+
+    Attributes:
+        born: The ledger's time.
+        epoch: The clears seen by then.
+    """
+
+    born: float = 0.0
+    epoch: int = 0
+
+
+NOT_YET = Arrival()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -70,9 +91,9 @@ class Entry:
     node: str = ""
     promise: Promise | None = None  # PENDING: the claiming call's, if it has one; READY: the shard's
     copy: Copy | None = None  # its bytes; None until it lands
+    num_awaiting: int = 1  # calls that claimed or joined it and have yet to hand it out; until then it is no victim
     is_kept: bool = False  # meant to outlive clears
-    born: float = 0.0  # when its generation was first READY
-    epoch: int = 0  # clears seen by then
+    arrival: Arrival = NOT_YET
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +119,10 @@ class Entry:
     def is_changed(self) -> bool:
         """Whether a reader wrote into it, as far as torch counts writes."""
         return (copy := self.copy) is not None and copy.counted._version != copy.version
+
+    def join(self) -> None:
+        """Count one more call that waits for it."""
+        self.num_awaiting, self.flight = self.num_awaiting + 1, self.flight.joined()
 
     def is_owned_as(self, promise: Promise | None) -> bool:
         """Whether its owner is the one that a caller means, as far as both name one."""

@@ -264,7 +264,7 @@ class ShardIndex:
         with self._lock:
             failed = [entry for entry in entries if not entry.is_settled]
             for entry in failed:
-                entry.flight.error = error
+                entry.flight = entry.flight.failed(error)
                 if entry.flight.is_copy:
                     self._let_go_below_locked(entry)
                 self._forget_locked(entry)
@@ -309,10 +309,11 @@ class ShardIndex:
     def forget_dead(self, leases: Iterable[Lease]) -> None:
         """Drop entries whose block died, as when `share_memory_()` swapped a tensor's storage."""
         with self._lock:
+            tables = [table for table in self._shared.tables if table]
             dead = [
                 entry
                 for lease in leases
-                for table in self._shared.tables
+                for table in tables
                 if (entry := table.get(lease.key)) is not None and entry.copy and entry.copy.lease is lease
             ]
             if dead:
@@ -479,7 +480,7 @@ class ShardIndex:
         """Note that a call has handed these out, or will not. It no longer keeps them from eviction."""
         with self._lock:
             for entry in entries:
-                entry.flight.num_awaiting -= 1
+                entry.num_awaiting -= 1
 
     def _at_locked(self, key: Hashable) -> list[Entry]:
         """The entries of a key: two only while it rises."""
@@ -489,16 +490,17 @@ class ShardIndex:
         """Join or claim missing shards; return the copies of the others, their bytes, and how many are below."""
         ready: dict[Hashable, Copy] = {}
         nbytes = num_low = 0
+        flight = Flight(deadline=found.deadline)  # one for all: to make one for each costs as much as the entries
         for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
             table = self._entries if key in self._entries else self._above
             if (entry := table.get(key)) is None:
-                self._claim_locked(key, promise, found)
+                self._claim_locked(key, promise, flight, found)
                 continue
             # Equal ones are mostly one object: looking into two for each of thousands costs a quarter of the hit.
             if entry.promise is not promise and promise is not None and self._is_other_locked(entry, promise, found):
                 continue
             if (at := entry.copy) is None:
-                entry.flight.join()
+                entry.join()
                 found.joined[key] = entry
                 continue
             table.move_to_end(key)
@@ -509,10 +511,10 @@ class ShardIndex:
                 found.completions[at.completion] = is_low
         return ready, nbytes, num_low
 
-    def _claim_locked(self, key: Hashable, promise: Promise | None, found: Claim) -> None:
+    def _claim_locked(self, key: Hashable, promise: Promise | None, flight: Flight, found: Claim) -> None:
         """Claim a missing shard: a fetch, or a copy of the shard below."""
         if (low := self._below.get(key)) is None:
-            entry = Entry(key, next(self._shared.generations), Flight(deadline=found.deadline), promise=promise)
+            entry = Entry(key, next(self._shared.generations), flight, State.PENDING, "", promise)
         elif promise is not None and self._is_other_locked(low, promise, found):
             return
         else:
@@ -524,9 +526,9 @@ class ShardIndex:
     def _copy_of_locked(self, low: Entry, found: Claim) -> Entry:
         """Claim a copy of a shard that is below, or will be. It stays there until the copy has landed or failed."""
         if low.copy is None:
-            low.flight.join()
+            low.join()
         else:
-            low.flight.num_awaiting += 1
+            low.num_awaiting += 1
         found.below[low.key] = low
         flight = Flight("follow" if low.copy is None else "rise", found.deadline)
         return Entry(low.key, low.generation, flight, node=low.node, promise=low.promise)
@@ -549,9 +551,9 @@ class ShardIndex:
 
     def _claim_rival_locked(self, entry: Entry, promise: Promise, found: Claim) -> None:
         """Claim the same key of another owner. The entry stays until the claim has landed, which may never happen."""
-        flight = Flight(deadline=found.deadline)
-        if found.num_removals == self._shared.num_removals:
-            flight.replaces = entry.generation, self._shared.num_removals
+        is_indexed = found.num_removals == self._shared.num_removals
+        replaces = (entry.generation, self._shared.num_removals) if is_indexed else None
+        flight = Flight(deadline=found.deadline, replaces=replaces)
         found.claimed[entry.key] = Entry(entry.key, next(self._shared.generations), flight, promise=promise)
 
     def _drop_changed_locked(
@@ -593,8 +595,8 @@ class ShardIndex:
 
     def _is_in_use_locked(self, entry: Entry) -> bool:
         """Whether a reader holds its block, or is about to."""
-        if entry.flight.num_awaiting > 0 or (at := entry.copy) is None:
-            return entry.flight.num_awaiting > 0
+        if entry.num_awaiting > 0 or (at := entry.copy) is None:
+            return entry.num_awaiting > 0
         if (loan := at.loan) is None:
             return self._is_held(at.base, 0)
         is_lent = getrefcount(loan) != UNSHARED or num_owners(loan) != 1
@@ -626,7 +628,7 @@ class ShardIndex:
         left.append(low)
         low.state, entry.state = State.GONE, State.READY
         entry.node, entry.promise, entry.is_kept = low.node, low.promise, low.is_kept
-        entry.born, entry.epoch = low.born, low.epoch
+        entry.arrival = low.arrival
         self._ledger.moved(-1)
 
     def _can_rise_locked(self, low: Entry) -> bool:
@@ -638,7 +640,7 @@ class ShardIndex:
         """Note that a claim of a copy is settled: one call less awaits the entry below."""
         low = self._shared.tables[-1].get(entry.key)
         if low is not None and low.generation == entry.generation:
-            low.flight.num_awaiting -= 1
+            low.num_awaiting -= 1
 
     def _land_locked(
         self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None
@@ -646,16 +648,18 @@ class ShardIndex:
         """Give entries their bytes, but for entries that their calls gave up on meanwhile."""
         landed = []
         for entry, one in landings:
-            if entry.is_settled:
+            if entry.copy is not None or entry.flight.error is not None:  # as `is_settled`, for thousands
                 continue
-            one.fill(completion)
+            one.completion = completion
             entry.copy, entry.node = one, node
             if entry.promise is None:
                 owner = None if entry.is_fetch else node or None
                 entry.promise = one.base.dtype, tuple(one.base.shape), owner
             landed.append(entry)
-            if entry.flight.is_copy:
-                self._let_go_below_locked(entry)
+        if self.below is not None:
+            for entry in landed:
+                if entry.flight.is_copy:
+                    self._let_go_below_locked(entry)
         self._ledger.landed(landed, node)
         return landed
 
@@ -666,17 +670,18 @@ class ShardIndex:
             The READY ones. They must not die under the lock.
         """
         dropped: dict[Entry, bool] = {}  # to whether each was at the lower level
+        ready, gone = State.READY, State.GONE
         for is_low, table in zip((False, True), self._shared.tables, strict=False):
-            for entry in entries:
+            for entry in entries if table else ():
                 one = table.get(entry.key)
                 if one is None or one.generation != entry.generation:
                     continue
                 del table[one.key]
-                if one.state is State.READY:
+                if one.state is ready:
                     dropped[one] = is_low
-                one.state = State.GONE
+                one.state = gone
         for entry in entries:
-            entry.state = State.GONE
+            entry.state = gone
         return self._ledger.dropped(dropped)
 
     def _forget_locked(self, entry: Entry) -> None:

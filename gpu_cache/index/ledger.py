@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gpu_cache.config import ALIGNMENT
 from gpu_cache.errors import LOCAL
-from gpu_cache.index.entry import Claim, Entry, State
+from gpu_cache.index.entry import Arrival, Claim, Entry, Flight, State
 from gpu_cache.pool.block import aligned
 from gpu_cache.report.counters import LookupCounters
 from gpu_cache.report.schema import (
@@ -184,7 +184,7 @@ class Ledger:
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.births: OrderedDict[Hashable, float] = OrderedDict()
+        self.births: dict[Hashable, float] = {}
         self.ready_bytes = 0
         self._now = now
         self.counters = LookupCounters()
@@ -225,8 +225,10 @@ class Ledger:
     def landed(self, entries: Iterable[Entry], node: str) -> None:
         """Count entries that got their tensors."""
         fetched_bytes = 0
+        sizes: dict[Flight, int] = {}  # of the entries of each: these are few
         for entry in entries:
-            nbytes, flight = entry.nbytes, entry.flight
+            sizes[entry.flight] = sizes.get(entry.flight, 0) + entry.nbytes
+        for flight, nbytes in sizes.items():
             if flight.kind == "fetch":
                 fetched_bytes += nbytes
             elif flight.kind == "rise":
@@ -241,14 +243,16 @@ class Ledger:
         """Make entries of a node READY, and count them on the device or in the host tier."""
         if not entries:
             return
-        born, epoch = self._now(), self.counters.clears
+        arrival = Arrival(self._now(), self.counters.clears)
+        born, epoch = arrival
+        ready, births = State.READY, self.births
         sizes: list[int] = []
         num_kept = kept_bytes = pool_bytes = 0
         for entry in entries:
-            entry.state, entry.born, entry.epoch = State.READY, born, epoch
-            self.births[entry.key] = born
+            entry.state, entry.arrival = ready, arrival
+            births[entry.key] = born
             sizes.append(nbytes := entry.nbytes)
-            pool_bytes += (taken := aligned(nbytes))
+            pool_bytes += (taken := -(-nbytes // ALIGNMENT) * ALIGNMENT)
             if entry.is_kept:
                 num_kept += 1
                 kept_bytes += taken
@@ -260,20 +264,23 @@ class Ledger:
 
     def dropped(self, entries: Mapping[Entry, bool]) -> Dropped:
         """Count READY entries out. Those that map to true were in the host tier."""
-        sums: dict[tuple[str, float, int, bool], list[int]] = {}
+        sums: dict[tuple[str, Arrival, bool], list[int]] = {}
         total = tier_bytes = 0
+        births = self.births
         for entry, is_low in entries.items():
-            del self.births[entry.key]
+            del births[entry.key]
             nbytes = entry.nbytes
             total += nbytes
             tier_bytes += nbytes * is_low
-            count = sums.setdefault((entry.node, entry.born, entry.epoch, entry.is_kept), [0, 0])
+            alike = entry.node, entry.arrival, entry.is_kept
+            if (count := sums.get(alike)) is None:
+                count = sums[alike] = [0, 0]
             count[0] += 1
-            count[1] += aligned(nbytes)
+            count[1] += -(-nbytes // ALIGNMENT) * ALIGNMENT
         gone = Dropped(list(entries), total, sum(entries.values()), tier_bytes)
         self._host_entries -= gone.num_in_tier
         self.ready_bytes -= total
-        for (node, born, epoch, is_kept), (num_entries, pool_bytes) in sums.items():
+        for (node, (born, epoch), is_kept), (num_entries, pool_bytes) in sums.items():
             self._sources[node].add(born, -num_entries, -pool_bytes)
             if not is_kept:
                 self._survivors.add(epoch, -num_entries, -pool_bytes)
@@ -286,7 +293,7 @@ class Ledger:
     def kept(self, entry: Entry) -> None:
         """Mark an entry as meant to stay. It is no survivor from then on."""
         if entry.state is State.READY and not entry.is_kept:
-            self._survivors.add(entry.epoch, -1, -aligned(entry.nbytes))
+            self._survivors.add(entry.arrival.epoch, -1, -aligned(entry.nbytes))
         entry.is_kept = True
 
     def overflowed(self, entries: Collection[Entry]) -> None:
@@ -331,7 +338,7 @@ class Ledger:
 
     def is_outlived(self, entry: Entry) -> bool:
         """Whether an entry survived so many clears that it is a leak, unless it is kept. True of every older one."""
-        return self.counters.clears - entry.epoch >= OUTLIVED
+        return self.counters.clears - entry.arrival.epoch >= OUTLIVED
 
     def about(self, entry: Entry) -> EntryInfo:
         """Describe a READY entry."""
@@ -339,9 +346,9 @@ class Ledger:
         return EntryInfo(
             key=entry.key,
             nbytes=entry.nbytes,
-            age_s=self._now() - entry.born,
+            age_s=self._now() - entry.arrival.born,
             source=self._sources.name(entry.node),
-            clears_survived=self.counters.clears - entry.epoch,
+            clears_survived=self.counters.clears - entry.arrival.epoch,
             dtype=entry.copy.base.dtype,
             shape=tuple(entry.copy.base.shape),
         )

@@ -1,7 +1,7 @@
 // Blocks and hits without the GIL's being given away, and without a Python frame for each shard.
 //
-// The functions do what `gpu_cache/pool/lease.py` and `ShardIndex.hits` do in Python, which remain for where this is
-// not built. They hold the GIL from the first shard to the last, wait for nothing, and call Python code of no caller,
+// The functions do what `gpu_cache/pool/block.py`, `gpu_cache/pool/lease.py` and `gpu_cache/index/lending.py` do in
+// Python, which remain for where this is not built. They hold the GIL from the first shard to the last, wait for nothing, and call Python code of no caller,
 // but for `__hash__` and `__eq__` of keys.
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -395,15 +395,14 @@ PyObject* set_all_tracked(PyObject* records, bool is_wanted) {
       if (!is_wanted && value(flight, slots.error) != Py_None) {
         continue;  // the frames of its error may refer to it
       }
-      set_tracked(flight, is_wanted);
     }
     set_tracked(record, is_wanted);
   }
   Py_RETURN_NONE;
 }
 
-// untrack(records): leave records that are in no cycle out of the garbage collector's lists; entries with their
-// flights, but for those that failed.
+// untrack(records): leave records that are in no cycle out of the garbage collector's lists, but for entries that
+// failed.
 PyObject* untrack(PyObject*, PyObject* records) {
   return set_all_tracked(records, false);
 }
@@ -577,12 +576,52 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// ---- Deaths ---------------------------------------------------------------------------------------------------------
+
+// strip(tensors) -> husks
+//
+// Empties the list. Tensors that only the list holds lose their bytes, and are returned: to drop one gives the GIL away.
+PyObject* strip(PyObject*, PyObject* tensors) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyList_Check(tensors), "strip takes a list");
+  Ref husks(PyList_New(0));
+  c10::Storage nothing;
+  for (Py_ssize_t left = PyList_GET_SIZE(tensors); husks.object != nullptr && left > 0; left = PyList_GET_SIZE(tensors)) {
+    Ref one(Py_NewRef(PyList_GET_ITEM(tensors, left - 1)));
+    if (PyList_SetSlice(tensors, left - 1, left, nullptr) < 0) {
+      return nullptr;
+    }
+    if (!THPVariable_Check(one.object) || Py_REFCNT(one.object) != 1 || has_weak_references(one.object)) {
+      continue;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(one.object);
+    c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    if (tensor.use_count() != 1 || !impl->has_storage() || !impl->allow_tensor_metadata_change()) {
+      continue;
+    }
+    if (PyList_Append(husks.object, one.object) < 0) {
+      return nullptr;
+    }
+    if (!nothing || nothing.device() != impl->device()) {
+      nothing = c10::Storage(
+          c10::Storage::use_byte_size_t(), 0, at::DataPtr(nullptr, impl->device()), /*allocator=*/nullptr,
+          /*resizable=*/false);
+    }
+    impl->set_sizes_contiguous({0});
+    impl->set_storage_offset(0);
+    impl->set_storage_keep_dtype(nothing);
+  }
+  return husks.release();
+  END_HANDLE_TH_ERRORS
+}
+
 PyMethodDef methods[] = {
     {"bind_copies", bind_copies, METH_O, nullptr},
     {"bind_entries", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bind_entries)), METH_FASTCALL, nullptr},
     {"carve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(carve)), METH_FASTCALL, nullptr},
     {"carve_all", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(carve_all)), METH_FASTCALL, nullptr},
     {"lend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lend_all)), METH_FASTCALL, nullptr},
+    {"strip", strip, METH_O, nullptr},
     {"track", track, METH_O, nullptr},
     {"untrack", untrack, METH_O, nullptr},
     {"hits", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(hits)), METH_FASTCALL, nullptr},

@@ -72,10 +72,6 @@ class Copy:
         """A tensor that shares its version counter with every tensor that was handed out."""
         return self.base if self.loan is None else self.loan
 
-    def fill(self, completion: Completion | None) -> None:
-        """Note that it holds its bytes when `completion` is done."""
-        self.completion, self.version = completion, (self.base if self.loan is None else self.loan)._version
-
 
 if blocks is not None:
     blocks.bind_copies(Copy)
@@ -130,7 +126,9 @@ def carve_shards(
         base, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, catch)
         lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, offset, aligned(nbytes)
         leases[offset] = lease
-        copies.append(Copy(spec.key, base, lease, nbytes, twins.pop() if twins else None))
+        twin = twins.pop() if twins else None
+        version = (base if twin is None else twin)._version
+        copies.append(Copy(spec.key, base, lease, nbytes, twin, None, version))
     return copies
 
 

@@ -92,6 +92,9 @@ class Husks:
 
     def strip(self, tensors: list[torch.Tensor]) -> None:
         """Empty the list. A tensor that only the list holds loses its bytes now, and is dropped later."""
+        if blocks is not None:
+            self._kept.extend(blocks.strip(tensors))
+            return
         while tensors:
             one = tensors[-1]
             if getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one):

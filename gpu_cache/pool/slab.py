@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -163,7 +163,7 @@ class SlabPool:
         try:
             return carve_shards(taken, specs, offsets, self._freed, leases)
         finally:
-            nbytes = sum(lease.nbytes for lease in leases.values())
+            nbytes = sum(map(_NBYTES, leases.values()))
             with self._lock:
                 taken.slab.leases.update(leases)
                 self._pending_bytes -= nbytes
@@ -352,7 +352,7 @@ class SlabPool:
                     continue
                 del self._quarantine[one]
                 # Neighbours die together. To give back thousands of small blocks singly would be a third of a clear.
-                for slab, offset, nbytes in _stretches(sorted(one.ranges, key=_OFFSET)):
+                for slab, offset, nbytes in _stretches(one.ranges):
                     slab.free.give(offset, nbytes)
                     self._quarantined_bytes -= nbytes
                     if slab.free.is_empty and not slab.is_overflow:
@@ -535,13 +535,17 @@ class SlabPool:
             self._reserved_bytes -= slab.nbytes
 
 
-def _stretches(leases: Iterable[Lease | Range]) -> list[tuple[Slab, int, int]]:
-    """Slab, offset and length of ranges, in the same order; ranges that follow upon each other become one."""
-    found: list[tuple[Slab, int, int]] = []
-    for lease in leases:
-        slab, offset, nbytes = found.pop() if found else (lease.slab, lease.offset, 0)
-        if slab is lease.slab and offset + nbytes == lease.offset:
-            found.append((slab, offset, nbytes + lease.nbytes))
-        else:
-            found += [(slab, offset, nbytes), (lease.slab, lease.offset, lease.nbytes)]
-    return found
+def _stretches(ranges: Iterable[Lease | Range]) -> Iterator[tuple[Slab, int, int]]:
+    """Slab, offset and length of ranges, by slab and offset; ranges that follow upon each other become one."""
+    by_slab: dict[Slab, list[Lease | Range]] = {}
+    for one in ranges:
+        by_slab.setdefault(one.slab, []).append(one)
+    for slab, inside in by_slab.items():
+        inside.sort(key=_OFFSET)
+        start = end = inside[0].offset
+        for one in inside:
+            if one.offset != end:
+                yield slab, start, end - start
+                start = one.offset
+            end = one.offset + one.nbytes
+        yield slab, start, end - start

@@ -468,12 +468,14 @@ class Fetch:
             failures[key] = index.broken(key, claim.expected[key], found)
         self._arrived, self._written = {}, []
         for entry in (*claim.claimed.values(), *claim.joined.values()):
-            key, copy, expected = entry.key, entry.copy, claim.expected.get(entry.key)
+            key, copy, promise = entry.key, entry.copy, entry.promise
+            expected = claim.expected.get(key)
             if copy is None:
                 failures[key] = entry.error or (late := late or self._late())
-            elif expected is not None and entry.promise is not None and not entry.is_tensor_of(expected):
-                failures[key] = index.broken(key, expected, entry.promise)
-            elif looks_for_writes and copy.counted._version != copy.version:
+            elif promise is not expected and promise is not None and not entry.is_tensor_of(expected):
+                assert expected is not None
+                failures[key] = index.broken(key, expected, promise)
+            elif looks_for_writes and entry.is_changed:
                 self._written.append(key)
             else:
                 self._arrived[key] = copy

@@ -108,7 +108,7 @@ class Refuges:
     def land(self, landings: list[Copy], completion: Completion | None, *, is_overflow: bool) -> None:
         """Keep them for the index."""
         for one in landings:
-            one.fill(completion)
+            one.completion = completion
             self.copies[one.key] = one
 
 

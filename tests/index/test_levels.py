@@ -52,7 +52,7 @@ class Levels:
             self.check()
         while self.calls:
             self.hand_out()
-        assert all(entry.flight.num_awaiting == 0 for entry in self.entries())
+        assert all(entry.num_awaiting == 0 for entry in self.entries())
         assert sum(map(len, self.index._shared.tables)) == len(self.index)
 
     def entries(self) -> list[Entry]:
@@ -87,7 +87,7 @@ class Levels:
         low = self.below._entries.get(entry.key)
         if low is None or low.copy is None:
             return True
-        return low.flight.num_awaiting > 1 or id(low.copy.base) in self.held or low.is_changed
+        return low.num_awaiting > 1 or id(low.copy.base) in self.held or low.is_changed
 
     def has_come(self, entry: Entry) -> bool:
         low = next(call.below[entry.key] for call in self.calls if call.claimed.get(entry.key) is entry)
@@ -146,7 +146,7 @@ class Levels:
         assert all(entry.generation > self.cleared.get(str(entry.key), 0) for entry in self.entries())
         awaited = collections.Counter(id(low) for call in self.calls for low in self.copied_from(call))
         awaited.update(id(entry) for call in self.calls for entry in (*call.claimed.values(), *call.joined.values()))
-        assert all(entry.flight.num_awaiting == awaited[id(entry)] for entry in self.entries())
+        assert all(entry.num_awaiting == awaited[id(entry)] for entry in self.entries())
         report = self.index.report()
         assert report["host_entries"] == sum(entry.copy is not None for entry in low.values())
         assert report["device_entries"] == sum(entry.copy is not None for entry in top.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.pool import lease
-from gpu_cache.pool.block import Copy, Range, aligned
+from gpu_cache.pool.block import Copy, Range, Slab, aligned
 from gpu_cache.pool.fence import StreamFence
+from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.lease import Husks, Lease
-from gpu_cache.pool.slab import SlabPool
+from gpu_cache.pool.slab import SlabPool, _stretches
 from gpu_cache.source import ShardSpec
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
@@ -194,6 +196,12 @@ def test_building_that_fails_half_way_loses_nothing() -> None:
     del caught
     pool.drain()
     check(pool, free=MIB, reserved=MIB)
+
+
+def test_ranges_of_several_slabs_go_back_in_whole_stretches() -> None:
+    one, other = Slab(MagicMock(), FreeList(MIB)), Slab(MagicMock(), FreeList(MIB))
+    ranges = [Range(slab, offset, 512) for offset in (1024, 0, 512, 4096) for slab in (one, other)]
+    assert list(_stretches(ranges)) == [(slab, at, n) for slab in (one, other) for at, n in ((0, 1536), (4096, 512))]
 
 
 def test_unsound_leases_stop_the_pool_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
