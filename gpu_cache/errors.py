@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -150,6 +151,26 @@ def broken_promise(promised: tuple[Any, ...], found: tuple[Any, ...]) -> str:
     (dtype, shape, owner), (found_dtype, found_shape, _) = promised, found
     source = f" from {owner}" if owner else ""
     return f"{source}: {dtype} of shape {list(shape)} is promised, {found_dtype} of shape {list(found_shape)} was found"
+
+
+def frameless(error: BaseException, handled: BaseException | None) -> BaseException:
+    """Take the frames from an error and its causes: with their callers', they would keep tensors for as long as it.
+
+    Args:
+        error: It was raised in this thread. If it is not of this package, it gets its traceback as a text.
+        handled: The exception that this thread was handling before, and which is no cause of it.
+    """
+    if not isinstance(error, GpuCacheError):
+        error.add_note("".join(traceback.format_tb(error.__traceback__)))
+    left = [error]
+    while left:
+        one = left.pop()
+        one.__traceback__ = None
+        if one.__context__ is handled:
+            one.__context__ = None
+        causes = (one.__cause__, one.__context__)
+        left += [cause for cause in causes if cause is not None and cause.__traceback__ is not None]
+    return error
 
 
 def combined(failures: dict[Hashable, BaseException], num_requested: int, why: str = "") -> Exception:

@@ -80,6 +80,9 @@ class ShardReader(Protocol):
     A reader may have `num_received`: the bytes that came over its connection so far, or None. Any thread asks for it.
     Without it, a read of more than a second counts as stalled while readers of other nodes wait.
 
+    A reader may have `ends_in_time`: true if each of its calls returns within `timeout_s`, whatever happens. Then the
+    thread that waits for the shards may drain it, as long as that is not the main thread.
+
     A reader whose bytes lie in memory of this process may lend them, see `LendingReader`. `transport`, if a reader has
     it, names the way of its latest part.
 

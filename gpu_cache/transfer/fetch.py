@@ -1,12 +1,12 @@
-"""One call: shards in hand, on their way, and to be fetched. A thread for each reader drains it."""
+"""One call: shards in hand, on their way, and to be fetched. A thread drains each reader: mostly the caller's own."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import logging
+import sys
 import threading
 import time
-import traceback
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -16,7 +16,16 @@ import torch
 
 from gpu_cache.config import Prefer
 from gpu_cache.device.modes import WAIT, profiled
-from gpu_cache.errors import CacheClosedError, FetchError, FetchTimeoutError, TransferError, combined, listed, names_of
+from gpu_cache.errors import (
+    CacheClosedError,
+    FetchError,
+    FetchTimeoutError,
+    TransferError,
+    combined,
+    frameless,
+    listed,
+    names_of,
+)
 from gpu_cache.index.entry import Claim, Entry, Holding, Promise, State
 from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.block import Copy
@@ -160,14 +169,14 @@ class ReaderTask:
 
     def _drain(self) -> BaseException | None:
         self._began, self._ended = None, time.monotonic()
+        handled = sys.exception()
         try:
             self._level.transfer.drain(
                 self.reader, self, self._deadline, may_overflow=self._may_overflow, turn=self._turn
             )
             self._note_answer()
         except BaseException as caught:  # top of a thread: the waiters re-raise it
-            traceback.clear_frames(caught.__traceback__)  # a kept error must not keep blocks
-            return caught
+            return frameless(caught, handled)
         return None
 
     def _abort_rest(self, error: BaseException | None) -> None:
@@ -273,8 +282,6 @@ class Fetch:
                 self._look_up(keys)
                 if self._engines.is_current(engine):
                     self._start(source, level)
-                    if self.claim.claimed and self._index.is_closed:
-                        self.cancel(CacheClosedError())
                     return engine
                 self.cancel(FetchError("Failed to fetch shards: another device was chosen meanwhile"))
             except BaseException as error:
@@ -400,7 +407,7 @@ class Fetch:
             self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
 
     def _start(self, source: ShardSource, level: Engine | HostTier) -> None:
-        """Open readers for the claimed shards, and drain each in a thread."""
+        """Open readers for the claimed shards, and drain each in a thread; the last one in this, if it may be."""
         left = dict(self.claim.claimed)
         try:
             for reader in self._readers(source):
@@ -412,8 +419,16 @@ class Fetch:
                 self.tasks.append(
                     ReaderTask(reader, entries, level, self.deadline, self._live, may_overflow=self._hands_out)
                 )
-            for task in self.tasks:
+            if left:
+                unoffered = FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them")
+                self._index.abort(left.values(), unoffered)
+            num_own = int(self._drains_last)
+            for task in self.tasks[: len(self.tasks) - num_own]:
                 task.start()
+            if self._index.is_closed:  # after the tasks are known to `close`
+                self.cancel(CacheClosedError())
+            for task in self.tasks[len(self.tasks) - num_own :]:
+                task.run()
         except BaseException as error:
             self.cancel(error)
             for task in self.tasks:
@@ -421,9 +436,15 @@ class Fetch:
                     self._live.discard(task)
                     task.end(error)
             raise
-        if left:
-            unoffered = FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them")
-            self._index.abort(left.values(), unoffered)
+
+    @property
+    def _drains_last(self) -> bool:
+        """Whether the caller's thread drains the last reader: to start a thread takes longer than to read one shard.
+
+        Not the main thread, where Ctrl-C could come between two steps; nor a reader that may outlast the deadline.
+        """
+        is_able = bool(self.tasks) and getattr(self.tasks[-1].reader, "ends_in_time", False)
+        return is_able and self._hands_out and threading.get_ident() != threading.main_thread().ident
 
     def _readers(self, source: ShardSource) -> Iterator[ShardReader]:
         """Readers of the claimed shards; the first is of those of the level below."""
@@ -446,7 +467,7 @@ class Fetch:
         raise TransferError(f"cannot fetch {key!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _pending(self) -> list[Future[Any]]:
-        pending: list[Future[Any]] = [task.done for task in self.tasks]
+        pending: list[Future[Any]] = [task.done for task in self.tasks if not task.done.done()]
         for entry in self.claim.joined.values():
             if (landed := entry.flight.landed) is not None:
                 pending.append(landed)

@@ -57,7 +57,7 @@ class SteppedReader:
         self.node, self.failures = node, dict[Hashable, Exception]()
         self.keys = [key for part in parts for key in part]
         self.gate = ""  # where it stands; "" while it moves
-        self.has_ended = False
+        self.has_ended = self.ends_in_time = False
         self._parts, self._tensors, self._board = list(reversed(parts)), tensors, board
         self._left = b""
         self._go, self._credit = threading.Lock(), 0
@@ -120,7 +120,7 @@ class SteppedSource:
 
     def __init__(self, tensors: Mapping[Hashable, torch.Tensor], node_of: Mapping[Hashable, str], board: Board) -> None:
         self.readers: list[SteppedReader] = []
-        self.part_length = 3
+        self.part_length, self.ends_in_time = 3, False
         self._tensors, self._node_of, self._board = tensors, node_of, board
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
@@ -130,6 +130,8 @@ class SteppedSource:
         opened = [
             SteppedReader(node, self._in_parts(wanted), self._tensors, self._board) for node, wanted in by_node.items()
         ]
+        for reader in opened:
+            reader.ends_in_time = self.ends_in_time
         self.readers += opened
         return opened
 
@@ -205,6 +207,8 @@ def watched() -> Iterator[None]:
 
     @functools.wraps(run)
     def watched_run(task: ReaderTask) -> None:
+        if isinstance(thread := threading.current_thread(), Getter):  # it drains the reader itself
+            thread.wait_for([task.done])
         try:
             run(task)
         finally:

@@ -59,6 +59,7 @@ class Interleaving:
     def run(self, num_steps: int = NUM_STEPS) -> None:
         """Take the steps, let everything end, and see that nothing was lost."""
         self._source.part_length = self._random.choice((2, 3, 5))
+        self._source.ends_in_time = self._random.random() < 0.5
         actions, weights = zip(*_WEIGHTS.items(), strict=True)
         chosen = self._random.choices(actions, weights, k=num_steps)
         chosen.insert(self._random.randint(0, num_steps), "clear_parked")

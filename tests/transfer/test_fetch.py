@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import torch
 from gpu_cache import CacheClosedError, CacheConfig, FetchError, ShardReader, ShardSpec, TensorCache, TensorReader
 from gpu_cache.device.host import HostDevice
 from gpu_cache.transfer import fetch
+from tests.support.interleave_actors import in_background
 from tests.support.interleave_stage import eventually
 from tests.support.sources import DictSource, GatedReader, gated, same_bytes, some_tensors
 from tests.support.threads import run_threads
@@ -296,9 +300,11 @@ def gated_then(inner: ShardReader, then: threading.Event) -> list[ShardReader]:
     return [inner]
 
 
-def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: TensorCache) -> None:
+@pytest.mark.parametrize("ends_in_time", [False, True])
+def test_threads_that_fetch_and_clear_at_random_get_the_right_bytes(cache: TensorCache, ends_in_time: bool) -> None:
     tensors = some_tensors(60)
     keys, source = list(tensors), DictSource(tensors)
+    source.wrap = lambda reader: setattr(reader, "ends_in_time", ends_in_time) or reader
     prefetches: list[Future[int]] = []
 
     def work(seed: int) -> None:
@@ -374,3 +380,99 @@ def test_a_shard_written_into_meanwhile_is_fetched_again_although_another_fails(
     else:
         assert found is not None
         assert torch.equal(found, torch.arange(9))
+
+
+class PunctualReader(TensorReader):
+    """It says that its calls end in time, and notes the thread that drains it."""
+
+    ends_in_time = True
+    thread: int | None = None
+
+    def next_specs(self) -> Sequence[ShardSpec] | None:
+        self.thread = threading.get_ident()
+        return super().next_specs()
+
+
+def punctual(load: Callable[[], Sequence[torch.Tensor | Exception]], *keys: str) -> tuple[list[PunctualReader], Source]:
+    """Readers of one shard each, and their source."""
+    readers = [PunctualReader(f"node-{key}:1", [key], load) for key in keys]
+    return readers, Source(lambda _: readers)
+
+
+def test_a_calling_thread_drains_its_last_reader_itself(cache: TensorCache) -> None:
+    readers, source = punctual(lambda: [torch.arange(10)], "a", "b", "c")
+    calling = in_background(lambda: (cache.get_many(["a", "b", "c"], source), threading.get_ident()))
+    tensors, thread = calling.result(30)
+    assert [reader.thread == thread for reader in readers] == [False, False, True]
+    assert all(torch.equal(tensor, torch.arange(10)) for tensor in tensors)
+    assert not cache._tasks
+    del tensors, calling
+    assert_empty(cache)
+
+
+def test_the_main_thread_drains_no_reader(cache: TensorCache) -> None:
+    """Ctrl-C could come between two steps."""
+    (reader,), source = punctual(lambda: [torch.arange(10)], "a")
+    assert len(cache.get_many(["a"], source)) == 1
+    assert reader.thread not in (None, threading.get_ident())
+
+
+def test_a_prefetch_drains_no_reader_itself(cache: TensorCache) -> None:
+    begun = threading.Event()
+    _, source = punctual(lambda: [torch.arange(10)] if begun.wait(30) else [], "a")
+    prefetching = in_background(lambda: cache.prefetch(["a"], source)).result(30)
+    begun.set()
+    assert prefetching.result(30) == 1
+
+
+def test_closing_ends_a_call_that_drains_its_reader_itself(cache: TensorCache) -> None:
+    begun, cut = threading.Event(), threading.Event()
+
+    def load() -> list[torch.Tensor | Exception]:
+        begun.set()
+        assert cut.wait(30)
+        return [torch.arange(10)]
+
+    (reader,), source = punctual(load, "a")
+    reader._on_cancel = cut.set
+    calling = in_background(lambda: cache.get_many(["a"], source))
+    assert begun.wait(30)
+    cache.close()
+    with pytest.raises(CacheClosedError):
+        calling.result(30)
+    assert not cache._tasks
+
+
+def test_an_error_keeps_no_frame_of_the_thread_that_drained(cache: TensorCache) -> None:
+    """Another call's error would keep the tensors of this thread's callers."""
+
+    class Big:
+        pass
+
+    def load() -> list[torch.Tensor | Exception]:
+        try:
+            raise OSError("the line is down")
+        except OSError as error:
+            raise TypeError("no such node") from error
+
+    kept: list[BaseException] = []
+
+    def call() -> object:
+        big = Big()
+        try:
+            raise KeyError("handled before")
+        except KeyError:
+            with pytest.raises(FetchError, match="no such node") as caught:
+                cache.get_many(["a"], punctual(load, "a")[1])
+            has_frames = sys.exc_info()[2] is not None
+        kept.append(caught.value.failures["a"])
+        return weakref.ref(big), has_frames
+
+    dead, has_frames = in_background(call).result(30)
+    gc.collect()
+    assert dead() is None
+    assert has_frames, "the exception that the caller handles is its own"
+    assert isinstance(kept[0], TypeError)
+    assert "in load" in kept[0].__notes__[0]
+    assert repr(kept[0].__cause__) == "OSError('the line is down')"
+    assert kept[0].__cause__.__context__ is None

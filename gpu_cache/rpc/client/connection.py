@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import http.client
+import ipaddress
 import re
 import resource
 import socket
@@ -425,3 +427,13 @@ def split_address(address: str) -> tuple[str, int]:
     if found is None or not 0 < int(found[3]) <= 0xFFFF:
         raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
     return found[1] or found[2], int(found[3])
+
+
+@functools.lru_cache(1024)  # of each read; there are few nodes
+def is_numeric(address: str) -> bool:
+    """Whether the host of an address is one of numbers, not a name. A text that is no address is none."""
+    try:
+        ipaddress.ip_address(split_address(address)[0])
+    except ValueError:
+        return False
+    return True

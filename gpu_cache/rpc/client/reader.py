@@ -14,7 +14,7 @@ import torch
 
 from gpu_cache import Promise, ShardSpec, TensorReader
 from gpu_cache.process import no_collections
-from gpu_cache.rpc.client.connection import AddressError, HttpAnswer
+from gpu_cache.rpc.client.connection import AddressError, HttpAnswer, is_numeric
 from gpu_cache.rpc.client.requester import (
     FAULTS,
     NUM_TRIES,
@@ -209,6 +209,11 @@ class HttpReader:
                 self._body = self._asked_again(self._body, error)
                 left = _behind(buffers, self._part_nbytes - self._body.answer.unread_bytes - self._num_read)
         self._num_read += sum(map(len, buffers))
+
+    @property
+    def ends_in_time(self) -> bool:
+        """Whether each call does, whatever happens: nothing ends a resolver's, which finds the address of a name."""
+        return is_numeric(self.node)
 
     @property
     def num_received(self) -> int:

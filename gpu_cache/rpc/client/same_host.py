@@ -148,6 +148,11 @@ class SameHostReader:
         raise lost
 
     @property
+    def ends_in_time(self) -> bool:
+        """As of its way over HTTP."""
+        return self._http.ends_in_time
+
+    @property
     def num_received(self) -> int:
         """Bytes that came so far, either way; any thread."""
         return self._http.num_received + self._num_shared_bytes
