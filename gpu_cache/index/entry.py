@@ -118,7 +118,7 @@ class Entry:
     @property
     def is_changed(self) -> bool:
         """Whether a reader wrote into it, as far as torch counts writes."""
-        return (copy := self.copy) is not None and copy.counted._version != copy.version
+        return (copy := self.copy) is not None and copy.is_changed
 
     def join(self) -> None:
         """Count one more call that waits for it."""

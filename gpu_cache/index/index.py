@@ -489,12 +489,12 @@ class ShardIndex:
     def _look_up_locked(self, keys: Collection[Hashable], found: Claim) -> tuple[dict[Hashable, Copy], int, int]:
         """Join or claim missing shards; return the copies of the others, their bytes, and how many are below."""
         ready: dict[Hashable, Copy] = {}
+        missing: list[Hashable] = []
         nbytes = num_low = 0
-        flight = Flight(deadline=found.deadline)  # one for all: to make one for each costs as much as the entries
         for key, promise in zip(keys, map(found.expected.get, keys), strict=True):
             table = self._entries if key in self._entries else self._above
             if (entry := table.get(key)) is None:
-                self._claim_locked(key, promise, flight, found)
+                missing.append(key)
                 continue
             # Equal ones are mostly one object: looking into two for each of thousands costs a quarter of the hit.
             if entry.promise is not promise and promise is not None and self._is_other_locked(entry, promise, found):
@@ -509,19 +509,24 @@ class ShardIndex:
             num_low += (is_low := self._is_low and table is self._entries)
             if at.completion is not None:
                 found.completions[at.completion] = is_low
+        self._claim_locked(missing, found)
         return ready, nbytes, num_low
 
-    def _claim_locked(self, key: Hashable, promise: Promise | None, flight: Flight, found: Claim) -> None:
-        """Claim a missing shard: a fetch, or a copy of the shard below."""
-        if (low := self._below.get(key)) is None:
-            entry = Entry(key, next(self._shared.generations), flight, State.PENDING, "", promise)
-        elif promise is not None and self._is_other_locked(low, promise, found):
-            return
-        else:
-            entry = self._copy_of_locked(low, found)
-        found.claimed[key] = entry
-        if found.num_removals == self._shared.num_removals:
-            self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
+    def _claim_locked(self, missing: list[Hashable], found: Claim) -> None:
+        """Claim missing shards: each a fetch, or a copy of the shard below."""
+        flight, pending = Flight(deadline=found.deadline), State.PENDING  # one flight for all fetches
+        generations, claimed, below = self._shared.generations, found.claimed, self._below
+        is_indexed = found.num_removals == self._shared.num_removals
+        for key, promise in zip(missing, map(found.expected.get, missing), strict=True):
+            if (low := below.get(key)) is None:
+                entry = Entry(key, next(generations), flight, pending, "", promise)
+            elif promise is not None and self._is_other_locked(low, promise, found):
+                continue
+            else:
+                entry = self._copy_of_locked(low, found)
+            claimed[key] = entry
+            if is_indexed:
+                self._entries[key] = entry  # second: whatever interrupts this, the caller can abort it
 
     def _copy_of_locked(self, low: Entry, found: Claim) -> Entry:
         """Claim a copy of a shard that is below, or will be. It stays there until the copy has landed or failed."""
@@ -581,7 +586,7 @@ class ShardIndex:
             for entry in map(table.get, keys):
                 if entry is None or (one := entry.copy) is None:
                     continue
-                # As `is_changed`, whose calls would double what this costs.
+                # As `is_changed`, whose call would double what this costs.
                 counted = one.base if (loan := one.loan) is None else loan
                 if counted._version != one.version and entry.is_owned_as(expected.get(entry.key)):
                     changed.append(entry)

@@ -72,6 +72,11 @@ class Copy:
         """A tensor that shares its version counter with every tensor that was handed out."""
         return self.base if self.loan is None else self.loan
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether a reader wrote into it, as far as torch counts writes."""
+        return (self.base if self.loan is None else self.loan)._version != self.version
+
 
 if blocks is not None:
     blocks.bind_copies(Copy)

@@ -496,7 +496,7 @@ class Fetch:
             elif promise is not expected and promise is not None and not entry.is_tensor_of(expected):
                 assert expected is not None
                 failures[key] = index.broken(key, expected, promise)
-            elif looks_for_writes and entry.is_changed:
+            elif looks_for_writes and copy.is_changed:
                 self._written.append(key)
             else:
                 self._arrived[key] = copy
