@@ -51,14 +51,15 @@ class Piece:
             room = memoryview(cast(Any, arena[begin : begin + self.nbytes].numpy()))
         else:
             room = slot[self.at : self.at + self.nbytes]
-        first, run = self.start, self.run  # only a run of one large shard is cut into pieces
+        first, run = self.start, self.run
         return [room[at : at - first + spec.nbytes] for spec, at in zip(run.specs, run.offsets, strict=True)]
 
-    def places(self) -> Iterator[tuple[int, int]]:
+    def places(self) -> list[tuple[int, int]]:
         """Where each shard goes within the piece, and how many of its bytes."""
-        for spec, offset in zip(self.run.specs, self.run.offsets, strict=True):
-            begin = max(offset, self.start)
-            yield begin - self.start, min(offset + spec.nbytes, self.start + self.nbytes) - begin
+        run = self.run
+        if len(run.specs) == 1:  # only such a run is cut into pieces
+            return [(0, min(run.specs[0].nbytes - self.start, self.nbytes))]
+        return list(zip(run.offsets, [spec.nbytes for spec in run.specs], strict=True))
 
 
 def pack(specs: Sequence[ShardSpec], run_bytes: int) -> Iterator[Run]:

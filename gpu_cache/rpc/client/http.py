@@ -8,6 +8,7 @@ import importlib
 import json
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -265,9 +266,9 @@ class HttpSource:
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> list[HttpReader | SameHostReader]:
         """One reader for each node; connects at its first read."""
-        by_node: dict[str, list[Hashable]] = {}
+        by_node: defaultdict[str, list[Hashable]] = defaultdict(list)
         for key in keys:
-            by_node.setdefault(self._shards[key].node_addr, []).append(key)
+            by_node[self._shards[key].node_addr].append(key)
         readers: list[HttpReader | SameHostReader] = []
         backend, expected, ends = self._backend, self._expected, time.monotonic() + timeout_s
         memories = backend.memories
