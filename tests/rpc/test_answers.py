@@ -10,11 +10,11 @@ import torch
 from gpu_cache.rpc.server import answers
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.wire import serialization
-from gpu_cache.rpc.wire.frame import CONTENT_TYPE
+from gpu_cache.rpc.wire.frame import CONTENT_TYPE, OwnedShard, decode_frame
 from gpu_cache.rpc.wire.serialization import TensorText, tensor_from_json, tensor_from_text, tensor_to_json
 from tests.support.data_routes import BINARY, ask, assert_refused, batch
 from tests.support.fake_owner import FakeOwner
-from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
+from tests.support.wire_tensors import WIRE_DTYPES, patterned, raw_bytes, same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -49,6 +49,24 @@ def test_a_long_answer_is_made_in_parts_and_arrives_whole(
     found = batch(server, "a", "b", "a").json
     assert all(same_bits(tensor_from_json(one), owner.store[name]) for one, name in zip(found, "aba", strict=True))
     assert same_bits(tensor_from_json(ask(server, "GET", "/data/a").json), owner.store["a"])
+
+
+def test_tensors_are_sent_together_up_to_a_mebibyte_and_the_header_alone() -> None:
+    tensors = [patterned(torch.float32, 2304, seed=index) for index in range(300)] + [torch.ones(1 << 19)]
+    answer = answers.frame_answer([(str(index), OwnedShard(tensor)) for index, tensor in enumerate(tensors)])
+    header, *groups = answer.groups
+    assert [len(header), *map(len, groups)] == [1, 113, 113, 74, 1]
+    assert b"".join(b"".join(group) for group in groups) == b"".join(map(raw_bytes, tensors))
+
+
+@pytest.mark.parametrize("empty", [0, 1, 300])
+def test_small_tensors_travel_with_empty_and_large_ones(server: ServerHandle, owner: FakeOwner, empty: int) -> None:
+    tensors = {f"empty{number}": torch.empty(0, 3) for number in range(empty)}
+    tensors |= {f"small{number}": patterned(torch.float32, number) for number in range(500)}
+    tensors |= {"large": patterned(torch.int64, 400_000), "one": torch.ones((), dtype=torch.uint8)}
+    owner.store.update(tensors)
+    found = decode_frame(batch(server, *tensors, headers=BINARY).body)
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n", "\t:  ")])

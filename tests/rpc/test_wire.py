@@ -215,13 +215,6 @@ def test_large_tensors_are_sent_from_their_own_memory() -> None:
     assert part[0] == tensor[0]
 
 
-def test_small_tensors_are_joined_up_to_a_mebibyte() -> None:
-    items = [(str(index), patterned(torch.float32, 2304, seed=index)) for index in range(300)]
-    _, *parts = Frame(items)
-    assert [len(part) for part in parts] == [9216 * 113, 9216 * 113, 9216 * 74]
-    assert b"".join(parts) == b"".join(raw_bytes(tensor) for _, tensor in items)
-
-
 def test_a_frame_keeps_its_tensors_after_they_left_the_store() -> None:
     frame = Frame([("x", torch.full((200_000,), 7, dtype=torch.uint8)), ("y", torch.full((3,), 7, dtype=torch.uint8))])
     assert set(b"".join(list(frame)[1:])) == {7}

@@ -14,6 +14,9 @@ from gpu_cache.rpc.wire.serialization import TensorText
 _JSON_CONTENT_TYPE = "application/octet-stream"
 # Parts of JSON are joined to this length or more: each is made by another thread than the one that sends it.
 _JOINED_BYTES = 1 << 20
+# So many bytes of tensors are sent by one call, from where they are.
+# Source: our measurement; the page faults of a joined copy of 1 MiB took 4 us a shard of 9 KB.
+_GROUP_BYTES = 1 << 20
 # The longest JSON array, in which a client can ask for one shard any number of times.
 MAX_ARRAY_BYTES = 4 << 30
 
@@ -27,12 +30,13 @@ class Answer:
     """A body ready to be sent."""
 
     content_type: str
-    parts: Iterable[bytes | memoryview]
+    # Parts that are best sent by one call; the first of these groups has one.
+    groups: Iterable[Sequence[bytes | memoryview]]
     nbytes: int
     # Bytes of tensors that the body carries, in whatever form.
     payload_nbytes: int = 0
     status: int = 200
-    # Whether making the next part is work, which must not keep the other connections waiting.
+    # Whether making the next group is work, which must not keep the other connections waiting.
     is_made_in_parts: bool = False
 
 
@@ -64,13 +68,13 @@ def array_answer(found: Sequence[tuple[str, torch.Tensor]]) -> Answer:
 def frame_answer(found: Sequence[tuple[str, OwnedShard]]) -> Answer:
     """Distinct tensors as one binary frame; raises `WireError` if they are more than fits one."""
     frame = Frame(found)
-    return Answer(CONTENT_TYPE, frame, frame.nbytes, frame.payload_nbytes)
+    return Answer(CONTENT_TYPE, _grouped(frame), frame.nbytes, frame.payload_nbytes)
 
 
 def refusal(status: int, message: str, **more: object) -> Answer:
     """A refusal that may be long."""
     body = json.dumps({"status": "error", "message": message, **more}).encode()
-    return Answer("application/json; charset=utf-8", [body], len(body), status=status)
+    return Answer("application/json; charset=utf-8", [[body]], len(body), status=status)
 
 
 def _array(texts: Iterable[TensorText]) -> Iterator[bytes]:
@@ -82,14 +86,27 @@ def _array(texts: Iterable[TensorText]) -> Iterator[bytes]:
     yield b"]" if separator == b"," else b"[]"
 
 
-def _joined(parts: Iterable[bytes]) -> Iterator[bytes]:
+def _grouped(frame: Frame) -> Iterator[list[bytes | memoryview]]:
+    """The header alone, then tensors together."""
+    group: list[bytes | memoryview] = []
+    room = -1
+    for part in frame:
+        if group and len(part) > room:
+            yield group
+            group, room = [], _GROUP_BYTES
+        group.append(part)
+        room -= len(part)
+    yield group
+
+
+def _joined(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
     pending: list[bytes] = []
     num_pending = 0
     for part in parts:
         pending.append(part)
         num_pending += len(part)
         if num_pending >= _JOINED_BYTES:
-            yield b"".join(pending)
+            yield [b"".join(pending)]
             pending, num_pending = [], 0
     if pending:
-        yield b"".join(pending)
+        yield [b"".join(pending)]

@@ -265,7 +265,7 @@ class _DataRoutes:
         writer = request.writer
         place.send(lambda: writer.output_size, lambda: _left_bytes(transport), transport.abort)
         try:
-            await _write(response, answer)
+            await _write(request, transport, response, answer)
             await _drain(request, transport)
         except BaseException:
             # A half-sent body must end in a broken connection: a second answer would be taken for the rest of it.
@@ -276,12 +276,21 @@ class _DataRoutes:
         return response
 
 
-async def _write(response: web.StreamResponse, answer: Answer) -> None:
-    parts, num_left = iter(answer.parts), answer.nbytes
+async def _write(
+    request: web.Request, transport: asyncio.WriteTransport, response: web.StreamResponse, answer: Answer
+) -> None:
+    groups, num_left, writer = iter(answer.groups), answer.nbytes, request.writer
     while num_left:  # known, so that nothing is done after the last byte: the client may go on by then
-        part = await asyncio.to_thread(next, parts) if answer.is_made_in_parts else next(parts)
-        num_left -= len(part)
-        view = memoryview(part)
+        group = await asyncio.to_thread(next, groups) if answer.is_made_in_parts else next(groups)
+        num_left -= (nbytes := sum(map(len, group)))
+        if len(group) > 1:
+            if transport.is_closing():
+                raise ConnectionResetError("the client is gone")
+            transport.writelines(group)  # aiohttp has no call for that
+            writer.output_size += nbytes
+            await writer.drain()
+            continue
+        view = memoryview(group[0])
         for start in range(0, len(view), _WRITE_BYTES):
             await response.write(view[start : start + _WRITE_BYTES])
     await response.write_eof()

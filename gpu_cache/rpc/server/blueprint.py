@@ -216,7 +216,8 @@ class _Pieces:
         with _patience(self._connection):
             if self._connection is not None:
                 _hasten(self._connection)
-            for part in self._answer.parts:
+            for group in self._answer.groups:
+                part = group[0] if len(group) == 1 else b"".join(group)
                 if isinstance(part, bytes) and len(part) <= _PIECE_BYTES:
                     yield part
                 else:

@@ -249,9 +249,6 @@ def _entries(indices: Iterable[int], shards: Sequence[Described], texts: Sequenc
 
 
 CONTENT_TYPE = "application/vnd.safetensors"
-_PART_BYTES = 1 << 20
-# Up to this length tensors are sent from a joined copy of many: that costs less than a system call for each.
-_JOINED_BYTES = 128 << 10
 
 _NAMED = {name: dtype for dtype, name in NAME_OF_DTYPE.items()}
 _RAW = {name: dtype for name, dtype in DTYPES.items() if dtype not in NAME_OF_DTYPE}
@@ -259,10 +256,10 @@ _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class Frame:
-    """Tensors laid out for sending; iterating yields the header, then the bytes in parts.
+    """Tensors laid out for sending; iterating yields the header, then the memory of one tensor after another.
 
-    A part is the memory of one large tensor, uncopied, or a joined copy of small ones (at most 1 MiB), made when its
-    turn comes. The frame keeps its tensors alive, whatever happens to the store meanwhile.
+    Nothing is copied but what is not dense in host memory, when its turn comes. The frame keeps its tensors alive,
+    whatever happens to the store meanwhile.
 
     Args:
         items: Distinct ids with their tensors, in the order asked for; an owner has what it takes ready.
@@ -290,21 +287,8 @@ class Frame:
 
     def __iter__(self) -> Iterator[bytes | memoryview]:
         yield self.header
-        pending: list[memoryview] = []
-        room = _PART_BYTES
         for shard in self._shards:
-            memory = host_bytes(shard.tensor) if shard.memory is None else shard.memory
-            is_joined = shard.nbytes <= _JOINED_BYTES
-            if pending and not (is_joined and shard.nbytes <= room):
-                yield b"".join(pending)
-                pending, room = [], _PART_BYTES
-            if is_joined:
-                pending.append(memory)
-                room -= shard.nbytes
-            else:
-                yield memory
-        if pending:
-            yield b"".join(pending)
+            yield host_bytes(shard.tensor) if shard.memory is None else shard.memory
 
 
 def _owned(tensor: torch.Tensor) -> OwnedShard:
