@@ -495,8 +495,9 @@ def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
     if not shard_ids:
         return 0
     wanted = several(shard_ids)
-    runtime.current().release(wanted)
-    return clear_fetch_buffer(wanted)
+    current = runtime.current()
+    current.release(wanted)
+    return current.evict(wanted)
 
 
 def flatten_shard_ids(obj: Any) -> list[Any]:

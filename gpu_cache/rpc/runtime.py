@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -324,8 +324,8 @@ def _source_of(
 ) -> gpu_cache.ShardSource:
     """A source over any backend: its own if it streams, else one `fetch` for all that is missing."""
     # Asked of the class: a mock in the place of a backend has every attribute.
-    if isinstance(backend, StreamingBackend) and hasattr(type(backend), "source"):
-        return backend.source(shards, promises)
+    if hasattr(type(backend), "source"):
+        return cast(StreamingBackend, backend).source(shards, promises)
 
     def load(keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor]:
         return backend.fetch([shards[key] for key in keys])

@@ -129,3 +129,16 @@ def test_cutting_a_closed_socket_is_nothing() -> None:
     sock.cut()
     sock.close()
     assert sock.fileno() == -1
+
+
+def test_a_time_out_is_set_again_only_where_another_time_is_left(
+    pair: tuple[DeadlineSocket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, server = pair
+    known, real = list[float](), DeadlineSocket._set_timeout
+    monkeypatch.setattr(DeadlineSocket, "_set_timeout", lambda sock, s: (known.append(s), real(sock, s)))
+    server.sendall(b"abcdef")
+    for patience_s in (LONG_S, LONG_S, LONG_S / 2, LONG_S / 2, LONG_S, LONG_S):
+        client.patience_s = patience_s
+        assert client.recv_into(bytearray(1)) == 1
+    assert known == pytest.approx([LONG_S / 2, LONG_S], rel=0.1)

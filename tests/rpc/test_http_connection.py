@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gpu_cache.rpc.client.connection import NodeConnection, split_address
+from gpu_cache.rpc.client.connection import DeadlineSocket, NodeConnection, split_address
 from tests.support.areal_fixtures import ask, asked_once, full_listener
 from tests.support.fault_server import FaultServer, Step, hanging_up, reply, silent, whole
 
@@ -43,6 +43,16 @@ def test_one_connection_serves_many_requests(serve: Callable[..., FaultServer]) 
     assert bodies == [TEXT, b"", b"abc"]
     assert server.num_connections == 1
     assert server.asked[0].headers["host"] == server.address
+    connection.close()
+
+
+def test_a_request_is_one_write(serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    sent, real = list[bytes](), DeadlineSocket.sendall
+    monkeypatch.setattr(DeadlineSocket, "sendall", lambda sock, data: (sent.append(bytes(data)), real(sock, data)))
+    connection = NodeConnection(serve(whole(reply(TEXT))).address)
+    assert ask(connection).read(len(TEXT)) == TEXT
+    assert len(sent) == 1
+    assert b"\r\nHost: 127.0.0.1:" in sent[0]
     connection.close()
 
 

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -122,8 +123,12 @@ class Requester:
         self._has_answered = False
         self._shard_ids: Sequence[Hashable] = ()  # of the request under way
         self._max_text_bytes = _TEXT_SLACK_BYTES
+
+    @cached_property
+    def _headers(self) -> dict[str, str]:
+        """Of each request; a reader of shared memory makes none."""
         named = {"Content-Type": "application/json", "Accept": CONTENT_TYPE, CLIENT_HEADER: secrets.token_hex(8)}
-        self._headers = named | dict(settings.headers)
+        return named | dict(self._settings.headers)
 
     def send(
         self,

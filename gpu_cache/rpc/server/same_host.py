@@ -387,7 +387,8 @@ class SameHostServer:
         numbers = self._store.segments.numbers()
         alive = COUNT.pack(located.removals) + b"".join(map(NUMBER.pack, numbers))
         client.knows.intersection_update(numbers)
-        news = [number for number in segments_in(records) if number not in client.knows]
+        is_known = len(client.knows) == len(numbers)  # each of them
+        news = [] if is_known else [number for number in segments_in(records) if number not in client.knows]
         answer = Header(RECORDS, len(records) // RECORD_BYTES, len(numbers), len(alive) + len(records))
         self._send(client, [*self._segments(client, news), (answer, alive + records, ())])
 
