@@ -56,7 +56,7 @@ class CudaDevice:
     def release_arena(self, arena: Arena) -> None:
         self._refuse_capture("release an arena")
         self._copyable.discard(arena.tensor.data_ptr())
-        arena.tensor = NO_BYTES
+        arena.let_go()
         token, arena.owner = arena.owner, None
         with self._here():
             self._pools.release(token)

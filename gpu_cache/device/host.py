@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_cache.device.hostmem import host_memory, host_tensor
+from gpu_cache.device.hostmem import copy_on_host, host_memory, host_tensor
 from gpu_cache.device.protocol import NO_BYTES, Arena, DeviceIdentity, Event, Pinned, Stream
 from gpu_cache.source import LentMemory
 
@@ -26,7 +26,7 @@ class HostDevice:
         return Arena(host_tensor(nbytes))
 
     def release_arena(self, arena: Arena) -> None:
-        arena.tensor = NO_BYTES
+        arena.let_go()
 
     def pinned(self, nbytes: int) -> Pinned:
         return Pinned(*host_memory(nbytes), is_pinned=False)
@@ -47,8 +47,7 @@ class HostDevice:
         return ["host"]
 
     def copy_all(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream) -> None:
-        for dst, src in pairs:
-            dst.copy_(src)
+        copy_on_host(pairs)
 
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         return time.perf_counter() if timing else None

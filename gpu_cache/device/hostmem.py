@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,15 @@ def mapped(descriptor: int, nbytes: int, *, is_writable: bool) -> Any:
     weakref.finalize(pages, _unmap, address, nbytes, os.getpid()).atexit = False
     advise(address, nbytes, mmap.MADV_DONTFORK)
     return np.frombuffer(pages, dtype=np.uint8)
+
+
+def copy_on_host(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy between ranges of host memory (to, from), and give the GIL away once for all of them.
+
+    Beside a busy Python thread each time costs up to 5 ms, until that thread gives it back.
+    """
+    if pairs:
+        torch._foreach_copy_([dst for dst, _ in pairs], [src for _, src in pairs])
 
 
 def advise(address: int, nbytes: int, advice: int) -> int:

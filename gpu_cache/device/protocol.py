@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -33,6 +33,18 @@ class Arena:
 
     tensor: torch.Tensor  # (nbytes,) uint8 on the device
     owner: object = None
+    _view: memoryview | None = None
+
+    @property
+    def view(self) -> memoryview:
+        """Its bytes, writable, if they are host memory; kept, as slices of a tensor give the GIL away."""
+        if self._view is None:
+            self._view = memoryview(cast(Any, self.tensor.numpy()))
+        return self._view
+
+    def let_go(self) -> None:
+        """Refer to its bytes no more."""
+        self.tensor, self._view = NO_BYTES, None
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 
@@ -46,11 +46,8 @@ class Piece:
 
     def buffers(self, slot: memoryview | None) -> list[memoryview]:
         """The shards' places in a staging slot, or, without one, in an arena in host memory; no alignment gaps."""
-        if slot is None:
-            arena, begin = self.place
-            room = memoryview(cast(Any, arena[begin : begin + self.nbytes].numpy()))
-        else:
-            room = slot[self.at : self.at + self.nbytes]
+        memory, begin = (self.run.range.slab.arena.view, self.place[1]) if slot is None else (slot, self.at)
+        room = memory[begin : begin + self.nbytes]
         first, run = self.start, self.run
         return [room[at : at - first + spec.nbytes] for spec, at in zip(run.specs, run.offsets, strict=True)]
 
@@ -90,7 +87,8 @@ class Backlog:
     """
 
     def __init__(self, runs: Iterable[Run], window_bytes: int, place: Callable[[deque[Run]], Run]) -> None:
-        self._runs, self._window_bytes, self._place = deque(runs), window_bytes, place
+        self.window_bytes = window_bytes
+        self._runs, self._place = deque(runs), place
         self._start = 0  # the rest of the first run begins here
         self.nbytes = sum(run.nbytes for run in self._runs)
 
@@ -101,7 +99,7 @@ class Backlog:
             CacheFullError: The first one finds none.
         """
         window: list[Piece] = []
-        room = self._window_bytes
+        room = self.window_bytes
         while self._runs:
             try:
                 run = self._place(self._runs)
@@ -110,16 +108,16 @@ class Backlog:
                     raise
                 break
             left = run.nbytes - self._start
-            nbytes = min(left, self._window_bytes)
+            nbytes = min(left, self.window_bytes)
             if nbytes > room:
                 break
-            window.append(Piece(run, self._start, nbytes, self._window_bytes - room, nbytes == left))
+            window.append(Piece(run, self._start, nbytes, self.window_bytes - room, nbytes == left))
             room -= nbytes
             self._start += nbytes
             if nbytes == left:
                 self._runs.popleft()
                 self._start = 0
-        self.nbytes -= self._window_bytes - room
+        self.nbytes -= self.window_bytes - room
         return window
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from gpu_cache.device.hostmem import copy_on_host
 from gpu_cache.errors import FetchError
 from gpu_cache.source import ShardSpec
 
@@ -59,11 +60,14 @@ class TensorReader:
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Copy the next bytes. A tensor may be read in pieces; a buffer never spans two tensors."""
+        pairs = []
         for buffer in buffers:
             tensor = self._left.pop()
             if tensor.numel() > len(buffer):
                 self._left.append(tensor[len(buffer) :])
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(tensor[: len(buffer)])
+                tensor = tensor[: len(buffer)]
+            pairs.append((torch.frombuffer(buffer, dtype=torch.uint8), tensor))
+        copy_on_host(pairs)
 
     def cancel(self) -> None:
         """Make a blocked load fail, where `on_cancel` does."""

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 import torch
 
 from gpu_cache.config import ALIGNMENT, CacheConfig
+from gpu_cache.device.hostmem import copy_on_host
 from gpu_cache.device.modes import COPY, FETCH, STAGE, plain_tensors, profiled
 from gpu_cache.device.protocol import Device, Event, Stream
 from gpu_cache.pool.block import Copy, Range, empty_copies
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 # The window where nothing is staged, in slots. Larger calls are faster: 0.73 of the raw socket's speed in calls of
 # 16 MiB, 0.79 of 64, 0.83 of 256, our measurement over loopback. But a fault costs more.
 _DIRECT_SLOTS = 2
-_MOST_UNCONFIRMED = 8  # windows of lent memory that are copied before the reader confirms them
+# Bytes of lent memory that are copied before the reader confirms them, in slots. On the host they are one window: one
+# copy gives the GIL away once, and beside a busy Python thread each time costs up to 5 ms.
+_MOST_UNCONFIRMED = 8
 _ATTEMPTS = 3  # to make room for a run: other threads take what they find
 
 
@@ -121,6 +124,7 @@ class Transfer:
         self.device, self.pool, self.staging, self.make_room = device, pool, staging, make_room
         slot_bytes = config.staging_slot_bytes // ALIGNMENT * ALIGNMENT
         self.window_bytes = slot_bytes if staging else _DIRECT_SLOTS * slot_bytes
+        self.lent_window_bytes = slot_bytes if staging else _MOST_UNCONFIRMED * slot_bytes
         self.run_bytes = config.run_bytes
         self.inflight = inflight
         self.copied = CopyMeter(device)
@@ -228,10 +232,10 @@ class Delivery:
         if (resident := getattr(self._reader, "resident", None)) is not None:
             self._copy_resident(deque(runs), resident)
             return
-        left = Backlog(runs, self._transfer.window_bytes, self._place)
         if getattr(self._reader, "is_lending", False):
-            self._move_lent(left)
+            self._move_lent(Backlog(runs, self._transfer.lent_window_bytes, self._place))
             return
+        left = Backlog(runs, self._transfer.window_bytes, self._place)
         while left.nbytes:  # room is taken when the bytes may be on their way
             with self._granted(left):
                 window = left.next_window()
@@ -252,7 +256,7 @@ class Delivery:
 
     def _granted(self, left: Backlog) -> contextlib.AbstractContextManager[None]:
         """The budget for the next window."""
-        nbytes = min(left.nbytes, self._transfer.window_bytes)
+        nbytes = min(left.nbytes, left.window_bytes)
         return self._transfer.inflight.granted(nbytes, self._turn, self._deadline)
 
     def _carve(self, window: list[Piece]) -> Carved:
@@ -327,11 +331,10 @@ class Delivery:
             reader = cast(LendingReader, self._reader)
             lent = [(piece, reader.read_run(list(piece.places()))) for piece in window]
         if self._staging is not None and not all(self._reads(one.memory) for _, of in lent for one in of):
-            return self._stage(window, lambda slot: _fill_from(lent, slot.pinned.tensor)), False
-        copies = _lent_copies(lent)
+            return self._stage(window, lambda slot: copy_on_host(_lent_copies(lent, slot.pinned.tensor))), False
+        copies = _lent_copies(lent, None)
         if self._staging is None:
-            for dst, src in copies:
-                dst.copy_(src)
+            copy_on_host(copies)
             return None, False
         try:
             return Completion(self._device, self._transfer.enqueue(copies)), True
@@ -419,20 +422,13 @@ def _views(window: Sequence[Piece], slot: memoryview | None) -> list[memoryview]
     return views
 
 
-def _lent_copies(lent: Lent) -> Copies:
-    """The copies from lent memory into arenas."""
+def _lent_copies(lent: Lent, slot: torch.Tensor | None) -> Copies:
+    """The copies from lent memory into a staging slot, or, without one, into arenas."""
     spans = []
     for piece, found in lent:
-        arena, start = piece.place
-        spans += [(arena, start + at, memory.tensor, begin, nbytes) for at, memory, begin, nbytes in found]
+        target, start = piece.place if slot is None else (slot, piece.at)
+        spans += [(target, start + at, memory.tensor, begin, nbytes) for at, memory, begin, nbytes in found]
     return joined(spans)
-
-
-def _fill_from(lent: Lent, slot: torch.Tensor) -> None:
-    """Copy a window from lent memory into a staging slot."""
-    for piece, found in lent:
-        for at, memory, begin, nbytes in found:
-            slot[piece.at + at :][:nbytes].copy_(memory.tensor[begin : begin + nbytes])
 
 
 def _wait_for(windows: Iterable[LentWindow]) -> None:

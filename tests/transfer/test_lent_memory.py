@@ -16,6 +16,7 @@ from gpu_cache.device.host import HostDevice
 from gpu_cache.pool.block import aligned
 from gpu_cache.source import LentMemory, Stretch
 from tests.support.sim_device import SimDevice
+from tests.support.sources import DictSource
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
 KIB = 1 << 10
@@ -267,3 +268,29 @@ def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         found = cache.get_many(list(tensors), LenderSource(tensors))
         assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
     assert copied == [9 * 1024 + 700]
+
+
+@pytest.mark.parametrize("kind", [LenderSource, DictSource])
+def test_a_window_that_is_placed_in_many_holes_is_one_call_without_the_gil(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, calls, copy = 10, list[int](), torch._foreach_copy_
+    config = dataclasses.replace(CONFIG, slab_bytes=20 * KIB, pool_bytes=20 * KIB, run_bytes=KIB)
+    tensors = batch(*[KIB] * number)
+
+    def copied(to: Sequence[torch.Tensor], of: Sequence[torch.Tensor]) -> None:
+        calls.append(len(to))
+        copy(to, of)
+
+    with contextlib.closing(TensorCache(config, device=HostDevice())) as cache:
+        for at in range(2 * number):
+            cache.put(at, torch.zeros(KIB, dtype=torch.uint8))
+        cache.clear(range(0, 2 * number, 2))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_foreach_copy_", copied)
+            patch.setattr(torch.Tensor, "copy_", None)
+            if kind is DictSource:  # it copies into views of the arena, which are slices of one
+                patch.setattr(torch.Tensor, "numpy", None)
+            found = cache.get_many(list(tensors), kind(tensors))
+        assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
+    assert calls == [number]
