@@ -605,7 +605,9 @@ class ShardIndex:
         if (loan := at.loan) is None:
             return self._is_held(at.base, 0)
         is_lent = getrefcount(loan) != UNSHARED or num_owners(loan) != 1
-        return is_lent or self._is_held(at.base, 1)
+        for spare in at.spares or ():
+            is_lent = is_lent or getrefcount(spare) != UNSHARED or num_owners(spare) != 1
+        return is_lent or self._is_held(at.base, 1 + len(at.spares or ()))
 
     def _take_place_locked(self, entry: Entry, left: list[Entry]) -> None:
         """Index a landed shard in the place of another owner's, unless a drop on request came meanwhile."""
@@ -707,7 +709,7 @@ def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for entry in dropped:
         if getrefcount(entry) == UNSHARED and (one := entry.copy) is not None:
-            found += [one.base] if one.loan is None else [one.base, one.loan]
+            found += one.tensors
             entry.copy = None
             del one
     return found

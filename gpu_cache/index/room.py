@@ -77,7 +77,7 @@ class RoomMaker:
         if not self._index.evict(victims, self._refuge(movable) if self._refuge else {}, held=held):
             return False
         movable.clear()
-        tensors = [tensor for one in victims for tensor in (one.copy.base, one.copy.loan) if tensor is not None]
+        tensors = [tensor for one in victims for tensor in one.copy.tensors]
         victims.clear()  # the entries and their copies die with it; no call is about to hand one out
         self._pool.husks.strip(tensors)
         return True

@@ -213,10 +213,11 @@ struct {
   Py_ssize_t copy, promise, flight, error;
 } slots;
 struct {
-  Py_ssize_t key, base, lease, nbytes, loan, completion, version, checksum;
+  Py_ssize_t key, base, lease, nbytes, loan, completion, version, checksum, spares;
 } copy_slots;
 PyTypeObject *Entry, *Flight, *Copy;  // null before they are bound
 PyObject* move_to_end;
+Py_ssize_t most_spares;
 
 PyObject*& slot(PyObject* object, Py_ssize_t offset) {
   return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
@@ -263,7 +264,8 @@ PyObject* bind_copies(PyObject*, PyObject* copy) {
   if (!(find_slot(copy, "key", found.key) && find_slot(copy, "base", found.base) &&
         find_slot(copy, "lease", found.lease) && find_slot(copy, "nbytes", found.nbytes) &&
         find_slot(copy, "loan", found.loan) && find_slot(copy, "completion", found.completion) &&
-        find_slot(copy, "version", found.version) && find_slot(copy, "checksum", found.checksum))) {
+        find_slot(copy, "version", found.version) && find_slot(copy, "checksum", found.checksum) &&
+        find_slot(copy, "spares", found.spares))) {
     return nullptr;
   }
   constexpr size_t num_slots = sizeof(copy_slots) / sizeof(Py_ssize_t);
@@ -275,10 +277,14 @@ PyObject* bind_copies(PyObject*, PyObject* copy) {
   Py_RETURN_NONE;
 }
 
-// bind_entries(Entry, Flight, move_to_end): once, before `untrack`, `track` and `hits`.
+// bind_entries(Entry, Flight, move_to_end, most_spares): once, before `untrack`, `track`, `lend` and `hits`.
 PyObject* bind_entries(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "bind_entries takes two classes and a function");
+  if (count != 4 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "bind_entries takes two classes, a function and a number");
+    return nullptr;
+  }
+  const Py_ssize_t most = PyLong_AsSsize_t(args[3]);
+  if (PyErr_Occurred()) {
     return nullptr;
   }
   PyObject *entry = args[0], *flight = args[1];
@@ -291,6 +297,7 @@ PyObject* bind_entries(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_XSETREF(Entry, reinterpret_cast<PyTypeObject*>(Py_NewRef(entry)));
   Py_XSETREF(Flight, reinterpret_cast<PyTypeObject*>(Py_NewRef(flight)));
   Py_XSETREF(move_to_end, Py_NewRef(args[2]));
+  most_spares = most;
   Py_RETURN_NONE;
 }
 
@@ -316,6 +323,7 @@ PyObject* make_copy(PyObject* key, Block& made, PyObject* nbytes, PyObject* leas
   slot(copy.object, copy_slots.completion) = Py_NewRef(Py_None);
   slot(copy.object, copy_slots.version) = version.release();
   slot(copy.object, copy_slots.checksum) = Py_NewRef(Py_None);
+  slot(copy.object, copy_slots.spares) = Py_NewRef(Py_None);
   return copy.release();
 }
 
@@ -445,34 +453,78 @@ const at::Tensor* tensor_in(PyObject* copy, Py_ssize_t offset) {
   return found != Py_None && THPVariable_Check(found) ? &THPVariable_Unpack(found) : nullptr;
 }
 
-// The tensor for a reader of a shard, a new reference: the one that its last reader let go of, made to look like the
-// shard again; else another alias, and `left` gets the one before.
-PyObject* lend(PyObject* copy, PyObject* left) {
+// Takes the first item out of a list: a new reference.
+PyObject* pop_first(PyObject* list) {
+  Ref first(Py_NewRef(PyList_GET_ITEM(list, 0)));
+  return PyList_SetSlice(list, 0, 1, nullptr) < 0 ? nullptr : first.release();
+}
+
+// Makes another tensor a copy's loan: the next spare if its reader let it go, else an alias. See `_replace_loan` of
+// `gpu_cache/index/lending.py`.
+bool replace_loan(PyObject* copy, PyObject* left) {
   const at::Tensor *base = tensor_in(copy, copy_slots.base), *last = tensor_in(copy, copy_slots.loan);
+  if (!PyList_Check(value(copy, copy_slots.spares))) {
+    Ref made(PyList_New(0));
+    if (made.object == nullptr) {
+      return false;
+    }
+    Py_XSETREF(slot(copy, copy_slots.spares), made.release());
+  }
+  Ref spares(Py_NewRef(slot(copy, copy_slots.spares)));
+  PyObject* loan = value(copy, copy_slots.loan);
+  if (loan != Py_None && PyList_Append(Py_REFCNT(loan) > 1 ? spares.object : left, loan) < 0) {
+    return false;
+  }
+  const Py_ssize_t length = PyList_GET_SIZE(spares.object);
+  if (length > 0 && Py_REFCNT(PyList_GET_ITEM(spares.object, 0)) == 1) {
+    PyObject* spare = pop_first(spares.object);
+    if (spare == nullptr) {
+      return false;
+    }
+    Py_XSETREF(slot(copy, copy_slots.loan), spare);
+    return true;
+  }
+  c10::impl::ExcludeDispatchKeyGuard without_modes(c10::DispatchKey::Python);  // they would make it, in Python
+  auto alias = base->unsafeGetTensorImpl()->shallow_copy_and_detach(
+      (last == nullptr ? base : last)->unsafeGetTensorImpl()->version_counter(),
+      /*allow_tensor_metadata_change=*/true);
+  PyObject* made = THPVariable_Wrap(at::Tensor(std::move(alias)));
+  if (made == nullptr) {
+    return false;
+  }
+  Py_XSETREF(slot(copy, copy_slots.loan), made);
+  if (length == 0) {
+    return true;
+  }
+  Ref oldest(pop_first(spares.object));  // held: the next look is at another one
+  return oldest.object != nullptr &&
+      PyList_Append(length - 1 < most_spares ? spares.object : left, oldest.object) == 0;
+}
+
+// The tensor for a reader of a shard, a new reference: one that its last reader let go of, made to look like the shard
+// again; else another alias. `left` gets those that stay with their readers.
+PyObject* lend(PyObject* copy, PyObject* left) {
+  const at::Tensor* base = tensor_in(copy, copy_slots.base);
   if (base == nullptr) {
     return PyErr_Format(PyExc_TypeError, "%R has no tensor", copy);
   }
-  PyObject* loan = value(copy, copy_slots.loan);
   c10::TensorImpl* wanted = base->unsafeGetTensorImpl();
-  if (last != nullptr && is_free(loan, *last) &&
-      last->unsafeGetTensorImpl()->has_compatible_shallow_copy_type(wanted->key_set())) {
-    at::Tensor tensor = *last;
-    if (!looks_alike(tensor.unsafeGetTensorImpl(), wanted)) {
-      tensor.set_data(*base);
+  while (true) {
+    const at::Tensor* last = tensor_in(copy, copy_slots.loan);
+    PyObject* loan = value(copy, copy_slots.loan);
+    if (last != nullptr && is_free(loan, *last) &&
+        last->unsafeGetTensorImpl()->has_compatible_shallow_copy_type(wanted->key_set())) {
+      at::Tensor tensor = *last;
+      if (!looks_alike(tensor.unsafeGetTensorImpl(), wanted)) {
+        tensor.set_data(*base);
+      }
+      set_tracked(loan, true);  // from now on it may be in a cycle
+      return Py_NewRef(loan);
     }
-    set_tracked(loan, true);  // from now on it may be in a cycle
-    return Py_NewRef(loan);
+    if (!replace_loan(copy, left)) {
+      return nullptr;
+    }
   }
-  c10::impl::ExcludeDispatchKeyGuard without_modes(c10::DispatchKey::Python);  // they would make it, in Python
-  auto alias = wanted->shallow_copy_and_detach(
-      (last == nullptr ? base : last)->unsafeGetTensorImpl()->version_counter(),
-      /*allow_tensor_metadata_change=*/true);
-  Ref made(THPVariable_Wrap(at::Tensor(std::move(alias))));
-  if (made.object == nullptr || PyList_Append(left, loan) < 0) {
-    return nullptr;
-  }
-  Py_XSETREF(slot(copy, copy_slots.loan), Py_NewRef(made.object));
-  return made.release();
 }
 
 bool is_changed(PyObject* copy) {

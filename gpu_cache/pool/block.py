@@ -54,8 +54,8 @@ class Range:
 class Copy:
     """One shard's bytes in a pool, and the tensors over them.
 
-    Until it is published only the thread that fills it has it. From then on the index lock guards `loan`, `version`
-    and `checksum`. The other fields stay as they are, and any thread may read them.
+    Until it is published only the thread that fills it has it. From then on the index lock guards `loan`, `spares`,
+    `version` and `checksum`. The other fields stay as they are, and any thread may read them.
     """
 
     key: Hashable
@@ -66,6 +66,13 @@ class Copy:
     completion: Completion | None = None  # done when its bytes are there; None: they are
     version: int = 0  # `counted` had it when the block was last known to hold the source's bytes
     checksum: int | None = None  # with `debug_checksum`: its bytes', before any reader had it
+    spares: list[torch.Tensor] | None = None  # loans of further readers, the one lent longest ago first
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it has over its bytes."""
+        found = [self.base] if self.loan is None else [self.base, self.loan]
+        return found + self.spares if self.spares else found
 
     @property
     def counted(self) -> torch.Tensor:

@@ -97,7 +97,8 @@ class Husks:
             return
         while tensors:
             one = tensors[-1]
-            if getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one):
+            is_mine = getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one)
+            if is_mine and not one.requires_grad:  # a reader's change; torch would not let it have these bytes
                 if (nothing := self._nothing.get(one.is_cpu)) is None:
                     nothing = self._nothing_like(one)
                 one.data = nothing

@@ -14,6 +14,7 @@ import torch
 
 from gpu_cache import CacheConfig, FetchError, TensorCache, reaper
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.index.lending import MOST_SPARES
 from gpu_cache.pool import lease
 from gpu_cache.pool.block import Range
 from gpu_cache.source import ShardSpec
@@ -100,6 +101,15 @@ def test_a_readers_tensor_stays_as_the_reader_made_it(
     assert same_bytes(another, ORIGINAL)
 
 
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_clear_takes_a_tensor_back_whatever_its_reader_made_of_it(
+    cache: TensorCache, source: DictSource, change: Callable[[torch.Tensor], Any]
+) -> None:
+    change(get(cache, source))
+    assert cache.clear() == 1
+    assert held_bytes(cache) == 0
+
+
 def with_graph(tensor: torch.Tensor) -> Any:
     return (torch.ones(4, 6, requires_grad=True) * tensor).sum()
 
@@ -177,6 +187,49 @@ def test_a_clear_gives_bytes_back_at_once_and_leaves_husks_for_the_reaper(
     cache.close()
 
 
+def test_readers_of_one_shard_get_the_tensors_that_readers_before_let_go_of(
+    cache: TensorCache, source: DictSource
+) -> None:
+    first = {id(one) for one in [get(cache, source) for _ in range(4)]}
+    for num_readers in (4, 3, 4, 1):
+        seen = {id(one) for one in [get(cache, source) for _ in range(num_readers)]}
+        assert len(seen) == num_readers
+        assert seen <= first
+    with_attribute = [get(cache, source) for _ in range(4)]
+    with_attribute[2].tag = 1  # type: ignore[attr-defined]
+    del with_attribute
+    again = [get(cache, source) for _ in range(5)]
+    assert len(set(map(id, again))) == 5
+    assert not any(map(vars, again))
+    assert all(same_bytes(one, ORIGINAL) for one in again)
+
+
+def test_spares_are_bounded_and_go_with_their_shard(cache: TensorCache, source: DictSource) -> None:
+    held = [get(cache, source) for _ in range(3 * MOST_SPARES)]
+    (entry,) = cache._index._entries.values()
+    assert entry.copy is not None
+    assert entry.copy.spares is not None
+    assert len(entry.copy.spares) == MOST_SPARES
+    del entry
+    held.clear()
+    cache.clear()
+    assert held_bytes(cache) == 0
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_shard_that_one_of_several_readers_holds_is_not_evicted(
+    cache: TensorCache, source: DictSource, number: int
+) -> None:
+    readers = [get(cache, source) for _ in range(4)]
+    kept = [readers[number]]
+    readers.clear()
+    assert not cache._index.candidates()
+    kept[0] = kept[0][1:]
+    assert not cache._index.candidates()
+    kept.clear()
+    assert len(cache._index.candidates()) == 1
+
+
 # The GIL.
 
 
@@ -193,7 +246,9 @@ def carved(cache: TensorCache, keys: list[str], specs: list[ShardSpec]) -> Range
     return room
 
 
-@pytest.mark.parametrize("what", ["hits", "hits of what others hold", "drops", "carving and publishing", "clear"])
+@pytest.mark.parametrize(
+    "what", ["hits", "hits of what others hold", "drops", "drops of several readers", "carving and publishing", "clear"]
+)
 def test_nothing_gives_the_gil_away(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)
     cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", prealloc_bytes="8MiB", stats=False))
@@ -207,11 +262,15 @@ def test_nothing_gives_the_gil_away(what: str, monkeypatch: pytest.MonkeyPatch) 
         carved(cache, keys, specs)
     if what in ("drops", "hits of what others hold"):
         held += cache.get_many(keys, source)
+    if what in ("drops of several readers", "clear"):
+        held += [cache.get_many(keys, source) for _ in range(MOST_SPARES + 1)]
+    if what == "clear":  # of shards that had several readers
+        held.clear()
     with counted_turns() as turns:
         before = turns()
         if what in ("hits", "hits of what others hold"):
             held += cache.get_many(keys, source)
-        elif what == "drops":
+        elif what in ("drops", "drops of several readers"):
             held.clear()
         elif what == "clear":
             cache.clear(keys)

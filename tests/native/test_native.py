@@ -121,7 +121,7 @@ def test_the_functions_refuse_what_they_do_not_take() -> None:
         with pytest.raises(TypeError, match=r"a list of records is expected|takes a list"):
             call(1)
     with pytest.raises(TypeError, match="is no slot"):
-        native.blocks.bind_entries(type("Entry", (), {"copy": 1}), object, print)
+        native.blocks.bind_entries(type("Entry", (), {"copy": 1}), object, print, 7)
     with pytest.raises(TypeError, match="has other slots than those that are known"):
         native.blocks.bind_copies(dataclasses.make_dataclass("Copy", [("extra", int, 0)], bases=(Copy,), slots=True))
 
@@ -143,7 +143,8 @@ def shard(key: Hashable, freed: deque[Any], *, node: str = "") -> Entry:
     arena = torch.zeros(64, dtype=torch.uint8)
     catch = Catch(freed)
     base, lease = carve(arena.untyped_storage(), 0, 64, arena[:0], (64,), catch)
-    copy = Copy(key, base, lease, 64, catch.twins.pop())
+    twin = catch.twins.pop()
+    copy = Copy(key, base, lease, 64, twin, version=twin._version)
     return Entry(key, 1, Flight(), State.READY, node, (torch.uint8, (64,), Owner(node)), copy)
 
 
