@@ -185,7 +185,8 @@ class LazyEngine:
         if self.index.is_closed:
             raise CacheClosedError
         engine = self.current
-        if engine is None or not (self._is_final or self._stays(engine)):
+        is_certain = self._is_final or not torch_cuda.is_initialized()
+        if engine is None or not (is_certain or self._stays(engine)):
             engine = self._build(engine)
         if not engine.reaper.awake.is_set():
             engine.reaper.wake()
@@ -227,8 +228,6 @@ class LazyEngine:
 
     def _stays(self, engine: Engine) -> bool:
         """Whether the device chosen before CUDA was initialised stays. Warns once if it stays against the settings."""
-        if not torch_cuda.is_initialized():
-            return True
         try:
             device = choose_device(self._config.device).device.torch_device
         except (ValueError, RuntimeError) as error:

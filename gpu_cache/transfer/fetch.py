@@ -121,7 +121,13 @@ class ReaderTask:
         except BaseException:  # top of a thread: whatever it is, the waiters must be woken
             logger.exception("closing the connection to %s failed", self.reader.node)
         try:
-            self._abort_rest(error)
+            node, failures = self.reader.node, self.reader.failures
+            for key, entry in self.entries.items():
+                if not entry.is_settled:
+                    cause = (
+                        failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                    )
+                    self._index.abort([entry], cause)
         except BaseException as caught:  # the reader's account of its failures
             self._index.abort(self.entries.values(), caught)
         self.entries = {}  # a caller that waits for `done` may count on it: from here no block is held
@@ -178,13 +184,6 @@ class ReaderTask:
         except BaseException as caught:  # top of a thread: the waiters re-raise it
             return frameless(caught, handled)
         return None
-
-    def _abort_rest(self, error: BaseException | None) -> None:
-        node, failures = self.reader.node, self.reader.failures
-        for key, entry in self.entries.items():
-            if not entry.is_settled:
-                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
-                self._index.abort([entry], cause)
 
     def _note_answer(self) -> None:
         """Count an answer that is complete, with the seconds from its request to its last bytes."""

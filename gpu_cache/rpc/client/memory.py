@@ -360,7 +360,8 @@ class OwnersMemory:
         self._close_gone()
         while True:
             with self._lock:
-                owner = self._owners.setdefault(path, OwnerMemory())
+                if (owner := self._owners.get(path)) is None:
+                    owner = self._owners[path] = OwnerMemory()
                 connection = owner.idle.pop() if owner.idle else None
                 owner.num_readers += 1
             try:

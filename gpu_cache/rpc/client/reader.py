@@ -138,6 +138,8 @@ class HttpReader:
         promises: Of their handles, where known: nothing longer is read, and nothing else.
         requester: Asks the node's route `FETCH`.
         settings: Limits of a request.
+    Attributes:
+        ends_in_time: Whether each call does. Nothing ends a resolver's, which finds the address of a name.
     """
 
     transport = "http"
@@ -150,6 +152,7 @@ class HttpReader:
         settings: HttpSettings,
     ) -> None:
         self.node, self.keys = requester.address, keys
+        self.ends_in_time = is_numeric(self.node)
         self.failures: dict[Hashable, Exception] = {}
         self._promises, self._requester, self._settings = promises, requester, settings
         self._node_state = requester.node  # the reader learns the node's wire form here, and the backend remembers it
@@ -209,11 +212,6 @@ class HttpReader:
                 self._body = self._asked_again(self._body, error)
                 left = _behind(buffers, self._part_nbytes - self._body.answer.unread_bytes - self._num_read)
         self._num_read += sum(map(len, buffers))
-
-    @property
-    def ends_in_time(self) -> bool:
-        """Whether each call does, whatever happens: nothing ends a resolver's, which finds the address of a name."""
-        return is_numeric(self.node)
 
     @property
     def num_received(self) -> int:

@@ -205,7 +205,8 @@ class Requester:
 
     def release(self) -> None:
         """Give connection and place back for others; the connection is closed if its last answer was not read."""
-        self._pool.leave(self._place)
+        if self._place.is_taken:
+            self._pool.leave(self._place)
         connection, self._connection = self._connection, None
         if connection is None:
             return

@@ -69,6 +69,7 @@ class SameHostReader:
         promises: Of the handles, where known.
         deadline: As by `time.monotonic()`.
     Attributes:
+        ends_in_time: As of `http`.
         is_lending: Whether the part is in shared memory.
         transport: How the latest part came.
     """
@@ -82,6 +83,7 @@ class SameHostReader:
         deadline: float,
     ) -> None:
         self.node, self.keys, self.failures = http.node, http.keys, http.failures
+        self.ends_in_time = http.ends_in_time
         self.is_lending, self.transport = False, ""
         self._http, self._node, self._memories = http, node, memories
         self._promises, self._deadline = promises, deadline
@@ -146,11 +148,6 @@ class SameHostReader:
         self._end_part(is_good=False)
         self._leave(self._way_of_part)
         raise lost
-
-    @property
-    def ends_in_time(self) -> bool:
-        """As of its way over HTTP."""
-        return self._http.ends_in_time
 
     @property
     def num_received(self) -> int:
