@@ -75,7 +75,7 @@ native: export GPU_CACHE_NATIVE_DIR := $(CURDIR)/.venv/native
 native: $(READY)
 	@GPU_CACHE_NATIVE=0 $(PY) -m gpu_cache.native; found=$$?; \
 	if [ $$found -eq 2 ]; then echo "SKIPPED: the C++ functions are not built"; exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	GPU_CACHE_NATIVE=1 $(PY) -m pytest tests/native tests/pool/test_lease.py tests/index/test_loans.py tests/index/test_index.py $(ARGS)
+	GPU_CACHE_NATIVE=1 $(PY) -m pytest tests/native tests/pool/test_lease.py tests/pool/test_slab.py tests/index/test_loans.py tests/index/test_index.py $(ARGS)
 
 scripts: $(READY)
 	$(PY) -m pytest -m "scripts and not slow and not stress" $(PARALLEL) $(ARGS)

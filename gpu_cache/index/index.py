@@ -184,9 +184,9 @@ class ShardIndex:
             ready, nbytes, num_low = self._look_up_locked(keys, found)
             found.hits.update(zip(ready, lending.lend(list(ready.values()), left), strict=True))
             self._ledger.claimed(found, len(ready), nbytes, num_low)
+            if blocks is not None:
+                blocks.untrack(list(found.claimed.values()))
         del left
-        if blocks is not None:
-            blocks.untrack(list(found.claimed.values()))
         if changed:
             self._mutations.tell(changed)
         return found

@@ -21,7 +21,7 @@ from weakref import getweakrefcount
 
 import torch
 
-from gpu_cache.index.entry import Entry, Flight, Promise
+from gpu_cache.index.entry import Entry, Promise
 from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.lease import UNSHARED, aliases_of, num_owners
@@ -129,5 +129,5 @@ lend: Callable[[Sequence[Copy], list[torch.Tensor | None]], list[torch.Tensor]] 
 hits: Callable[..., tuple[list[torch.Tensor], int] | None] = hits_in_python
 
 if blocks is not None:
-    blocks.bind_entries(Entry, Flight, OrderedDict.move_to_end, MOST_SPARES)
+    blocks.bind_entries(Entry, OrderedDict.move_to_end, MOST_SPARES)
     lend, hits = blocks.lend, blocks.hits

@@ -208,14 +208,14 @@ PyObject* carve(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ---- Records --------------------------------------------------------------------------------------------------------
 
-// Where the slots of `Entry`, `Flight` and `Copy` are in their objects.
+// Where the slots of `Entry` and `Copy` are in their objects.
 struct {
-  Py_ssize_t copy, promise, flight, error;
+  Py_ssize_t copy, promise;
 } slots;
 struct {
   Py_ssize_t key, base, lease, nbytes, loan, completion, version, checksum, spares;
 } copy_slots;
-PyTypeObject *Entry, *Flight, *Copy;  // null before they are bound
+PyTypeObject *Entry, *Copy;  // null before they are bound
 PyObject* move_to_end;
 Py_ssize_t most_spares;
 
@@ -277,26 +277,20 @@ PyObject* bind_copies(PyObject*, PyObject* copy) {
   Py_RETURN_NONE;
 }
 
-// bind_entries(Entry, Flight, move_to_end, most_spares): once, before `untrack`, `track`, `lend` and `hits`.
+// bind_entries(Entry, move_to_end, most_spares): once, before `lend` and `hits`.
 PyObject* bind_entries(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "bind_entries takes two classes, a function and a number");
+  if (count != 3 || !PyType_Check(args[0])) {
+    PyErr_SetString(PyExc_TypeError, "bind_entries takes a class, a function and a number");
     return nullptr;
   }
-  const Py_ssize_t most = PyLong_AsSsize_t(args[3]);
-  if (PyErr_Occurred()) {
-    return nullptr;
-  }
-  PyObject *entry = args[0], *flight = args[1];
   auto found = slots;
-  if (!(find_slot(entry, "copy", found.copy) && find_slot(entry, "promise", found.promise) &&
-        find_slot(entry, "flight", found.flight) && find_slot(flight, "error", found.error))) {
+  const Py_ssize_t most = PyLong_AsSsize_t(args[2]);
+  if (PyErr_Occurred() || !find_slot(args[0], "copy", found.copy) || !find_slot(args[0], "promise", found.promise)) {
     return nullptr;
   }
   slots = found;
-  Py_XSETREF(Entry, reinterpret_cast<PyTypeObject*>(Py_NewRef(entry)));
-  Py_XSETREF(Flight, reinterpret_cast<PyTypeObject*>(Py_NewRef(flight)));
-  Py_XSETREF(move_to_end, Py_NewRef(args[2]));
+  Py_XSETREF(Entry, reinterpret_cast<PyTypeObject*>(Py_NewRef(args[0])));
+  Py_XSETREF(move_to_end, Py_NewRef(args[1]));
   most_spares = most;
   Py_RETURN_NONE;
 }
@@ -394,23 +388,12 @@ PyObject* set_all_tracked(PyObject* records, bool is_wanted) {
     return PyErr_Format(PyExc_TypeError, "a list of records is expected, not %R", records);
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(records); ++i) {
-    PyObject* record = PyList_GET_ITEM(records, i);
-    if (Entry != nullptr && PyObject_TypeCheck(record, Entry)) {
-      PyObject* flight = value(record, slots.flight);
-      if (!is_a(flight, Flight)) {
-        return nullptr;
-      }
-      if (!is_wanted && value(flight, slots.error) != Py_None) {
-        continue;  // the frames of its error may refer to it
-      }
-    }
-    set_tracked(record, is_wanted);
+    set_tracked(PyList_GET_ITEM(records, i), is_wanted);
   }
   Py_RETURN_NONE;
 }
 
-// untrack(records): leave records that are in no cycle out of the garbage collector's lists, but for entries that
-// failed.
+// untrack(records): leave records that are in no cycle out of the garbage collector's lists.
 PyObject* untrack(PyObject*, PyObject* records) {
   return set_all_tracked(records, false);
 }
