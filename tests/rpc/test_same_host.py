@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache import FetchError
+from gpu_cache import FetchError, ShardSpec
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import memory
 from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader
@@ -99,6 +99,30 @@ def read(source: SameHostReader, nbytes: int) -> bytes:
     return b"".join(
         bytes(one.memory.tensor[one.begin : one.begin + one.nbytes].numpy()) for one in source.read_run([(0, nbytes)])
     )
+
+
+def test_a_cold_read_describes_each_shard_once_over_either_way(
+    owner: FakeOwner, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"s{number}": patterned(torch.float32, number) for number in range(20)}
+    put(owner, tensors)
+    described: list[Hashable] = []
+    real = ShardSpec.__init__
+
+    def describe(self: ShardSpec, key: Hashable, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        described.append(key)
+        real(self, key, dtype, shape)
+
+    monkeypatch.setattr(ShardSpec, "__init__", describe)
+    over_http = HttpRTensorBackend(same_host=False)
+    for way in ("shm", "http"):
+        localized(known, tensors)
+        assert transport(known) == way
+        assert sorted(map(str, described)) == sorted(tensors)
+        described.clear()
+        clear_fetch_buffer()
+        set_backend(over_http)
+    over_http.close()
 
 
 def test_every_dtype_and_shape_arrives_bit_by_bit(owner: FakeOwner, known: str) -> None:

@@ -11,18 +11,20 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gpu_cache import Promise, ShardSpec
 from gpu_cache.rpc import segments as module
 from gpu_cache.rpc.segments import FIRST_BYTES, Segment, Segments, is_wanted
+from gpu_cache.rpc.shard import WireError
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.wire.frame import Frame
-from gpu_cache.rpc.wire.records import ELSEWHERE
+from gpu_cache.rpc.wire.records import ABSENT, ELSEWHERE, Foreseen, record_of
 from tests.support.reading import parse_records
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
@@ -63,6 +65,37 @@ def test_copies_have_every_bit_of_every_dtype_and_shape(store: ShardStore) -> No
     found = {spec.key: spec for spec, _, _ in parse_records(records, ids).found}
     specs = [found[shard_id] for shard_id in ids]
     assert [(one.dtype, one.shape, one.nbytes) for one in specs] == [(t.dtype, t.shape, t.nbytes) for t in tensors]
+
+
+def test_records_are_compared_with_promises() -> None:
+    short, long, high = (3,), (4, 5), (1,) * 7
+    ids = ["second", "first", "otherwise", "unpromised", "unwelcome", "absent", "elsewhere", "of seven dimensions"]
+    shapes = [short, short, long, long, short, (), short, high]
+    promises: dict[Hashable, Promise] = {
+        key: (torch.int64, shape, "a:1") for key, shape in zip(ids, shapes, strict=True) if key != "unpromised"
+    }
+    promises["otherwise"] = torch.int64, short, "a:1"
+    places = [(2, 512), (2, 0), (1, 512), (1, 0), (3, 0)]
+    records = [record_of(torch.int64, shape, *place) for shape, place in zip(shapes[:5], places, strict=True)]
+    records[4] = record_of(torch.int32, short, 3, 0)
+    asked: list[Hashable] = []
+
+    def is_welcome(spec: ShardSpec) -> bool:
+        asked.append(spec.key)
+        return spec.key != "unwelcome"
+
+    answer = Foreseen(ids, promises).compared(b"".join(records) + ABSENT + ELSEWHERE + ELSEWHERE, is_welcome)
+    found = [(spec.key, spec.dtype, spec.shape, segment, place) for spec, segment, place in answer.found]
+    assert found == [
+        ("unpromised", torch.int64, long, 1, 0),
+        ("otherwise", torch.int64, long, 1, 512),
+        ("first", torch.int64, short, 2, 0),
+        ("second", torch.int64, short, 2, 512),
+    ]
+    assert asked == ["otherwise", "unpromised", "unwelcome"]
+    assert (answer.absent, answer.elsewhere) == (["absent"], ["elsewhere", "of seven dimensions"])
+    with pytest.raises(WireError, match="128 bytes of records for 1 shards"):
+        Foreseen(["a"], {}).compared(ABSENT * 2, is_welcome)
 
 
 def test_strided_and_lazily_conjugated_tensors_are_copied_dense(store: ShardStore) -> None:
