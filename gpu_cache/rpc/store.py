@@ -101,11 +101,8 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
             The pairs found and the ids missing, each in the order asked for.
         """
         wanted = list(shard_ids)
-        with self._lock:
-            entries = [self._entries.get(shard_id) for shard_id in wanted]
-        found = [(shard_id, entry) for shard_id, entry in zip(wanted, entries, strict=True) if entry]
-        missing = [shard_id for shard_id, entry in zip(wanted, entries, strict=True) if entry is None]
-        return found, missing
+        pairs = list(zip(wanted, self.find(wanted), strict=True))
+        return [(key, one) for key, one in pairs if one], [key for key, one in pairs if one is None]
 
     def remove(self, shard_ids: Iterable[object]) -> int:
         """Forget shards.

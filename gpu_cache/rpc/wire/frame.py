@@ -270,10 +270,13 @@ class Frame:
     """
 
     def __init__(self, items: Iterable[tuple[str, torch.Tensor | OwnedShard]]) -> None:
-        listed = [(shard_id, s if isinstance(s, OwnedShard) else _owned(s)) for shard_id, s in items]
-        for shard_id, shard in listed:
+        ids: list[str] = []
+        shards: list[OwnedShard] = []
+        for shard_id, item in items:
+            shard = item if isinstance(item, OwnedShard) else _owned(item)
             shard.check(shard_id)
-        ids, shards = [shard_id for shard_id, _ in listed], [shard for _, shard in listed]
+            ids.append(shard_id)
+            shards.append(shard)
         if (num_ids := len(set(ids))) != len(ids):
             raise WireError(f"{len(ids):,} ids, {num_ids:,} distinct")
         serials = [shard.serial for shard in shards]
