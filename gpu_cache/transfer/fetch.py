@@ -99,8 +99,6 @@ class ReaderTask:
         finally:
             if self._is_fetch:
                 self._index.note_fetch(self.reader.node, begins=False)
-            if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
-                _finish(self._level)
             self._live.discard(self)  # last: from here on `close` waits for the thread no more
 
     def take_over(self) -> bool:
@@ -131,6 +129,9 @@ class ReaderTask:
         except BaseException as caught:  # the reader's account of its failures
             self._index.abort(self.entries.values(), caught)
         self.entries = {}  # a caller that waits for `done` may count on it: from here no block is held
+        if self._index.is_closed:  # the reaper may have found nothing to wait for, and ended
+            _finish(self._level)
+        # At exit `close` waits for this: a thread that Python ends amid torch's code would abort the process.
         self.done.set_result(None)
 
     def cancel(self, error: BaseException) -> None:
