@@ -78,16 +78,20 @@ class CopyMeter:
             self.gather()
 
     def gather(self) -> None:
-        """Count the seconds of copies that are done by now. Waits for none; not during CUDA graph capture."""
+        """Count the seconds of copies that are done by now. Waits for none; not during CUDA graph capture.
+
+        They end in the order in which they were enqueued: behind the first that is not done it asks no more.
+        """
         with self._lock:
             timed = list(self._timed)
         for pair in timed:
-            if self._device.query(pair[1]):
-                busy_s = self._device.elapsed_s(*pair)
-                with self._lock:
-                    if pair in self._timed:  # else another thread has counted it
-                        del self._timed[pair]
-                        self._busy_s += busy_s
+            if not self._device.query(pair[1]):
+                break
+            busy_s = self._device.elapsed_s(*pair)
+            with self._lock:
+                if pair in self._timed:  # else another thread has counted it
+                    del self._timed[pair]
+                    self._busy_s += busy_s
 
     def stats(self, direction: str) -> dict[str, float]:
         """Its part of `BufferStats`, of copies in one direction: "h2d" or "d2h"."""
