@@ -37,6 +37,10 @@ _DIRECT_SLOTS = 2
 # Bytes of lent memory that are copied before the reader confirms them, in slots. On the host they are one window: one
 # copy gives the GIL away once, and beside a busy Python thread each time costs up to 5 ms.
 _MOST_UNCONFIRMED = 8
+# Staged windows that never wait keep the GIL: the short calls in them give it away for less than a waiting thread needs
+# to wake up, and after each that thread waits for the interpreter's 5 ms once more. So a fetch thread pauses after the
+# first time, for the second. What takes the third is a wait, in which other threads ran.
+_KEPT_S, _PAUSE_S, _WAIT_S = 2.5e-3, 1e-4, 5e-4
 _ATTEMPTS = 3  # to make room for a run: other threads take what they find
 
 
@@ -221,6 +225,7 @@ class Delivery:
         self._device, self._pool, self._staging = transfer.device, transfer.pool, transfer.staging
         self._deadline, self._turn, self._may_overflow = deadline, turn, may_overflow
         self._placed: dict[Run, None] = {}  # runs that have room, and did not land yet
+        self._kept_since = time.monotonic()  # when other threads last had a chance to run Python
 
     def run(self) -> None:
         """Receive, or copy, part after part. At the end, give back the ranges of runs that did not land."""
@@ -245,11 +250,25 @@ class Delivery:
                 window = left.next_window()
                 carved = self._carve(window)  # tensors are built while bytes arrive
                 self._land(carved, self._receive(window))
+            self._let_others_run(left)
+
+    def _let_others_run(self, left: Backlog) -> None:
+        """Pause before the next window, if those that did not wait have kept other threads from Python for long."""
+        if self._staging is not None and left.nbytes and time.monotonic() > self._kept_since + _KEPT_S:
+            time.sleep(_PAUSE_S)
+            self._kept_since = time.monotonic()
+
+    def _note_wait(self, began: float) -> None:
+        """Note that other threads ran Python, if what was begun then has taken so long that it was a wait."""
+        if (now := time.monotonic()) > began + _WAIT_S:
+            self._kept_since = now
 
     def _next_runs(self) -> list[Run] | None:
         """Ask for the next part, and pack it; None: there is none. Shards without bytes take no room, and land now."""
+        began = time.monotonic()
         with profiled(FETCH):
             specs = self._reader.next_specs()
+        self._note_wait(began)
         if specs is None:
             return None
         self._sink.expect(specs)
@@ -288,11 +307,13 @@ class Delivery:
     def _stage(self, window: list[Piece], fill: Callable[[Slot], object]) -> Completion:
         """Fill a staging buffer, and enqueue its copies: mostly one, as runs are placed in order."""
         assert self._staging is not None
+        began = time.monotonic()
         with profiled(STAGE):
             slot = self._staging.acquire(max(0.0, self._deadline - time.monotonic()), self._turn)
         try:
             with profiled(FETCH):
                 fill(slot)
+            self._note_wait(began)
             source = slot.pinned.tensor
             copies = joined((*piece.place, source, piece.at, piece.nbytes) for piece in window)
             try:
@@ -315,12 +336,15 @@ class Delivery:
                     unconfirmed.append(LentWindow(carved, *self._copy_lent(window)))
                     if self._staging is None or len(unconfirmed) == _MOST_UNCONFIRMED or not left.nbytes:
                         self._confirm(unconfirmed)
+                self._let_others_run(left)
         finally:
             _wait_for(unconfirmed)  # the memory is the reader's again after this
 
     def _confirm(self, unconfirmed: list[LentWindow]) -> None:
+        began = time.monotonic()
         _wait_for(unconfirmed)
         cast(LendingReader, self._reader).confirm()
+        self._note_wait(began)
         for one in unconfirmed:
             self._land(one.carved, one.completion)
         unconfirmed.clear()

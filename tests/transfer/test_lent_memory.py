@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from gpu_cache import CacheConfig, FetchError, ShardReader, ShardSpec, TensorCac
 from gpu_cache.device.host import HostDevice
 from gpu_cache.pool.block import aligned
 from gpu_cache.source import LentMemory, Stretch
+from gpu_cache.transfer import tensor_reader, transfer
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
@@ -294,3 +296,45 @@ def test_a_window_that_is_placed_in_many_holes_is_one_call_without_the_gil(
             found = cache.get_many(list(tensors), kind(tensors))
         assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
     assert calls == [number]
+
+
+class Clock:
+    """The time as a transfer sees it: the host's Python takes what a test says, and pauses are noted."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+        self.pauses: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("read_s", "num_pauses"), [(0.0, 3), (1e-4, 3), (0.01, 0)])
+@pytest.mark.parametrize("kind", [LenderSource, DictSource])
+def test_a_fetch_thread_pauses_only_where_its_reads_do_not_wait(
+    read_s: float, num_pauses: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, device, copy = Clock(), HostDevice(stages=True), HostDevice.copy_all
+
+    def copied(self: HostDevice, *args: Any) -> None:
+        clock.now += 0.001  # Python of one window
+        copy(self, *args)
+
+    def read(pairs: Any) -> None:
+        clock.now += read_s
+        torch._foreach_copy_([to for to, _ in pairs], [of for _, of in pairs])
+
+    monkeypatch.setattr(transfer, "time", clock)
+    monkeypatch.setattr(HostDevice, "copy_all", copied)
+    monkeypatch.setattr(transfer, "copy_on_host", read)
+    monkeypatch.setattr(tensor_reader, "copy_on_host", read)
+    monkeypatch.setattr(HostDevice, "reads", lambda *_: False)
+    tensors = batch(*[8 * KIB] * 24)  # two in each window, of which the last one has none behind it
+    with contextlib.closing(TensorCache(CONFIG, device=device)) as cache:
+        found = cache.get_many(list(tensors), kind(tensors))
+        assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
+    assert len(clock.pauses) == num_pauses
