@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -156,18 +157,22 @@ def broken_promise(promised: tuple[Any, ...], found: tuple[Any, ...]) -> str:
 def frameless(error: BaseException, handled: BaseException | None) -> BaseException:
     """Take the frames from an error and its causes: with their callers', they would keep tensors for as long as it.
 
+    Never raises, whatever the error's class is like.
+
     Args:
         error: It was raised in this thread. If it is not of this package, it gets its traceback as a text.
         handled: The exception that this thread was handling before, and which is no cause of it.
     """
     if not isinstance(error, GpuCacheError):
-        error.add_note("".join(traceback.format_tb(error.__traceback__)))
+        with contextlib.suppress(Exception):  # a class of users may refuse notes, and a frame its source text
+            if (text := "".join(traceback.format_tb(error.__traceback__))) not in getattr(error, "__notes__", ()):
+                error.add_note(text)
     left = [error]
     while left:
         one = left.pop()
-        one.__traceback__ = None
+        BaseException.__setattr__(one, "__traceback__", None)  # a frozen dataclass has another
         if one.__context__ is handled:
-            one.__context__ = None
+            BaseException.__setattr__(one, "__context__", None)
         causes = (one.__cause__, one.__context__)
         left += [cause for cause in causes if cause is not None and cause.__traceback__ is not None]
     return error

@@ -59,6 +59,15 @@ def test_tensors_are_sent_together_up_to_a_mebibyte_and_the_header_alone() -> No
     assert b"".join(b"".join(group) for group in groups) == b"".join(map(raw_bytes, tensors))
 
 
+def test_no_part_of_an_answer_is_empty() -> None:
+    tensors = [torch.empty(0, 3), torch.ones(2), torch.ones(3), torch.empty(0)]
+    for wanted in (tensors, tensors[:1], []):
+        answer = answers.frame_answer([(str(index), OwnedShard(tensor)) for index, tensor in enumerate(wanted)])
+        header, *groups = answer.groups
+        assert all(len(part) for group in (header, *groups) for part in group)
+        assert sum(len(part) for group in (header, *groups) for part in group) == answer.nbytes
+
+
 @pytest.mark.parametrize("empty", [0, 1, 300])
 def test_small_tensors_travel_with_empty_and_large_ones(server: ServerHandle, owner: FakeOwner, empty: int) -> None:
     tensors = {f"empty{number}": torch.empty(0, 3) for number in range(empty)}

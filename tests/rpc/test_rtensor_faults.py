@@ -132,6 +132,16 @@ def test_a_missing_shard_is_named_and_the_other_is_cached(serve: Callable[..., F
     assert server.wanted == [["a", "b"], ["b"], ["a"]]
 
 
+def test_a_handle_whose_address_is_no_text_fails_alone(serve: Callable[..., FaultServer]) -> None:
+    server = serve(whole(frames_of({"a": PAIR["a"]})))
+    wrong: Any = 7
+    with pytest.raises(FetchError, match="expected string") as caught:
+        RTensor.localize([remote(server.address, "a", PAIR["a"]), remote(wrong, "b", PAIR["b"])])
+    assert list(caught.value.failures) == ["b"]
+    assert buffer_stats()["num_entries"] == 1
+    check_success(server)
+
+
 def test_an_owner_that_vanishes_and_comes_back_empty(serve: Callable[..., FaultServer]) -> None:
     first = serve(whole(frames_of(PAIR)))
     remote(first.address, "a", PAIR["a"]).to_local()

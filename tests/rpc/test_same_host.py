@@ -21,6 +21,7 @@ import torch
 from gpu_cache import FetchError, ShardSpec
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import memory
+from gpu_cache.rpc.client import same_host as client
 from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader
 from gpu_cache.rpc.client.memory import OwnersMemory
 from gpu_cache.rpc.client.pool import NodeState
@@ -145,6 +146,34 @@ def test_only_the_first_request_to_an_owner_goes_over_http(
     assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
     assert transport(server.address) == "shm"
     assert runtime.current().cache.buffer_stats()["fetch_bytes"] == 100 * 400
+
+
+def test_a_connection_whose_answer_was_not_read_serves_no_other_reader(
+    owner: FakeOwner, known: str, shared: HttpRTensorBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"s{number}": torch.full((5,), number) for number in range(8)}
+    put(owner, tensors)
+    first, others = dict(list(tensors.items())[:4]), dict(list(tensors.items())[4:])
+    find, is_asked = owner.store.find, threading.Event()
+
+    def late(shard_ids: Any) -> Any:
+        if not is_asked.is_set():
+            is_asked.set()
+            time.sleep(0.3)
+        return find(shard_ids)
+
+    def broken(*args: object) -> None:
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(owner.store, "find", late)
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "Foreseen", broken)
+        with pytest.raises(FetchError, match="planted"):
+            localized(known, first)
+    assert shared.memories is not None
+    assert shared.memories.stats()["owners"] == 0, "the connection is closed"
+    found = localized(known, others)
+    assert all(same_bits(one, other) for one, other in zip(found, others.values(), strict=True))
 
 
 def test_a_batch_is_lent_in_the_order_in_which_it_lies(

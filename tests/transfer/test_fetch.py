@@ -476,3 +476,39 @@ def test_an_error_keeps_no_frame_of_the_thread_that_drained(cache: TensorCache) 
     assert "in load" in kept[0].__notes__[0]
     assert repr(kept[0].__cause__) == "OSError('the line is down')"
     assert kept[0].__cause__.__context__ is None
+
+
+class NotelessError(Exception):
+    def add_note(self, note: str) -> None:
+        raise RuntimeError("no notes")
+
+
+class FrozenError(Exception):
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"cannot assign to field {name!r}")
+
+
+@pytest.mark.parametrize("kind", [NotelessError, FrozenError])
+def test_an_error_that_takes_no_note_fails_its_shard_like_any_other(cache: TensorCache, kind: type[Exception]) -> None:
+    error = kind("the line is down")
+
+    def load() -> list[torch.Tensor | Exception]:
+        raise error
+
+    with pytest.raises(FetchError, match="the line is down") as caught:
+        cache.get_many(["a"], punctual(load, "a")[1], timeout_s=30)
+    assert caught.value.failures == {"a": error}
+    assert error.__traceback__ is None
+    assert not cache._tasks
+
+
+def test_an_error_that_a_source_raises_again_and_again_has_one_note(cache: TensorCache) -> None:
+    error = OSError("the line is down")
+
+    def load() -> list[torch.Tensor | Exception]:
+        raise error
+
+    for _ in range(3):
+        with pytest.raises(FetchError, match="the line is down"):
+            cache.get_many(["a"], punctual(load, "a")[1])
+    assert len(error.__notes__) == 1

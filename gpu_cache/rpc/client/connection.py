@@ -435,9 +435,9 @@ def split_address(address: str) -> tuple[str, int]:
 
 @functools.lru_cache(1024)  # of each read; there are few nodes
 def is_numeric(address: str) -> bool:
-    """Whether the host of an address is one of numbers, not a name. A text that is no address is none."""
+    """Whether the host of an address is one of numbers, not a name. What is no address is none."""
     try:
         ipaddress.ip_address(split_address(address)[0])
-    except ValueError:
+    except (ValueError, TypeError):  # the connection says what is wrong with it
         return False
     return True

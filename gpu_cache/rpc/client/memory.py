@@ -121,6 +121,7 @@ class MemoryConnection:
     Attributes:
         sock: The socket; `cut` from any thread makes every call fail.
         incarnation: That of the owner's server.
+        owes_answer: Whether the owner was asked, and not all of its answer was read.
     Raises:
         OutOfReachError: No process of this user answers there, or another program does. By any call.
     Thread-safety: one thread.
@@ -129,6 +130,7 @@ class MemoryConnection:
     def __init__(self, path: str, deadline: float) -> None:
         self.sock = DeadlineSocket(socket.AF_UNIX)
         self.sock.deadline, self.sock.patience_s = deadline, PATIENCE_S
+        self.owes_answer = False
         try:
             with _reasons(path):
                 self.sock.connect(path)
@@ -165,6 +167,7 @@ class MemoryConnection:
         patience_s = PATIENCE_S if kind == FETCH else _PROXY_PATIENCE_S
         self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, patience_s), patience_s
         hold_ms = min(int((max(left_s, 0.0) + _HOLD_SLACK_S) * 1000), 0xFFFFFFFF)
+        self.owes_answer = True
         with _reasons(self.path):
             self.sock.sendall(Header(kind, number, hold_ms, len(text)).encoded() + text)
 
@@ -173,7 +176,9 @@ class MemoryConnection:
         segments: list[tuple[int, int, int]] = []
         try:
             with _reasons(self.path):
-                return self._told(number, segments)
+                told = self._told(number, segments)
+            self.owes_answer = False
+            return told
         except BaseException:
             _close_all(descriptor for _, _, descriptor in segments)
             raise
@@ -376,7 +381,11 @@ class OwnersMemory:
             self._leave(path)
 
     def give_back(self, connection: MemoryConnection, *, is_good: bool) -> None:
-        """Keep a connection for the next reader, or close it."""
+        """Keep a connection for the next reader, or close it.
+
+        One that owes an answer is closed, whatever ended its reader: the next one would take the answer for its own.
+        """
+        is_good = is_good and not connection.owes_answer
         with self._lock:
             owner = self._owners[connection.path]
             if is_good := is_good and len(owner.idle) < _MAX_IDLE and not self._is_closed:
