@@ -186,12 +186,12 @@ class Getter(threading.Thread):
     def run(self) -> None:
         while (call := self._calls.get()) is not None:
             try:
-                outcome: list[torch.Tensor] | BaseException = call()
+                self.outcome = call()  # no local name: once it is taken, this thread must hold none of its tensors
             except BaseException as error:
-                outcome = error.with_traceback(None)
-            self._pending, self.outcome = None, outcome
+                self.outcome = error.with_traceback(None)
+            self._pending = None
             self._board.say()
-            del outcome, call
+            del call
 
 
 @contextlib.contextmanager
