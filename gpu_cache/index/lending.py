@@ -52,24 +52,27 @@ def lend_in_python(copies: Sequence[Copy], left: list[torch.Tensor | None]) -> l
         while (
             loan is None
             or getrefcount(loan) != UNSHARED
+            or type(loan) is not torch.Tensor  # first: the looks below would call a reader's class
             or num_owners(loan) != 1
             or getweakrefcount(loan)
             or loan.requires_grad
             or loan.grad is not None
             or loan.__dict__
             or loan._backward_hooks is not None
-            or type(loan) is not torch.Tensor
+            or loan._post_accumulate_grad_hooks is not None
         ):
             loan = None  # this reference would make it look held
-            _replace_loan(one, left)
+            if (made := _replace_loan(one, left)) is not None:
+                loan = made  # without a look: a debugger that holds it would make this endless
+                break
             loan = one.loan
         loan.data = one.base
         lent.append(loan)
     return lent
 
 
-def _replace_loan(one: Copy, left: list[torch.Tensor | None]) -> None:
-    """Make another tensor a copy's loan: the next spare if its reader let it go, else an alias.
+def _replace_loan(one: Copy, left: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Make another tensor a copy's loan: the next spare if its reader let it go, else an alias, which it returns.
 
     A spare may turn out to be no good, as when autograd knows of it. It is left to its reader then.
     """
@@ -78,11 +81,12 @@ def _replace_loan(one: Copy, left: list[torch.Tensor | None]) -> None:
         (spares if getrefcount(one.loan) > _IN_PLACE else left).append(one.loan)
     if spares and getrefcount(spares[0]) == _IN_PLACE:
         one.loan = spares.pop(0)
-        return
+        return None
     (one.loan,) = aliases_of([one.counted])
     if spares:
         oldest = spares.pop(0)  # held: the next look is at another one
         (spares if len(spares) < MOST_SPARES else left).append(oldest)
+    return one.loan
 
 
 def hits_in_python(

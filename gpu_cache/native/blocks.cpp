@@ -350,14 +350,17 @@ PyObject* carve_shard(
   return make_copy(key.object, made, length.object, leases);
 }
 
-// carve_all(arena, slab, first, specs, offsets, alignment, templates, fired, leases) -> list of `Copy`
+// carve_all(arena, slab, first, specs, offsets, alignment, templates, fired, leases, copies)
 //
-// If it raises, `leases` has those of the shards before.
+// Appends a `Copy` of each shard. If it raises, `leases` and `copies` have those of the shards before, so that no lease
+// fires before the pool knows it.
 PyObject* carve_all(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(
-      count == 9 && THPStorage_Check(args[0]) && PyDict_Check(args[6]) && PyDict_Check(args[8]) && Copy != nullptr,
-      "carve_all takes a storage, a slab, its first byte, specs, offsets, an alignment, a dict, a function and a dict");
+      count == 10 && THPStorage_Check(args[0]) && PyDict_Check(args[6]) && PyDict_Check(args[8]) &&
+          PyList_Check(args[9]) && Copy != nullptr,
+      "carve_all takes a storage, a slab, its first byte, specs, offsets, an alignment, a dict, a function, a dict and "
+      "a list");
   const Py_ssize_t first = PyLong_AsSsize_t(args[2]), alignment = PyLong_AsSsize_t(args[5]);
   Ref specs(PySequence_Tuple(args[3])), offsets(PySequence_Tuple(args[4]));
   if (specs.object == nullptr || offsets.object == nullptr || PyErr_Occurred()) {
@@ -365,19 +368,19 @@ PyObject* carve_all(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   const Py_ssize_t length = PyTuple_GET_SIZE(specs.object);
   TORCH_CHECK_VALUE(length == PyTuple_GET_SIZE(offsets.object) && alignment > 0, "each shard has one offset");
-  Ref copies(PyList_New(length));
-  for (Py_ssize_t i = 0; copies.object != nullptr && i < length; ++i) {
+  for (Py_ssize_t i = 0; i < length; ++i) {
     const Py_ssize_t offset = first + PyLong_AsSsize_t(PyTuple_GET_ITEM(offsets.object, i));
-    PyObject* copy = PyErr_Occurred() ? nullptr
-                                      : carve_shard(
-                                            PyTuple_GET_ITEM(specs.object, i), THPStorage_Unpack(args[0]), args[1],
-                                            offset, alignment, args[6], args[7], args[8]);
-    if (copy == nullptr) {
+    if (PyErr_Occurred()) {
       return nullptr;
     }
-    PyList_SET_ITEM(copies.object, i, copy);
+    Ref copy(carve_shard(
+        PyTuple_GET_ITEM(specs.object, i), THPStorage_Unpack(args[0]), args[1], offset, alignment, args[6], args[7],
+        args[8]));
+    if (copy.object == nullptr || PyList_Append(args[9], copy.object) < 0) {
+      return nullptr;
+    }
   }
-  return copies.release();
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 

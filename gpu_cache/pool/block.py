@@ -123,14 +123,19 @@ def aligned(nbytes: int) -> int:
 def carve_shards(
     taken: Range, specs: Sequence[ShardSpec], offsets: Sequence[int], freed: deque[Lease], leases: dict[int, Lease]
 ) -> list[Copy]:
-    """The tensors of the shards of a run, `offsets` bytes into its range. `leases` gets, by offset, what frees them."""
+    """The tensors of the shards of a run, `offsets` bytes into its range. `leases` gets, by offset, what frees them.
+
+    If it raises, the frames of the error keep the tensors made so far: their leases must not fire before the pool has
+    them.
+    """
     slab, first, copies = taken.slab, taken.offset, list[Copy]()
     storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
     templates = slab.templates
     for dtype in {spec.dtype for spec in specs} - templates.keys():
         templates[dtype] = torch.empty(0, dtype=dtype, device=device)
     if blocks is not None:
-        return blocks.carve_all(storage, slab, first, specs, offsets, ALIGNMENT, templates, freed.append, leases)  # type: ignore[no-any-return]
+        blocks.carve_all(storage, slab, first, specs, offsets, ALIGNMENT, templates, freed.append, leases, copies)
+        return copies
     catch = Catch(freed)
     twins = catch.twins
     for spec, relative in zip(specs, offsets, strict=True):

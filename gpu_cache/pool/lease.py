@@ -97,7 +97,9 @@ class Husks:
             return
         while tensors:
             one = tensors[-1]
-            is_mine = getrefcount(one) == UNSHARED and num_owners(one) == 1 and not getweakrefcount(one)
+            # In this order: a look at a tensor of a reader's class would call that class.
+            is_plain = getrefcount(one) == UNSHARED and type(one) is torch.Tensor
+            is_mine = is_plain and num_owners(one) == 1 and not getweakrefcount(one)
             if is_mine and not one.requires_grad:  # a reader's change; torch would not let it have these bytes
                 if (nothing := self._nothing.get(one.is_cpu)) is None:
                     nothing = self._nothing_like(one)

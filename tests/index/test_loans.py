@@ -14,9 +14,10 @@ import torch
 
 from gpu_cache import CacheConfig, FetchError, TensorCache, reaper
 from gpu_cache.device.modes import plain_tensors
+from gpu_cache.index import lending
 from gpu_cache.index.lending import MOST_SPARES
 from gpu_cache.pool import lease
-from gpu_cache.pool.block import Range
+from gpu_cache.pool.block import Copy, Range
 from gpu_cache.source import ShardSpec
 from tests.support.gil import counted_turns
 from tests.support.sources import DictSource, same_bytes
@@ -71,6 +72,11 @@ CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
     "data of its own": lambda one: setattr(one, "data", one.data[1:, :2]),
     "negative bit": lambda one: torch._C._set_neg(one, True),
     "gradient": lambda one: (one.requires_grad_() * 2).sum().backward(),
+    "hook": lambda one: (one.requires_grad_().register_hook(print), one.requires_grad_(False)),
+    "hook behind gradients": lambda one: (
+        one.requires_grad_().register_post_accumulate_grad_hook(print),
+        one.requires_grad_(False),
+    ),
 }
 
 
@@ -84,6 +90,7 @@ def test_the_next_reader_gets_no_change_of_the_one_before(
     assert same_bytes(fresh, ORIGINAL)
     assert (fresh.shape, fresh.stride(), fresh.dtype) == (ORIGINAL.shape, ORIGINAL.stride(), ORIGINAL.dtype)
     assert (fresh.requires_grad, fresh.grad, fresh.__dict__, fresh.is_neg()) == (False, None, {}, False)
+    assert fresh._backward_hooks is fresh._post_accumulate_grad_hooks is None
     assert fresh.untyped_storage().nbytes() == ORIGINAL.nbytes
 
 
@@ -108,6 +115,37 @@ def test_a_clear_takes_a_tensor_back_whatever_its_reader_made_of_it(
     change(get(cache, source))
     assert cache.clear() == 1
     assert held_bytes(cache) == 0
+
+
+class Refusing(torch.Tensor):
+    """Refuses every look at a tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(function)
+
+
+def test_a_class_that_a_reader_gave_its_tensor_is_not_asked(source: DictSource) -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", prealloc_bytes=0, on_mutation="ignore"))
+    for _ in range(2):
+        get(cache, source).__class__ = Refusing
+    assert same_bytes(get(cache, source), ORIGINAL)
+    get(cache, source).__class__ = Refusing
+    assert cache.clear() == 1
+    assert held_bytes(cache) == 0
+
+
+def test_a_new_tensor_is_lent_also_if_a_debugger_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[torch.Tensor] = []
+
+    def held_aliases(bases: list[torch.Tensor]) -> list[torch.Tensor]:
+        assert len(held) < 10, "the index looks for a free one for ever"
+        held.extend(lease.aliases_of(bases))
+        return held[-len(bases) :]
+
+    monkeypatch.setattr(lending, "aliases_of", held_aliases)
+    one = Copy("a", torch.ones(3), None, 12)
+    assert [lending.lend_in_python([one], [])[0] is held[number] for number in range(3)] == [True] * 3
 
 
 def with_graph(tensor: torch.Tensor) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -11,7 +12,7 @@ from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena, Device
 from gpu_cache.errors import CacheFullError, GpuCacheError
 from gpu_cache.pool import lease
-from gpu_cache.pool.block import Copy, Range, Slab, aligned
+from gpu_cache.pool.block import Copy, Range, Slab, aligned, carve_shards
 from gpu_cache.pool.fence import StreamFence
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.lease import Husks, Lease
@@ -196,6 +197,17 @@ def test_building_that_fails_half_way_loses_nothing() -> None:
     del caught
     pool.drain()
     check(pool, free=MIB, reserved=MIB)
+
+
+def test_shards_built_before_one_that_fails_die_after_the_pool_knows_their_leases() -> None:
+    pool, freed, leases = pool_of(), deque[Lease](), dict[int, Lease]()
+    specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (-1,))]
+    try:
+        carve_shards(taken_from(pool, 1536), specs, [0, 512], freed, leases)
+    except (RuntimeError, ValueError):
+        assert leases.keys() == {0}
+        assert not freed
+    assert list(freed) == [leases[0]]
 
 
 def test_ranges_of_several_slabs_go_back_in_whole_stretches() -> None:
