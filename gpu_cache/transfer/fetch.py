@@ -92,7 +92,7 @@ class ReaderTask:
             self._index.note_fetch(self.reader.node, begins=True)
         try:
             error = self._drain()
-            while isinstance(error, FetchError) and error.may_go_on:
+            while isinstance(error, FetchError) and error.may_go_on and time.monotonic() < self._deadline:
                 self._announced = {key for key in self._announced if self.entries[key].copy is not None}
                 error = self._drain()
             self.end(error)

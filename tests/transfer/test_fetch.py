@@ -512,3 +512,17 @@ def test_an_error_that_a_source_raises_again_and_again_has_one_note(cache: Tenso
         with pytest.raises(FetchError, match="the line is down"):
             cache.get_many(["a"], punctual(load, "a")[1])
     assert len(error.__notes__) == 1
+
+
+def test_a_reader_whose_parts_are_lost_again_and_again_ends_in_time(cache: TensorCache) -> None:
+    def load() -> list[torch.Tensor | Exception]:
+        reader._is_loaded = False
+        lost = FetchError("the part is lost")
+        lost.may_go_on = True
+        raise lost
+
+    (reader,), source = punctual(load, "a")
+    calling = in_background(lambda: cache.get_many(["a"], source, timeout_s=0.3))
+    with pytest.raises(FetchError, match="the part is lost"):
+        calling.result(10)
+    assert not cache._tasks
