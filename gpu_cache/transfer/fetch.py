@@ -119,13 +119,7 @@ class ReaderTask:
         except BaseException:  # top of a thread: whatever it is, the waiters must be woken
             logger.exception("closing the connection to %s failed", self.reader.node)
         try:
-            node, failures = self.reader.node, self.reader.failures
-            for key, entry in self.entries.items():
-                if not entry.is_settled:
-                    cause = (
-                        failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
-                    )
-                    self._index.abort([entry], cause)
+            self._abort_rest(error)
         except BaseException as caught:  # the reader's account of its failures
             self._index.abort(self.entries.values(), caught)
         self.entries = {}  # a caller that waits for `done` may count on it: from here no block is held
@@ -185,6 +179,14 @@ class ReaderTask:
         except BaseException as caught:  # top of a thread: the waiters re-raise it
             return frameless(caught, handled)
         return None
+
+    def _abort_rest(self, error: BaseException | None) -> None:
+        """Settle what was not delivered. Not in `end`, whose frame would keep the last entry beyond `done`."""
+        node, failures = self.reader.node, self.reader.failures
+        for key, entry in self.entries.items():
+            if not entry.is_settled:
+                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                self._index.abort([entry], cause)
 
     def _note_answer(self) -> None:
         """Count an answer that is complete, with the seconds from its request to its last bytes."""
