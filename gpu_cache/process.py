@@ -135,6 +135,7 @@ class CollectorPause:
 no_collections = CollectorPause()
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()
 _inherited: weakref.WeakSet[Inherited] = weakref.WeakSet()
+_drainers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # callers' threads that have run torch for a cache
 _finalizers: list[object] = []  # one in a worker of multiprocessing
 
 
@@ -149,6 +150,11 @@ def register(cache: LiveCache) -> None:
 def unregister(cache: LiveCache) -> None:
     """Forget a cache that was closed."""
     _caches.discard(cache)
+
+
+def note_drainer() -> None:
+    """Note that this thread, a caller's, runs torch for a cache: it must not abort the process at exit either."""
+    _drainers.add(threading.current_thread())
 
 
 def leave_to_parent(one: Inherited) -> None:
@@ -199,7 +205,7 @@ def _end_all() -> None:
         _close_all()
         _end_threads(_own_threads(), _THREADS_S)
     finally:
-        if _own_threads():
+        if _own_threads() or any(thread.daemon and thread.is_alive() for thread in list(_drainers)):
             _outlive_threads()
 
 

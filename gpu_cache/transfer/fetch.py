@@ -30,7 +30,7 @@ from gpu_cache.index.entry import Claim, Entry, Holding, Promise, State
 from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
-from gpu_cache.process import OwnThread, no_collections
+from gpu_cache.process import OwnThread, no_collections, note_drainer
 from gpu_cache.source import ShardReader, ShardSource, ShardSpec
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.host_tier import HostTier, ResidentReader
@@ -430,6 +430,7 @@ class Fetch:
             if self._index.is_closed:  # after the tasks are known to `close`
                 self.cancel(CacheClosedError())
             for task in self.tasks[len(self.tasks) - num_own :]:
+                note_drainer()
                 task.run()
         except BaseException as error:
             self.cancel(error)
