@@ -89,7 +89,8 @@ class SlabPool:
         self.capacity = config.pool_bytes
         self._device, self._slab_bytes = device, config.slab_bytes
         # Guards every field below, and those of each slab; _look_at is read without it.
-        self._lock = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # its `with` is Python: Ctrl-C there would keep the lock taken
         self._slabs: list[Slab] = []  # the smallest first: short runs leave the long slabs to long runs
         self._overflows: list[Slab] = []  # beyond the cap, one run in each
         self._floor_bytes = config.prealloc_bytes  # empty slabs down to this are kept
@@ -127,7 +128,7 @@ class SlabPool:
         while True:
             with self._lock:
                 while not (taken := self._take_locked(self._slabs, nbytes)) and self._growing_bytes:
-                    self._lock.wait()  # for another thread's slab, which may have room for both
+                    self._changed.wait()  # for another thread's slab, which may have room for both
                 growth = 0 if taken else self._plan_growth_locked(nbytes)
                 # A run longer than a slab may need the room of empty slabs.
                 way = [] if taken or growth else self._make_way_locked(nbytes)
@@ -447,7 +448,7 @@ class SlabPool:
         finally:
             with self._lock:
                 self._growing_bytes -= nbytes
-                self._lock.notify_all()
+                self._changed.notify_all()
                 if arena is None:
                     self._alloc_failures += 1
                 else:

@@ -78,7 +78,8 @@ class InflightBudget:
         self.limit_bytes = limit_bytes
         self._now, self._stalls = now, Stalls(now)
         # Guards every field below. Notified when bytes come back, when a reader leaves the queue, and on `wake`.
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # its `with` is Python: Ctrl-C there would keep the lock taken
         self._queue: dict[Turn, None] = {}  # first come, first served
         self._next: Turn | None = None  # the one of the queue that is granted next
         self._held: dict[Turn, tuple[int, float]] = {}  # bytes, and since when
@@ -87,7 +88,7 @@ class InflightBudget:
         self._is_closed = False
 
     def __repr__(self) -> str:
-        with self._changed:
+        with self._lock:
             return f"InflightBudget({self._nbytes_locked:,} of {self.limit_bytes:,} bytes, {len(self._queue)} waiting)"
 
     @contextlib.contextmanager
@@ -104,7 +105,7 @@ class InflightBudget:
             CacheClosedError: The cache was closed.
         """
         began = self._now()
-        with self._changed:
+        with self._lock:
             self._queue[turn] = None
             self._choose_locked()
         try:
@@ -112,7 +113,7 @@ class InflightBudget:
                 self._look(turn)
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 if turn in self._queue:  # without a grant
                     del self._queue[turn]
                     self._wait_s += self._now() - began
@@ -122,23 +123,23 @@ class InflightBudget:
 
     def wake(self) -> None:
         """Let waiting readers look whether they were given up."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     def close(self) -> None:
         """Grant nothing any more. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             self._changed.notify_all()
 
     def stats(self) -> dict[str, float]:
         """The budget's part of `BufferStats`, consistent in itself."""
-        with self._changed:
+        with self._lock:
             return {"inflight_bytes": self._nbytes_locked, "inflight_wait_seconds": self._wait_s}
 
     def _take(self, nbytes: int, turn: Turn, began: float, deadline: float) -> bool:
         """Wait for the grant; False if it is time to look for stalled readers."""
-        with self._changed:
+        with self._lock:
             if not self._is_over_locked(turn, nbytes):
                 left_s, is_next = max(0.0, deadline - self._now()), self._next is turn
                 self._changed.wait_for(
@@ -161,12 +162,12 @@ class InflightBudget:
 
     def _look(self, turn: Turn) -> None:
         """Find the stalled readers, if this one is next and waits for them. Asks the readers outside the lock."""
-        with self._changed:
+        with self._lock:
             if self._next is not turn:
                 return
             since = {one: at for one, (_, at) in self._held.items()}
         stalled = self._stalls.look(since)
-        with self._changed:
+        with self._lock:
             self._stalled = {one for one in stalled if self._held.get(one, (0, None))[1] == since[one]}
 
     @property

@@ -37,7 +37,8 @@ class StagingRing:
         self.slot_bytes = config.staging_slot_bytes
         self._device, self._max_slots, self._stalls = device, config.staging_slots, Stalls()
         # Guards every field below. Notified when a slot comes back and on close.
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # its `with` is Python: Ctrl-C there would keep the lock taken
         self._idle: deque[Slot] = deque()  # the longest idle first: its copies are the likeliest to be done
         self._slots: list[Slot] = []
         self._num_allocating = 0
@@ -47,7 +48,7 @@ class StagingRing:
         self._peak_slots = self._alloc_failures = 0
 
     def __repr__(self) -> str:
-        with self._changed:
+        with self._lock:
             return f"StagingRing({len(self._idle)} idle of {len(self._slots)} slots of {self.slot_bytes:,} bytes)"
 
     def acquire(self, timeout_s: float, turn: Turn | None = None) -> Slot:
@@ -73,7 +74,7 @@ class StagingRing:
         except BaseException:
             self.release(slot)
             raise
-        with self._changed:
+        with self._lock:
             slot.turn, slot.since = turn, time.monotonic()
             self._peak_slots = max(self._peak_slots, len(self._slots) - len(self._idle))
             self._wait_s += time.monotonic() - began
@@ -81,7 +82,7 @@ class StagingRing:
 
     def release(self, slot: Slot) -> None:
         """Give a slot back. The caller has set `guard` if copies from it were enqueued."""
-        with self._changed:
+        with self._lock:
             if slot.turn is not None:
                 self._stalled.discard(slot.turn)
             slot.turn = None
@@ -97,7 +98,7 @@ class StagingRing:
 
         Slots whose last copies the device cannot tell of stay for the next call. Raises the device's last error then.
         """
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             idle = list(self._idle)
             self._idle.clear()
@@ -108,7 +109,7 @@ class StagingRing:
 
     def stats(self) -> dict[str, float]:
         """The ring's part of `BufferStats`, consistent in itself."""
-        with self._changed:
+        with self._lock:
             return {
                 "pinned_wait_seconds": self._wait_s,
                 "pinned_bytes": (len(self._slots) - len(self._idle)) * self.slot_bytes,
@@ -118,7 +119,7 @@ class StagingRing:
 
     def details(self) -> dict[str, int]:
         """Further figures of a report, under the report's names."""
-        with self._changed:
+        with self._lock:
             return {
                 "pinned_peak_bytes": self._peak_slots * self.slot_bytes,
                 "pinned_alloc_failures": self._alloc_failures,
@@ -126,7 +127,7 @@ class StagingRing:
 
     def reset_peak(self) -> None:
         """Set the peak to the slots in use now."""
-        with self._changed:
+        with self._lock:
             self._peak_slots = len(self._slots) - len(self._idle)
 
     def _reserve(self, timeout_s: float, turn: Turn) -> Slot | None:
@@ -134,7 +135,7 @@ class StagingRing:
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, deadline - time.monotonic())
-            with self._changed:
+            with self._lock:
                 if self._changed.wait_for(lambda: self._can_proceed_locked(turn.node), min(left_s, inflight.LOOK_S)):
                     return self._reserve_locked()
             if left_s <= inflight.LOOK_S:
@@ -154,10 +155,10 @@ class StagingRing:
 
     def _look(self) -> None:
         """Find the stalled readers. Asks them outside the lock."""
-        with self._changed:
+        with self._lock:
             since = {slot.turn: slot.since for slot in self._slots if slot.turn is not None}
         stalled = self._stalls.look(since)
-        with self._changed:
+        with self._lock:
             self._stalled = {slot.turn for slot in self._slots if slot.turn is not None and slot.turn in stalled}
 
     def _is_done(self, slot: Slot) -> bool:
@@ -170,7 +171,7 @@ class StagingRing:
 
     def _exchange(self, slot: Slot) -> bool:
         """Give back a slot that is still copied from, if another one may be allocated instead of a wait."""
-        with self._changed:
+        with self._lock:
             if self._is_closed or len(self._slots) + self._num_allocating >= self._max_slots:
                 return False
             self._idle.appendleft(slot)
@@ -187,7 +188,7 @@ class StagingRing:
         try:
             slot = Slot(self._device.pinned(self.slot_bytes))
         finally:
-            with self._changed:
+            with self._lock:
                 self._num_allocating -= 1
                 if slot is not None:
                     self._slots.append(slot)
@@ -203,7 +204,7 @@ class StagingRing:
                 self._device.synchronize(slot.guard)
             is_done = True
         finally:
-            with self._changed:
+            with self._lock:
                 if is_done:
                     self._slots.remove(slot)
                 else:

@@ -208,7 +208,7 @@ def fork(stages, gate):
         pass
     engine = cache._engine
     locks = [cache._index._lock, engine.pool._lock, engine.reaper._lock, cache._lazy._lock]
-    locks += [engine.staging._changed] if stages else []
+    locks += [engine.staging._lock] if stages else []
     for lock in locks:
         lock.acquire()
     sys.stdout.flush()

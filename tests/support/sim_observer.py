@@ -81,13 +81,18 @@ def _watch_give_backs(pool: SlabPool, device: SimDevice) -> None:
 def _watch_locks(cache: TensorCache, engine: Engine, moment: Callable[[], None]) -> None:
     assert engine.staging is not None
     cache._index._lock = WatchedLock(moment)  # type: ignore[assignment]
-    engine.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+    _watch_lock(engine.pool, moment)
+    _watch_lock(engine.staging, moment)
     if engine.tier is not None:
-        engine.tier.pool._lock = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+        _watch_lock(engine.tier.pool, moment)
         engine.tier.index._lock = cache._index._lock
         engine.tier.transfer.copied._lock = WatchedLock(moment)  # type: ignore[assignment]
     engine.transfer.copied._lock = WatchedLock(moment)  # type: ignore[assignment]
-    engine.staging._changed = threading.Condition(WatchedLock(moment))  # type: ignore[arg-type]
+
+
+def _watch_lock(of: Any, moment: Callable[[], None]) -> None:
+    of._lock = WatchedLock(moment)
+    of._changed = threading.Condition(of._lock)
 
 
 def _make_orderly(cache: TensorCache, engine: Engine) -> None:
