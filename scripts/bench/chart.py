@@ -33,12 +33,11 @@ _WORKLOADS = {
 }
 _ARRIVALS = {
     "raw": "raw socket",
-    "tuned/cold": "preallocated",
-    "tuned/cold+torch": "with busy torch",
-    "tuned/cold+python": "with busy Python",
-    "defaults/cold": "at defaults",
-    "defaults/cold+torch": "defaults, busy torch",
-    "defaults/cold+python": "defaults, busy Python",
+    "samehost/cold": "shared memory",
+    "tuned/cold": "HTTP, preallocated",
+    "defaults/cold": "HTTP, at defaults",
+    "defaults/cold+torch": "HTTP, busy torch",
+    "defaults/cold+python": "HTTP, busy Python",
     "json": "AReaL's JSON",
 }
 _SHARD_COSTS = {
@@ -46,6 +45,7 @@ _SHARD_COSTS = {
     "tuned/cold": "cold, preallocated",
     "tuned/warm": "cached, preallocated",
     "defaults/cold": "cold, at defaults",
+    "samehost/cold": "cold, shared memory",
     "defaults/warm": "cached, at defaults",
     "defaults/warm+python": "cached, busy Python",
     "defaults/localized": "localized before",

@@ -369,7 +369,7 @@ def test_a_full_pool_releases_no_slab_that_another_thread_has_just_freed(monkeyp
                 held.clear()
                 pool.drain()
 
-    pool._lock = Gate(threading.Lock())
+    pool._lock = pool._changed = Gate(threading.Lock())  # type: ignore[assignment]
     assert (pool.take(MIB) or pool.take(MIB)) is not None
     assert traffic.both == (4, 0)
 

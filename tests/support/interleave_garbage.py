@@ -48,13 +48,13 @@ class Garbage:
         """A stand-in for the module `threading`: its locks collect garbage once they are held."""
         locks = {
             "Lock": lambda: CollectingLock(threading.Lock(), self),
-            "Condition": lambda lock: CollectingLock(threading.Condition(), self),
+            "Condition": lambda lock: threading.Condition(lock._inner),  # no `with` takes one
         }
         return SimpleNamespace(**vars(threading) | locks)
 
 
 class CollectingLock:
-    """A lock or condition that collects garbage after it was taken and before it is given back."""
+    """A lock that collects garbage after it was taken and before it is given back."""
 
     def __init__(self, inner: Any, garbage: Garbage) -> None:
         self._inner, self._garbage = inner, garbage
