@@ -1,8 +1,8 @@
 // Blocks and hits without the GIL's being given away, and without a Python frame for each shard.
 //
 // The functions do what `gpu_cache/pool/block.py`, `gpu_cache/pool/lease.py` and `gpu_cache/index/lending.py` do in
-// Python, which remain for where this is not built. They hold the GIL from the first shard to the last, wait for nothing, and call Python code of no caller,
-// but for `__hash__` and `__eq__` of keys.
+// Python, which remain for where this is not built. They hold the GIL from the first shard to the last, wait for
+// nothing, and call Python code of no caller, but for `__hash__` and `__eq__` of keys.
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -618,13 +618,16 @@ PyObject* hits(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // strip(tensors) -> husks
 //
-// Empties the list. Tensors that only the list holds lose their bytes, and are returned: to drop one gives the GIL away.
+// Empties the list. Tensors that only the list holds lose their bytes, and are returned: a drop gives the GIL away.
 PyObject* strip(PyObject*, PyObject* tensors) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(PyList_Check(tensors), "strip takes a list");
   Ref husks(PyList_New(0));
   c10::Storage nothing;
-  for (Py_ssize_t left = PyList_GET_SIZE(tensors); husks.object != nullptr && left > 0; left = PyList_GET_SIZE(tensors)) {
+  if (husks.object == nullptr) {
+    return nullptr;
+  }
+  for (Py_ssize_t left; (left = PyList_GET_SIZE(tensors)) > 0;) {
     Ref one(Py_NewRef(PyList_GET_ITEM(tensors, left - 1)));
     if (PyList_SetSlice(tensors, left - 1, left, nullptr) < 0) {
       return nullptr;

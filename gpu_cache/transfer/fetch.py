@@ -1,4 +1,4 @@
-"""One call: shards in hand, on their way, and to be fetched. A thread drains each reader: mostly the caller's own."""
+"""One call: shards in hand, on their way, and to be fetched. A thread drains each reader; the caller's may, too."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ _DIRECT_SLOTS = 2
 # copy gives the GIL away once, and beside a busy Python thread each time costs up to 5 ms.
 _MOST_UNCONFIRMED = 8
 # Staged windows that never wait keep the GIL: the short calls in them give it away for less than a waiting thread needs
-# to wake up, and after each that thread waits for the interpreter's 5 ms once more. So a fetch thread pauses after the
-# first time, for the second. What takes the third is a wait, in which other threads ran.
+# to wake up, and after each that thread waits for the interpreter's 5 ms once more. So a fetch thread that has kept the
+# GIL for _KEPT_S pauses for _PAUSE_S. A step longer than _WAIT_S counts as a wait, in which other threads ran.
+# Source: our measurement on a stand-in for a GPU; see docs/performance.md.
 _KEPT_S, _PAUSE_S, _WAIT_S = 2.5e-3, 1e-4, 5e-4
 _ATTEMPTS = 3  # to make room for a run: other threads take what they find
 

@@ -44,7 +44,7 @@ def promises_of(tensors: Mapping[Any, torch.Tensor], owner: str) -> dict[Hashabl
 
 
 def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
-    """What an owner says of shards that no handle promises."""
+    """The answer for shards that no handle promises, by an owner's records."""
     answer = Foreseen(ids, {}).compared(records, lambda _: True)
     return answer._replace(found=list(answer.found))
 

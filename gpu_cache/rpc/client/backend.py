@@ -106,7 +106,7 @@ class StreamingBackend(Protocol):
 
         Args:
             shards: The place of each.
-            expected: What the handle of each promises, where known.
+            expected: The promise of each handle, where known.
         """
 
 

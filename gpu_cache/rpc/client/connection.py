@@ -435,7 +435,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 @functools.lru_cache(1024)  # of each read; there are few nodes
 def is_numeric(address: str) -> bool:
-    """Whether the host of an address is one of numbers, not a name. What is no address is none."""
+    """Whether an owner's address has an IP address for its host. A name needs a resolver, which nothing ends."""
     try:
         ipaddress.ip_address(split_address(address)[0])
     except (ValueError, TypeError):  # the connection says what is wrong with it

@@ -114,7 +114,7 @@ class HttpRTensorBackend:
         return f"HttpRTensorBackend(max_shards_per_request={self.max_shards_per_request})"
 
     def source(self, shards: Mapping[Hashable, TensorShardInfo], expected: Mapping[Hashable, Promise]) -> HttpSource:
-        """A source for these shards by id; `expected` has what their handles promise, where known."""
+        """A source for these shards by id; `expected` has the promises of their handles."""
         return HttpSource(self, shards, expected)
 
     def fetch(self, shards: list[TensorShardInfo]) -> list[torch.Tensor]:
@@ -253,7 +253,7 @@ class HttpSource:
     Args:
         backend: Has connections, settings and mapped memory.
         shards: Where each is.
-        expected: What their handles promise, where known.
+        expected: The promises of their handles, where known.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class SameHostReader:
         self._elsewhere: list[Hashable] = []  # over HTTP, when the others are here
         self._connection: MemoryConnection | None = None
         self._part: list[ShardSpec] = []
-        self._places: list[tuple[Segment, int, int]] = []  # of those with bytes: segment, begin, length
+        self._places: list[tuple[Segment, int, int]] = []  # segment, begin and length of each shard with bytes
         self._at = self._start = self._num_confirmed = 0  # of the next to be read: number, bytes read; confirmed ones
         self._num_shared_bytes = 0
 

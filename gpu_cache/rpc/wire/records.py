@@ -140,7 +140,7 @@ class Foreseen:
         self._kinds = b"".join(kinds)
 
     def compared(self, records: bytes, is_welcome: Callable[[ShardSpec], bool]) -> Answer:
-        """What an owner says of these shards. To be called once.
+        """Tell found, absent and other shards apart by the owner's records. Call it once.
 
         Args:
             records: One for each.
