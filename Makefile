@@ -80,7 +80,10 @@ native: $(READY)
 scripts: $(READY)
 	$(PY) -m pytest -m "scripts and not slow and not stress" $(PARALLEL) $(ARGS)
 
+# In C++ where a compiler is; `make bench GPU_CACHE_NATIVE=0` times what Python does without it.
+bench: export GPU_CACHE_NATIVE_DIR := $(CURDIR)/.venv/native
 bench: $(READY)
+	@[ "$$GPU_CACHE_NATIVE" = 0 ] || $(PY) -m gpu_cache.native || [ $$? -eq 2 ]
 	$(PY) scripts/benchmark.py $(ARGS)
 
 plot: $(READY)

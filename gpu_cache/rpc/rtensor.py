@@ -599,7 +599,8 @@ def _fill(
     remote = [
         handle
         for handle in handles
-        if ("data" not in handle.__dict__ and handle._promise[2] is handle.shard.node_addr) or _is_remote(handle)
+        if (handle.__dict__.get("data", _UNSEEN) is handle._said and handle._promise[2] is handle.shard.node_addr)
+        or _is_remote(handle)  # a call for each of thousands costs more than the look
     ]
     if not remote:
         return

@@ -15,6 +15,7 @@ from rich.table import Table
 from bench import scale
 from bench.targets import Verdict
 from bench.workloads import Workload
+from gpu_cache.native import blocks
 
 Row = Mapping[str, Any]
 _SHORT_S = 0.01
@@ -32,9 +33,10 @@ cold       localize, nothing cached      warm   localize, new handles, all cache
 localized  localize of handles that have their tensors      clear  clear_everywhere: evicted here, deleted at the owner
 step       as the demo has it: prefetch, five reads through new handles, clear_everywhere
 remotize   the batch stored in this process, as an owner does it: a copy of each tensor
-hits       localize of a flat list of cached handles      hits_get_many  get_many of its keys
+hits       localize of a flat list of cached handles, five reads, each drops the one before
+hits_get_many  get_many of its keys, likewise
 areal/hits the same from a dict that hands out the tensors that it keeps, as AReaL's buffer does
-areal/own_hits   AReaL's own localize, where AReaL is installed
+areal/own_hits   AReaL's own localize, where AReaL is installed; then the hits are compared with it, else with the dict
 +python, +torch   the same, while another thread of the trainer runs pure Python, or small operations of torch
 Each round runs every path once; milliseconds are medians over the rounds, spread is from the least to the most. Ratios
 are medians too, of terms of one round. x raw: how many times as fast as raw; x quiet: how many times as long as with
@@ -57,11 +59,13 @@ identical. us per entry; growth: over the smallest number; and that by the growt
 
 def machine(device: str) -> str:
     """Where this runs, in a line."""
+    made_in = "Python" if blocks is None else "C++"
     load = ", ".join(f"{figure:.1f}" for figure in os.getloadavg())
     congestion = _CONGESTION.read_text().strip() if _CONGESTION.exists() else "unknown"
     return (
         f"{os.cpu_count()} CPUs ({platform.machine()}), load {load} · Python {platform.python_version()} · "
-        f"torch {torch.__version__}, one thread · cache on {device} · host's congestion control {congestion}"
+        f"torch {torch.__version__}, one thread · blocks and hits in {made_in} · cache on {device} · "
+        f"host's congestion control {congestion}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.gpu_paths import PINNED_PEAK, UPSTREAM_COLD, UPSTREAM_SECOND
 from bench.meter import Cost, Meter, with_growth
-from bench.paths import HITS, REFERENCE, Path
+from bench.paths import GET_MANY_HITS, HITS, LOCALIZE_HITS, OWN_HITS, REFERENCE, Path
 
 RAW, MEMCPY, JSON = "raw", "memcpy", "json"
 _GB = 1e9
@@ -143,7 +143,7 @@ def _ratios(course: Course, by_name: Mapping[str, Course]) -> dict[str, float | 
     """To the raw socket, a copy between buffers, JSON, the device's link, and AReaL's way to the device, of a first or
     later read.
 
-    And how many times as long as with nothing beside it, and as the hits of a dict.
+    And how many times as long as with nothing beside it, and as AReaL's hits, or a dict's.
     """
     path = course.path
     upstream = UPSTREAM_COLD if path.is_transfer else UPSTREAM_SECOND
@@ -156,7 +156,10 @@ def _ratios(course: Course, by_name: Mapping[str, Course]) -> dict[str, float | 
     }
     found = {name: _ratio(course, by_name.get(other)) if path.is_reading else None for name, other in others.items()}
     base, plus, kind = path.name.partition("+")
-    reference = by_name.get(f"{REFERENCE}{plus}{kind}") if base in HITS else None
+    # AReaL's own, where it is installed.
+    references = (OWN_HITS, REFERENCE) if base in (LOCALIZE_HITS, GET_MANY_HITS) else (REFERENCE,)
+    ran = [by_name[name] for one in references if (name := f"{one}{plus}{kind}") in by_name]
+    reference = ran[0] if ran and base in HITS else None
     return {
         **found,
         "times_quiet": _ratio(by_name.get(path.quiet or ""), course),

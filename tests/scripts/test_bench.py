@@ -153,6 +153,8 @@ def test_hits_are_compared_with_the_reference_beside_the_same_thread() -> None:
     names = ["defaults/hits+torch", "defaults/warm+torch", "areal/hits+torch", "areal/hits"]
     courses = [Course(a_path(name), 0, [cost(seconds)]) for name, seconds in zip(names, (6, 6, 3, 1), strict=True)]
     assert [row["times_reference"] for row in rows("rollout", 10, courses)] == [2, None, None, None]
+    courses.append(Course(a_path("areal/own_hits+torch"), 0, [cost(12)]))
+    assert [row["times_reference"] for row in rows("rollout", 10, courses)] == [0.5, None, None, None, 4]
 
 
 # The thread beside.
