@@ -178,15 +178,31 @@ def frameless(error: BaseException, handled: BaseException | None) -> BaseExcept
     return error
 
 
-def combined(failures: dict[Hashable, BaseException], num_requested: int, why: str = "") -> Exception:
-    """One error for a call: the first cause's words, then the shards that it lacks, and why it asked for them."""
+def combined(failures: dict[Hashable, BaseException], num_requested: int, why: str = "", node: str = "") -> Exception:
+    """One error for a call: the first cause's words, then the shards that it lacks, and why it asked for them.
+
+    Args:
+        failures: The causes, by shard.
+        num_requested: Shards that the call asked for.
+        why: For the end of the message.
+        node: The node of the first shard. An error that is not of this package names neither node nor shard.
+    """
     cause = next(iter(failures.values()))
     if isinstance(cause, CacheClosedError):
         return cause
-    details = "; ".join(_details(failures, num_requested, str(cause)))
-    error = FetchError(f"{cause} [{details}{why}]" if details else f"{cause}{why}", failures)
+    text = str(cause)
+    if not isinstance(cause, GpuCacheError):
+        text = f"Failed to fetch shards{f' from {node}' if node else ''}: {named_error(cause)}"
+    details = "; ".join(_details(failures, num_requested, text))
+    error = FetchError(f"{text} [{details}{why}]" if details else f"{text}{why}", failures)
     error.__cause__ = cause
     return error
+
+
+def named_error(error: BaseException) -> str:
+    """The kind of an error, and its words, if it has any."""
+    kind, text = type(error).__name__, str(error)
+    return f"{kind}: {text}" if text else kind
 
 
 def _details(failures: Mapping[Hashable, BaseException], num_requested: int, cause: str) -> list[str]:

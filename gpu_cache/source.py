@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -20,7 +21,11 @@ MemoryT = TypeVar("MemoryT")
 class ShardSpec:
     """One shard of a stream: its key and what its bytes mean (C order, the machine's byte order). Not to be changed.
 
-    `nbytes` follows from the other fields; it is kept, as it is asked for many times.
+    `nbytes` follows from the other fields; it is kept, as it is asked for many times. A shape may be given as a list.
+
+    Raises:
+        TypeError: The shape holds something else than whole numbers.
+        ValueError: A length is negative.
     """
 
     key: Hashable
@@ -28,9 +33,13 @@ class ShardSpec:
     shape: tuple[int, ...]
     nbytes: int
 
-    def __init__(self, key: Hashable, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.key, self.dtype, self.shape = key, dtype, shape
-        self.nbytes = math.prod(shape) * dtype.itemsize
+    def __init__(self, key: Hashable, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        if not isinstance(shape, tuple) or type(nbytes := math.prod(shape) * dtype.itemsize) is not int or nbytes < 0:
+            shape = tuple(map(operator.index, shape))
+            nbytes = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0:
+                raise ValueError(f"shard {key!r} has the shape {list(shape)}: no length is negative")
+        self.key, self.dtype, self.shape, self.nbytes = key, dtype, shape, nbytes
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -210,11 +219,15 @@ def check_call(keys: Sequence[Hashable], source: object, prefer: object) -> None
     """Refuse a text in the place of keys, a source that cannot be asked, and a place that is none.
 
     Raises:
-        TypeError: `keys` is a text, or `source` has no `open`.
+        TypeError: `keys` is a text, or `source` is a class or has no `open`.
         ValueError: `prefer` is another word.
     """
     if prefer not in ("device", "host"):
         raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
     several(keys)
+    if isinstance(source, type):
+        raise TypeError(
+            f"source is the class {source.__name__}: a ShardSource is expected, such as {source.__name__}()"
+        )
     if not callable(getattr(source, "open", None)):
         raise TypeError(f"source is a {type(source).__name__}: a ShardSource is expected, with open(keys, timeout_s)")

@@ -80,7 +80,7 @@ NOT_YET = Arrival()
 class Entry:
     """One generation of a key, at one level. A refetched key has a new generation; a move to another level keeps it.
 
-    The index lock guards every field. Once the entry is settled, a call that waits may read `copy` and
+    The index lock guards every field. Once the entry is settled, a call that waits may read `copy`, `node` and
     `flight.error` without the lock. An awaited entry moves to no other level.
     """
 

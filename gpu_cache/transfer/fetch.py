@@ -185,7 +185,11 @@ class ReaderTask:
         node, failures = self.reader.node, self.reader.failures
         for key, entry in self.entries.items():
             if not entry.is_settled:
-                cause = failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                cause: Any = (
+                    failures.get(key) or error or FetchError(f"Failed to fetch shard {key!r}: {node} left it out")
+                )
+                if not isinstance(cause, BaseException):  # a reader's own words
+                    cause = FetchError(f"Failed to fetch shard {key!r} from {node}: {cause}")
                 self._index.abort([entry], cause)
 
     def _note_answer(self) -> None:
@@ -315,6 +319,9 @@ class Fetch:
                         raise
                     logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
                     return engine
+            except BaseException as error:  # Ctrl-C, say: no later call is to wait for a read of this one
+                self.cancel(error)
+                raise
             self.keep_arrived()
 
     def wait(self) -> None:
@@ -513,7 +520,9 @@ class Fetch:
         mutated = [key for key in failures if key in claim.mutated]
         why = f"; cached copies of {names_of(mutated)} were dropped, as a reader wrote into them: {REMEDY}"
         num_wanted = len(claim.hits) + len(claim.claimed) + len(claim.joined) + len(claim.refused)
-        return combined(failures, num_wanted, why if mutated else "")
+        first = next(iter(failures))
+        entry = claim.claimed.get(first) or claim.joined.get(first)
+        return combined(failures, num_wanted, why if mutated else "", entry.node if entry is not None else "")
 
     def _late(self) -> FetchTimeoutError:
         waited_for = {task.reader.node: None for task in self.tasks if task.reader.node and not task.done.done()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 
@@ -43,7 +44,9 @@ class TensorReader:
         if self._is_loaded:
             return None
         self._is_loaded = True
-        loaded = self._load()
+        loaded: Any = self._load()
+        if isinstance(loaded, torch.Tensor):  # its rows would pass for shards
+            raise FetchError(f"{self.node} returned one tensor: a list with a tensor for each shard is expected")
         if len(loaded) != len(self.keys):
             raise FetchError(f"{self.node} returned {len(loaded)} shards for {len(self.keys)} requested")
         specs: list[ShardSpec] = []

@@ -35,6 +35,7 @@ def test_the_source_of_the_docs_delivers_files_and_names_what_is_missing(names: 
         "b": np.zeros((3, 2), dtype=np.int32),
         "large": np.arange(3_000_000),
         "0": np.ones(0),
+        "scalar": np.array(2.5),
     }
     for name, array in arrays.items():
         np.save(tmp_path / f"{name}.npy", array)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +56,9 @@ class BrokenReader:
 
     node = "broken:1"
 
-    def __init__(self, specs: Sequence[ShardSpec], keys: Sequence[Hashable], good_reads: int, error: Exception) -> None:
+    def __init__(
+        self, specs: Sequence[ShardSpec], keys: Sequence[Hashable], good_reads: int, error: BaseException
+    ) -> None:
         self.keys, self.failures = keys, dict[Hashable, Exception]()
         self._parts = [specs]
         self._left, self._error = good_reads, error
@@ -526,3 +529,77 @@ def test_a_reader_whose_parts_are_lost_again_and_again_ends_in_time(cache: Tenso
     with pytest.raises(FetchError, match="the part is lost"):
         calling.result(10)
     assert not cache._tasks
+
+
+@pytest.mark.parametrize("error", [OSError("no disk"), StopIteration(), SystemExit(3)], ids=repr)
+def test_an_error_of_a_reader_of_users_is_named_with_its_node(cache: TensorCache, error: BaseException) -> None:
+    reader = BrokenReader([bytes_spec("a", 10)], ["a"], 0, error)
+    words = f": {error}" if str(error) else ""
+    message = rf"^Failed to fetch shards from broken:1: {type(error).__name__}{words} \[1 of 1 shards failed: 'a'\]$"
+    with pytest.raises(FetchError, match=message) as caught:
+        cache.get_many(["a"], Source(lambda _: [reader]))
+    assert caught.value.failures == {"a": error}
+    with pytest.raises(FetchError, match="from broken:1: "):
+        cache.prefetch(["a"], Source(lambda _: [BrokenReader([bytes_spec("a", 10)], ["a"], 0, error)])).result(30)
+
+
+def test_a_failure_in_words_is_an_error(cache: TensorCache) -> None:
+    reader = BrokenReader([], ["a"], 0, OSError())
+    reader.failures["a"] = "it was moved"  # type: ignore[assignment]
+    with pytest.raises(FetchError, match=r"^Failed to fetch shard 'a' from broken:1: it was moved$"):
+        cache.get_many(["a"], Source(lambda _: [reader]))
+
+
+def test_one_tensor_is_no_list_of_shards(cache: TensorCache) -> None:
+    """Its rows would pass for shards."""
+    reader = TensorReader("disk", ["a"], lambda: torch.ones(1, 3))  # type: ignore[arg-type,return-value]
+    with pytest.raises(FetchError, match="disk returned one tensor: a list"):
+        cache.get_many(["a"], Source(lambda _: [reader]))
+
+
+@pytest.mark.parametrize("shape", [[2, 3], torch.Size([2, 3]), (np.int64(2), np.int64(3)), np.array([2, 3])], ids=repr)
+def test_a_shape_is_any_sequence_of_whole_numbers(cache: TensorCache, shape: Sequence[int]) -> None:
+    spec = ShardSpec("a", torch.uint8, shape)
+    assert (spec.shape, spec.nbytes, type(spec.nbytes)) == ((2, 3), 6, int)
+    (tensor,) = cache.get_many(["a"], Source(lambda _: [BrokenReader([spec], ["a"], 1, OSError())]))
+    assert tensor.shape == (2, 3)
+
+
+def test_a_shape_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shard 'a' has the shape \[-1, 3\]: no length is negative"):
+        ShardSpec("a", torch.uint8, (-1, 3))
+    with pytest.raises(TypeError, match="float"):
+        ShardSpec("a", torch.uint8, (1.5, 3))  # type: ignore[arg-type]
+
+
+def test_a_class_is_no_source(cache: TensorCache) -> None:
+    with pytest.raises(TypeError, match=r"source is the class DictSource: .* such as DictSource\(\)"):
+        cache.get_many(["a"], DictSource)  # type: ignore[arg-type]
+
+
+def test_a_call_that_is_interrupted_cuts_its_reads(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it waits. The next call does not wait for them, and one that did asks for itself."""
+    shards, ctrl_c, threads = some_tensors(1), threading.Event(), list[int]()
+    (key,), slow, own = shards, DictSource(shards), DictSource(shards)
+    readers = gated(slow)
+
+    def waiting(futures: Iterable[Future[object]], timeout: float | None = None) -> object:
+        threads.append(threading.get_ident())
+        if len(threads) == 1:
+            assert ctrl_c.wait(30)
+            raise KeyboardInterrupt
+        return wait(futures, timeout)
+
+    monkeypatch.setattr(fetch.concurrent.futures, "wait", waiting)
+    interrupted = in_background(lambda: cache.get_many([key], slow))
+    eventually(lambda: bool(threads and readers) and readers[0].has_arrived.is_set())
+    joining = in_background(lambda: cache.get_many([key], own))
+    eventually(lambda: cache.buffer_stats()["joined"] == 1)
+    ctrl_c.set()
+    assert isinstance(interrupted.exception(30), KeyboardInterrupt)
+    assert readers[0].is_cancelled
+    assert same_bytes(joining.result(30)[0], shards[key])
+    assert own.asked == [[key]]
+    readers[0].gate.set()
+    del joining
+    assert_empty(cache)
