@@ -13,7 +13,7 @@ from gpu_cache.device.protocol import Arena, Event
 from gpu_cache.native import blocks
 from gpu_cache.pool.completion import Completion
 from gpu_cache.pool.freelist import FreeList
-from gpu_cache.pool.lease import Catch, Lease, carve
+from gpu_cache.pool.lease import Lease, carve
 from gpu_cache.source import ShardSpec
 
 
@@ -136,16 +136,12 @@ def carve_shards(
     if blocks is not None:
         blocks.carve_all(storage, slab, first, specs, offsets, ALIGNMENT, templates, freed.append, leases, copies)
         return copies
-    catch = Catch(freed)
-    twins = catch.twins
     for spec, relative in zip(specs, offsets, strict=True):
-        offset, nbytes = first + relative, spec.nbytes
-        base, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, catch)
-        lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, offset, aligned(nbytes)
+        offset, key, nbytes = first + relative, spec.key, spec.nbytes
+        base, twin, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, freed.append)
+        lease.key, lease.slab, lease.offset, lease.nbytes = key, slab, offset, -(-nbytes // ALIGNMENT) * ALIGNMENT
         leases[offset] = lease
-        twin = twins.pop() if twins else None
-        version = (base if twin is None else twin)._version
-        copies.append(Copy(spec.key, base, lease, nbytes, twin, None, version))
+        copies.append(Copy(key, base, lease, nbytes, twin, None, (base if twin is None else twin)._version))
     return copies
 
 

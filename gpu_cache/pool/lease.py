@@ -118,39 +118,33 @@ class Husks:
             return self._nothing.setdefault(one.is_cpu, torch.empty(0, dtype=torch.uint8, device=one.device))
 
 
-class Catch:
-    """Takes the leases that fire, and the twins of blocks.
-
-    Args:
-        freed: Gets the leases when they fire.
-    Attributes:
-        append: That of `freed`.
-        twins: Tensors like those that `carve` returned, with version counters of their own; for the caller to take out.
-    """
-
-    def __init__(self, freed: deque[Lease]) -> None:
-        self.append = freed.append
-        self.twins: list[torch.Tensor] = []
-
-
 def carve(
     arena: torch.UntypedStorage,
     offset: int,
     nbytes: int,
     template: torch.Tensor,
     shape: tuple[int, ...],
-    catch: Catch,
-) -> tuple[torch.Tensor, Lease]:
-    """A tensor over `nbytes` (at least 1) of an arena, and the lease that fires when its last alias dies.
+    fired: Callable[[Lease], None],
+) -> tuple[torch.Tensor, torch.Tensor | None, Lease]:
+    """A tensor over `nbytes` (at least 1) of an arena, and the lease that `fired` gets when its last alias dies.
 
     The tensor has the dtype and the device of `template`, which is empty. Its storage is its own, has exactly `nbytes`,
     and cannot be resized. Call inside `plain_tensors()`. The call gives the GIL away only with a torch that lacks the
     quick ways to build a tensor.
+
+    Args:
+        arena: Of a slab.
+        offset: In bytes.
+        nbytes: Those of a dense tensor of `shape`.
+        template: An empty tensor.
+        shape: The tensor's.
+        fired: The `append` of a deque.
+    Returns:
+        The tensor; another one over the same bytes, with a version counter of its own, if building made one; the lease.
     """
     if blocks is not None:
-        base, twin, lease = blocks.carve(arena, offset, nbytes, template, shape, catch.append)
-        catch.twins.append(twin)
-        return base, lease
+        made: tuple[torch.Tensor, torch.Tensor, Lease] = blocks.carve(arena, offset, nbytes, template, shape, fired)
+        return made
     hidden = _slice_of(arena, slice(offset, offset + nbytes))
     inner = _slice_of(hidden, _WHOLE)
     layout = _layout_of(shape, template.dtype)
@@ -159,9 +153,8 @@ def carve(
     tensor, twin = (_builders.get(template.is_cpu) or _choose_builder(template, inner))(template, inner, layout)
     if twin is not None:
         twin.data = tensor
-        catch.twins.append(twin)
     # Last: had building failed with the lease made, it would have fired for a range that is still the caller's.
-    return tensor, Lease(hidden, catch.append)
+    return tensor, twin, Lease(hidden, fired)
 
 
 @functools.lru_cache(_LAYOUTS)
@@ -289,4 +282,5 @@ def _lease_fault() -> str:
 def _trial_block(freed: deque[Lease]) -> tuple[torch.Tensor, Lease]:
     with plain_tensors():
         arena = torch.empty(64, dtype=torch.uint8, device="cpu")
-        return carve(arena.untyped_storage(), 0, 64, arena, (64,), Catch(freed))
+        base, _, lease = carve(arena.untyped_storage(), 0, 64, arena, (64,), freed.append)
+        return base, lease

@@ -12,7 +12,7 @@ import torch
 from gpu.findings import Assumption, Figures, exactly
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.device.protocol import Arena
-from gpu_cache.pool.lease import Catch, Lease, carve
+from gpu_cache.pool.lease import Lease, carve
 from tests.support.gpu_scene import MIB, Rig
 
 _NUM_FLOATS = 1024
@@ -36,7 +36,8 @@ def carved(arena: Arena, dtype: torch.dtype, shape: tuple[int, ...], fired: dequ
     with plain_tensors():
         template = torch.empty(0, dtype=dtype, device=arena.tensor.device)
         nbytes = dtype.itemsize * math.prod(shape)
-        return carve(arena.tensor.untyped_storage(), 4096, nbytes, template, shape, Catch(fired))
+        base, _, lease = carve(arena.tensor.untyped_storage(), 4096, nbytes, template, shape, fired.append)
+        return base, lease
 
 
 def _block(arena: Arena, fired: Watched) -> tuple[torch.Tensor, Lease]:

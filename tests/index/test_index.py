@@ -11,7 +11,7 @@ from gpu_cache.index.entry import Entry, State
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.mutation import Mutations
 from gpu_cache.pool.block import Copy
-from gpu_cache.pool.lease import Catch, Lease, carve
+from gpu_cache.pool.lease import Lease, carve
 
 KEYS = "abcdef"
 
@@ -257,7 +257,8 @@ def test_a_block_that_died_under_its_entry_takes_the_entry_along() -> None:
     index, freed, arena = index_of(), deque[Lease](), torch.zeros(64, dtype=torch.uint8)
     (entry,) = index.claim(["a"]).claimed.values()
     with plain_tensors():
-        base, lease = carve(arena.untyped_storage(), 0, 8, arena, (8,), Catch(freed))
+        base, twin, lease = carve(arena.untyped_storage(), 0, 8, arena, (8,), freed.append)
+    del twin
     lease.key = "a"
     index.publish([(entry, Copy("a", base, lease, 8))], "n:1", None)
     base.share_memory_()

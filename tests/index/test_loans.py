@@ -328,7 +328,8 @@ def built(shape: tuple[int, ...]) -> tuple[torch.Tensor, lease.Lease, deque[leas
     freed: deque[lease.Lease] = deque()
     with plain_tensors():
         arena = torch.zeros(4096, dtype=torch.uint8).untyped_storage()
-        return *lease.carve(arena, 512, 48, torch.empty(0, dtype=torch.int16), shape, lease.Catch(freed)), freed
+        base, _, one = lease.carve(arena, 512, 48, torch.empty(0, dtype=torch.int16), shape, freed.append)
+        return base, one, freed
 
 
 def refuse(*args: Any) -> Any:

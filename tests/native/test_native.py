@@ -26,7 +26,7 @@ from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.lending import Table
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.fence import StreamFence
-from gpu_cache.pool.lease import Catch, Husks, carve
+from gpu_cache.pool.lease import Husks, carve
 from gpu_cache.pool.slab import SlabPool
 from gpu_cache.source import ShardSpec
 
@@ -109,7 +109,7 @@ def test_the_library_serves_where_it_is_built() -> None:
 def test_a_block_outside_of_the_arena_is_refused(offset: int, nbytes: int, shape: tuple[int, ...], words: str) -> None:
     arena = torch.zeros(64, dtype=torch.uint8)
     with pytest.raises((ValueError, TypeError), match=words):
-        native.blocks.carve(arena.untyped_storage(), offset, nbytes, arena, shape, Catch.__init__)
+        native.blocks.carve(arena.untyped_storage(), offset, nbytes, arena, shape, print)
 
 
 @needs_library
@@ -142,9 +142,8 @@ class Owner(str):
 
 def shard(key: Hashable, freed: deque[Any], *, node: str = "") -> Entry:
     arena = torch.zeros(64, dtype=torch.uint8)
-    catch = Catch(freed)
-    base, lease = carve(arena.untyped_storage(), 0, 64, arena[:0], (64,), catch)
-    twin = catch.twins.pop()
+    base, twin, lease = carve(arena.untyped_storage(), 0, 64, arena[:0], (64,), freed.append)
+    assert twin is not None
     copy = Copy(key, base, lease, 64, twin, version=twin._version)
     return Entry(key, 1, Flight(), State.READY, node, (torch.uint8, (64,), Owner(node)), copy)
 

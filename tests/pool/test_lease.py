@@ -11,7 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from gpu_cache.device.modes import plain_tensors
-from gpu_cache.pool.lease import AliasCounter, Catch, Lease, aliases_of, carve, lease_fault
+from gpu_cache.pool.lease import AliasCounter, Lease, aliases_of, carve, lease_fault
+
+
+def carved(
+    arena: torch.Tensor, offset: int, nbytes: int, template: torch.Tensor, shape: tuple[int, ...], freed: deque[Lease]
+) -> tuple[torch.Tensor, Lease]:
+    """One tensor of a block, and its lease."""
+    base, _, lease = carve(arena.untyped_storage(), offset, nbytes, template, shape, freed.append)
+    return base, lease
 
 
 class Block:
@@ -21,7 +29,7 @@ class Block:
         self.arena = torch.zeros(4096, dtype=torch.uint8)
         self.freed: deque[Lease] = deque()
         with plain_tensors():
-            base, self.lease = carve(self.arena.untyped_storage(), 512, 256, torch.empty(0), (8, 8), Catch(self.freed))
+            base, self.lease = carved(self.arena, 512, 256, torch.empty(0), (8, 8), self.freed)
         base.copy_(torch.arange(64.0).reshape(8, 8))
         self.base: torch.Tensor | None = base
 
@@ -54,8 +62,8 @@ def test_a_block_is_a_tensor_of_its_own() -> None:
 def test_neighbours_have_version_counters_of_their_own() -> None:
     arena, freed = torch.zeros(1024, dtype=torch.uint8), deque[Lease]()
     with plain_tensors():
-        left, _lease = carve(arena.untyped_storage(), 0, 512, arena, (512,), Catch(freed))
-        right, _lease_too = carve(arena.untyped_storage(), 512, 512, arena, (512,), Catch(freed))
+        left, _lease = carved(arena, 0, 512, arena, (512,), freed)
+        right, _lease_too = carved(arena, 512, 512, arena, (512,), freed)
     before = (left._version, right._version)
     left.fill_(1)
     assert (left._version, right._version) == (before[0] + 1, before[1])
@@ -180,12 +188,8 @@ def test_blocks_are_plain_in_every_autograd_mode() -> None:
 def test_a_scalar_and_a_single_byte_are_blocks_too() -> None:
     arena, freed = torch.zeros(1024, dtype=torch.uint8), deque[Lease]()
     with plain_tensors():
-        scalar, scalar_lease = carve(
-            arena.untyped_storage(), 0, 8, torch.empty(0, dtype=torch.float64), (), Catch(freed)
-        )
-        byte, byte_lease = carve(
-            arena.untyped_storage(), 512, 1, torch.empty(0, dtype=torch.bool), (1, 1), Catch(freed)
-        )
+        scalar, scalar_lease = carved(arena, 0, 8, torch.empty(0, dtype=torch.float64), (), freed)
+        byte, byte_lease = carved(arena, 512, 1, torch.empty(0, dtype=torch.bool), (1, 1), freed)
     assert (scalar.shape, byte.shape) == ((), (1, 1))
     del scalar, byte
     assert list(freed) == [scalar_lease, byte_lease]

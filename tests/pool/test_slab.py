@@ -225,9 +225,9 @@ def test_unsound_leases_stop_the_pool_from_starting(monkeypatch: pytest.MonkeyPa
 def test_a_lease_on_the_public_tensor_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test sees through the carving that fires while views live."""
 
-    def on_the_tensor(arena, offset, nbytes, template, shape, freed):  # type: ignore[no-untyped-def]
+    def on_the_tensor(arena, offset, nbytes, template, shape, fired):  # type: ignore[no-untyped-def]
         tensor = template.new().set_(arena)[offset : offset + nbytes]
-        return tensor, Lease(tensor, freed.append)
+        return tensor, None, Lease(tensor, fired)
 
     monkeypatch.setattr(lease, "carve", on_the_tensor)
     assert "early" in lease.lease_fault()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -81,11 +80,11 @@ def _plain_lease(
     nbytes: int,
     template: torch.Tensor,
     shape: tuple[int, ...],
-    freed: deque[Lease],
-) -> tuple[torch.Tensor, Lease]:
+    fired: Callable[[Lease], None],
+) -> tuple[torch.Tensor, None, Lease]:
     whole = torch.empty(0, dtype=torch.uint8).set_(arena)
     tensor = whole[offset : offset + nbytes].view(template.dtype).view(shape)
-    return tensor, Lease(tensor, freed.append)  # type: ignore[arg-type]
+    return tensor, None, Lease(tensor, fired)  # type: ignore[arg-type]
 
 
 @_mutant("a lease on the public storage", block, "carve", torch="2.9.")
@@ -96,11 +95,11 @@ def _public_lease(
     nbytes: int,
     template: torch.Tensor,
     shape: tuple[int, ...],
-    freed: deque[Lease],
-) -> tuple[torch.Tensor, Lease]:
+    fired: Callable[[Lease], None],
+) -> tuple[torch.Tensor, None, Lease]:
     storage = arena[offset : offset + nbytes]
     tensor = template.new().set_(storage, 0, shape)
-    return tensor, Lease(storage, freed.append)
+    return tensor, None, Lease(storage, fired)
 
 
 # Keys.
