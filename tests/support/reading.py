@@ -45,8 +45,7 @@ def promises_of(tensors: Mapping[Any, torch.Tensor], owner: str) -> dict[Hashabl
 
 def parse_records(records: bytes, ids: Sequence[Hashable]) -> Answer:
     """The answer for shards that no handle promises, by an owner's records."""
-    answer = Foreseen(ids, {}).compared(records, lambda _: True)
-    return answer._replace(found=list(answer.found))
+    return Foreseen(ids, {}).compared(records, lambda _: True)
 
 
 def drained(reader: ShardReader, buffer_bytes: int = 1 << 30) -> dict[Hashable, torch.Tensor]:

@@ -17,14 +17,14 @@ from __future__ import annotations
 import functools
 import socket
 import struct
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from gpu_cache import Promise, ShardSpec
-from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.shard import MAX_PROMISES, WireError
 from gpu_cache.rpc.wire.serialization import DTYPES
 
 # A header of HTTP answers: the host's boot, and the path of the socket.
@@ -36,10 +36,9 @@ _MAX_DIMS = 6
 _PLACE = struct.Struct("<QI")
 _KIND = struct.Struct(f"<BBxx{_MAX_DIMS}Q")
 _KINDS = [struct.Struct(f"<BBxx{dims}Q{8 * (_MAX_DIMS - dims)}x") for dims in range(_MAX_DIMS + 1)]
-_NO_KIND = b"\xff" * _KIND.size  # no record has it
+_RECORD = struct.Struct(f"<QI{_KIND.size}s")
 RECORD_BYTES = _PLACE.size + _KIND.size
 _ABSENT, _ELSEWHERE, _EMPTY = 0xFFFFFFFF, 0xFFFFFFFE, 0  # in the place of a segment's number
-_FIELDS = np.dtype([("place", "<u8"), ("segment", "<u4"), ("kind", "<u4", _KIND.size // 4)])
 _DTYPES = list(DTYPES.values())  # new ones go to its end
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
@@ -55,6 +54,7 @@ MAX_IDS_BYTES = 4 << 20
 MAX_DESCRIPTORS = 253  # SCM_MAX_FD of Linux
 MAX_SEGMENTS = 65_536
 _SEPARATOR = "\0"
+_where = itemgetter(1, 2)  # of a shard that is found
 
 
 class Header(NamedTuple):
@@ -97,13 +97,19 @@ def _kind(dtype: torch.dtype, shape: Sequence[int]) -> bytes | None:
     return None if code is None or dims > _MAX_DIMS else _KINDS[dims].pack(code, dims, *shape)
 
 
+@functools.lru_cache(MAX_PROMISES)  # shards of a batch promise the same again and again
+def _promised_kind(promise: Promise | None) -> bytes | None:
+    """None for a shard without a promise, or that no record describes: its record differs."""
+    return None if promise is None else _kind(promise[0], promise[1])
+
+
 ABSENT, ELSEWHERE = (_PLACE.pack(0, one) + bytes(_KIND.size) for one in (_ABSENT, _ELSEWHERE))
 
 
 def segments_in(records: bytes) -> list[int]:
     """The numbers of the segments that records name."""
-    numbers = np.unique(np.frombuffer(records, _FIELDS)["segment"]).tolist()
-    return [number for number in numbers if number not in (_ABSENT, _ELSEWHERE, _EMPTY)]
+    numbers = {number for _, number, _ in _RECORD.iter_unpack(records)}
+    return sorted(numbers - {_ABSENT, _ELSEWHERE, _EMPTY})
 
 
 class Answer(NamedTuple):
@@ -116,7 +122,7 @@ class Answer(NamedTuple):
         elsewhere: It has these, and they travel over HTTP.
     """
 
-    found: Iterable[tuple[ShardSpec, int, int]]
+    found: list[tuple[ShardSpec, int, int]]
     absent: list[Hashable]
     elsewhere: list[Hashable]
 
@@ -130,17 +136,14 @@ class Foreseen:
     """
 
     def __init__(self, ids: Sequence[Hashable], promises: Mapping[Hashable, Promise]) -> None:
-        self._ids = ids
-        self._specs: list[Any] = []  # of shards without a promise, None
-        kinds: list[bytes] = []
-        for key in ids:
-            promise = promises.get(key)
-            self._specs.append(None if promise is None else ShardSpec(key, promise[0], promise[1]))
-            kinds.append((None if promise is None else _kind(promise[0], promise[1])) or _NO_KIND)
-        self._kinds = b"".join(kinds)
+        promised = list(map(promises.get, ids))
+        self._ids, self._kinds = ids, list(map(_promised_kind, promised))
+        self._specs: list[Any] = [  # of a shard without a promise, None
+            None if one is None else ShardSpec(key, one[0], one[1]) for key, one in zip(ids, promised, strict=True)
+        ]
 
     def compared(self, records: bytes, is_welcome: Callable[[ShardSpec], bool]) -> Answer:
-        """Tell found, absent and other shards apart by the owner's records. Call it once.
+        """Tell found, absent and other shards apart by the owner's records.
 
         Args:
             records: One for each.
@@ -150,23 +153,26 @@ class Foreseen:
         """
         if len(records) != len(self._ids) * RECORD_BYTES:
             raise WireError(f"{len(records):,} bytes of records for {len(self._ids):,} shards")
-        fields, specs = np.frombuffer(records, _FIELDS), self._specs
-        segments, places = fields["segment"], fields["place"]
-        absent: list[Hashable] = []
-        elsewhere: list[Hashable] = []
-        differs = (fields["kind"] != np.frombuffer(self._kinds, _FIELDS["kind"])).any(axis=1)
-        is_here = ~differs & (segments < _ELSEWHERE)
-        for index in np.flatnonzero(~is_here).tolist():
-            key, segment = self._ids[index], segments[index]
-            if segment >= _ELSEWHERE:
-                (absent if segment == _ABSENT else elsewhere).append(key)
-                continue
-            specs[index] = ShardSpec(key, *_kind_of(fields["kind"][index].tobytes()))
-            is_here[index] = is_welcome(specs[index])
-        order = np.lexsort((places, segments))
-        order = order[is_here[order]]
-        columns = segments[order].tolist(), places[order].tolist()
-        return Answer(zip(map(specs.__getitem__, order.tolist()), *columns, strict=True), absent, elsewhere)
+        told = zip(self._specs, self._kinds, _RECORD.iter_unpack(records), strict=True)
+        found = [
+            (spec, number, place)
+            for spec, promised, (place, number, kind) in told
+            if kind == promised and number < _ELSEWHERE
+        ]
+        answer = Answer(found, [], [])
+        if len(found) < len(self._ids):
+            self._add_others(answer, records, is_welcome)
+        found.sort(key=_where)
+        return answer
+
+    def _add_others(self, answer: Answer, records: bytes, is_welcome: Callable[[ShardSpec], bool]) -> None:
+        """Add the shards that are not as promised, absent or elsewhere."""
+        told = zip(self._ids, self._kinds, _RECORD.iter_unpack(records), strict=True)
+        for key, promised, (place, number, kind) in told:
+            if number >= _ELSEWHERE:
+                (answer.absent if number == _ABSENT else answer.elsewhere).append(key)
+            elif kind != promised and is_welcome(spec := ShardSpec(key, *_kind_of(kind))):
+                answer.found.append((spec, number, place))
 
 
 class Proxied(NamedTuple):
