@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import fcntl
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +57,10 @@ logger = logging.getLogger(__name__)
 
 class OutOfReachError(Exception):
     """The owner's memory cannot be read, for the reason given; its shards come over HTTP."""
+
+
+# What ends a read of memory; `reason_of` says it in words.
+FAULTS = (OutOfReachError, OSError, WireError)
 
 
 class Segment:
@@ -123,7 +126,9 @@ class MemoryConnection:
         incarnation: That of the owner's server.
         owes_answer: Whether the owner was asked, and not all of its answer was read.
     Raises:
-        OutOfReachError: No process of this user answers there, or another program does. By any call.
+        OSError: No process answers there, or not in time. As the errors below, by any call.
+        WireError: Another program answers.
+        OutOfReachError: It is another user's, or this process has no descriptor left for a segment.
     Thread-safety: one thread.
     """
 
@@ -132,11 +137,10 @@ class MemoryConnection:
         self.sock.deadline, self.sock.patience_s = deadline, PATIENCE_S
         self.owes_answer = False
         try:
-            with _reasons(path):
-                self.sock.connect(path)
-                if user_of(self.sock) != os.geteuid():
-                    raise OutOfReachError(f"{path} is another user's")
-                self.incarnation = self._hello()
+            self.sock.connect(path)
+            if user_of(self.sock) != os.geteuid():
+                raise OutOfReachError(f"{path} is another user's")
+            self.incarnation = self._hello()
         except BaseException:
             self.sock.close()
             raise
@@ -168,15 +172,13 @@ class MemoryConnection:
         self.sock.deadline, self.sock.patience_s = now + min(left_s / 3, patience_s), patience_s
         hold_ms = min(int((max(left_s, 0.0) + _HOLD_SLACK_S) * 1000), 0xFFFFFFFF)
         self.owes_answer = True
-        with _reasons(self.path):
-            self.sock.sendall(Header(kind, number, hold_ms, len(text)).encoded() + text)
+        self.sock.sendall(Header(kind, number, hold_ms, len(text)).encoded() + text)
 
     def told(self, number: int) -> Told:
         """The answer about so many shards, by the deadline of `ask`."""
         segments: list[tuple[int, int, int]] = []
         try:
-            with _reasons(self.path):
-                told = self._told(number, segments)
+            told = self._told(number, segments)
             self.owes_answer = False
             return told
         except BaseException:
@@ -199,8 +201,7 @@ class MemoryConnection:
     def release(self) -> None:
         """Tell the owner that the shards are copied."""
         self.sock.deadline = time.monotonic() + PATIENCE_S
-        with _reasons(self.path):
-            self.sock.sendall(Header(RELEASE, 0, 0, 0).encoded())
+        self.sock.sendall(Header(RELEASE, 0, 0, 0).encoded())
 
     def close(self) -> None:
         """Close it; the owner lets go of what it held."""
@@ -360,16 +361,18 @@ class OwnersMemory:
         """A connection to an owner; give it back by `give_back`.
 
         Raises:
-            OutOfReachError: There is none.
+            OSError: There is none. As `WireError` and `OutOfReachError` do.
         """
-        self._close_gone()
         while True:
             with self._lock:
                 if (owner := self._owners.get(path)) is None:
                     owner = self._owners[path] = OwnerMemory()
                 connection = owner.idle.pop() if owner.idle else None
                 owner.num_readers += 1
+                is_look_due = time.monotonic() >= self._looked_at + _LOOK_S
             try:
+                if is_look_due:
+                    self._close_gone()
                 if connection is None:
                     return MemoryConnection(path, deadline)
                 if connection.is_open:
@@ -385,14 +388,11 @@ class OwnersMemory:
 
         One that owes an answer is closed, whatever ended its reader: the next one would take the answer for its own.
         """
-        is_good = is_good and not connection.owes_answer
-        with self._lock:
-            owner = self._owners[connection.path]
-            if is_good := is_good and len(owner.idle) < _MAX_IDLE and not self._is_closed:
-                owner.idle.append(connection)
-        if not is_good:
+        if not is_good or connection.owes_answer:
             connection.close()
-        self._leave(connection.path)
+            self._leave(connection.path)
+        else:
+            self._leave(connection.path, connection)
 
     def refuse(self, path: str, address: str, reason: str, *, is_of_owner: bool = False) -> None:
         """Leave a socket alone for a while: shards come over HTTP. Say why, once for each owner and reason.
@@ -416,31 +416,30 @@ class OwnersMemory:
             logger.info("shards of %s come over HTTP: %s", address, reason)
 
     def segments(self, path: str, told: Told) -> dict[int, Segment]:
-        """Map the segments that an answer brought; all of the owner's that are mapped now, by number."""
-        with self._lock:
-            known = set(self._owners[path].segments)
-        made: dict[int, Segment] = {}
-        try:
-            with _reasons(path):
-                for number, nbytes, descriptor in told.segments:
-                    if number not in known:
-                        made[number] = Segment(descriptor, nbytes)
-        finally:
-            _close_all(descriptor for _, _, descriptor in told.segments)
+        """Map the segments that an answer brought; all of the owner's that are mapped now, by number.
+
+        Unmaps those that the owner has no more; not while others read.
+        """
+        made = self._mapped(path, told.segments) if told.segments else {}
         with self._lock:
             owner = self._owners[path]
             for number, segment in made.items():
                 owner.segments.setdefault(number, segment)
-            return owner.segments.copy()
-
-    def forget(self, path: str, alive: set[int]) -> None:
-        """Unmap the segments that an owner has no more; not while others read."""
-        with self._lock:
-            owner = self._owners[path]
-            gone = [number for number in owner.segments if number not in alive] if owner.num_readers == 1 else []
+            gone = [] if owner.num_readers > 1 else [one for one in owner.segments if one not in told.alive]
             unused = [owner.segments.pop(number) for number in gone]
+            found = owner.segments.copy()
         for segment in unused:
             segment.close()
+        return found
+
+    def _mapped(self, path: str, brought: Sequence[tuple[int, int, int]]) -> dict[int, Segment]:
+        """Map those that are not mapped yet, and close all descriptors."""
+        try:
+            with self._lock:
+                known = set(self._owners[path].segments)
+            return {number: Segment(fd, nbytes) for number, nbytes, fd in brought if number not in known}
+        finally:
+            _close_all(descriptor for _, _, descriptor in brought)
 
     def close(self) -> None:
         """Forget every owner that nothing reads from now, and the others when they are given back. Idempotent."""
@@ -448,12 +447,18 @@ class OwnersMemory:
             self._is_closed = True
         self._drop(list(self._owners))
 
-    def _leave(self, path: str) -> None:
+    def _leave(self, path: str, kept: MemoryConnection | None = None) -> None:
+        """One reader less; its connection is kept if there are not too many."""
         with self._lock:
             owner = self._owners[path]
             owner.num_readers -= 1
             owner.used_at = time.monotonic()
+            if kept is not None and len(owner.idle) < _MAX_IDLE and not self._is_closed:
+                owner.idle.append(kept)
+                return
             is_over = self._is_closed or not (owner.idle or owner.num_readers)
+        if kept is not None:
+            kept.close()
         if is_over:
             self._drop([path])
 
@@ -461,8 +466,6 @@ class OwnersMemory:
         """Forget owners that have ended their connections, and the longest unused where too much is mapped."""
         now = time.monotonic()
         with self._lock:
-            if now < self._looked_at + _LOOK_S:
-                return
             self._looked_at = now
             self._refused = {path: until for path, until in self._refused.items() if until > now}
             idle = {path: owner.idle[-1] for path, owner in self._owners.items() if owner.idle}
@@ -487,20 +490,15 @@ class OwnersMemory:
         return sum(len(owner.segments) for owner in unused)
 
 
-@contextlib.contextmanager
-def _reasons(path: str) -> Iterator[None]:
-    """Faults as reasons not to read memory."""
-    try:
-        yield
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise OutOfReachError(f"{path} cannot be reached from here ({error.strerror}): another namespace?") from error
-    except PermissionError as error:
-        raise OutOfReachError(f"{path} is another user's ({error.strerror})") from error
-    except TimeoutError as error:
-        raise OutOfReachError(f"no answer on {path}: {error}") from error
-    except (OSError, WireError) as error:
-        what = "this process has no descriptor left" if is_out_of_descriptors(error) else str(error)
-        raise OutOfReachError(what) from error
+def reason_of(error: BaseException, path: str) -> str:
+    """Say in words why memory was not read, of one of `FAULTS` and the socket that was asked."""
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        return f"{path} cannot be reached from here ({error.strerror}): another namespace?"
+    if isinstance(error, PermissionError):
+        return f"{path} is another user's ({error.strerror})"
+    if isinstance(error, TimeoutError):
+        return f"no answer on {path}: {error}"
+    return "this process has no descriptor left" if is_out_of_descriptors(error) else str(error)
 
 
 def _close_all(descriptors: Iterable[int]) -> None:

@@ -17,11 +17,13 @@ from gpu_cache.process import no_collections
 from gpu_cache.report.schema import NODE_CACHE, SHARED_MEMORY
 from gpu_cache.rpc.client.connection import split_address
 from gpu_cache.rpc.client.memory import (
+    FAULTS,
     PATIENCE_S,
     MemoryConnection,
     OutOfReachError,
     OwnersMemory,
     Segment,
+    reason_of,
 )
 from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.client.reader import HttpReader
@@ -111,7 +113,7 @@ class SameHostReader:
                 self.transport = self._http.transport
                 self._tell_why()
                 return part
-            if self._way() is None and not self._elsewhere:
+            if not self._elsewhere:  # nothing is left
                 return None
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
@@ -185,11 +187,12 @@ class SameHostReader:
         try:
             if text is not None:
                 specs, wanted = self._asked(way, text, wanted), []
-        except OutOfReachError as error:
+        except FAULTS as error:
             is_over, is_of_owner = True, way.is_proxy and self._connection is not None  # it is there, and told nothing
             self._end_part(is_good=False)
             if not self._is_cancelled:
-                self._memories.refuse(way.path, self.node, str(error), is_of_owner=is_of_owner)
+                reason = reason_of(error, way.path)
+                self._memories.refuse(way.path, self.node, reason, is_of_owner=is_of_owner)
         if not specs:
             self._end_part(is_good=True)
         self._elsewhere += wanted
@@ -241,15 +244,11 @@ class SameHostReader:
             foreseen = Foreseen(wanted, self._promises)
         told = connection.told(len(wanted))
         segments = self._memories.segments(way.path, told)  # first: it closes the descriptors that came
-        self._memories.forget(way.path, told.alive)
         if told.removals != UNKNOWN_COUNT:
             self._node.note_removals(str(told.removals))
-        try:
-            with no_collections:
-                answer = foreseen.compared(told.records, self._http.is_welcome)
-                self._announce(answer.found, segments)
-        except WireError as error:
-            raise OutOfReachError(str(error)) from error
+        with no_collections:
+            answer = foreseen.compared(told.records, self._http.is_welcome)
+            self._announce(answer.found, segments)
         for key in answer.absent:
             self.failures[key] = self._http.missing(key)
         self._elsewhere += answer.elsewhere
@@ -284,7 +283,7 @@ class SameHostReader:
         if is_good:
             try:
                 connection.release()
-            except OutOfReachError:  # it is gone
+            except OSError:  # it is gone
                 is_good = False
         self._memories.give_back(connection, is_good=is_good)
 

@@ -120,6 +120,7 @@ class _Client:
         held: Shards of the latest answer.
         hold_s: For how long they may be held once the answer is sent.
         ends_at: When it is closed, as by `time.monotonic()`.
+        event: The event of its socket that the server waits for.
         knows: Segments that it has descriptors of.
     """
 
@@ -132,6 +133,7 @@ class _Client:
         self.hold_s = 0.0
         self.ends_at = math.inf
         self.used_at = time.monotonic()
+        self.event = selectors.EVENT_READ
         self.knows: set[int] = set()
 
     @property
@@ -175,6 +177,7 @@ class SameHostServer:
         self._clients: dict[int, _Client] = {}  # by descriptor
         self._located: deque[tuple[_Client, float, Located]] = deque()  # by a proxy; appended to by any thread
         self._selector = selectors.DefaultSelector()
+        self._part = memoryview(bytearray(_READ_BYTES))  # made once: a fresh one costs page faults at each read
         self._listens_at = 0.0  # from when on, as there were no descriptors
         self._is_stopping = self._is_inherited = False
         self.num_answers = self.num_refused = self.num_bytes = 0  # since start; written by its thread
@@ -243,7 +246,7 @@ class SameHostServer:
             elif key.fileobj is self._waking:
                 self._waking.recv(_READ_BYTES)
             elif (client := self._clients.get(key.fd)) is not None:
-                self._serve(client)
+                self._attempt(client, self._flush if client.answers else self._read)
         self._pass_on()
         now = time.monotonic()
         for client in [one for one in self._clients.values() if one.ends_at <= now]:
@@ -274,7 +277,7 @@ class SameHostServer:
             return
         sock.setblocking(False)
         client = self._clients[sock.fileno()] = _Client(sock)
-        self._selector.register(sock, selectors.EVENT_READ)
+        self._selector.register(sock, client.event)
         try:
             self._send(client, [(Header(HELLO, 0, 0, len(self._incarnation)), self._incarnation.encode(), ())])
         except OSError:  # it is gone
@@ -303,17 +306,13 @@ class SameHostServer:
             client, hold_s, located = self._located.popleft()
             if self._clients.get(client.sock.fileno()) is client:
                 client.is_waiting = False
-                self._attempt(client, partial(self._reply, client, located, hold_s))
+                self._attempt(client, partial(self._reply, located=located, hold_s=hold_s))
 
-    def _serve(self, client: _Client) -> None:
-        """Send what is left of an answer, else read."""
-        client.used_at = time.monotonic()
-        self._attempt(client, partial(self._flush if client.answers else self._read, client))
-
-    def _attempt(self, client: _Client, work: Callable[[], None]) -> None:
+    def _attempt(self, client: _Client, work: Callable[[_Client], None]) -> None:
         """Do something for a client, and what it asked for meanwhile; a fault is the end of its connection."""
+        client.used_at = time.monotonic()
         try:
-            work()
+            work(client)
             self._parse(client)
         except (OSError, WireError) as error:
             if isinstance(error, WireError):
@@ -323,12 +322,12 @@ class SameHostServer:
     def _read(self, client: _Client) -> None:
         """Take what came; raises `OSError` if the client is gone."""
         try:
-            part = client.sock.recv(_READ_BYTES)
+            count = client.sock.recv_into(self._part)
         except BlockingIOError:
             return
-        if not part:
+        if not count:
             raise ConnectionResetError("the client is gone")
-        client.asked += part
+        client.asked += self._part[:count]
         if client.is_waiting and len(client.asked) > MAX_IDS_BYTES:
             raise WireError("a client that asks on and on, and waits for no answer")
 
@@ -390,7 +389,7 @@ class SameHostServer:
         is_known = len(client.knows) == len(numbers)  # each of them
         news = [] if is_known else [number for number in segments_in(records) if number not in client.knows]
         answer = Header(RECORDS, len(records) // RECORD_BYTES, len(numbers), len(alive) + len(records))
-        self._send(client, [*self._segments(client, news), (answer, alive + records, ())])
+        self._send(client, [*(self._segments(client, news) if news else ()), (answer, alive + records, ())])
 
     def _segments(self, client: _Client, numbers: Sequence[int]) -> Iterator[tuple[Header, bytes, Sequence[int]]]:
         """Messages that bring descriptors, as many in each as the system lets through."""
@@ -415,13 +414,18 @@ class SameHostServer:
             try:
                 count = client.sock.sendmsg([left], rights, socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                self._selector.modify(client.sock, selectors.EVENT_WRITE)
+                self._wait_for(client, selectors.EVENT_WRITE)
                 return
             client.answers.popleft()
             if count < len(left):
                 client.answers.appendleft((left[count:], ()))
         client.ends_at = time.monotonic() + client.hold_s if client.held else math.inf
-        self._selector.modify(client.sock, selectors.EVENT_READ)
+        self._wait_for(client, selectors.EVENT_READ)
+
+    def _wait_for(self, client: _Client, event: int) -> None:
+        if client.event != event:
+            client.event = event
+            self._selector.modify(client.sock, event)
 
 
 class Offer:
