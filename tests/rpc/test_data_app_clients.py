@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_cache.rpc.server import app as data_app
 from gpu_cache.rpc.server import main as rpc_server
+from gpu_cache.rpc.server.connections import use_reno_within_host
 from gpu_cache.rpc.server.main import ServerHandle
 from gpu_cache.rpc.wire.frame import Frame, decode_frame
 from gpu_cache.rpc.wire.serialization import TensorText, serialize_value
@@ -247,7 +247,7 @@ def test_only_connections_within_the_host_change_their_congestion_control(peer_h
     with socket.socket() as connected:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         before = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-        data_app._use_reno_within_host(SocketTransport(connected, peer_host))
+        use_reno_within_host(SocketTransport(connected, peer_host))
         after = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         assert after.rstrip(b"\0") == (b"reno" if is_tuned else before.rstrip(b"\0"))
 

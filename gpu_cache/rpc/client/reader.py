@@ -113,7 +113,7 @@ class Expectation:
 
     def check_header(self, nbytes: int) -> None:
         """Raise `TooLongError` if so long a header cannot be about these shards."""
-        if self._layout is not None and nbytes <= 2 * len(self._layout.header):
+        if self._layout is not None and nbytes <= 2 * self._layout.header_nbytes:
             return
         limit = _HEADER_SLACK_BYTES + _ENTRY_BYTES * len(self._keys) + 2 * len(json.dumps(self._keys))
         if nbytes > limit:
@@ -230,14 +230,14 @@ class HttpReader:
         """As many as one request may name: bounded by bytes and by number, the latter lower in the JSON form."""
         limits = self._settings
         most = min(self._most, limits.max_binary_shards if self._node_state.is_binary else limits.max_json_shards)
-        wanted: list[Hashable] = []
+        wanted = self._left[: -most - 1 : -1]
         total = 0
-        while self._left and len(wanted) < most:
-            promise = self._promises.get(self._left[-1])
+        for number, promise in enumerate(map(self._promises.get, wanted)):
             total += limits.max_binary_bytes // limits.max_json_shards if promise is None else nbytes_of(promise)
-            if wanted and total > limits.max_binary_bytes:
+            if number and total > limits.max_binary_bytes:
+                del wanted[number:]
                 break
-            wanted.append(self._left.pop())
+        del self._left[-len(wanted) :]
         return wanted
 
     def _ask(self, wanted: Sequence[Hashable], receive: Callable[[HttpAnswer], ResultT]) -> ResultT:

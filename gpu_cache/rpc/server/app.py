@@ -18,7 +18,7 @@ from aiohttp import web
 from gpu_cache.hosts import HostRule
 from gpu_cache.rpc.server import requests, same_host
 from gpu_cache.rpc.server.answers import Answer, json_answer
-from gpu_cache.rpc.server.connections import UNREAD_BYTES, Connections, Stage, use_reno
+from gpu_cache.rpc.server.connections import UNREAD_BYTES, Connections, Stage
 from gpu_cache.rpc.server.expiry import ShardExpiry
 from gpu_cache.rpc.server.requests import (
     DEFAULT_MAX_BODY_BYTES,
@@ -43,7 +43,10 @@ if TYPE_CHECKING:  # the names differ between releases of aiohttp
 _WATCH_S = 1.0
 # So much of a body has to come in each `body_timeout_s`.
 _BODY_PROGRESS_BYTES = 64 << 10
-_PARSED_AT_ONCE_BYTES = 64 << 10  # a longer list is parsed by a thread, one at a time
+# Longer lists of ids are parsed by a thread, one at a time, and answers about more shards are laid out by one. For less
+# work a thread would hold the GIL to its end too, and add two switches.
+_PARSED_AT_ONCE_BYTES = 256 << 10
+_LAID_OUT_AT_ONCE = 4096
 # Larger writes only move the same bytes through the loop's buffer in one go; smaller ones cost more system calls.
 _WRITE_BYTES = 1 << 20
 # Bytes that may wait in the transport (large parts by reference): the loop sends them without a turn for each write.
@@ -216,7 +219,10 @@ class _DataRoutes:
         shard_ids = requests.ids_to_read(await self._bodies.shard_ids(request))
         is_binary = CONTENT_TYPE in request.headers.get("Accept", "")
         with self._turn(request) as place:
-            answer = await asyncio.to_thread(requests.batch_answer, self._owner, shard_ids, is_binary)
+            if is_binary and len(shard_ids) <= _LAID_OUT_AT_ONCE:
+                answer = requests.batch_answer(self._owner, shard_ids, is_binary)
+            else:
+                answer = await asyncio.to_thread(requests.batch_answer, self._owner, shard_ids, is_binary)
             return await self._send(request, answer, place)
 
     def _turn(self, request: web.Request) -> Place:
@@ -259,7 +265,6 @@ class _DataRoutes:
             raise ConnectionResetError("the client is gone")
         response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
         response.content_length = answer.nbytes
-        _use_reno_within_host(transport)
         transport.set_write_buffer_limits(high=_AHEAD_BYTES)
         await response.prepare(request)
         writer = request.writer
@@ -313,12 +318,6 @@ def _left_bytes(transport: asyncio.WriteTransport) -> int:
     with contextlib.suppress(OSError, ValueError):  # closed, or not told here
         in_kernel = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
     return transport.get_write_buffer_size() + int(struct.unpack("i", in_kernel)[0])
-
-
-def _use_reno_within_host(transport: asyncio.BaseTransport) -> None:
-    peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
-    if peer and own and peer[0] == own[0]:
-        use_reno(transport.get_extra_info("socket"))
 
 
 def _error(status: int, message: str, **more: object) -> web.Response:

@@ -174,6 +174,7 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=UNREAD_BYTES)  # uvloop's is no subclass
+        use_reno_within_host(transport)
         self._connections.admit(self, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
@@ -207,6 +208,13 @@ def find_dead_peers(listener: socket.socket) -> None:
     for name, value in _KEEPALIVE.items():
         with contextlib.suppress(OSError, AttributeError):  # not on this platform
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def use_reno_within_host(transport: asyncio.BaseTransport) -> None:
+    """Use reno for a connection whose two ends are on one host."""
+    peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    if peer and own and peer[0] == own[0]:
+        use_reno(transport.get_extra_info("socket"))
 
 
 def use_reno(connection: socket.socket) -> None:

@@ -18,9 +18,11 @@ that a bool's byte other than 0 and 1 (which no operation of torch writes) may a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
 from reprlib import repr as short_repr
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ import torch
 from gpu_cache import ShardSpec
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
-from gpu_cache.rpc.shard import WireError
+from gpu_cache.rpc.shard import MAX_PROMISES, WireError
 from gpu_cache.rpc.wire.records import ELSEWHERE
 from gpu_cache.rpc.wire.serialization import DTYPES, check_travels, checked_shape, dense_bytes, host_bytes, is_dense
 
@@ -174,7 +176,7 @@ class Layout:
         serials: Each shard's number in the sender's store; empty for a sender that numbers none, and for a reader.
     Attributes:
         indices: Places in the request, in the order of the bytes.
-        header: With its length before it: a frame up to the bytes.
+        header_nbytes: The length of the header.
         payload_nbytes: The length of all tensors' bytes.
     Raises:
         WireError: More shards than a frame has, too long a header, or a dtype that does not travel.
@@ -185,15 +187,20 @@ class Layout:
     ) -> None:
         if len(shards) > MAX_TENSORS:
             raise WireError(f"{len(shards):,} ids; a frame has at most {MAX_TENSORS:,}")
-        self.indices = _by_dtype(shards)
-        self._before = _metadata(ids, shards)
+        groups = _by_dtype(shards)
+        self.indices = list(chain.from_iterable(groups.values()))
+        self._before = _metadata(ids, shards, sorted(index for dtype in _UNNAMED for index in groups[dtype]))
         self._after, self.payload_nbytes = _entries(self.indices, shards, texts)
-        told = f', "serials": "{" ".join(serials)}"'.encode() if serials else b""
-        text = self._before + told + self._after
-        text += b" " * (-len(text) % 8)
-        if len(text) > MAX_HEADER_BYTES:
-            raise WireError(f"a header of {len(text):,} bytes, the limit is {MAX_HEADER_BYTES:,}")
-        self.header = len(text).to_bytes(PREFIX_BYTES, "little") + text
+        self._told = f', "serials": "{" ".join(serials)}"'.encode() if serials else b""
+        nbytes = len(self._before) + len(self._told) + len(self._after)
+        self.header_nbytes = -(-nbytes // 8) * 8
+        if self.header_nbytes > MAX_HEADER_BYTES:
+            raise WireError(f"a header of {self.header_nbytes:,} bytes, the limit is {MAX_HEADER_BYTES:,}")
+
+    def header(self) -> bytes:
+        """A frame up to the bytes: the header, and its length before it. Only a sender makes it."""
+        prefix = self.header_nbytes.to_bytes(PREFIX_BYTES, "little")
+        return b"".join([prefix, self._before, self._told, self._after]).ljust(PREFIX_BYTES + self.header_nbytes)
 
     def is_of(self, header: bytes | bytearray, payload_nbytes: int) -> bool:
         """Whether a frame has this header, but for its serials and the length before it, and so many bytes."""
@@ -207,6 +214,7 @@ class Layout:
         )
 
 
+@functools.lru_cache(MAX_PROMISES)  # shards of a batch are described the same again and again
 def described(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> str:
     """A tensor's dtype and shape in a header; a dtype that has no name there is described in `raw` beside it.
 
@@ -217,23 +225,21 @@ def described(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> str:
     return f'"dtype":"{name}","shape":{list(shape)}' if name else f'"dtype":"U8","shape":[{nbytes}]'
 
 
-def _by_dtype(shards: Iterable[Described]) -> list[int]:
-    """Indices, grouped; cheaper than a sort with a key of Python's."""
+def _by_dtype(shards: Iterable[Described]) -> dict[torch.dtype, list[int]]:
+    """Indices, the widest dtypes first; cheaper than a sort with a key of Python's."""
     groups: dict[torch.dtype, list[int]] = {dtype: [] for dtype in _WIDEST_FIRST}
     try:
         for index, spec in enumerate(shards):
             groups[spec.dtype].append(index)
     except KeyError as error:
         raise WireError(f"tensors of {error} do not travel") from error
-    return [index for group in groups.values() for index in group]
+    return groups
 
 
-def _metadata(ids: Sequence[Hashable], shards: Sequence[Described]) -> bytes:
-    """A header's beginning: `__metadata__`, not yet closed."""
+def _metadata(ids: Sequence[Hashable], shards: Sequence[Described], unnamed: Iterable[int]) -> bytes:
+    """A header's beginning: `__metadata__`, not yet closed; `unnamed` are indices of shards that `raw` describes."""
     raw = {
-        str(index): [str(shard.dtype).removeprefix("torch."), list(shard.shape)]
-        for index, shard in enumerate(shards)
-        if shard.dtype in _UNNAMED
+        str(index): [str(shards[index].dtype).removeprefix("torch."), list(shards[index].shape)] for index in unnamed
     }
     metadata = {"ids": json.dumps(ids)} | ({"raw": json.dumps(raw)} if raw else {})
     return f'{{"__metadata__":{json.dumps(metadata)[:-1]}'.encode()
@@ -241,11 +247,12 @@ def _metadata(ids: Sequence[Hashable], shards: Sequence[Described]) -> bytes:
 
 def _entries(indices: Iterable[int], shards: Sequence[Described], texts: Sequence[str]) -> tuple[bytes, int]:
     """The rest of a header, composed as text, as `json.dumps` takes twice as long; and how many bytes it describes."""
-    entries, end = [], 0
+    entries, end = ["}"], 0
     for index in indices:
         begin, end = end, end + shards[index].nbytes
         entries.append(f',"{index}":{{{texts[index]},"data_offsets":[{begin},{end}]}}')
-    return f"}}{''.join(entries)}}}".encode(), end
+    entries.append("}")
+    return "".join(entries).encode(), end
 
 
 CONTENT_TYPE = "application/vnd.safetensors"
@@ -283,7 +290,7 @@ class Frame:
         serials = [shard.serial for shard in shards]
         layout = Layout(ids, shards, [shard.text for shard in shards], serials if all(serials) else ())
         self._shards = [shards[index] for index in layout.indices if shards[index].nbytes]
-        self.header, self.payload_nbytes = layout.header, layout.payload_nbytes
+        self.header, self.payload_nbytes = layout.header(), layout.payload_nbytes
 
     @property
     def nbytes(self) -> int:
