@@ -320,7 +320,7 @@ class RTensor:
         Raises:
             gpu_cache.FetchError: The owner could not be told. They are evicted here all the same.
         """
-        wanted = several(shard_ids)
+        wanted = _ids(shard_ids)
         clear_fetch_buffer(wanted)
         of_step = await runtime.current().clears.join(wanted)
         backend = get_backend()
@@ -340,8 +340,11 @@ class RTensor:
         Returns:
             The shards that were cleared, and those that could not be. No failure keeps another from being cleared.
         """
+        shards = _sized_shards(obj)
+        if not shards:
+            _warn_of_no_handles(obj)
         ending = runtime.current().clearer if clearer is None else clearer
-        return await ending.clear(_sized_shards(obj), _clear_owner, consumers)
+        return await ending.clear(shards, _clear_owner, consumers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shard": self.shard, "data": _MetaState(*self._described())}
@@ -440,6 +443,7 @@ def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
 
 
 _DICT_OR_TENSOR: Any = (dict, torch.Tensor)
+_TEXT_OR_TENSOR: Any = (str, torch.Tensor)
 _DATA_OF = operator.attrgetter("data")
 _META = torch.device("meta")
 
@@ -470,9 +474,11 @@ def clear_fetch_buffer(shard_ids: Iterable[Any] | None = None) -> int:
 
     Returns:
         How many were cached.
+    Raises:
+        TypeError: Handles, or a dict, are in the place of the ids.
     """
     current = runtime.current()
-    return current.cache.clear() if shard_ids is None else current.evict(shard_ids)
+    return current.cache.clear() if shard_ids is None else current.evict(_ids(shard_ids))
 
 
 def scope(name: str = "") -> gpu_cache.Scope:
@@ -491,10 +497,12 @@ def clear_batches(shard_ids: Iterable[Any] | None = None) -> int:
 
     Returns:
         How many were cached.
+    Raises:
+        TypeError: As for `clear_fetch_buffer`.
     """
     if not shard_ids:
         return 0
-    wanted = several(shard_ids)
+    wanted = _ids(shard_ids)
     current = runtime.current()
     current.release(wanted)
     return current.evict(wanted)
@@ -535,9 +543,13 @@ def fetch(shard_id: Hashable) -> torch.Tensor:
 
 
 def remove(shard_id: Hashable) -> int:
-    """Forget a shard that this process owns, and evict it from its cache; returns how many it owned, 0 or 1."""
+    """Forget a shard that this process owns, and evict it from its cache; returns how many it owned, 0 or 1.
+
+    Raises:
+        TypeError: It is a handle.
+    """
     current = runtime.current()
-    removed = current.store.remove([shard_id])
+    removed = current.store.remove(_ids([shard_id]))
     current.evict([shard_id])
     return removed
 
@@ -549,6 +561,20 @@ def storage_stats() -> dict[str, int]:
 
 # Upstream's private name.
 _store_local = store
+
+
+def _ids(shard_ids: Iterable[Any]) -> list[Any]:
+    """List shard ids. Ids that cannot be are passed over, but a clear of handles that cleared nothing would be a leak.
+
+    Raises:
+        TypeError: Handles, a dict or a text are in their place.
+    """
+    is_handle = isinstance(shard_ids, RTensor | TensorShardInfo | dict)
+    wanted = [shard_ids] if is_handle else several(shard_ids)
+    if is_handle or not {RTensor, TensorShardInfo}.isdisjoint(map(type, wanted)):
+        kind = next(type(one).__name__ for one in wanted if isinstance(one, RTensor | TensorShardInfo | dict))
+        raise TypeError(f"shard ids are expected, not a {kind}: flatten_shard_ids(...) lists those of handles")
+    return wanted
 
 
 def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
@@ -582,6 +608,14 @@ def _is_message(obj: Any) -> bool:
     if isinstance(obj, dict):
         return obj.get("class_path") == _WIRE_NAME or any(map(_is_message, obj.values()))
     return isinstance(obj, (list, tuple)) and bool(obj) and _is_message(obj[0])
+
+
+def _warn_of_no_handles(obj: Any) -> None:
+    """Warn that a clear of tensors, of ids, or of an object that is no container, clears nothing: a leak."""
+    is_known = obj is None or isinstance(obj, dict | list | tuple)
+    if not is_known or (collect_leaves(obj, _TEXT_OR_TENSOR) and not _is_message(obj)):
+        text = "nothing is cleared: there are no handles in this; pass those that localize got, not tensors or ids"
+        warnings.warn(text, stacklevel=3)
 
 
 def _data_or_none(handle: RTensor) -> torch.Tensor | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,3 +159,51 @@ def test_shards_to_keep_are_no_leak(users_backend: UsersBackend) -> None:
         RTensor.localize(handle(number))
         clear_batches([f"s{number}"])
     assert (buffer_stats()["num_entries"], buffer_stats()["outlived_entries"]) == (3, 0)
+
+
+@pytest.mark.parametrize("wrap", [lambda one: [one], lambda one: [one.shard], lambda one: {"a": one}, lambda one: one])
+def test_handles_in_the_place_of_shard_ids_are_refused(wrap: Any) -> None:
+    """A clear that passed them over would be a leak."""
+    handles = wrap(remote("h:1", "a", TWO))
+    for call in (
+        rtensor.clear_batches,
+        rtensor.clear_fetch_buffer,
+        lambda ids: asyncio.run(RTensor.clear_node("h", ids)),
+    ):
+        with pytest.raises(TypeError, match=r"shard ids are expected, not a \w+: flatten_shard_ids"):
+            call(handles)
+    with pytest.raises(TypeError, match="shard ids are expected, not a RTensor"):
+        rtensor.remove(remote("h:1", "a", TWO))
+
+
+@dataclasses.dataclass
+class Batch:
+    tokens: Any
+
+
+@pytest.mark.parametrize("obj", [{"tokens": [TWO]}, ["a", "b"], Batch(remote("h:1", "a", TWO))], ids=repr)
+def test_a_clear_without_handles_is_warned_of(obj: object) -> None:
+    with pytest.warns(UserWarning, match="nothing is cleared: there are no handles in this"):
+        report = asyncio.run(RTensor.clear_everywhere(obj))
+    assert report.num_shards == 0
+
+
+@pytest.mark.parametrize("obj", [None, [], {"rewards": [1.5, None]}], ids=repr)
+def test_a_clear_of_nothing_is_no_mistake(obj: object) -> None:
+    assert asyncio.run(RTensor.clear_everywhere(obj)).is_complete
+
+
+def test_what_cannot_be_serialized_is_named_with_its_place() -> None:
+    with pytest.raises(TypeError, match=r"^value\['batch'\]\[1\]\['reward'\]: numpy.float32 does not travel, only"):
+        serialize_value({"batch": [TWO, {"reward": np.float32(1)}]})
+    with pytest.raises(TypeError, match=r"^value\[0\]: keys of a dict that travels are strings, not int: 2"):
+        serialize_value(({2: 3},))
+    with pytest.raises(TypeError, match=r"^set does not travel"):
+        serialize_value({1})
+
+
+@pytest.mark.parametrize("wrong", [[1.0], None, np.ones(2)], ids=repr)
+def test_only_a_tensor_is_stored(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="a Tensor is expected, not "):
+        rtensor.store("a", wrong)
+    assert rtensor.storage_stats()["num_tensors"] == 0

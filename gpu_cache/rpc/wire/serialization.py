@@ -88,8 +88,28 @@ def serialize_value(value: Any) -> Any:
     """Turn a value into what `json.dumps` takes: tensors and admitted dataclasses tagged, tuples as lists.
 
     Raises:
-        TypeError: Something in the value does not travel: another class, another dtype, a key that is no string.
+        TypeError: Something in the value does not travel: another class, another dtype, a key that is no string. Says
+            where in `value` it is.
     """
+    try:
+        return _serialize(value)
+    except TypeError as error:
+        path = _path_of_fault(value, "value")
+        raise TypeError(f"{path}: {error}" if path != "value" else str(error)) from None
+
+
+def _path_of_fault(value: Any, path: str) -> str:
+    """The words that lead to what does not travel, as in `value["mask"][2]`."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        try:
+            _serialize(item)
+        except TypeError:
+            return _path_of_fault(item, f"{path}[{name!r}]")
+    return path
+
+
+def _serialize(value: Any) -> Any:
     if value is None or (isinstance(value, str | int | float) and not isinstance(value, enum.Enum)):
         return value
     if isinstance(value, torch.Tensor):
@@ -97,10 +117,10 @@ def serialize_value(value: Any) -> Any:
     if isinstance(value, dict):
         return _serialize_fields(value)
     if isinstance(value, list | tuple):
-        return [serialize_value(item) for item in value]
+        return [_serialize(item) for item in value]
     class_path = _path_of_class.get(type(value))
     if class_path is None:
-        raise TypeError(f"{type(value).__qualname__} does not travel, {_ONLY}")
+        raise TypeError(f"{_type_name(value)} does not travel, {_ONLY}")
     return {"type": "dataclass", "class_path": class_path, "data": _serialize_fields(_wire_fields(value))}
 
 
@@ -108,7 +128,14 @@ def _serialize_fields(named: dict[Any, Any]) -> dict[str, Any]:
     for name in named:
         if not isinstance(name, str):
             raise TypeError(f"keys of a dict that travels are strings, not {type(name).__qualname__}: {name!r}")
-    return {name: serialize_value(value) for name, value in named.items()}
+    return {name: _serialize(value) for name, value in named.items()}
+
+
+def _type_name(value: object) -> str:
+    """The type's name, with its package where that is another one than Python's: numpy's float32 is no dtype here."""
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    return kind.__qualname__ if package in ("builtins", "__main__") else f"{package}.{kind.__qualname__}"
 
 
 def _wire_fields(instance: Any) -> dict[str, Any]:
@@ -337,12 +364,14 @@ def check_travels(tensor: torch.Tensor) -> None:
         raise TypeError(fault)
 
 
-def check_stored(tensor: torch.Tensor) -> None:
+def check_stored(tensor: object) -> None:
     """Refuse what others could not fetch, if it was stored: what does not travel, and what has no values.
 
     Raises:
-        TypeError: It is of another type; the message names it and the remedy.
+        TypeError: It is one of these, or no tensor; the message names it and the remedy.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"a Tensor is expected, not {_type_name(tensor)}")
     check_travels(tensor)
     if tensor.is_meta:
         raise TypeError("a meta tensor has no values; store one that has")
