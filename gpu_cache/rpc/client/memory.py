@@ -109,7 +109,7 @@ class Told(NamedTuple):
         removals: How often it has removed shards; UNKNOWN_COUNT of a node cache that does not know.
     """
 
-    records: bytes
+    records: memoryview
     segments: list[tuple[int, int, int]]
     alive: set[int]
     removals: int
@@ -178,12 +178,23 @@ class MemoryConnection:
         """The answer about so many shards, by the deadline of `ask`."""
         segments: list[tuple[int, int, int]] = []
         try:
-            told = self._told(number, segments)
-            self.owes_answer = False
-            return told
+            header, descriptors = self._header()
+            while header.kind == SEGMENTS:
+                self._add_segments(segments, header, descriptors)
+                header, descriptors = self._header()
+            _close_all(descriptors)
+            begin = COUNT.size + NUMBER.size * header.more
+            expected = RECORDS, number, begin + RECORD_BYTES * number
+            if (header.kind, header.number, header.nbytes) != expected or header.more > MAX_SEGMENTS:
+                what = f"an answer of kind {header.kind} about {header.number:,} shards, {header.nbytes:,} bytes"
+                raise WireError(what)
+            body = memoryview(self._body(header.nbytes))
         except BaseException:
             _close_all(descriptor for _, _, descriptor in segments)
             raise
+        self.owes_answer = False
+        alive = {one for (one,) in NUMBER.iter_unpack(body[COUNT.size : begin])}
+        return Told(body[begin:], segments, alive, *COUNT.unpack(body[: COUNT.size]))
 
     def forget(self, text: bytes, number: int) -> bool:
         """Tell a node cache of shards that were cleared, without a wait; whether its socket took the message.
@@ -214,25 +225,13 @@ class MemoryConnection:
             raise WireError(f"a greeting of kind {header.kind}, {header.nbytes:,} bytes long")
         return self._body(header.nbytes).decode("ascii", "replace")
 
-    def _told(self, number: int, segments: list[tuple[int, int, int]]) -> Told:
-        """Read an answer; `segments` has the descriptors that came, also where the rest does not."""
-        while True:
-            header, descriptors = self._header()
-            if header.kind != SEGMENTS:
-                break
-            segments += [(0, 0, descriptor) for descriptor in descriptors]
-            if not len(descriptors) == header.number == header.nbytes // SEGMENT.size:
-                raise WireError(f"{len(descriptors)} descriptors for {header.number:,} segments")
-            listed = SEGMENT.iter_unpack(self._body(header.nbytes))
-            segments[-len(descriptors) :] = [(*one, fd) for one, fd in zip(listed, descriptors, strict=True)]
-        begin = COUNT.size + NUMBER.size * header.more
-        expected = begin + RECORD_BYTES * number
-        _close_all(descriptors)
-        if (header.kind, header.number, header.nbytes) != (RECORDS, number, expected) or header.more > MAX_SEGMENTS:
-            raise WireError(f"an answer of kind {header.kind} about {header.number:,} shards, {header.nbytes:,} bytes")
-        body = bytes(self._body(expected))
-        alive = {one for (one,) in NUMBER.iter_unpack(body[COUNT.size : begin])}
-        return Told(body[begin:], segments, alive, COUNT.unpack(body[: COUNT.size])[0])
+    def _add_segments(self, segments: list[tuple[int, int, int]], header: Header, descriptors: list[int]) -> None:
+        """Add those of one message; their descriptors also where the message is none."""
+        segments += [(0, 0, descriptor) for descriptor in descriptors]
+        if not len(descriptors) == header.number == header.nbytes // SEGMENT.size:
+            raise WireError(f"{len(descriptors)} descriptors for {header.number:,} segments")
+        listed = SEGMENT.iter_unpack(self._body(header.nbytes))
+        segments[-len(descriptors) :] = [(*one, fd) for one, fd in zip(listed, descriptors, strict=True)]
 
     def _header(self) -> tuple[Header, list[int]]:
         """The beginning of a message, and the descriptors that came with it."""

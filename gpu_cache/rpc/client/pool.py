@@ -161,18 +161,28 @@ class ConnectionPool:
             if not connection.is_stale:
                 return connection
             connection.close()
-        self._close_surplus()
+        with self._lock:
+            unwanted = self._surplus_locked()
+        for connection in unwanted:
+            connection.close()
         return NodeConnection(address)
 
-    def release(self, connection: NodeConnection) -> None:
-        """Keep the connection for the next request if its last answer was read to the end, else close it."""
-        if not connection.can_be_reused:
-            connection.close()
-            return
-        connection.idle_since = time.monotonic()
+    def release(self, connection: NodeConnection, place: Place | None = None) -> None:
+        """Keep the connection for the next request if its last answer was read to the end, else close it.
+
+        Args:
+            connection: Given back.
+            place: Given back with it, if it is taken.
+        """
+        is_kept, connection.idle_since = connection.can_be_reused, time.monotonic()
         with self._lock:
-            self._idle.append(connection)
-        self._close_surplus()
+            if place is not None and place.is_taken:
+                self._leave_locked(place)
+            if is_kept:
+                self._idle.append(connection)
+            unwanted = self._surplus_locked()
+        for one in unwanted if is_kept else [connection, *unwanted]:
+            one.close()
 
     def forget(self, address: str) -> None:
         """Close the idle connections to a node: one of them turned out to be dead."""
@@ -183,18 +193,17 @@ class ConnectionPool:
         """Close what is idle, and what comes back from now on. Idempotent."""
         with self._lock:
             self._is_closed = True
-        self._close_surplus()
-
-    def _close_surplus(self) -> None:
-        """Close the longest idle, where there are more than may be kept, or than places leave descriptors for."""
-        unwanted: list[NodeConnection] = []
-        with self._lock:
-            left = max(0, int(self._limit * _SHARE) - self._num_places)
-            most = min(_MAX_IDLE, int(self._limit * _IDLE_SHARE), left)
-            while len(self._idle) > (0 if self._is_closed else most):
-                unwanted.append(self._idle.pop(0))
+            unwanted = self._surplus_locked()
         for connection in unwanted:
             connection.close()
+
+    def _surplus_locked(self) -> list[NodeConnection]:
+        """The longest idle, where there are more than may be kept, or than places leave descriptors for; not kept."""
+        left = max(0, int(self._limit * _SHARE) - self._num_places)
+        most = 0 if self._is_closed else min(_MAX_IDLE, int(self._limit * _IDLE_SHARE), left)
+        num_over = max(0, len(self._idle) - most)
+        unwanted, self._idle = self._idle[:num_over], self._idle[num_over:]
+        return unwanted
 
     def _has_room_locked(self) -> bool:
         most = max(1, int(self._limit * _SHARE))

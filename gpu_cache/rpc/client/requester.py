@@ -205,15 +205,15 @@ class Requester:
 
     def release(self) -> None:
         """Give connection and place back for others; the connection is closed if its last answer was not read."""
+        connection, self._connection = self._connection, None
+        # Looked at after _connection was emptied: what others may get is never cut.
+        if connection is not None and not self._cancelled.is_set():
+            self._pool.release(connection, self._place)
+            return
+        if connection is not None:
+            connection.close()
         if self._place.is_taken:
             self._pool.leave(self._place)
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        if self._cancelled.is_set():  # looked at after _connection was emptied: what others may get is never cut
-            connection.close()
-        else:
-            self._pool.release(connection)
 
     @property
     def num_received(self) -> int:

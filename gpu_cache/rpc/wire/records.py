@@ -142,7 +142,7 @@ class Foreseen:
             None if one is None else ShardSpec(key, one[0], one[1]) for key, one in zip(ids, promised, strict=True)
         ]
 
-    def compared(self, records: bytes, is_welcome: Callable[[ShardSpec], bool]) -> Answer:
+    def compared(self, records: bytes | memoryview, is_welcome: Callable[[ShardSpec], bool]) -> Answer:
         """Tell found, absent and other shards apart by the owner's records.
 
         Args:
@@ -165,7 +165,7 @@ class Foreseen:
         found.sort(key=_where)
         return answer
 
-    def _add_others(self, answer: Answer, records: bytes, is_welcome: Callable[[ShardSpec], bool]) -> None:
+    def _add_others(self, answer: Answer, records: bytes | memoryview, is_welcome: Callable[[ShardSpec], bool]) -> None:
         """Add the shards that are not as promised, absent or elsewhere."""
         told = zip(self._ids, self._kinds, _RECORD.iter_unpack(records), strict=True)
         for key, promised, (place, number, kind) in told:
