@@ -151,7 +151,9 @@ def broken_promise(promised: tuple[Any, ...], found: tuple[Any, ...]) -> str:
     """The owner, the promised dtype and shape, and those that were found, for a message."""
     (dtype, shape, owner), (found_dtype, found_shape, _) = promised, found
     source = f" from {owner}" if owner else ""
-    return f"{source}: {dtype} of shape {list(shape)} is promised, {found_dtype} of shape {list(found_shape)} was found"
+    hint = "" if isinstance(shape, tuple) else "; a promised shape is a tuple"
+    said = f"{source}: {dtype} of shape {list(shape)} is promised"
+    return f"{said}, {found_dtype} of shape {list(found_shape)} was found{hint}"
 
 
 def frameless(error: BaseException, handled: BaseException | None) -> BaseException:

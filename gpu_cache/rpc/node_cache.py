@@ -51,7 +51,7 @@ from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.same_host import SameHostReader
 from gpu_cache.rpc.segments import NODE_CACHE_VARIABLE, Segments, node_cache_path
 from gpu_cache.rpc.server.connections import raise_descriptor_limit
-from gpu_cache.rpc.server.expiry import parse_seconds
+from gpu_cache.rpc.server.expiry import option, parse_seconds
 from gpu_cache.rpc.server.main import readable_on
 from gpu_cache.rpc.server.same_host import Located, SameHostServer
 from gpu_cache.rpc.shard import ShardFetchError, TensorShardInfo
@@ -426,11 +426,14 @@ def _parser() -> argparse.ArgumentParser:
         "--path", help=f"where consumers look for it (default: where {NODE_CACHE_VARIABLE}=auto has them look)"
     )
     parser.add_argument(
-        "--max-bytes", type=parse_size, default=DEFAULT_MAX_BYTES, help='most memory for shards (default: "8GiB")'
+        "--max-bytes",
+        type=option(parse_size),
+        default=DEFAULT_MAX_BYTES,
+        help='most memory for shards (default: "8GiB")',
     )
     parser.add_argument(
         "--idle-timeout",
-        type=parse_seconds,
+        type=option(parse_seconds),
         default=math.inf,
         metavar="TIME",
         help='end when no process has been connected for so long, such as "10m" (default: stay)',

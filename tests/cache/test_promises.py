@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,14 @@ def test_an_unknown_owner_matches_every_owner(cache: TensorCache) -> None:
     cache.get_many(["a", "b", "c"], source, expected=expecting(a=anybody, b=anybody, c=anybody))
     cache.get_many(["a", "b", "c"], source, expected=expecting(a=RIGHT, b=RIGHT, c=RIGHT))
     assert source.asked == [["c"], ["b"]]
+
+
+def test_a_shape_that_is_no_tuple_is_named(cache: TensorCache) -> None:
+    as_list: Any = (torch.int64, [5], None)
+    for _ in range(2):  # it arrives, then it is cached
+        with pytest.raises(FetchError, match=r"shape \[5\] was found; a promised shape is a tuple"):
+            cache.get_many(["a"], source_of(), expected=expecting(a=as_list))
+        cache.get_many(["a"], source_of())
 
 
 def test_a_promise_holds_in_the_host_tier_too() -> None:

@@ -207,3 +207,12 @@ def test_only_a_tensor_is_stored(wrong: Any) -> None:
     with pytest.raises(TypeError, match="a Tensor is expected, not "):
         rtensor.store("a", wrong)
     assert rtensor.storage_stats()["num_tensors"] == 0
+
+
+def test_a_shard_that_its_own_process_lacks_names_the_causes() -> None:
+    runtime.current().add_own_address("here:1")
+    with pytest.raises(
+        FetchError, match=r"shard a from here:1: that is this process, .* forked from this one"
+    ) as caught:
+        RTensor.localize(remote("here:1", "a", TWO))
+    assert isinstance(caught.value.failures["a"], rtensor.ShardMissingError)

@@ -171,6 +171,9 @@ def test_the_flags_name_the_limits(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit):
         rpc_server.main(["--idle-timeout", "soon"])
     assert "'soon' is not a time above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        rpc_server.main(["--max-body-bytes", "4X"])
+    assert "--max-body-bytes: '4X' is not a size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", " \n"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -9,13 +10,15 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from gpu_cache.config import seconds
 from gpu_cache.process import OwnThread
 from gpu_cache.rpc.store import ShardStore
 
 logger = logging.getLogger(__name__)
+
+OptionT = TypeVar("OptionT")
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*")
@@ -39,6 +42,18 @@ def parse_seconds(text: float | str) -> float:
     if not found > 0.0:
         raise ValueError(f"{text!r} is not a time above 0; write seconds, or a number with s, m, h or d")
     return seconds(found)
+
+
+def option(parse: Callable[[str], OptionT]) -> Callable[[str], OptionT]:
+    """The parser of a command's option: argparse shows the words of this error, but not those of a `ValueError`."""
+
+    def parsed(text: str) -> OptionT:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
 
 
 class ShardExpiry:

@@ -25,7 +25,7 @@ from gpu_cache.rpc import runtime
 from gpu_cache.rpc.server import same_host
 from gpu_cache.rpc.server.app import make_app
 from gpu_cache.rpc.server.connections import Connection, Connections, find_dead_peers, raise_descriptor_limit
-from gpu_cache.rpc.server.expiry import ShardExpiry, parse_seconds
+from gpu_cache.rpc.server.expiry import ShardExpiry, option, parse_seconds
 from gpu_cache.rpc.server.requests import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_RESPONSES, DataOwner
 from gpu_cache.rpc.server.same_host import SameHostServer
 from gpu_cache.rpc.tokens import TOKEN_VARIABLE, find_token, read_token_file
@@ -377,7 +377,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     """Flags that bound requests, connections and the age of shards."""
     parser.add_argument(
         "--max-body-bytes",
-        type=parse_size,
+        type=option(parse_size),
         default=DEFAULT_MAX_BODY_BYTES,
         help='longest request body, such as "1GiB", the default',
     )

@@ -38,6 +38,8 @@ def test_the_program_says_what_it_cannot_use(
     monkeypatch.setattr(module, "readable_on", lambda *_: contextlib.nullcontext())
     for arguments, said in (
         (["--path", str(path), "--max-bytes", "1"], "max_bytes=1: must be at least 512"),
+        (["--max-bytes", "lots"], "--max-bytes: 'lots' is not a size; write bytes"),
+        (["--idle-timeout", "soon"], "--idle-timeout: 'soon' is not a time above 0"),
         (["--path", ""], "name a path by --path"),
         (["--path", str(path / "missing" / "x")], "No such file or directory"),
     ):
