@@ -275,8 +275,8 @@ class Runtime:
     ) -> list[torch.Tensor | Exception]:
         found = dict(self.store.get_many(keys)[0])
         missing = (
-            "Failed to fetch shard {} from {}: that is this process, which does not have it: it was cleared, or another "
-            "process, such as a worker forked from this one, gave its shard this address"
+            "Failed to fetch shard {} from {}: that is this process, which does not have it: it was cleared, or "
+            "another process, such as a worker forked from this one, gave its shard this address"
         )
         return [
             found[key].tensor if key in found else ShardMissingError(missing.format(key, shards[key].node_addr))
