@@ -59,6 +59,15 @@ def test_tensors_are_sent_together_up_to_a_mebibyte_and_the_header_alone() -> No
     assert b"".join(b"".join(group) for group in groups) == b"".join(map(raw_bytes, tensors))
 
 
+def test_a_small_frame_is_one_part() -> None:
+    tensors = {"a": patterned(torch.float32, 100), "b": patterned(torch.int64, 3)}
+    answer = answers.frame_answer([(shard_id, OwnedShard(tensor)) for shard_id, tensor in tensors.items()])
+    ((part,),) = answer.groups
+    found = decode_frame(part)
+    assert len(part) == answer.nbytes
+    assert all(same_bits(found[shard_id], tensor) for shard_id, tensor in tensors.items())
+
+
 def test_no_part_of_an_answer_is_empty() -> None:
     tensors = [torch.empty(0, 3), torch.ones(2), torch.ones(3), torch.empty(0)]
     for wanted in (tensors, tensors[:1], []):

@@ -191,7 +191,7 @@ def test_a_fault_in_the_middle_breaks_the_connection_instead_of_posing_as_data(
         yield frame.header
         raise RuntimeError("fault in the middle")
 
-    owner.store["a"] = torch.ones(1000)
+    owner.store["a"] = torch.ones(100_000)
     with monkeypatch.context() as patched:
         patched.setattr(Frame, "__iter__", broken)
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):

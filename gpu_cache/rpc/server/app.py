@@ -263,7 +263,7 @@ class _DataRoutes:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client is gone")
-        response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+        response = _Whole(status=answer.status, headers={"Content-Type": answer.content_type})
         response.content_length = answer.nbytes
         transport.set_write_buffer_limits(high=_AHEAD_BYTES)
         await response.prepare(request)
@@ -279,6 +279,12 @@ class _DataRoutes:
         self._sent_payload_bytes += answer.payload_nbytes
         self._sent_body_bytes += answer.nbytes if answer.status == 200 else 0
         return response
+
+
+class _Whole(web.StreamResponse):
+    """An answer whose headers go with its first bytes: one system call, which wakes the client once."""
+
+    _send_headers_immediately = False  # aiohttp's, which has no public name for it
 
 
 async def _write(
