@@ -139,7 +139,7 @@ def test_a_controllers_fan_out_frees_at_once(
     tensors = batch()
     put(owner, tensors)
     RTensor.localize([remote(address, key, one) for key, one in tensors.items()])
-    clear_fetch_buffer(tensors)
+    clear_fetch_buffer(list(tensors))
     eventually(lambda: len(running.cache.cache) == 0)
 
 
