@@ -243,7 +243,10 @@ def test_processes_register_lent_memory_one_at_a_time(gpu: CudaDevice, cuda: Fak
     timer.join()
 
 
-def test_every_mapped_runtime_library_is_cleared_and_nothing_else_opened(cuda: FakeCuda, tmp_path: Path) -> None:
+def test_every_mapped_runtime_library_is_cleared_and_nothing_else_opened(
+    cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)  # else the library of that version is the first
     cuda = FakeCuda(pin_limit_bytes=0, binds_last_error=False)
     maps = tmp_path / "maps"
     names = ["/a/libcudart.so.12", "/b/libcudart-d0da41ae.so.12 (deleted)", "/c/libcudart.so.13", "/d/xlibcudart.so"]

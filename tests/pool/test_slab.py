@@ -189,7 +189,8 @@ def test_a_failed_preallocation_is_not_tried_at_every_take() -> None:
 def test_building_that_fails_half_way_loses_nothing() -> None:
     pool = pool_of()
     taken = taken_from(pool, 1536)
-    specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (-1,))]
+    specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (512,))]
+    specs[1].shape = (-1,)
     with pytest.raises((RuntimeError, ValueError)) as caught:
         pool.carve(taken, specs, [0, 512])
     assert taken.rest.nbytes == 1024
@@ -201,7 +202,8 @@ def test_building_that_fails_half_way_loses_nothing() -> None:
 
 def test_shards_built_before_one_that_fails_die_after_the_pool_knows_their_leases() -> None:
     pool, freed, leases = pool_of(), deque[Lease](), dict[int, Lease]()
-    specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (-1,))]
+    specs = [ShardSpec("good", torch.uint8, (512,)), ShardSpec("bad", torch.uint8, (512,))]
+    specs[1].shape = (-1,)
     try:
         carve_shards(taken_from(pool, 1536), specs, [0, 512], freed, leases)
     except (RuntimeError, ValueError):
