@@ -123,10 +123,10 @@ class Publisher:
         self._wake.set()
 
     def _report(self) -> None:
-        now = time.monotonic()
-        self._due_at, self._late_at = now + PERIOD_S, now + _LATE * PERIOD_S
         if self._is_closed or (engine := self._lazy.current or self._stand_in()) is None:
             return
+        now = time.monotonic()
+        self._due_at, self._late_at = now + PERIOD_S, now + _LATE * PERIOD_S
         report = self._reporter.compose(engine)
         self._alarms.look(report)
         if not engine.config.stats or now < self._write_at:

@@ -80,6 +80,16 @@ def test_nothing_exists_before_the_first_use(cache: TensorCache, folder: Path) -
     assert list(folder.iterdir()) == []
 
 
+def test_a_look_before_the_first_use_does_not_put_the_first_report_off(
+    cache: TensorCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "PERIOD_S", 1000.0)
+    cache.report()
+    assert not folder.exists()
+    cache.put("a", torch.zeros(4))
+    assert report_in(folder)["role"]
+
+
 def test_a_report_has_every_key_of_the_schema(cache: TensorCache, folder: Path) -> None:
     cache.get_many(["1", "2"], SOURCE)
     cache._publisher.publish()
