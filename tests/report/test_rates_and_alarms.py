@@ -166,7 +166,7 @@ def test_ranges_are_in_a_trace_and_absent_without_one() -> None:
     cache = TensorCache(CacheConfig(pool_bytes="8MiB", slab_bytes="1MiB"), device=HostDevice(stages=True))
     cache.get_many(["a"], DictSource({"a": torch.ones(9)}))
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    with profile(experimental_config=everywhere) as trace:
+    with profile(experimental_config=everywhere, acc_events=True) as trace:
         cache.get_many(["b"], DictSource({"b": torch.ones(9)}))
     names = {event.key for event in trace.key_averages() if event.key.startswith("gpu_cache.")}
     assert names == {
