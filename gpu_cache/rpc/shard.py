@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -192,7 +191,6 @@ def promise_of(dtype: torch.dtype, shape: tuple[int, ...], owner: str) -> Promis
     return _promises.setdefault(promise, promise)
 
 
-@functools.lru_cache(MAX_PROMISES)  # shards of a batch promise the same again and again
 def nbytes_of(promise: Promise) -> int:
     """The length of the shard that a handle promises, in bytes."""
     return math.prod(promise[1]) * promise[0].itemsize

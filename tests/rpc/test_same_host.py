@@ -22,7 +22,7 @@ from gpu_cache import FetchError, ShardSpec
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client import memory
 from gpu_cache.rpc.client import same_host as client
-from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader
+from gpu_cache.rpc.client.http import HttpRTensorBackend, SameHostReader, drained
 from gpu_cache.rpc.client.memory import OwnersMemory
 from gpu_cache.rpc.client.pool import NodeState
 from gpu_cache.rpc.rtensor import RTensor, TensorShardInfo, clear_fetch_buffer, set_backend
@@ -135,6 +135,19 @@ def test_every_dtype_and_shape_arrives_bit_by_bit(owner: FakeOwner, known: str) 
     clear_fetch_buffer()
     assert all(same_bits(one, other) for one, other in zip(localized(known, few), few.values(), strict=True))
     assert transport(known) == "shm"
+
+
+@pytest.mark.parametrize("same_host", [True, False])
+def test_a_promised_shape_may_be_a_list(
+    owner: FakeOwner, known: str, shared: HttpRTensorBackend, same_host: bool
+) -> None:
+    put(owner, {"a": (tensor := patterned(torch.float32, 2, 3))})
+    backend = shared if same_host else HttpRTensorBackend(same_host=False)
+    source = backend.source({"a": TensorShardInfo("a", known)}, {"a": (torch.float32, [2, 3], known)})  # type: ignore[dict-item]
+    (opened,) = source.open(["a"], 30.0)
+    assert same_bits(drained(opened)["a"], tensor)
+    if not same_host:
+        backend.close()
 
 
 def test_only_the_first_request_to_an_owner_goes_over_http(

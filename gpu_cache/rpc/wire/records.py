@@ -88,19 +88,14 @@ class Header(NamedTuple):
 
 def record_of(dtype: torch.dtype, shape: Sequence[int], segment: int, place: int) -> bytes:
     """The record of a shard; ELSEWHERE if there is none for it."""
-    kind = _kind(dtype, shape)
+    kind = _kind(dtype, tuple(shape))
     return ELSEWHERE if kind is None else _PLACE.pack(place, segment) + kind
 
 
-def _kind(dtype: torch.dtype, shape: Sequence[int]) -> bytes | None:
+@functools.lru_cache(MAX_PROMISES)  # shards of a batch are of the same kinds again and again
+def _kind(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes | None:
     code, dims = _CODES.get(dtype), len(shape)
     return None if code is None or dims > _MAX_DIMS else _KINDS[dims].pack(code, dims, *shape)
-
-
-@functools.lru_cache(MAX_PROMISES)  # shards of a batch promise the same again and again
-def _promised_kind(promise: Promise | None) -> bytes | None:
-    """None for a shard without a promise, or that no record describes: its record differs."""
-    return None if promise is None else _kind(promise[0], promise[1])
 
 
 ABSENT, ELSEWHERE = (_PLACE.pack(0, one) + bytes(_KIND.size) for one in (_ABSENT, _ELSEWHERE))
@@ -137,10 +132,11 @@ class Foreseen:
 
     def __init__(self, ids: Sequence[Hashable], promises: Mapping[Hashable, Promise]) -> None:
         promised = list(map(promises.get, ids))
-        self._ids, self._kinds = ids, list(map(_promised_kind, promised))
+        self._ids = ids
         self._specs: list[Any] = [  # of a shard without a promise, None
             None if one is None else ShardSpec(key, one[0], one[1]) for key, one in zip(ids, promised, strict=True)
         ]
+        self._kinds = [None if one is None else _kind(one.dtype, one.shape) for one in self._specs]
 
     def compared(self, records: bytes | memoryview, is_welcome: Callable[[ShardSpec], bool]) -> Answer:
         """Tell found, absent and other shards apart by the owner's records.
