@@ -273,10 +273,10 @@ class TensorCache:
         )  # fmt: skip
         try:
             fetch.begin(keys, source)
+            return fetch.promise()
         except BaseException:
             fetch.finish()
             raise
-        return fetch.promise()
 
     @eager
     def put(self, key: Hashable, tensor: torch.Tensor, *, node: str = "", timeout_s: float | None = None) -> bool:
@@ -301,12 +301,13 @@ class TensorCache:
         if engine.device.is_capturing():
             raise TransferError(f"cannot put {key!r} during CUDA graph capture")
         deadline = time.monotonic() + self._limit_s(timeout_s)
-        entry = self._index.reserve(key, deadline)
-        if entry is None:
-            return False
-        if (holding := self._scope.get()) is not None:
-            self._index.adopt(holding, [entry])
-        return put_one(entry, tensor, node, engine, deadline, self._tasks)
+        with process.no_interrupts:
+            entry = self._index.reserve(key, deadline)
+            if entry is None:
+                return False
+            if (holding := self._scope.get()) is not None:
+                self._index.adopt(holding, [entry])
+            return put_one(entry, tensor, node, engine, deadline, self._tasks)
 
     def clear(self, keys: Iterable[Hashable] | None = None) -> int:
         """Drop shards by key, or all (None). A shard on its way will not be cached. Unknown keys are ignored.
@@ -314,11 +315,13 @@ class TensorCache:
         Their bytes are reusable once the last alias is gone and the work enqueued before is done. Returns how many
         shards were cached.
         """
-        return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
+        with process.no_interrupts:
+            return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
 
     def clear_node(self, node: str, keys: Iterable[Hashable] | None = None) -> int:
         """Drop the shards that came from `node`, or those of them that `keys` names; returns how many were cached."""
-        return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
+        with process.no_interrupts:
+            return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
 
     def scope(self, name: str = "") -> Scope:
         """A `with` whose end drops the shards that were fetched inside, as `clear` does, also if its body raises.
@@ -485,14 +488,15 @@ class TensorCache:
 
     def _drop(self, dropped: list[Entry]) -> int:
         """Let entries die, outside every lock, and start their bytes' way back to the free lists."""
-        count = len(dropped)
-        tensors = tensors_of(dropped)
-        dropped.clear()
-        if (engine := self._engine) is not None:
-            engine.husks.strip(tensors)
-            if count:
-                engine.pool.end_step()
-            engine.drain()
-            engine.reaper.wake()
-        self._publisher.soon()
-        return count
+        with process.no_interrupts:
+            count = len(dropped)
+            tensors = tensors_of(dropped)
+            dropped.clear()
+            if (engine := self._engine) is not None:
+                engine.husks.strip(tensors)
+                if count:
+                    engine.pool.end_step()
+                engine.drain()
+                engine.reaper.wake()
+            self._publisher.soon()
+            return count

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from gpu_cache.index.entry import Entry, Holding
 from gpu_cache.index.index import ShardIndex
+from gpu_cache.process import no_interrupts
 
 # A cache's innermost scope in a context. One for each cache: a scope is of one cache only.
 ScopeVariable = ContextVar[Holding | None]
@@ -67,9 +68,10 @@ class Scope:
         assert self._token is not None
         # A generator may leave it in another context, where nothing is to be set back. Where it was entered, a scope
         # that is over counts for nothing.
-        with contextlib.suppress(ValueError):
-            self._variable.reset(self._token)
-        self._drop(self._index().end_scope(self._holding))
+        with no_interrupts:
+            with contextlib.suppress(ValueError):
+                self._variable.reset(self._token)
+            self._drop(self._index().end_scope(self._holding))
 
     def __repr__(self) -> str:
         if self._holding is None or self.is_over:

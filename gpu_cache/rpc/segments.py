@@ -28,7 +28,7 @@ from gpu_cache.device.hostmem import POPULATE_WRITE, advise, mapped
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.high_water import HighWater
-from gpu_cache.process import forget_sockets, leave_to_parent
+from gpu_cache.process import forget_sockets, leave_to_parent, no_interrupts
 from gpu_cache.report.files import problem_of
 from gpu_cache.throttle import Throttle
 
@@ -180,7 +180,8 @@ class Segments:
         """
         found: list[Any] = []
         for together in _batches(sizes):
-            found += self._take_batch(together) or [None] * len(together)
+            with no_interrupts:
+                found += self._take_batch(together) or [None] * len(together)
         return found
 
     def locate(self, address: int, nbytes: int) -> tuple[int, int] | None:
@@ -199,23 +200,25 @@ class Segments:
         Args:
             ends_step: Whether shards were cleared: then segments go that the latest steps had no use for.
         """
-        with self._lock:
-            self._gather_locked()
-            self._high_water.pass_time(self._used_bytes)
-            is_over = ends_step and self._high_water.clear(self._used_bytes)
-            unused = self._surplus_locked() if is_over else []
-        for segment in unused:
-            segment.close()
+        with no_interrupts:
+            with self._lock:
+                self._gather_locked()
+                self._high_water.pass_time(self._used_bytes)
+                is_over = ends_step and self._high_water.clear(self._used_bytes)
+                unused = self._surplus_locked() if is_over else []
+            for segment in unused:
+                segment.close()
 
     def trim(self) -> bool:
         """Give every segment back that nothing uses; whether there was one."""
-        with self._lock:
-            self._gather_locked()
-            self._high_water.rest()
-            unused = self._surplus_locked()
-        for segment in unused:
-            segment.close()
-        return bool(unused)
+        with no_interrupts:
+            with self._lock:
+                self._gather_locked()
+                self._high_water.rest()
+                unused = self._surplus_locked()
+            for segment in unused:
+                segment.close()
+            return bool(unused)
 
     def descriptors(self, numbers: Sequence[int]) -> list[tuple[int, int, int]]:
         """Number, length and descriptor of segments; those that hold the shards of the caller stay open."""
@@ -230,7 +233,7 @@ class Segments:
 
     def stats(self) -> dict[str, int]:
         """`shared_bytes` in use, and `shared_reserved_bytes` taken from the system, of one moment."""
-        with self._lock:
+        with no_interrupts, self._lock:
             self._gather_locked()
             return {"shared_bytes": self._used_bytes, "shared_reserved_bytes": self._reserved_bytes}
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gpu_cache.errors import several
+from gpu_cache.process import no_interrupts
 from gpu_cache.rpc.segments import Segments
 from gpu_cache.rpc.wire.frame import OwnedShard
 from gpu_cache.rpc.wire.records import record_of
@@ -75,7 +76,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
             shard.number(next(self._numbers))
             self._describe(shard)
         replaced = []
-        with self._lock:
+        with no_interrupts, self._lock:
             now = self._now()
             for shard_id, shard in zip(shard_ids, shards, strict=True):
                 if (previous := self._entries.pop(shard_id, None)) is not None:
@@ -115,7 +116,7 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         """
         unwanted = several(shard_ids)
         removed = []
-        with self._lock:
+        with no_interrupts, self._lock:
             for shard_id in unwanted:
                 try:
                     entry = self._entries.pop(shard_id, None)

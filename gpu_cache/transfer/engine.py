@@ -78,8 +78,9 @@ class Engine:
 
     def drain(self) -> None:
         """Free the bytes that can be freed now."""
-        for pool in self.pools:
-            pool.drain()
+        with process.no_interrupts:
+            for pool in self.pools:
+                pool.drain()
 
     def offload(self) -> TrimReport:
         """Evict everything, and give back every slab of the device that no reader holds."""

@@ -24,13 +24,14 @@ from gpu_cache.errors import (
     combined,
     frameless,
     listed,
+    named_error,
     names_of,
 )
 from gpu_cache.index.entry import Claim, Entry, Holding, Promise, State
 from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
-from gpu_cache.process import OwnThread, no_collections, note_drainer
+from gpu_cache.process import OwnThread, no_collections, no_interrupts, note_drainer
 from gpu_cache.source import ShardReader, ShardSource, ShardSpec
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.host_tier import HostTier, ResidentReader
@@ -199,6 +200,25 @@ class ReaderTask:
             self._index.note_answer(self.reader.node, self._ended - self._began, transport)
 
 
+def _all_done(futures: Sequence[Future[Any]], deadline: float) -> bool:
+    """Wait until all are done, or the deadline is over; whether they are.
+
+    Ctrl-C raises while this waits for a lock of its own. `concurrent.futures.wait` may keep a lock of a future then:
+    the thread that resolves it would wait without end.
+    """
+    landed, left = threading.Lock(), list(range(len(futures)))
+    landed.acquire()
+
+    def one_done(_: object) -> None:
+        if left.pop() == 0:  # atomic: of several threads just one is the last
+            landed.release()
+
+    with no_interrupts:
+        for future in futures:
+            future.add_done_callback(one_done)
+    return landed.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+
+
 def _finish(level: Engine | HostTier) -> None:
     try:
         level.finish()
@@ -320,17 +340,18 @@ class Fetch:
                     logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
                     return engine
             except BaseException as error:  # Ctrl-C, say: no later call is to wait for a read of this one
-                self.cancel(error)
+                self.cancel(FetchError(f"Failed to fetch shards: their call ended by {named_error(error)}"))
                 raise
             self.keep_arrived()
 
     def wait(self) -> None:
         """Block until every shard is here or given up, at the latest until the deadline."""
-        if not (pending := self._pending()):
+        if not (self.tasks or self.claim.joined):
             return
         with profiled(WAIT):
-            is_late = concurrent.futures.wait(pending, max(0.0, self.deadline - time.monotonic())).not_done
-        if is_late:
+            pending = self._pending()
+            is_here = not pending or _all_done(pending, self.deadline)
+        if not is_here:
             late = self._late()
             self.cancel(late)
             now = time.monotonic()  # a joiner gives up late claims: their own calls, such as prefetches, may not wait
@@ -338,7 +359,8 @@ class Fetch:
 
     def hand_out(self) -> dict[Hashable, torch.Tensor]:
         """A tensor of every shard that is as the caller expects, by key. After `wait`."""
-        return {**self.claim.hits, **self._index.lend(self._arrived)} if self._arrived else self.claim.hits
+        with no_interrupts:
+            return {**self.claim.hits, **self._index.lend(self._arrived)} if self._arrived else self.claim.hits
 
     def keep_arrived(self) -> None:
         """Let go of failed shards; the next `begin` looks up only those. After `wait`."""
@@ -360,12 +382,13 @@ class Fetch:
         Returns:
             How many shards were not cached when it began.
         """
-        no_collections.leave()  # whatever interrupted the call
-        claim, self.tasks, self._arrived, self._written = self.claim, [], {}, []
-        self.claim = Claim(deadline=self.deadline, expected=claim.expected)
-        if claim.claimed or claim.joined:
-            self._index.release((*claim.claimed.values(), *claim.joined.values()))
-        return len(claim.claimed) + len(claim.joined)
+        with no_interrupts:
+            no_collections.leave()  # whatever interrupted the call
+            claim, self.tasks, self._arrived, self._written = self.claim, [], {}, []
+            self.claim = Claim(deadline=self.deadline, expected=claim.expected)
+            if claim.claimed or claim.joined:
+                self._index.release((*claim.claimed.values(), *claim.joined.values()))
+            return len(claim.claimed) + len(claim.joined)
 
     def promise(self) -> Future[int]:
         """A future of how many shards were not cached when it began. Lets go of everything once they are here."""
@@ -393,27 +416,30 @@ class Fetch:
 
         if not waiting:
             all_done()
-        for future in waiting:
-            future.add_done_callback(one_done)
+        with no_interrupts:
+            for future in waiting:
+                future.add_done_callback(one_done)
         return result
 
     def cancel(self, error: BaseException) -> None:
         """Give up on every claimed shard that has not arrived."""
-        for task in self.tasks:
-            task.cancel(error)
-        self._index.abort(self.claim.claimed.values(), error)
+        with no_interrupts:
+            for task in self.tasks:
+                task.cancel(error)
+            self._index.abort(self.claim.claimed.values(), error)
 
     def _look_up(self, keys: Sequence[Hashable]) -> None:
         """Claim the shards that are not in hand yet."""
         wanted = dict.fromkeys(keys)
         for held in self.claim.hits:
             del wanted[held]
-        self._index.claim(wanted, self.claim, hands_out=self._hands_out)
-        if self._keep:
-            self._index.keep(wanted, self.claim)
-        if self._holding is not None and self.claim.claimed:
-            claimed = self.claim.claimed.values()
-            self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
+        with no_interrupts:
+            self._index.claim(wanted, self.claim, hands_out=self._hands_out)
+            if self._keep:
+                self._index.keep(wanted, self.claim)
+            if self._holding is not None and self.claim.claimed:
+                claimed = self.claim.claimed.values()
+                self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
 
     def _start(self, source: ShardSource, level: Engine | HostTier) -> None:
         """Open readers for the claimed shards, and drain each in a thread; the last one in this, if it may be."""
@@ -424,27 +450,30 @@ class Fetch:
                     raise FetchError(
                         f"Failed to fetch shards: {reader.node} offers {names_of(foreign)} unasked, or twice"
                     )
-                entries = {key: left.pop(key) for key in reader.keys}
-                self.tasks.append(
-                    ReaderTask(reader, entries, level, self.deadline, self._live, may_overflow=self._hands_out)
-                )
+                with no_interrupts:
+                    entries = {key: left.pop(key) for key in reader.keys}
+                    self.tasks.append(
+                        ReaderTask(reader, entries, level, self.deadline, self._live, may_overflow=self._hands_out)
+                    )
             if left:
                 unoffered = FetchError(f"Failed to fetch shards {names_of(left)}: no source offers them")
                 self._index.abort(left.values(), unoffered)
             num_own = int(self._drains_last)
-            for task in self.tasks[: len(self.tasks) - num_own]:
-                task.start()
+            with no_interrupts:
+                for task in self.tasks[: len(self.tasks) - num_own]:
+                    task.start()
             if self._index.is_closed:  # after the tasks are known to `close`
                 self.cancel(CacheClosedError())
             for task in self.tasks[len(self.tasks) - num_own :]:
                 note_drainer()
                 task.run()
         except BaseException as error:
-            self.cancel(error)
-            for task in self.tasks:
-                if task.take_over():
-                    self._live.discard(task)
-                    task.end(error)
+            with no_interrupts:
+                self.cancel(error)
+                for task in self.tasks:
+                    if task.take_over():
+                        self._live.discard(task)
+                        task.end(error)
             raise
 
     @property
@@ -477,11 +506,12 @@ class Fetch:
         raise TransferError(f"cannot fetch {key!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _pending(self) -> list[Future[Any]]:
-        pending: list[Future[Any]] = [task.done for task in self.tasks if not task.done.done()]
-        for entry in self.claim.joined.values():
-            if (landed := entry.flight.landed) is not None:
-                pending.append(landed)
-        return pending
+        with no_interrupts:
+            pending: list[Future[Any]] = [task.done for task in self.tasks if not task.done.done()]
+            for entry in self.claim.joined.values():
+                if (landed := entry.flight.landed) is not None:
+                    pending.append(landed)
+            return pending
 
     def _of_others(self) -> Iterable[Entry]:
         """Entries that another call is to bring, to here or to the level below."""

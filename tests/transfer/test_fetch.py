@@ -579,20 +579,20 @@ def test_a_class_is_no_source(cache: TensorCache) -> None:
 
 def test_a_call_that_is_interrupted_cuts_its_reads(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while it waits. The next call does not wait for them, and one that did asks for itself."""
-    shards, ctrl_c, threads = some_tensors(1), threading.Event(), list[int]()
+    shards, ctrl_c, waits, all_done = some_tensors(1), threading.Event(), list[int](), fetch._all_done
     (key,), slow, own = shards, DictSource(shards), DictSource(shards)
     readers = gated(slow)
 
-    def waiting(futures: Iterable[Future[object]], timeout: float | None = None) -> object:
-        threads.append(threading.get_ident())
-        if len(threads) == 1:
+    def waiting(futures: Sequence[Future[object]], deadline: float) -> bool:
+        waits.append(threading.get_ident())
+        if len(waits) == 1:
             assert ctrl_c.wait(30)
             raise KeyboardInterrupt
-        return wait(futures, timeout)
+        return all_done(futures, deadline)
 
-    monkeypatch.setattr(fetch.concurrent.futures, "wait", waiting)
+    monkeypatch.setattr(fetch, "_all_done", waiting)
     interrupted = in_background(lambda: cache.get_many([key], slow))
-    eventually(lambda: bool(threads and readers) and readers[0].has_arrived.is_set())
+    eventually(lambda: bool(waits and readers) and readers[0].has_arrived.is_set())
     joining = in_background(lambda: cache.get_many([key], own))
     eventually(lambda: cache.buffer_stats()["joined"] == 1)
     ctrl_c.set()
