@@ -159,6 +159,7 @@ def carve(
 
 @functools.lru_cache(_LAYOUTS)
 def _layout_of(shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+    shape = tuple(map(int, shape))  # True is found as 1 is, and torch refuses it
     if any(length < 0 for length in shape):
         raise ValueError(f"shape {shape} has a negative length")
     strides = tuple(math.prod(max(1, length) for length in shape[number:]) for number in range(1, len(shape) + 1))

@@ -195,6 +195,14 @@ def test_a_scalar_and_a_single_byte_are_blocks_too() -> None:
     assert list(freed) == [scalar_lease, byte_lease]
 
 
+def test_a_length_may_be_true_which_is_one() -> None:
+    arena, freed = torch.zeros(1024, dtype=torch.uint8), deque[Lease]()
+    with plain_tensors():
+        first, _lease = carved(arena, 0, 17, arena, (True, 17), freed)
+        other, _lease_too = carved(arena, 512, 17, arena, (1, 17), freed)
+    assert first.shape == other.shape == (1, 17)
+
+
 def test_the_counter_tells_whether_a_block_is_held() -> None:
     counter, block = AliasCounter(), Block()
     assert block.base is not None

@@ -198,6 +198,12 @@ def test_a_header_is_recognised_with_other_serials() -> None:
             assert is_serial or not foreseen.is_of(header[:at] + b"#" + header[at + 1 :], length), at
 
 
+def test_a_reader_that_expects_a_length_of_true_leaves_the_headers_of_owners_alone() -> None:
+    frames.described(torch.float32, (True, 19), 76)
+    tensor = torch.arange(19.0).reshape(1, 19)
+    assert same_bits(decode_frame(framed(("a", tensor)))["a"], tensor)
+
+
 def test_an_empty_frame_is_a_frame() -> None:
     assert decode_frame(framed()) == {}
 

@@ -227,11 +227,12 @@ class MemoryConnection:
 
     def _add_segments(self, segments: list[tuple[int, int, int]], header: Header, descriptors: list[int]) -> None:
         """Add those of one message; their descriptors also where the message is none."""
+        begin, number = len(segments), len(descriptors)
         segments += [(0, 0, descriptor) for descriptor in descriptors]
-        if not len(descriptors) == header.number == header.nbytes // SEGMENT.size:
-            raise WireError(f"{len(descriptors)} descriptors for {header.number:,} segments")
+        if (header.number, header.nbytes) != (number, number * SEGMENT.size):
+            raise WireError(f"{number} descriptors for {header.number:,} segments in {header.nbytes:,} bytes")
         listed = SEGMENT.iter_unpack(self._body(header.nbytes))
-        segments[-len(descriptors) :] = [(*one, fd) for one, fd in zip(listed, descriptors, strict=True)]
+        segments[begin:] = [(*one, fd) for one, fd in zip(listed, descriptors, strict=True)]
 
     def _header(self) -> tuple[Header, list[int]]:
         """The beginning of a message, and the descriptors that came with it."""

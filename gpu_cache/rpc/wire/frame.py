@@ -222,7 +222,8 @@ def described(dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> str:
         KeyError: The dtype does not travel.
     """
     name = _NAMES[dtype]
-    return f'"dtype":"{name}","shape":{list(shape)}' if name else f'"dtype":"U8","shape":[{nbytes}]'
+    # A promised (True, 2) finds what (1, 2) left here, and the other way round.
+    return f'"dtype":"{name}","shape":{list(map(int, shape))}' if name else f'"dtype":"U8","shape":[{nbytes}]'
 
 
 def _by_dtype(shards: Iterable[Described]) -> dict[torch.dtype, list[int]]:
