@@ -78,7 +78,7 @@ native: $(READY)
 	GPU_CACHE_NATIVE=1 $(PY) -m pytest tests/native tests/pool/test_lease.py tests/pool/test_slab.py tests/index/test_loans.py tests/index/test_index.py $(ARGS)
 
 scripts: $(READY)
-	$(PY) -m pytest -m "scripts and not slow and not stress" $(PARALLEL) $(ARGS)
+	$(PY) -m pytest -m "scripts and not slow" $(PARALLEL) $(ARGS)
 
 # In C++ where a compiler is; `make bench GPU_CACHE_NATIVE=0` times what Python does without it.
 bench: export GPU_CACHE_NATIVE_DIR := $(CURDIR)/.venv/native

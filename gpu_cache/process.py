@@ -166,15 +166,24 @@ class InterruptPause:
         if self._depth and threading.get_ident() == threading.main_thread().ident:
             self._depth -= 1
             if self._depth == 0:
-                _signal.signal(signal.SIGINT, self._handler)
-                if self._has_come:
-                    self._handler(signal.SIGINT, None)
+                try:
+                    self._give_back()
+                finally:
+                    if self._has_come:
+                        self._handler(signal.SIGINT, None)
 
     def forget(self) -> None:
         """Give the signal back in a child, if another thread forked it while the main one was inside."""
         if self._depth:
             self._depth = 0
+            self._give_back()
+
+    def _give_back(self) -> None:
+        try:
             _signal.signal(signal.SIGINT, self._handler)
+        except BaseException:  # of another signal's handler, which ran before this could be done
+            _signal.signal(signal.SIGINT, self._handler)
+            raise
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._has_come:

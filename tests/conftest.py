@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr:
         return
     for item in items:
-        for name in ("slow", "stress", "scripts"):
+        for name in ("slow", "scripts"):
             if item.get_closest_marker(name) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"long; run with -m {name}"))
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import FrameType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ def use(cache: TensorCache) -> None:
     cache.put("own", SHARDS["a"])
     with cache.scope("step"):
         cache.get_many(["a"], TwoNodes())
-    cache.prefetch(["b"], TwoNodes()).result(30)
+    cache.prefetch(["b"], TwoNodes())
+    cache.get_many(["b"], TwoNodes())  # waits for it; the wait of a future itself does not bear Ctrl-C at each step
     cache.clear()
 
 
@@ -120,6 +122,26 @@ def test_the_first_ctrl_c_in_a_pause_raises_at_its_end_and_the_second_at_once(
     assert steps == expected
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     in_pauses([], steps)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_another_signal_that_raises_as_a_pause_ends_keeps_neither_ctrl_c_nor_its_handler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class RaisingOnce:
+        getsignal = staticmethod(signal.getsignal)
+        calls: ClassVar[list[object]] = []
+
+        def signal(self, number: int, handler: Any) -> object:
+            self.calls.append(handler)
+            if len(self.calls) == 2:
+                raise SystemExit(143)
+            return signal.signal(number, handler)
+
+    monkeypatch.setattr(process, "_signal", RaisingOnce())
+    with pytest.raises(KeyboardInterrupt) as caught:
+        in_pauses([signal.SIGINT], [])
+    assert isinstance(caught.value.__context__, SystemExit)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
