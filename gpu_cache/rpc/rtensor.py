@@ -571,7 +571,7 @@ def _ids(shard_ids: Iterable[Any]) -> list[Any]:
     """
     is_handle = isinstance(shard_ids, RTensor | TensorShardInfo | dict)
     wanted = [shard_ids] if is_handle else several(shard_ids)
-    if is_handle or not {RTensor, TensorShardInfo}.isdisjoint(map(type, wanted)):
+    if is_handle or any(issubclass(kind, RTensor | TensorShardInfo) for kind in set(map(type, wanted))):
         kind = next(type(one).__name__ for one in wanted if isinstance(one, RTensor | TensorShardInfo | dict))
         raise TypeError(f"shard ids are expected, not a {kind}: flatten_shard_ids(...) lists those of handles")
     return wanted

@@ -161,7 +161,20 @@ def test_shards_to_keep_are_no_leak(users_backend: UsersBackend) -> None:
     assert (buffer_stats()["num_entries"], buffer_stats()["outlived_entries"]) == (3, 0)
 
 
-@pytest.mark.parametrize("wrap", [lambda one: [one], lambda one: [one.shard], lambda one: {"a": one}, lambda one: one])
+class UsersHandle(RTensor):
+    """A user's own class of handles."""
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda one: [one],
+        lambda one: [one.shard],
+        lambda one: {"a": one},
+        lambda one: one,
+        lambda one: [UsersHandle(one.shard, one.data)],
+    ],
+)
 def test_handles_in_the_place_of_shard_ids_are_refused(wrap: Any) -> None:
     """A clear that passed them over would be a leak."""
     handles = wrap(remote("h:1", "a", TWO))
