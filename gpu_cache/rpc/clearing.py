@@ -136,7 +136,7 @@ class _Target:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise TimeoutError(f"no answer within {timeout_s:.1f} s") from error
+            raise TimeoutError(f"no answer within {timeout_s:g} s") from error
 
     def _call(self, consumer: Consumer) -> Any:
         self.is_in_call = True

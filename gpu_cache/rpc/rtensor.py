@@ -573,7 +573,7 @@ def _ids(shard_ids: Iterable[Any]) -> list[Any]:
     wanted = [shard_ids] if is_handle else several(shard_ids)
     if is_handle or any(issubclass(kind, RTensor | TensorShardInfo) for kind in set(map(type, wanted))):
         kind = next(type(one).__name__ for one in wanted if isinstance(one, RTensor | TensorShardInfo | dict))
-        raise TypeError(f"shard ids are expected, not a {kind}: flatten_shard_ids(...) lists those of handles")
+        raise TypeError(f"shard ids are expected, not {kind}: flatten_shard_ids(...) lists those of handles")
     return wanted
 
 

@@ -557,4 +557,4 @@ class Fetch:
     def _late(self) -> FetchTimeoutError:
         waited_for = {task.reader.node: None for task in self.tasks if task.reader.node and not task.done.done()}
         nodes = f" from {listed(waited_for)}" if waited_for else ""
-        return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:.1f} s")
+        return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:g} s")

@@ -157,7 +157,7 @@ def test_an_error_says_that_a_written_copy_was_dropped(cache: TensorCache, sourc
 def test_a_written_shard_of_a_hanging_owner_fails_in_time(cache: TensorCache, source: DictSource) -> None:
     cache.get_many(["a"], source)[0].fill_(7)
     readers = gated(source)
-    with pytest.raises(FetchError, match="not here within 0.1 s .*" + DROPPED.format("'a'")):
+    with pytest.raises(FetchError, match="not here within 0.05 s .*" + DROPPED.format("'a'")):
         cache.get_many(["a"], source, timeout_s=0.05)
     readers[0].gate.set()
     eventually(lambda: not cache._tasks)

@@ -183,9 +183,9 @@ def test_handles_in_the_place_of_shard_ids_are_refused(wrap: Any) -> None:
         rtensor.clear_fetch_buffer,
         lambda ids: asyncio.run(RTensor.clear_node("h", ids)),
     ):
-        with pytest.raises(TypeError, match=r"shard ids are expected, not a \w+: flatten_shard_ids"):
+        with pytest.raises(TypeError, match=r"shard ids are expected, not \w+: flatten_shard_ids"):
             call(handles)
-    with pytest.raises(TypeError, match="shard ids are expected, not a RTensor"):
+    with pytest.raises(TypeError, match="shard ids are expected, not RTensor"):
         rtensor.remove(remote("h:1", "a", TWO))
 
 
