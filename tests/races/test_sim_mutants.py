@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig
+from gpu_cache.pool import block, lease
 from tests.support.sim_memory_mutants import MEMORY_MUTANTS
 from tests.support.sim_mutant import Mutant
 from tests.support.sim_mutation_mutants import MUTATION_MUTANTS
@@ -64,6 +65,8 @@ def test_a_mutant_is_seen(mutant: Mutant, enough: int, monkeypatch: pytest.Monke
         table.append(f"{mutant.title:<52} skipped: harmless on torch {torch.__version__}")
         pytest.skip(f"does no harm on torch {torch.__version__}, only on {mutant.torch}x")
     calls: list[None] = []
+    for module in (block, lease):
+        monkeypatch.setattr(module, "blocks", None)  # faults of blocks are planted in Python
     monkeypatch.setattr(mutant.owner, mutant.name, mutant.replacement(calls))
     config = TIERED if mutant in TIER_MUTANTS else SMALL_SLOTS if mutant.name == "abandon" else CONFIG
     seen = list(series_that_see(config, enough))
