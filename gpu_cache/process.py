@@ -173,7 +173,7 @@ class InterruptPause:
                         self._handler(signal.SIGINT, None)
 
     def forget(self) -> None:
-        """Give the signal back in a child, if another thread forked it while the main one was inside."""
+        """Give the signal back amid a pause: at a second Ctrl-C, or in a child that another thread forked."""
         if self._depth:
             self._depth = 0
             self._give_back()

@@ -137,11 +137,11 @@ def carve_shards(
         blocks.carve_all(storage, slab, first, specs, offsets, ALIGNMENT, templates, freed.append, leases, copies)
         return copies
     for spec, relative in zip(specs, offsets, strict=True):
-        offset, key, nbytes = first + relative, spec.key, spec.nbytes
+        offset, nbytes = first + relative, spec.nbytes
         base, twin, lease = carve(storage, offset, nbytes, templates[spec.dtype], spec.shape, freed.append)
-        lease.key, lease.slab, lease.offset, lease.nbytes = key, slab, offset, -(-nbytes // ALIGNMENT) * ALIGNMENT
+        lease.key, lease.slab, lease.offset, lease.nbytes = spec.key, slab, offset, aligned(nbytes)
         leases[offset] = lease
-        copies.append(Copy(key, base, lease, nbytes, twin, None, (base if twin is None else twin)._version))
+        copies.append(Copy(spec.key, base, lease, nbytes, twin, None, (base if twin is None else twin)._version))
     return copies
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -109,7 +108,7 @@ class ReaderTask:
     def wait(self, deadline: float) -> None:
         """Wait until its thread has ended or is done with it. Does not wait if the caller is that thread."""
         if self._drained_by != threading.get_ident():
-            concurrent.futures.wait([self.done], max(0.0, deadline - time.monotonic()))
+            _all_done([self.done], deadline)
         if self._thread is not None:
             self._thread.wait(deadline)
 
@@ -206,17 +205,25 @@ def _all_done(futures: Sequence[Future[Any]], deadline: float) -> bool:
     Ctrl-C raises while this waits for a lock of its own. `concurrent.futures.wait` may keep a lock of a future then:
     the thread that resolves it would wait without end.
     """
-    landed, left = threading.Lock(), list(range(len(futures)))
+    landed = threading.Lock()
     landed.acquire()
+    _when_done(futures, landed.release)
+    return landed.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+
+
+def _when_done(futures: Sequence[Future[Any]], then: Callable[[], object]) -> None:
+    """Call `then` once all are done: in the thread that ends the last of them, or at once."""
+    left = list(range(len(futures)))
+    if not left:
+        then()
 
     def one_done(_: object) -> None:
         if left.pop() == 0:  # atomic: of several threads just one is the last
-            landed.release()
+            then()
 
     with no_interrupts:
         for future in futures:
             future.add_done_callback(one_done)
-    return landed.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
 
 
 def _finish(level: Engine | HostTier) -> None:
@@ -349,8 +356,7 @@ class Fetch:
         if not (self.tasks or self.claim.joined):
             return
         with profiled(WAIT):
-            pending = self._pending()
-            is_here = not pending or _all_done(pending, self.deadline)
+            is_here = _all_done(self._pending(), self.deadline)
         if not is_here:
             late = self._late()
             self.cancel(late)
@@ -394,8 +400,6 @@ class Fetch:
         """A future of how many shards were not cached when it began. Lets go of everything once they are here."""
         result: Future[int] = Future()
         result.set_running_or_notify_cancel()
-        waiting = self._pending()
-        left = list(range(len(waiting)))
 
         def all_done() -> None:
             error: Exception | None = None
@@ -410,15 +414,7 @@ class Fetch:
             else:
                 result.set_exception(error)
 
-        def one_done(_: object) -> None:
-            if left.pop() == 0:  # atomic: of several threads just one is the last
-                all_done()
-
-        if not waiting:
-            all_done()
-        with no_interrupts:
-            for future in waiting:
-                future.add_done_callback(one_done)
+        _when_done(self._pending(), all_done)
         return result
 
     def cancel(self, error: BaseException) -> None:
@@ -506,12 +502,8 @@ class Fetch:
         raise TransferError(f"cannot fetch {key!r}{why} ({len(missing)} in all) during CUDA graph capture")
 
     def _pending(self) -> list[Future[Any]]:
-        with no_interrupts:
-            pending: list[Future[Any]] = [task.done for task in self.tasks if not task.done.done()]
-            for entry in self.claim.joined.values():
-                if (landed := entry.flight.landed) is not None:
-                    pending.append(landed)
-            return pending
+        landed = [entry.flight.landed for entry in self.claim.joined.values()]
+        return [task.done for task in self.tasks] + [one for one in landed if one is not None]
 
     def _of_others(self) -> Iterable[Entry]:
         """Entries that another call is to bring, to here or to the level below."""
@@ -555,6 +547,7 @@ class Fetch:
         return combined(failures, num_wanted, why if mutated else "", entry.node if entry is not None else "")
 
     def _late(self) -> FetchTimeoutError:
-        waited_for = {task.reader.node: None for task in self.tasks if task.reader.node and not task.done.done()}
+        with no_interrupts:  # Ctrl-C amid `done` would keep the lock of a future
+            waited_for = {task.reader.node: None for task in self.tasks if task.reader.node and not task.done.done()}
         nodes = f" from {listed(waited_for)}" if waited_for else ""
         return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:g} s")

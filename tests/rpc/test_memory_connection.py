@@ -39,7 +39,7 @@ def num_open(descriptor: int) -> int:
 
 
 def error_of(path: Path, messages: Sequence[tuple[bytes, Sequence[int]]]) -> str:
-    """What a client says of an owner that greets it, and then sends these messages with their descriptors."""
+    """The client's reason against an owner that greets it and sends these messages with their descriptors."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()

@@ -59,7 +59,7 @@ class OutOfReachError(Exception):
     """The owner's memory cannot be read, for the reason given; its shards come over HTTP."""
 
 
-# What ends a read of memory; `reason_of` says it in words.
+# Errors that end a read of memory; `reason_of` puts them in words.
 FAULTS = (OutOfReachError, OSError, WireError)
 
 

@@ -206,7 +206,7 @@ class Requester:
     def release(self) -> None:
         """Give connection and place back for others; the connection is closed if its last answer was not read."""
         connection, self._connection = self._connection, None
-        # Looked at after _connection was emptied: what others may get is never cut.
+        # `cancel` sets the event, then cuts _connection. That is empty by now: it cuts no connection that others get.
         if connection is not None and not self._cancelled.is_set():
             self._pool.release(connection, self._place)
             return
