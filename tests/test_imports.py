@@ -27,7 +27,7 @@ RANKS_OF_RPC = [
     {"wire", "segments"},
     {"store", "clearing", "trimming"},
     {"client"},
-    {"runtime", "views"},
+    {"runtime", "storing", "views"},
     {"rtensor"},
     {"server"},
     {"adopt", "node_cache"},

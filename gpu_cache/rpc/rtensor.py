@@ -6,9 +6,7 @@ import copy
 import dataclasses
 import math
 import operator
-import os
 import threading
-import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
@@ -21,10 +19,9 @@ from gpu_cache import Promise
 from gpu_cache.config import OnError, Prefer
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.errors import several
-from gpu_cache.process import no_collections
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
-from gpu_cache.rpc.client.backend import RTensorBackend, StoringMany, take_back
+from gpu_cache.rpc.client.backend import RTensorBackend
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.shard import (
@@ -38,16 +35,15 @@ from gpu_cache.rpc.shard import (
     ShardTimeoutError,
     ShardUnreachableError,
     TensorShardInfo,
-    check_has_text_form,
+    check_owners,
     collect_leaves,
-    leaf_paths,
     map_leaves,
     promise_of,
 )
-from gpu_cache.rpc.store import owned_copy
-from gpu_cache.rpc.trimming import trim_padding
+from gpu_cache.rpc.storing import check_all_travel, stored
 from gpu_cache.rpc.views import FetchBufferView, StorageStatsView, StorageView
-from gpu_cache.rpc.wire.serialization import DTYPES, check_stored, checked_shape, meta_tensor, register_dataclass
+from gpu_cache.rpc.wire.handles import MetaState, described_handle, is_message, parsed_handle
+from gpu_cache.rpc.wire.serialization import HANDLE_PATH, SHARD_PATH, check_stored, meta_tensor, register_dataclass
 
 __all__ = [
     "ClearReport",
@@ -276,7 +272,7 @@ class RTensor:
             A future of the number of shards on their way. It need not be waited for.
         """
         remote = [handle for handle in _handles_in(obj) if _is_remote(handle)]
-        _check_owners(remote)
+        check_owners(handle.shard for handle in remote)
         promises = {handle.shard.shard_id: handle._promise for handle in remote}
         return runtime.current().prefetch(remote, promises, timeout_s, prefer, keep)
 
@@ -297,9 +293,9 @@ class RTensor:
             ValueError: The backend is HTTP, and `node_addr` is no such address.
         """
         with plain_tensors():
-            if _check_all_travel(obj):
+            if check_all_travel(obj):
                 runtime.current().check_owner(node_addr)
-            handles = _stored(obj, node_addr, get_backend())
+            handles = stored(obj, node_addr, get_backend(), RTensor._remote)
         runtime.current().note_owner(node_addr)
         return handles
 
@@ -347,7 +343,7 @@ class RTensor:
         return await ending.clear(shards, _clear_owner, consumers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shard": self.shard, "data": _MetaState(*self._described())}
+        return {"shard": self.shard, "data": MetaState(*self._described())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.shard, self.data = state["shard"], state["data"]
@@ -388,69 +384,23 @@ class _MetaTensor:
 RTensor.data = _MetaTensor()  # type: ignore[assignment]  # in the place of an attribute that a handle lacks
 
 
-class _MetaState:
-    """A meta tensor in a pickle, as torch itself writes one: Ray's option for tensors without a copy takes no other."""
-
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self._dtype, self._shape = dtype, tuple(shape)
-
-    def __reduce__(self) -> Any:
-        shape = self._shape
-        strides = [1]
-        for extent in reversed(shape[1:]):
-            strides.append(strides[-1] * max(extent, 1))
-        strides = strides[::-1] if shape else []
-        return torch._utils._rebuild_meta_tensor_no_storage, (self._dtype, shape, tuple(strides), False)
-
-
-_SHARD_WIRE_NAME = "areal.infra.rpc.rtensor.TensorShardInfo"
-
-
-def handle_to_json(handle: RTensor) -> dict[str, Any] | None:
-    """Encode a handle as AReaL's codec does, without its values; None if its id is no text.
-
-    Raises:
-        TypeError: Its shard is in Ray's object store.
-    Source: our measurement; this takes 8 us a handle, AReaL's 56 to 150. Reading one takes 15 instead of 55 to 90.
-    """
-    shard, (dtype, shape) = handle.shard, handle._described()
-    if type(shard.shard_id) is not str:
-        return None
-    check_has_text_form(shard.shard_id)
-    place = {"shard_id": shard.shard_id, "node_addr": shard.node_addr}
-    meta = {"type": "tensor", "data": None, "shape": list(shape), "dtype": str(dtype)}
-    described = {"type": "dataclass", "class_path": _SHARD_WIRE_NAME, "data": place}
-    return {"type": "dataclass", "class_path": _WIRE_NAME, "data": {"shard": described, "data": meta}}
-
-
-def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
-    """The handle that AReaL's codec described; None for anything else, and for one that has values or no text as id."""
-    try:
-        if value["class_path"] != _WIRE_NAME or value["type"] != "dataclass":
-            return None
-        described = value["data"]
-        shard, meta = described["shard"], described["data"]
-        place = shard["data"]
-        shard_id, node_addr, shape = place["shard_id"], place["node_addr"], meta["shape"]
-        is_remote = meta["type"] == "tensor" and meta["data"] is None and shard["class_path"] == _SHARD_WIRE_NAME
-        dtype, is_whole = DTYPES.get(meta["dtype"].removeprefix("torch.")), len(described) == len(place) == 2
-        if not (is_remote and dtype and is_whole and type(shard_id) is type(node_addr) is str):
-            return None
-        extents, _ = checked_shape(list(shape) if isinstance(shape, tuple) else shape, dtype.itemsize)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return None
-    return RTensor._remote(TensorShardInfo(shard_id, node_addr), dtype, extents)
-
-
-_DICT_OR_TENSOR: Any = (dict, torch.Tensor)
 _TEXT_OR_TENSOR: Any = (str, torch.Tensor)
 _DATA_OF = operator.attrgetter("data")
 _META = torch.device("meta")
 
-_WIRE_NAME = "areal.infra.rpc.rtensor.RTensor"
 
-register_dataclass(_WIRE_NAME, RTensor, handle_from_json)
-register_dataclass(_SHARD_WIRE_NAME, TensorShardInfo)
+def handle_to_json(handle: RTensor) -> dict[str, Any] | None:
+    """Encode a handle; see `described_handle`."""
+    return described_handle(handle.shard, *handle._described())
+
+
+def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
+    """The handle that a message describes; see `parsed_handle`."""
+    return None if (found := parsed_handle(value)) is None else RTensor._remote(*found)
+
+
+register_dataclass(HANDLE_PATH, RTensor, handle_from_json)
+register_dataclass(SHARD_PATH, TensorShardInfo)
 
 
 async def _clear_owner(node_addr: str, shard_ids: list[Any]) -> Any:
@@ -597,23 +547,16 @@ def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
 def _handles_in(obj: Any) -> list[RTensor]:
     """The handles in nested containers; warns of a message that was not deserialized, which has none."""
     handles = collect_leaves(obj, RTensor)
-    if not handles and _is_message(obj):
+    if not handles and is_message(obj):
         text = "this is a message as it travels, without handles: call deserialize_value on it first"
         warnings.warn(text, stacklevel=3)
     return handles
 
 
-def _is_message(obj: Any) -> bool:
-    """Whether serialized handles are in it; of a list or tuple only the first item is looked at."""
-    if isinstance(obj, dict):
-        return obj.get("class_path") == _WIRE_NAME or any(map(_is_message, obj.values()))
-    return isinstance(obj, (list, tuple)) and bool(obj) and _is_message(obj[0])
-
-
 def _warn_of_no_handles(obj: Any) -> None:
     """Warn that a clear of tensors, of ids, or of an object that is no container, clears nothing: a leak."""
     is_known = obj is None or isinstance(obj, dict | list | tuple)
-    if not is_known or (collect_leaves(obj, _TEXT_OR_TENSOR) and not _is_message(obj)):
+    if not is_known or (collect_leaves(obj, _TEXT_OR_TENSOR) and not is_message(obj)):
         text = "nothing is cleared: there are no handles in this; pass those that localize got, not tensors or ids"
         warnings.warn(text, stacklevel=3)
 
@@ -662,7 +605,7 @@ def _fill_repeated(
     remote: Sequence[RTensor], timeout_s: float | None, on_error: OnError, prefer: Prefer, keep: bool
 ) -> None:
     """Fill handles of which some have one shard. If those promise different things, each promise is asked for alone."""
-    _check_owners(remote)
+    check_owners(handle.shard for handle in remote)
     promised: dict[Hashable, dict[Hashable, list[RTensor]]] = {}
     for handle in remote:
         groups = promised.setdefault(handle.shard.shard_id, {})
@@ -676,76 +619,3 @@ def _fill_repeated(
             if tensor is not None:
                 for handle in group:
                     handle.data = tensor
-
-
-def _check_owners(handles: Iterable[RTensor]) -> None:
-    """Refuse handles that give one shard id two owners.
-
-    Raises:
-        ShardConflictError: There are some; nothing was fetched.
-    """
-    owners: dict[Hashable, str] = {}
-    for handle in handles:
-        shard_id, owner = handle.shard.shard_id, handle.shard.node_addr
-        if (known := owners.setdefault(shard_id, owner)) != owner:
-            raise ShardConflictError(
-                f"Failed to fetch shard {shard_id}: handles of one call say that {known} owns it, and that {owner} "
-                "does; an id means one shard of one owner"
-            )
-
-
-def _check_all_travel(obj: Any) -> bool:
-    """Refuse tensors that do not travel; whether there are any tensors."""
-    tensors = collect_leaves(obj, torch.Tensor)
-    for tensor in tensors:
-        try:
-            check_stored(tensor)
-        except TypeError as error:
-            path = next(path for path, leaf in leaf_paths(obj, torch.Tensor, "obj") if leaf is tensor)
-            raise TypeError(f"cannot remotize {path}: {error} (nothing was stored)") from None
-    return bool(tensors)
-
-
-def _stored(obj: Any, node_addr: str, backend: RTensorBackend) -> Any:
-    """The containers with handles in the place of tensors, which the backend has."""
-    trimmed = map_leaves(obj, _DICT_OR_TENSOR, _trimmed)
-    leaves = collect_leaves(trimmed, torch.Tensor)
-    stored: list[Any] = []
-    try:
-        if isinstance(backend, StoringMany) and hasattr(type(backend), "store_many"):
-            places = list(backend.store_many(leaves))
-            stored += [place.shard_id for place in places]
-        else:
-            _store_each(backend, leaves, stored)
-            places = [TensorShardInfo(shard_id, node_addr) for shard_id in stored]
-        left = iter(places)
-        return map_leaves(trimmed, torch.Tensor, lambda leaf: RTensor._remote(next(left), leaf.dtype, leaf.shape))
-    except BaseException:
-        no_collections.leave()  # whatever interrupted it
-        take_back(backend, node_addr, stored)
-        raise
-
-
-_OWN_STORE = HttpRTensorBackend.store  # a user may have replaced it, in a subclass or in one object
-
-
-def _store_each(backend: RTensorBackend, tensors: Sequence[torch.Tensor], stored: list[Any]) -> None:
-    """Store copies; `stored` gets the ids of those that are. Those of this project's HTTP backend lie side by side."""
-    shards = backend.shards if isinstance(backend, HttpRTensorBackend) else None
-    if shards is not None and getattr(backend.store, "__func__", None) is _OWN_STORE:
-        with no_collections:
-            drawn = os.urandom(16 * len(tensors))  # at once: each call gives the GIL away
-            stored += [str(uuid.UUID(bytes=drawn[at : at + 16], version=4)) for at in range(0, len(drawn), 16)]
-            shards.put_copies(stored, tensors)
-        return
-    # Each copy is let go as it is stored.
-    copies = ([owned_copy(tensor) for tensor in tensors] if shards is None else shards.copies(tensors))[::-1]
-    while copies:
-        stored.append(backend.store(copies.pop()))
-
-
-def _trimmed(leaf: Any) -> Any:
-    """A tensor as it is; a dict, to any depth, without trailing padding."""
-    if not isinstance(leaf, dict):
-        return leaf
-    return {key: map_leaves(value, _DICT_OR_TENSOR, _trimmed) for key, value in trim_padding(leaf).items()}

@@ -196,6 +196,22 @@ def nbytes_of(promise: Promise) -> int:
     return math.prod(promise[1]) * promise[0].itemsize
 
 
+def check_owners(shards: Iterable[TensorShardInfo]) -> None:
+    """Refuse shards of one id and two owners.
+
+    Raises:
+        ShardConflictError: There are some.
+    """
+    owners: dict[Hashable, str] = {}
+    for shard in shards:
+        shard_id, owner = shard.shard_id, shard.node_addr
+        if (known := owners.setdefault(shard_id, owner)) != owner:
+            raise ShardConflictError(
+                f"Failed to fetch shard {shard_id}: handles of one call say that {known} owns it, and that {owner} "
+                "does; an id means one shard of one owner"
+            )
+
+
 def answer_error(key: Hashable, promised: Promise, found: Promise) -> ShardAnswerError:
     """The error of a shard that is not what its handle promises."""
     return ShardAnswerError(f"Failed to fetch shard {key}{broken_promise(promised, found)}")

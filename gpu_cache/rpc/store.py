@@ -209,12 +209,6 @@ def copied(tensor: torch.Tensor, memory: Any = None) -> OwnedShard:
     return shard
 
 
-def owned_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense copy in host memory of torch's, which its owner may resize."""
-    plain = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return plain.resolve_conj().resolve_neg()
-
-
 def _address(memory: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -78,11 +76,6 @@ class BoundedCall(Generic[ResultT]):
             self._outcome.set_result(result)
 
 
-_TAKE_BACK_S = 10.0  # a deletion after a failure is waited for so long
-
-logger = logging.getLogger(__name__)
-
-
 @runtime_checkable
 class RTensorBackend(Protocol):
     """Upstream's backend interface; a user's own class with these three methods works with the cache."""
@@ -108,22 +101,6 @@ class StreamingBackend(Protocol):
             shards: The place of each.
             expected: The promise of each handle, where known.
         """
-
-
-@runtime_checkable
-class TakingBack(Protocol):
-    """A backend that can forget at once what it has just stored."""
-
-    def take_back(self, shard_ids: Sequence[Any]) -> None:
-        """Forget it. Called by the owner, and not for what others may know of."""
-
-
-@runtime_checkable
-class StoringMany(Protocol):
-    """A backend that keeps the tensors of a call together, and copies them itself."""
-
-    def store_many(self, tensors: Sequence[torch.Tensor]) -> Sequence[TensorShardInfo]:
-        """Keep tensors, all or none; returns where each is."""
 
 
 # Takes keys and how long that may take, in seconds; returns a tensor or an exception for each, in order.
@@ -168,34 +145,3 @@ class CallSource:
         if promise is not None and (one.dtype, one.shape) != promise[:2]:
             return answer_error(key, promise, (one.dtype, one.shape, promise[2]))
         return one if one.is_cpu else one.detach().cpu()
-
-
-def take_back(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:
-    """Remove what was stored for a call that failed. Never raises: that call's error is the one to see."""
-    try:
-        if not shard_ids:
-            return
-        if isinstance(backend, TakingBack) and hasattr(type(backend), "take_back"):
-            backend.take_back(shard_ids)
-        else:
-            _delete_now(backend, node_addr, shard_ids)
-    except Exception as error:
-        text = "%d shards stay stored, as the call that had stored them failed and they could not be deleted: %s"
-        logger.warning(text, len(shard_ids), repr(error))
-
-
-def _delete_now(backend: RTensorBackend, node_addr: str, shard_ids: list[Any]) -> None:
-    """Delete in a loop and a thread of its own: the caller may be inside another loop."""
-    outcome: Future[Any] = Future()
-
-    async def delete() -> None:
-        outcome.set_result(await backend.delete(node_addr, shard_ids))
-
-    def run() -> None:
-        try:
-            asyncio.run(delete())
-        except BaseException as error:  # top of a thread
-            outcome.set_exception(error)
-
-    OwnThread(run, "areal-clear").start()
-    outcome.result(_TAKE_BACK_S)

@@ -46,7 +46,9 @@ _ENCODED_CHUNK = 3 << 20
 _MAX_BESIDE_BYTES = 64 << 10
 _DATA_OPENS = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*"')
 
-ADMITTED_CLASS_PATHS = frozenset({"areal.infra.rpc.rtensor.RTensor", "areal.infra.rpc.rtensor.TensorShardInfo"})
+# The class paths of a handle, and of the shard in it.
+HANDLE_PATH, SHARD_PATH = "areal.infra.rpc.rtensor.RTensor", "areal.infra.rpc.rtensor.TensorShardInfo"
+ADMITTED_CLASS_PATHS = frozenset({HANDLE_PATH, SHARD_PATH})
 # Entered by rtensor.py when it is imported, constant from then on.
 _class_of_path: dict[str, type] = {}
 _reader_of_path: dict[str, Callable[[dict[str, Any]], Any] | None] = {}
