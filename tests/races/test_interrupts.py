@@ -1,11 +1,13 @@
-"""Ctrl-C at each step of a call in the main thread: nothing is lost, and the next call works."""
+"""Ctrl-C at each step of a call in the main thread, and while it waits: nothing is lost, and the next call works."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -13,9 +15,12 @@ import pytest
 import torch
 
 from gpu_cache import CacheConfig, ShardReader, TensorCache, TensorReader, process
+from gpu_cache.device.host import HostDevice
 from gpu_cache.process import InterruptPause
+from gpu_cache.transfer import fetch
 from tests.support.interleave_actors import in_background
 from tests.support.interleave_stage import eventually
+from tests.support.sources import DictSource, gated, same_bytes, some_tensors
 
 CONFIG = CacheConfig(device="cpu", slab_bytes="1MiB", pool_bytes="4MiB", stats=False)
 SHARDS: dict[Hashable, torch.Tensor] = {name: torch.arange(100 + number) for number, name in enumerate("abcd")}
@@ -71,17 +76,17 @@ class CtrlC:
 def check(cache: TensorCache) -> None:
     """Another thread gets the bytes, and nothing is left after its clear."""
     assert all(map(torch.equal, cache.get_many(list(SHARDS), TwoNodes(), timeout_s=30), SHARDS.values()))
-    engine = cache._engine
-    assert engine is not None
-
-    def is_empty() -> bool:
-        cache.clear()
-        cache.synchronize()
-        accounts = engine.pool.accounts()
-        return not cache._tasks and accounts["free"] == accounts["reserved"] and cache._index.is_empty
-
-    eventually(is_empty)
+    eventually(lambda: is_empty(cache))
     cache.close()
+
+
+def is_empty(cache: TensorCache) -> bool:
+    """Whether a clear leaves nothing."""
+    assert cache._engine is not None
+    cache.clear()
+    cache.synchronize()
+    accounts = cache._engine.pool.accounts()
+    return not cache._tasks and accounts["free"] == accounts["reserved"] and cache._index.is_empty
 
 
 def interrupted(ctrl_c: CtrlC) -> bool:
@@ -101,6 +106,37 @@ def test_ctrl_c_at_any_step_leaves_a_cache_that_works(offset: int, monkeypatch: 
     assert not interrupted(never)
     steps = range(offset * STRIDE // NUM_OFFSETS, never.num_steps, STRIDE)
     assert sum(interrupted(CtrlC(step)) for step in steps) > 10
+
+
+@pytest.mark.parametrize("stages", [False, True], ids=["direct", "staged"])
+def test_a_call_that_is_interrupted_cuts_its_reads(stages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it waits. The next call does not wait for them, and one that did asks for itself."""
+    cache = TensorCache(CONFIG, device=HostDevice(stages=stages))
+    shards, ctrl_c, waits, all_done = some_tensors(1), threading.Event(), list[int](), fetch._all_done
+    (key,), slow, own = shards, DictSource(shards), DictSource(shards)
+    readers = gated(slow)
+
+    def waiting(futures: Sequence[Future[object]], deadline: float) -> bool:
+        waits.append(threading.get_ident())
+        if len(waits) == 1:
+            assert ctrl_c.wait(30)
+            raise KeyboardInterrupt
+        return all_done(futures, deadline)
+
+    monkeypatch.setattr(fetch, "_all_done", waiting)
+    interrupted = in_background(lambda: cache.get_many([key], slow))
+    eventually(lambda: bool(waits and readers) and readers[0].has_arrived.is_set())
+    joining = in_background(lambda: cache.get_many([key], own))
+    eventually(lambda: cache.buffer_stats()["joined"] == 1)
+    ctrl_c.set()
+    assert isinstance(interrupted.exception(30), KeyboardInterrupt)
+    assert readers[0].is_cancelled
+    assert same_bytes(joining.result(30)[0], shards[key])
+    assert own.asked == [[key]]
+    readers[0].gate.set()
+    del joining
+    eventually(lambda: is_empty(cache))
+    cache.close()
 
 
 def in_pauses(signals: Sequence[int], steps: list[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from gpu_cache.rpc.store import ShardStore
 
@@ -14,6 +16,11 @@ class FakeOwner:
         self.own_addresses: set[str] = set()
         self.trims = False
         self.eviction_error: Exception | None = None
+
+    def put(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep copies that lie side by side, as `remotize` does."""
+        for key, copy in zip(tensors, self.store.copies(list(tensors.values())), strict=True):
+            self.store.put(key, copy)
 
     def evict(self, shard_ids: Sequence[str]) -> int:
         if self.eviction_error is not None:

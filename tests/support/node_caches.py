@@ -50,11 +50,6 @@ class Consumer:
         assert all(same_bits(found[key], one) for key, one in tensors.items())
 
 
-def put(owner: FakeOwner, tensors: Mapping[str, torch.Tensor]) -> None:
-    for key, copy in zip(tensors, owner.store.copies(list(tensors.values())), strict=True):
-        owner.store.put(key, copy)
-
-
 def batch(number: int = 6, seed: int = 0, nbytes: int = 5000) -> dict[str, torch.Tensor]:
     return {f"s{seed}-{one}": patterned(torch.uint8, nbytes, seed=seed + one) for one in range(number)}
 

@@ -575,31 +575,3 @@ def test_a_shape_that_is_none_is_refused() -> None:
 def test_a_class_is_no_source(cache: TensorCache) -> None:
     with pytest.raises(TypeError, match=r"source is the class DictSource: .* such as DictSource\(\)"):
         cache.get_many(["a"], DictSource)  # type: ignore[arg-type]
-
-
-def test_a_call_that_is_interrupted_cuts_its_reads(cache: TensorCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while it waits. The next call does not wait for them, and one that did asks for itself."""
-    shards, ctrl_c, waits, all_done = some_tensors(1), threading.Event(), list[int](), fetch._all_done
-    (key,), slow, own = shards, DictSource(shards), DictSource(shards)
-    readers = gated(slow)
-
-    def waiting(futures: Sequence[Future[object]], deadline: float) -> bool:
-        waits.append(threading.get_ident())
-        if len(waits) == 1:
-            assert ctrl_c.wait(30)
-            raise KeyboardInterrupt
-        return all_done(futures, deadline)
-
-    monkeypatch.setattr(fetch, "_all_done", waiting)
-    interrupted = in_background(lambda: cache.get_many([key], slow))
-    eventually(lambda: bool(waits and readers) and readers[0].has_arrived.is_set())
-    joining = in_background(lambda: cache.get_many([key], own))
-    eventually(lambda: cache.buffer_stats()["joined"] == 1)
-    ctrl_c.set()
-    assert isinstance(interrupted.exception(30), KeyboardInterrupt)
-    assert readers[0].is_cancelled
-    assert same_bytes(joining.result(30)[0], shards[key])
-    assert own.asked == [[key]]
-    readers[0].gate.set()
-    del joining
-    assert_empty(cache)

@@ -21,7 +21,7 @@ from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.interleave_stage import eventually
-from tests.support.node_caches import Consumer, batch, clear, kept, lost, put, sent, serve_remote
+from tests.support.node_caches import Consumer, batch, clear, kept, lost, sent, serve_remote
 from tests.support.threads import run_threads
 from tests.support.wire_tensors import WIRE_DTYPES, patterned, same_bits
 
@@ -33,7 +33,7 @@ def test_every_dtype_and_shape_arrives_bit_by_bit(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:
     tensors = {f"{dtype}{shape}": patterned(dtype, *shape) for dtype in WIRE_DTYPES for shape in SHAPES}
-    put(owner, tensors)
+    owner.put(tensors)
     few = {key: one for key, one in tensors.items() if one.ndim < 7}
     for one in consumers:
         one.read(address, tensors)
@@ -45,7 +45,7 @@ def test_a_shard_crosses_the_network_once(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = batch(100)
-    put(owner, tensors)
+    owner.put(tensors)
     ids = sent(monkeypatch, owner)
     for one in consumers:
         one.read(address, tensors)
@@ -56,7 +56,7 @@ def test_consumers_that_ask_at_once_cause_one_fetch(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = batch(50)
-    put(owner, tensors)
+    owner.put(tensors)
     ids = sent(monkeypatch, owner)
     run_threads([lambda one=one: one.read(address, tensors) for one in consumers])  # type: ignore[misc]
     assert sorted(ids) == sorted(tensors)
@@ -67,7 +67,7 @@ def test_more_than_one_question_takes(
 ) -> None:
     monkeypatch.setattr("gpu_cache.rpc.client.same_host._PROXIED_BYTES", 11_000)
     tensors = batch(7)
-    put(owner, tensors)
+    owner.put(tensors)
     ids = sent(monkeypatch, owner)
     consumers[0].read(address, tensors)
     assert sorted(ids) == sorted(tensors)
@@ -78,7 +78,7 @@ def test_a_cache_of_tensors_reads_by_way_of_it(
     owner: FakeOwner, address: str, running: Running, local: HttpRTensorBackend
 ) -> None:
     tensors = batch()
-    put(owner, tensors)
+    owner.put(tensors)
     found = RTensor.localize([remote(address, key, one) for key, one in tensors.items()])
     assert all(same_bits(one, other) for one, other in zip(found, tensors.values(), strict=True))
     assert runtime.current().cache.source_stats()[address]["transport"] == "node cache"
@@ -89,7 +89,7 @@ def test_an_owner_of_the_same_host_is_read_directly(
     owner: FakeOwner, server: ServerHandle, running: Running, consumers: list[Consumer]
 ) -> None:
     tensors = batch(50)
-    put(owner, tensors)
+    owner.put(tensors)
     consumers[0].read(server.address, tensors)
     consumers[0].read(server.address, tensors)
     assert consumers[0].transport == "shm"
@@ -103,7 +103,7 @@ def test_what_a_stranger_cleared_is_not_served(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:
     tensors, others = batch(), batch(seed=50)
-    put(owner, tensors | others)
+    owner.put(tensors | others)
     consumers[0].read(address, tensors | others)
     clear(address, *tensors)
     assert lost(consumers[1], address, tensors)
@@ -115,7 +115,7 @@ def test_a_question_about_other_shards_frees_what_a_stranger_cleared(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:
     tensors, others = batch(), batch(seed=50)
-    put(owner, tensors | others)
+    owner.put(tensors | others)
     consumers[0].read(address, tensors)
     clear(address, *tensors)
     consumers[0].read(address, others)
@@ -126,7 +126,7 @@ def test_a_consumers_clear_frees_at_once(
     owner: FakeOwner, address: str, running: Running, local: HttpRTensorBackend, consumers: list[Consumer]
 ) -> None:
     tensors = batch()
-    put(owner, tensors)
+    owner.put(tensors)
     RTensor.localize([remote(address, key, one) for key, one in tensors.items()])
     asyncio.run(RTensor.clear_node(address, list(tensors)))
     eventually(lambda: len(running.cache.cache) == 0)
@@ -137,7 +137,7 @@ def test_a_controllers_fan_out_frees_at_once(
     owner: FakeOwner, address: str, running: Running, local: HttpRTensorBackend
 ) -> None:
     tensors = batch()
-    put(owner, tensors)
+    owner.put(tensors)
     RTensor.localize([remote(address, key, one) for key, one in tensors.items()])
     clear_fetch_buffer(list(tensors))
     eventually(lambda: len(running.cache.cache) == 0)
@@ -147,7 +147,7 @@ def test_a_clear_of_many_ids_reaches_it_in_parts_and_odd_ids_keep_none_away(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_FORGOTTEN_AT_ONCE", 4)
-    put(owner, tensors := batch(30, nbytes=10))
+    owner.put(tensors := batch(30, nbytes=10))
     consumers[0].read(address, tensors)
     keys = list(tensors)
     consumers[0].backend.forget([7, *keys[:4], None, ("t",), "a\0b", *keys[4:], b"bytes"])
@@ -160,7 +160,7 @@ def test_a_clear_ends_with_the_first_part_that_the_socket_does_not_take(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_FORGOTTEN_AT_ONCE", 2)
-    put(owner, tensors := batch(10, nbytes=10))
+    owner.put(tensors := batch(10, nbytes=10))
     consumers[0].read(address, tensors)
     sent: list[int] = []
     monkeypatch.setattr(memory.MemoryConnection, "forget", lambda _, text, number: sent.append(number) or len(sent) < 3)
@@ -176,10 +176,10 @@ def test_a_callback_that_raises_leaks_no_descriptor(
     def refuse(address: str) -> None:
         raise ZeroDivisionError
 
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     consumers[0].read(address, tensors)
     consumers[0].backend.on_removal = refuse
-    put(owner, others := batch(seed=50))
+    owner.put(others := batch(seed=50))
     consumers[1].read(address, others)  # by now there are descriptors to send
     before = len(os.listdir("/proc/self/fd"))
     clear(address, *others)
@@ -196,7 +196,7 @@ def test_a_callback_that_raises_leaks_no_descriptor(
 def test_each_consumers_clear_drops_what_came_since_the_one_before(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     real = NodeCache._versions
 
     def cleared_amid(node_cache: NodeCache, *args: Any) -> Any:
@@ -216,10 +216,10 @@ def test_versions_of_evicted_shards_are_forgotten_but_not_the_latest(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MAX_FORGOTTEN", 10)
-    put(owner, cached := batch(seed=1))
+    owner.put(cached := batch(seed=1))
     consumers[0].read(address, cached)
     for seed in range(100, 400, 100):
-        put(owner, others := batch(seed=seed))
+        owner.put(others := batch(seed=seed))
         consumers[0].read(address, others)
         running.cache.cache.clear([one for one in running.cache._cached() if one.shard_id in others])
     assert kept(running) == cached.keys()
@@ -232,7 +232,7 @@ def test_a_clear_amid_a_fetch_wins(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = batch()
-    put(owner, tensors)
+    owner.put(tensors)
     real, is_in, may_go = owner.store.get_many, threading.Event(), threading.Event()
 
     def slow(wanted: Any) -> Any:
@@ -256,9 +256,9 @@ def test_a_clear_amid_a_fetch_wins(
 def test_other_bytes_under_the_same_id_are_served(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:
-    put(owner, {"a": torch.zeros(2000)})
+    owner.put({"a": torch.zeros(2000)})
     consumers[0].read(address, {"a": torch.zeros(2000)})
-    put(owner, {"a": torch.ones(2000)})
+    owner.put({"a": torch.ones(2000)})
     consumers[1].read(address, {"a": torch.ones(2000)})
     assert consumers[1].transport == "node cache"
     assert len(running.cache.cache) == 1
@@ -267,11 +267,11 @@ def test_other_bytes_under_the_same_id_are_served(
 def test_nothing_of_an_owner_that_restarted_is_served(
     owner: FakeOwner, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(owner, {"a": torch.zeros(2000), "gone": torch.zeros(3)})
+    owner.put({"a": torch.zeros(2000), "gone": torch.zeros(3)})
     with serve_remote(monkeypatch, owner) as server:
         consumers[0].read(server.address, {"a": torch.zeros(2000), "gone": torch.zeros(3)})
     following = FakeOwner()
-    put(following, {"a": torch.ones(2000)})
+    following.put({"a": torch.ones(2000)})
     with serve_remote(monkeypatch, following, int(server.address.split(":")[1])):
         consumers[1].read(server.address, {"a": torch.ones(2000)})
         assert lost(consumers[1], server.address, {"gone": torch.zeros(3)})
@@ -279,11 +279,11 @@ def test_nothing_of_an_owner_that_restarted_is_served(
 
 
 def test_a_leak_is_named_as_one(owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]) -> None:
-    put(owner, {"forgotten": torch.ones(3)})
+    owner.put({"forgotten": torch.ones(3)})
     consumers[0].read(address, {"forgotten": torch.ones(3)})
     for step in range(3):
         tensors = batch(seed=100 * step)
-        put(owner, tensors)
+        owner.put(tensors)
         for one in consumers:
             one.read(address, tensors)
         clear(address, *tensors)

@@ -22,7 +22,7 @@ from tests.support.areal_fixtures import full_listener
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, frame, reply
 from tests.support.interleave_stage import eventually
-from tests.support.node_caches import Consumer, batch, clear, lost, over_http, put, sent
+from tests.support.node_caches import Consumer, batch, clear, lost, over_http, sent
 from tests.support.wire_tensors import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -37,7 +37,7 @@ def test_without_one_shards_come_over_http_and_one_line_says_why(
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_cache.rpc.client.memory")
     monkeypatch.setattr("gpu_cache.rpc.client.same_host.is_loopback", lambda host: False)
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     over_http(consumers[0], address, tensors)
     (line,) = caplog.messages
     assert f"shards of {address} come over HTTP: no node cache at" in line
@@ -47,7 +47,7 @@ def test_of_an_owner_of_this_host_its_missing_memory_is_the_reason_not_a_missing
     owner: FakeOwner, address: str, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_cache.rpc.client.memory")
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     over_http(consumers[0], address, tensors)
     (line,) = caplog.messages
     assert f"shards of {address} come over HTTP: its server offers no shared memory" in line
@@ -56,7 +56,7 @@ def test_of_an_owner_of_this_host_its_missing_memory_is_the_reason_not_a_missing
 def test_one_that_ends_and_another_that_begins(
     owner: FakeOwner, address: str, path: Path, consumers: list[Consumer]
 ) -> None:
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     with Running(path, 64 << 20):
         consumers[0].read(address, tensors)
         assert consumers[0].transport == "node cache"
@@ -68,7 +68,7 @@ def test_one_that_ends_and_another_that_begins(
 
 
 def test_one_that_ends_amid_a_read(owner: FakeOwner, address: str, path: Path, consumers: list[Consumer]) -> None:
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     with Running(path, 64 << 20):
         reader = consumers[0].reader(address, tensors)
         specs = reader.next_specs()
@@ -88,7 +88,7 @@ def test_a_busy_one_leaves_shards_to_their_owner(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MAX_UNDER_WAY", 0)
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     over_http(consumers[0], address, tensors)
 
 
@@ -101,7 +101,7 @@ def test_one_without_a_thread_leaves_shards_to_their_owner(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, module.__name__)
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -121,8 +121,8 @@ def test_shards_that_are_left_to_their_owner_are_no_clear(
 ) -> None:
     told: list[str] = []
     consumers[0].backend.on_removal = told.append
-    put(owner, tensors := batch())
-    put(owner, others := batch(seed=50))
+    owner.put(tensors := batch())
+    owner.put(others := batch(seed=50))
     clear(address, *others)  # so that its count is not 0
     consumers[0].read(address, tensors)
     monkeypatch.setattr(module, "_MAX_UNDER_WAY", 0)
@@ -138,7 +138,7 @@ def test_a_question_does_not_count_while_its_owner_is_asked_what_is_left(
 ) -> None:
     is_in, may_go = threading.Event(), threading.Event()
     monkeypatch.setattr(NodeCache, "_sweep", lambda *_: (is_in.set(), may_go.wait(30)))
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     try:
         consumers[0].read(address, tensors)
         assert is_in.wait(30)
@@ -156,7 +156,7 @@ def test_a_late_one_is_not_waited_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_cache.rpc.client.memory")
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     may_go = threading.Event()
     real = NodeCache._brought
     monkeypatch.setattr(NodeCache, "_brought", lambda *args: (may_go.wait(30), real(*args))[1])
@@ -174,7 +174,7 @@ def test_a_late_one_is_not_waited_for(
 def test_a_dead_owner_stalls_only_its_own_shards(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     with full_listener() as (host, port):
         failed = []
 
@@ -200,7 +200,7 @@ def test_another_users_is_not_asked(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "user_of", lambda sock: os.geteuid() + 1)
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     over_http(consumers[0], address, tensors)
 
 
@@ -236,7 +236,7 @@ def test_nothing_that_an_owner_says_of_its_shards_hurts_it(
     body, headers = said
     answers = iter([reply(body, content_type="application/json", **headers), *[reply(frame(tensors))] * 3])
     consumers[0].read(serve(lambda exchange: exchange.send(next(answers))).address, tensors)
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     consumers[0].read(address, tensors)
     assert consumers[0].transport == "node cache"
 
@@ -250,7 +250,7 @@ def test_it_keeps_within_its_limit_and_evicts_what_was_used_longest_ago(
     with Running(path, 4 << 20) as running:
         batches = [batch(1, seed=seed, nbytes=1 << 20) for seed in range(6)]
         for tensors in batches:
-            put(owner, tensors)
+            owner.put(tensors)
             consumers[0].read(address, tensors)
             assert consumers[0].transport == "node cache"
             consumers[0].read(address, batches[0])  # used all the time
@@ -267,7 +267,7 @@ def test_what_a_consumer_holds_is_not_evicted_and_what_has_no_room_comes_over_ht
 ) -> None:
     with Running(path, 2 << 20):
         held, others = batch(2, nbytes=1 << 20), batch(2, seed=9, nbytes=1 << 20)
-        put(owner, held | others)
+        owner.put(held | others)
         reader = consumers[0].reader(address, held)
         specs = reader.next_specs()
         assert specs is not None
@@ -284,7 +284,7 @@ def test_a_full_one_names_its_own_option(
     owner: FakeOwner, address: str, path: Path, consumers: list[Consumer], caplog: pytest.LogCaptureFixture
 ) -> None:
     with Running(path, 1 << 20) as running:
-        put(owner, tensors := batch(1, nbytes=2 << 20))
+        owner.put(tensors := batch(1, nbytes=2 << 20))
         over_http(consumers[0], address, tensors)
         assert running.cache.cache.buffer_stats()["overflows"] == 0
     (line, *_) = [one for one in caplog.messages if "is shorter than this run" in one]
@@ -300,7 +300,7 @@ def _reads(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tensor]
 def test_it_and_owners_report_the_memory_that_they_share(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], local: HttpRTensorBackend
 ) -> None:
-    put(owner, tensors := batch())
+    owner.put(tensors := batch())
     consumers[0].read(address, tensors)
     cache = running.cache.cache
     report = cache._publisher._reporter.compose(cache._lazy.open())
@@ -318,7 +318,7 @@ def test_steps_leave_neither_memory_nor_descriptors(
     owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
 ) -> None:
     def step(number: int) -> tuple[int, int]:
-        put(owner, tensors := batch(20, seed=number))
+        owner.put(tensors := batch(20, seed=number))
         for one in consumers:
             one.read(address, tensors)
         clear(address, *tensors)
