@@ -402,7 +402,7 @@ class Session:
         return seen
 
     def press(self, keys: str, wanted: str) -> str:
-        """Type, and wait for what it does."""
+        """Type, and wait for what only these keys bring: a timed redraw may show everything else."""
         os.write(self.master, keys.encode())
         return self.see(wanted)
 
@@ -434,13 +434,13 @@ def test_a_session_on_a_terminal(node: Machine, tmp_path: Path) -> None:
         on.press("?", "write JSON into")
         on.press("?", "Evict/s")
         on.press("u", "local (same node)")
-        on.press("l", "gpu-cache-smi --leaks")
-        on.press("e", "ended without cleanup")
+        on.press("l", "Clears")
+        on.press("e", "Event")
         on.press("p", "Evict/s")
         on.press("s", "sort: pool")
         on.press("/", "role, pid or state")
         on.press("actor/4", "filter: actor/4")
-        on.press("\r", "sort: pool")
+        on.press("\r", "snapshot")  # keys that are no letters of the filter
         on.press("+", "every 1.0 s")
         on.press("-", "every 0.5 s")
         on.press(" ", "PAUSED")
