@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 _MAX_TEXT = 200
+_MAX_NUMBER = 1 << 63  # no count of bytes, of entries or of seconds is as large
 
 
 def number(of: Mapping[str, Any], key: str) -> float | None:
-    """A finite number; an int stays one."""
+    """A number that a figure can have; an int stays one."""
     value = of.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if isinstance(value, int) or math.isfinite(value) else None
+    return value if -_MAX_NUMBER < value < _MAX_NUMBER else None
 
 
 def integer(of: Mapping[str, Any], key: str) -> int | None:

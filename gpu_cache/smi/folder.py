@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_cache.report import schema as report
+from gpu_cache.smi import figures
 
 _MAX_BYTES = 4 << 20  # the longest file to read: any process may have written it
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # no wait for the other end of a pipe
 
 LockId = tuple[int, int, int]  # major and minor number of the device, inode
 
@@ -33,6 +35,11 @@ class ReportFile:
     @property
     def name(self) -> str:
         return self.path.name.removesuffix(report.REPORT)
+
+    @property
+    def title(self) -> str:
+        """Its path, as messages have it."""
+        return figures.printable(str(self.path))
 
     def beside(self, suffix: str) -> Path:
         """Another file of the same process."""
@@ -80,11 +87,11 @@ def _read_folder(path: Path) -> Iterator[ReportFile]:
 
 def _read(path: Path) -> ReportFile:
     """Opened once, so that content and time are of one report while its writer renames the next into place."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = os.open(path, READ)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         modified = status.st_mtime
-        raw = file.read(_MAX_BYTES)
+        raw = file.read(_MAX_BYTES) or b""  # None of a pipe without content
     try:
         content = json.loads(raw, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
@@ -122,7 +129,7 @@ def is_held(path: Path) -> bool:
         PermissionError: It cannot be asked.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, READ)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
@@ -138,7 +145,7 @@ def remove(file: ReportFile) -> bool:
     """Delete one report, unless a process holds the lock after all; whether it went."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):
-            lock = os.open(file.beside(report.LOCK), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            lock = os.open(file.beside(report.LOCK), READ)
             stack.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

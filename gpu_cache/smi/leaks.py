@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from gpu_cache import units
 from gpu_cache.report import schema as report
 from gpu_cache.smi import figures
+from gpu_cache.smi.folder import READ
 from gpu_cache.smi.node import host_of
 from gpu_cache.smi.problems import GLUE
 from gpu_cache.smi.process import Process
@@ -37,7 +38,7 @@ def ask(process: Process, sleep: Callable[[float], None] = time.sleep) -> Answer
         OSError: The process may not be asked.
     """
     wanted = process.file.beside(report.WANT)
-    descriptor = os.open(wanted, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(wanted, os.O_CREAT | READ, 0o600)
     # Not touched again: its time must be before the process can have seen it. An old one has had no answer yet.
     asked_at = os.fstat(descriptor).st_mtime_ns
     os.close(descriptor)
@@ -53,10 +54,10 @@ def ask(process: Process, sleep: Callable[[float], None] = time.sleep) -> Answer
 
 def _answer(process: Process, asked_at: int) -> Answer | None:
     try:
-        with open(process.file.beside(report.LEAKS), "rb") as file:
+        with open(os.open(process.file.beside(report.LEAKS), READ), "rb") as file:
             if os.fstat(file.fileno()).st_mtime_ns < asked_at:
                 return None
-            found = json.loads(file.read(1 << 20))
+            found = json.loads(file.read(1 << 20) or b"")
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -45,6 +45,9 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
     Raises:
         ModuleNotFoundError: The option needs a library that is not installed.
     """
+    # A closed one is None, and what is printed to stderr then would go to stdout.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # open to the end
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a role may have letters that the locale has not
@@ -148,7 +151,7 @@ class Commands:
         if node.is_denied:
             first = next(file for file in node.unread if file.is_denied)
             hint = "Hint: run it as the user of the trainers, or as root."
-            self._tell(f"there are reports, and none may be read ({first.path}: {first.problem}).", hint)
+            self._tell(f"there are reports, and none may be read ({first.title}: {first.problem}).", hint)
             return DENIED
         if self._options.strict and node.devices.problem:
             self._tell(f"NVML not available: {node.devices.problem}")
@@ -252,15 +255,15 @@ class Commands:
 
     def _gc(self) -> int:
         """Delete reports of dead processes, and damaged ones without a lock."""
-        node, refused = self.look(), False
+        node, is_refused = self.look(), False
         dead = [file for one in node.processes if one.state == DEAD for file in (one.file, *one.others)]
         for file in [*dead, *node.expired, *(file for file in node.unread if not file.is_denied)]:
             try:
-                self._write(*[f"removed {file.path}"] * remove(file))
-            except PermissionError:
-                self._tell(f"may not remove {file.path}")
-                refused = True
-        return DENIED if refused else 0
+                self._write(*[f"removed {file.title}"] * remove(file))
+            except OSError as error:  # the others go all the same
+                self._tell(f"may not remove {file.title}: {error.strerror}")
+                is_refused = True
+        return DENIED if is_refused else 0
 
     def _serve(self) -> int:
         """Answer scrapes until Ctrl-C."""

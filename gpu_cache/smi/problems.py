@@ -116,4 +116,4 @@ def _newer(process: Process) -> Problem:
 
 def _of_file(file: ReportFile) -> Problem:
     code = "unreadable_report" if file.is_denied else "damaged_report"
-    return Problem(NOTE, code, f"{figures.printable(str(file.path))} cannot be shown: {file.problem.lower()}")
+    return Problem(NOTE, code, f"{file.title} cannot be shown: {file.problem.lower()}")

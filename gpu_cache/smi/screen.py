@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gpu_cache import __version__, units
 from gpu_cache.report.schema import WINDOW_S
-from gpu_cache.smi import tables
+from gpu_cache.smi import figures, tables
 from gpu_cache.smi.node import Filters, Node, Row
 from gpu_cache.smi.problems import Problem, summed_up
 from gpu_cache.smi.process import HOST_SEAT
@@ -54,7 +54,7 @@ def nothing(node: Node) -> str:
     """Why there is no process to show."""
     if node.filters != Filters():
         return "no process passes the filters"
-    where = ", ".join(map(str, node.searched)) or "any folder"
+    where = ", ".join(figures.printable(str(path)) for path in node.searched) or "any folder"
     return f"no cache reports in {where}" + ("" if os.getuid() == 0 else "; reports of other users need root")
 
 

@@ -63,7 +63,7 @@ def samples(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for number, text in enumerate(lines, 1):
         try:
             sample = json.loads(text, parse_constant=lambda _: None)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if text.endswith("\n"):
                 raise ValueError(f"line {number} is no JSON") from error
             return
@@ -78,7 +78,7 @@ def page(found: Iterable[Mapping[str, Any]]) -> str:
     Raises:
         ValueError: There is nothing to draw.
     """
-    recording = json.dumps(drawing(list(found)), separators=(",", ":")).replace("</", "<\\/")
+    recording = json.dumps(drawing(list(found)), separators=(",", ":")).replace("<", "\\u003c")
     folder = importlib.resources.files("gpu_cache.smi")
     template = (folder / "timeline.html").read_text("utf-8")
     whole = _BROUGHT.sub(lambda found: (folder / found[1]).read_text("utf-8"), template)
@@ -105,7 +105,8 @@ def drawing(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _processes(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     found = sample.get("processes")
-    return [one for one in found if isinstance(one, dict) and "name" in one] if isinstance(found, list) else []
+    listed = found if isinstance(found, list) else []
+    return [one for one in listed if isinstance(one, dict) and isinstance(one.get("name"), str)]
 
 
 def _most_cached(samples: Iterable[Mapping[str, Any]]) -> list[str]:

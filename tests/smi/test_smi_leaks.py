@@ -189,6 +189,37 @@ def test_gc_that_may_not_is_4(node: Machine, monkeypatch: pytest.MonkeyPatch) ->
     assert "may not remove" in done.err
 
 
+def test_gc_goes_on_behind_what_cannot_be_removed_and_waits_for_no_pipe(node: Machine) -> None:
+    for number, make in enumerate((os.mkfifo, os.mkdir, Path.touch)):
+        node.folder.write(f"actor-{number}-1-ffffff", "{")
+        make(node.folder.path / f"actor-{number}-1-ffffff.lock")
+    os.mkdir(node.folder.path / "actor-3-1-\x1b[2J.json")
+    done = node.run("--gc")
+    assert [line.rpartition("/")[2] for line in done.out.splitlines()] == [
+        "actor-0-1-ffffff.json",
+        "actor-2-1-ffffff.json",
+    ]
+    told = [line.rpartition("/")[2] for line in done.err.splitlines()]
+    assert told == ["actor-1-1-ffffff.json: Is a directory", "actor-3-1-?[2J.json: Is a directory"]
+    assert done.code == 4
+
+
+def test_pipes_in_the_place_of_files_are_not_waited_for(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_trainers(node.folder)
+    monkeypatch.setattr(leaks, "ANSWER_TIMEOUT_S", 0.1)
+    for suffix in (".want", ".leaks.json"):
+        os.mkfifo(node.folder.path / f"actor-3-41876-0a1b2c{suffix}")
+    report_pipe = node.folder.path / "actor-9-1-ffffff.json"
+    os.mkfifo(report_pipe)
+    descriptors = [os.open(path, os.O_RDWR) for path in (report_pipe, *node.folder.path.glob("*.leaks.json"))]
+    try:
+        assert node.run("--leaks", "41876").code == 1
+        assert "actor-9-1-ffffff.json cannot be shown: truncated or damaged" in " ".join(node.screen().split())
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
 @pytest.mark.parametrize("named", ["41876", "actor/3", "actor"])
 def test_a_process_is_named_by_pid_or_role(node: Machine, named: str) -> None:
     add_trainers(node.folder)

@@ -73,6 +73,15 @@ def test_a_reader_that_goes_away_ends_it_in_silence(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("{", "")
 
 
+def test_a_closed_stdout_or_stderr_is_no_failure_and_neither_stands_in_for_the_other(tmp_path: Path) -> None:
+    for closed in (">&-", "2>&-"):
+        command = f"{sys.executable} -m gpu_cache.smi --dir={tmp_path} --query-proc=pid --format=csv,noheader {closed}"
+        command = f"{command} && {sys.executable} -m gpu_cache.smi --nonsense {closed}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.returncode) == ("", 2)
+        assert "Error" not in done.stderr
+
+
 @WIDTHS
 def test_help(node: Machine, width: int) -> None:
     done = node.run("--help", width=width)

@@ -144,6 +144,7 @@ def test_reports_of_nonsense_are_shown_as_unknown(node: Machine) -> None:
     odd = dict.fromkeys(report(0), "x") | {"schema_version": 1, "role": "a\x1b[2Jb", "rank": [], "sources": {"\r": 1}}
     node.folder.add(odd)
     node.folder.add({"schema_version": 1, "num_entries": float("nan"), "device_bytes": True, "rates_10s": 3})
+    node.folder.add(report(2) | dict.fromkeys(("num_entries", "device_bytes", "fetch_bytes", "hits"), 10**400))
     for arguments in ([], ["--json"], ["--prom"], ["--dmon"], ["--watch", "-c", "1"], ["--query-proc=pid,pool.used"]):
         done = node.run(*arguments)
         assert done.code == 0

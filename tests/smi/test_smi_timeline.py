@@ -57,7 +57,12 @@ def test_a_line_that_is_cut_off_at_the_end_is_left_out() -> None:
         list(timeline.samples(['{"schema_version": 2}\n']))
 
 
-@pytest.mark.parametrize("text", ["", "no json\n", '{"schema_version": 1, "processes": 3}\n'])
+NAMELESS = '{"schema_version": 1, "processes": [{"name": []}]}\n'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json\n", '{"schema_version": 1, "processes": 3}\n', NAMELESS, "[" * 100_000 + "\n"]
+)
 def test_a_file_that_is_no_recording_is_a_bad_argument(node: Machine, tmp_path: Path, text: str) -> None:
     (tmp_path / "x").write_text(text)
     done = node.run("--timeline", str(tmp_path / "x"))
@@ -114,11 +119,13 @@ def test_long_recordings_are_thinned_and_lose_no_clear(monkeypatch: pytest.Monke
 def test_the_page_needs_nothing_else_and_no_name_can_end_its_script() -> None:
     found = samples(3, is_leaking=False)
     found[0]["processes"][0]["sources"]["</script><b>/*uplot/LICENSE*/:1"] = MIB
+    found[-1]["processes"][0]["title"] = "<!--<script>"
     page = timeline.page(found)
     origin = "/*! https://github.com/leeoniya/uPlot (v1.6.32) */"
     assert origin in page
     assert not re.search(r"https?://|\bsrc=|@import|url\(", page.replace(origin, ""))
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == page.count("<script>") == 2
+    assert page.count("<!--") == 1
     assert page.count("Permission is hereby granted") == 1, "the licence of the chart library"
     assert "/*RECORDING*/" not in page
 

@@ -75,8 +75,9 @@ def test_hosts_of_addresses() -> None:
 
 
 def test_a_report_of_another_process_is_not_taken_on_trust() -> None:
-    odd = {"bool": True, "nan": math.nan, "text": "x", "list": [1, "x"], "control": "a\x1b\x9b\nb" + "c" * 300}
-    assert [figures.number(odd, key) for key in odd] == [None] * 5
+    odd = {"bool": True, "nan": math.nan, "long": 10**400, "low": -1e300, "text": "x", "list": [1, "x"]}
+    odd["control"] = "a\x1b\x9b\nb" + "c" * 300
+    assert [figures.number(odd, key) for key in odd] == [None] * 7
     assert figures.text(odd, "list") == ""
     assert figures.text(odd, "control")[:5] == "a???b"
     assert len(figures.text(odd, "control")) == 200
