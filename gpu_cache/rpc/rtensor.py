@@ -399,7 +399,7 @@ def handle_from_json(value: dict[Any, Any]) -> RTensor | None:
     return None if (found := parsed_handle(value)) is None else RTensor._remote(*found)
 
 
-register_dataclass(HANDLE_PATH, RTensor, handle_from_json)
+register_dataclass(HANDLE_PATH, RTensor, handle_from_json, handle_to_json)
 register_dataclass(SHARD_PATH, TensorShardInfo)
 
 

@@ -70,9 +70,12 @@ def stored(
             ids += [place.shard_id for place in places]
         else:
             _store_each(backend, leaves, ids)
-            places = [TensorShardInfo(shard_id, node_addr) for shard_id in ids]
-        left = iter(places)
-        return map_leaves(trimmed, torch.Tensor, lambda leaf: handle_of(next(left), leaf.dtype, leaf.shape))
+            with no_collections:  # thousands of objects would set one off
+                places = [TensorShardInfo(shard_id, node_addr) for shard_id in ids]
+        with no_collections:
+            pairs = zip(places, leaves, strict=True)
+            handles = iter([handle_of(place, leaf.dtype, leaf.shape) for place, leaf in pairs])
+        return map_leaves(trimmed, torch.Tensor, lambda _: next(handles))
     except BaseException:
         no_collections.leave()  # whatever interrupted it
         _take_back(backend, node_addr, ids)

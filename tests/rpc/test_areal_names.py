@@ -136,6 +136,16 @@ def test_a_handle_whose_shape_is_none_is_left_to_areals_codec(shape: Any) -> Non
     assert rtensor.handle_from_json(described) is None
 
 
+def test_our_codec_writes_a_handle_as_field_by_field_and_makes_no_tensor_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (handle,) = rtensor.RTensor.remotize([torch.ones(2, 3, dtype=torch.float16)], "127.0.0.1:9")
+    written = serialization.serialize_value([handle])
+    assert "data" not in vars(handle)
+    monkeypatch.setattr(serialization, "_writer_of_class", {})
+    assert written == serialization.serialize_value([handle])
+
+
 @pytest.mark.parametrize("said", ["", "0", "no", "False", " off "])
 def test_a_variable_that_says_no_leaves_areal_alone(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_CACHE_AREAL", said)

@@ -53,6 +53,7 @@ ADMITTED_CLASS_PATHS = frozenset({HANDLE_PATH, SHARD_PATH})
 _class_of_path: dict[str, type] = {}
 _reader_of_path: dict[str, Callable[[dict[str, Any]], Any] | None] = {}
 _path_of_class: dict[type, str] = {}
+_writer_of_class: dict[type, Callable[[Any], dict[str, Any] | None] | None] = {}
 
 _ONLY = "only tensors, handles and plain JSON values do"
 # Upstream's other tagged values, and the fields by which such a value is told from a user's dict with a "type" key.
@@ -67,7 +68,12 @@ _REFUSED_TAGS = {
 }
 
 
-def register_dataclass(class_path: str, cls: type, read: Callable[[dict[str, Any]], Any] | None = None) -> None:
+def register_dataclass(
+    class_path: str,
+    cls: type,
+    read: Callable[[dict[str, Any]], Any] | None = None,
+    write: Callable[[Any], dict[str, Any] | None] | None = None,
+) -> None:
     """Say which class an admitted path stands for.
 
     A class may define `__wire_fields__(self) -> dict[str, Any]`, sent in the place of its fields.
@@ -76,6 +82,7 @@ def register_dataclass(class_path: str, cls: type, read: Callable[[dict[str, Any
         class_path: As it stands in messages.
         cls: The class.
         read: Builds an instance of a whole tagged value; None from it: the value is read field by field.
+        write: Describes an instance as a whole tagged value; None from it: the instance is written field by field.
     Raises:
         ValueError: Not one of `ADMITTED_CLASS_PATHS`.
     """
@@ -83,7 +90,7 @@ def register_dataclass(class_path: str, cls: type, read: Callable[[dict[str, Any
         raise ValueError(f"{class_path!r} is not admitted on the wire, only {sorted(ADMITTED_CLASS_PATHS)}")
     _class_of_path[class_path] = cls
     _path_of_class[cls] = class_path
-    _reader_of_path[class_path] = read
+    _reader_of_path[class_path], _writer_of_class[cls] = read, write
 
 
 def serialize_value(value: Any) -> Any:
@@ -94,10 +101,13 @@ def serialize_value(value: Any) -> Any:
             where in `value` it is.
     """
     try:
-        return _serialize(value)
+        with no_collections:  # which the objects of thousands of handles would set off
+            return _serialize(value)
     except TypeError as error:
         path = _path_of_fault(value, "value")
         raise TypeError(f"{path}: {error}" if path != "value" else str(error)) from None
+    finally:
+        no_collections.leave()  # whatever interrupted it
 
 
 def _path_of_fault(value: Any, path: str) -> str:
@@ -120,9 +130,11 @@ def _serialize(value: Any) -> Any:
         return _serialize_fields(value)
     if isinstance(value, list | tuple):
         return [_serialize(item) for item in value]
-    class_path = _path_of_class.get(type(value))
+    class_path, write = _path_of_class.get(type(value)), _writer_of_class.get(type(value))
     if class_path is None:
         raise TypeError(f"{_type_name(value)} does not travel, {_ONLY}")
+    if write is not None and (written := write(value)) is not None:
+        return written
     return {"type": "dataclass", "class_path": class_path, "data": _serialize_fields(_wire_fields(value))}
 
 
