@@ -109,7 +109,7 @@ def check_accounts(cache: TensorCache) -> None:
     if engine is None or cache._is_closed:
         return
     _settled(lambda: not cache._tasks)
-    assert len(cache._index) == sum(map(len, cache._index._shared.tables)), "an entry is still PENDING"
+    assert len(cache._index) == sum(map(len, cache._index._levels.tables)), "an entry is still PENDING"
     for pool in engine.pools:
         accounts = pool.accounts()
         reserved = accounts.pop("reserved")

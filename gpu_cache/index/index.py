@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy as copying
-import dataclasses
 import itertools
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from sys import getrefcount
 from types import MappingProxyType
 from typing import Any
@@ -17,26 +16,16 @@ import torch
 from gpu_cache.errors import PromiseError, failure_reason, several
 from gpu_cache.index import lending
 from gpu_cache.index.entry import Candidate, Claim, Entry, Flight, Holding, Promise, State
-from gpu_cache.index.ledger import Dropped, Ledger
+from gpu_cache.index.ledger import Ledger
 from gpu_cache.index.lending import Table
-from gpu_cache.index.mutation import DOUBTED, Mutations
+from gpu_cache.index.levels import Levels
+from gpu_cache.index.mutation import DOUBTED, Mutations, changed_in
 from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
-from gpu_cache.pool.lease import UNSHARED, Lease, aliases_of, num_owners
+from gpu_cache.pool.lease import UNSHARED, Lease, aliases_of
 from gpu_cache.process import no_collections
 from gpu_cache.report.schema import EntryInfo
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Shared:
-    """The part of an index that its levels share. The index lock guards it."""
-
-    ledger: Ledger
-    tables: list[Table]  # the device's first
-    generations: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
-    num_removals: int = 0  # calls that dropped entries on request, also if they found none
-    is_closed: bool = False
 
 
 class ShardIndex:
@@ -65,11 +54,11 @@ class ShardIndex:
         mutations: Mutations | None = None,
         broken: Callable[[Hashable, Promise, Promise], Exception] = PromiseError,
     ) -> None:
-        # Guards _shared with its tables and ledger, _mutations, and the fields of every entry; of both levels.
+        # Guards _levels with its tables and ledger, _mutations, and the fields of every entry; of both levels.
         self._lock = threading.Lock()
         self._entries, self._above, self._below = Table(), Table(), Table()  # a table without a level stays empty
         self._ledger = Ledger(now)
-        self._shared = Shared(self._ledger, [self._entries])
+        self._levels = Levels(self._ledger, [self._entries])
         self._mutations = mutations or Mutations()
         self.looks_for_writes = self._mutations.is_on
         self._is_held, self.broken = is_held, broken
@@ -81,7 +70,7 @@ class ShardIndex:
         self.below = copying.copy(self)
         self.below._entries, self.below._above = self._below, self._entries
         self.below._below, self.below._is_low = Table(), True
-        self._shared.tables.append(self._below)
+        self._levels.tables.append(self._below)
         return self.below
 
     def __len__(self) -> int:
@@ -94,7 +83,7 @@ class ShardIndex:
 
     def __repr__(self) -> str:
         num_ready = len(self._ledger.births)
-        pending = sum(map(len, self._shared.tables)) - num_ready
+        pending = sum(map(len, self._levels.tables)) - num_ready
         return f"ShardIndex({num_ready} ready, {pending} pending, {self._ledger.ready_bytes:,} bytes)"
 
     def keys(self) -> list[Hashable]:
@@ -120,12 +109,12 @@ class ShardIndex:
     @property
     def is_closed(self) -> bool:
         """Whether the index is closed, and indexes nothing more."""
-        return self._shared.is_closed
+        return self._levels.is_closed
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing is cached or on its way."""
-        return not any(self._shared.tables)
+        return not any(self._levels.tables)
 
     def hits(
         self, keys: Sequence[Hashable], expected: Mapping[Hashable, Promise]
@@ -180,7 +169,7 @@ class ShardIndex:
                 for entry in changed:
                     found.mutated[entry.key] = None
             if found.num_removals is None:
-                found.num_removals = self._shared.num_removals
+                found.num_removals = self._levels.num_removals
             ready, nbytes, num_low = self._look_up_locked(keys, found)
             found.hits.update(zip(ready, lending.lend(list(ready.values()), left), strict=True))
             self._ledger.claimed(found, len(ready), nbytes, num_low)
@@ -207,8 +196,8 @@ class ShardIndex:
         entry, changed = None, list[Entry]()
         with self._lock:
             self._drop_changed_locked([key], {}, changed)
-            if not self._at_locked(key):
-                entry = Entry(key, next(self._shared.generations), Flight("put", deadline))
+            if not self._levels.at(key):
+                entry = Entry(key, next(self._levels.generations), Flight("put", deadline))
                 self._entries[key] = entry
         if changed:
             self._mutations.tell(changed)
@@ -236,8 +225,8 @@ class ShardIndex:
             # Not those that were cleared, evicted or refetched meanwhile.
             standing = [entry for entry in landed if self._entries.get(entry.key) is entry]
             rising = [] if self.below is None else [entry for entry in standing if entry.flight.is_copy]
-            if self._shared.is_closed:
-                left += self._drop_all_locked(standing).entries
+            if self._levels.is_closed:
+                left += self._levels.drop(standing).entries
             else:
                 fresh = [entry for entry in standing if not entry.flight.is_copy] if rising else standing
                 self._ledger.indexed(fresh, node, is_low=self._is_low)
@@ -254,7 +243,7 @@ class ShardIndex:
         with no_collections, self._lock:
             landed = self._land_locked(landings, node, completion)
             for entry in landed:
-                self._forget_locked(entry)
+                self._levels.forget(entry)
             self._ledger.overflowed(landed)
         _wake(landed)
 
@@ -266,8 +255,8 @@ class ShardIndex:
             for entry in failed:
                 entry.flight = entry.flight.failed(error)
                 if entry.flight.is_copy:
-                    self._let_go_below_locked(entry)
-                self._forget_locked(entry)
+                    self._levels.let_go_below(entry)
+                self._levels.forget(entry)
             if blocks is not None:
                 blocks.track(failed)  # the frames of an error may refer to them
             self._ledger.failed(failed, reason)
@@ -281,14 +270,14 @@ class ShardIndex:
         # Outside the lock: a generator may ask the cache. Before any drop: an object that is no key raises here.
         wanted = dict.fromkeys(several(keys))
         with self._lock:
-            self._shared.num_removals += 1
+            self._levels.num_removals += 1
             found = [
                 entry
-                for table in self._shared.tables
+                for table in self._levels.tables
                 for entry in map(table.get, wanted)
                 if entry is not None and (node is None or entry.node == node)
             ]
-            dropped = self._drop_all_locked(found)
+            dropped = self._levels.drop(found)
             if wanted:
                 self._ledger.cleared(dropped)
             return dropped.entries
@@ -296,20 +285,20 @@ class ShardIndex:
     def remove_node(self, node: str | None) -> list[Entry]:
         """Drop every entry of a node, or all (None), and return the READY ones."""
         with self._lock:
-            entries = itertools.chain.from_iterable(table.values() for table in self._shared.tables)
+            entries = itertools.chain.from_iterable(table.values() for table in self._levels.tables)
             keys = [entry.key for entry in entries if node is None or entry.node == node]
         return self.remove(keys, node)
 
     def close(self) -> list[Entry]:
         """Drop every entry and index no more; returns the READY ones."""
         with self._lock:
-            self._shared.is_closed = True
+            self._levels.is_closed = True
         return self.remove_node(None)
 
     def forget_dead(self, leases: Iterable[Lease]) -> None:
         """Drop entries whose block died, as when `share_memory_()` swapped a tensor's storage."""
         with self._lock:
-            tables = [table for table in self._shared.tables if table]
+            tables = [table for table in self._levels.tables if table]
             dead = [
                 entry
                 for lease in leases
@@ -317,7 +306,7 @@ class ShardIndex:
                 if (entry := table.get(lease.key)) is not None and entry.copy and entry.copy.lease is lease
             ]
             if dead:
-                self._ledger.died(self._drop_all_locked(dead))
+                self._ledger.died(self._levels.drop(dead))
 
     def candidates(self, most: int | None = None, *, held: bool = False) -> list[Candidate]:
         """Entries of this level that may be evicted, the least recently used first.
@@ -357,10 +346,10 @@ class ShardIndex:
             for entry, *_ in victims:
                 is_copy = not (entry.is_changed or (held and self._is_in_use_locked(entry)))
                 if is_copy and (refuge := refuges.get(entry.key)) is not None:
-                    self._sink_locked(entry, refuge)
+                    self._levels.sink(entry, refuge)
                 else:
                     gone.append(entry)
-            self._drop_all_locked(gone)
+            self._levels.drop(gone)
             return True
 
     def missing(
@@ -397,7 +386,7 @@ class ShardIndex:
     def aliases(self, keys: Iterable[Hashable]) -> list[tuple[Copy, torch.Tensor]]:
         """The copies of the READY shards among `keys`, and an alias of each. Counts no look-up."""
         with self._lock:
-            found = [one.copy for key in keys for one in self._at_locked(key) if one.copy is not None]
+            found = [one.copy for key in keys for one in self._levels.at(key) if one.copy is not None]
             return list(zip(found, aliases_of([one.base for one in found]), strict=True))
 
     def compare_checksums(self, checksums: Iterable[tuple[Copy, int]]) -> None:
@@ -419,22 +408,22 @@ class ShardIndex:
                 return
             holder.keys.update((one.generation, one.key) for one in entries)
             if len(over := holder.keys) > holder.prune_at:
-                holder.keys = {entry.generation: entry.key for entry in self._held_locked(holder)}
+                holder.keys = {entry.generation: entry.key for entry in self._levels.held(holder)}
                 holder.prune_at = max(holder.prune_at, 2 * len(holder.keys))
         del over  # keys may be anything, and die outside the lock
 
     def held_by(self, holding: Holding) -> list[Entry]:
         """The READY entries that a scope will drop."""
         with self._lock:
-            return [entry for entry in self._held_locked(holding) if entry.state is State.READY]
+            return [entry for entry in self._levels.held(holding) if entry.state is State.READY]
 
     def end_scope(self, holding: Holding) -> list[Entry]:
         """Drop the shards that were fetched inside a scope, but for kept ones; return the READY ones, as `remove`."""
         with self._lock:
-            self._shared.num_removals += 1
-            held, over = self._held_locked(holding), holding.keys
+            self._levels.num_removals += 1
+            held, over = self._levels.held(holding), holding.keys
             holding.keys, holding.is_over = {}, True
-            dropped = self._drop_all_locked(held)
+            dropped = self._levels.drop(held)
             # The end of an inner scope ends no step: shards of the outer one have outlived nothing yet.
             self._ledger.cleared(dropped, ends_step=holding.outer is None)
         del over  # keys may be anything, and die outside the lock
@@ -453,7 +442,7 @@ class ShardIndex:
     def oldest(self, most: int, *, is_outlived: bool = False) -> list[EntryInfo]:
         """The oldest READY entries, oldest first. `is_outlived`: only those that outlived clears, and are not kept."""
         with self._lock:
-            entries = (entry for key in self._ledger.births for entry in self._at_locked(key))
+            entries = (entry for key in self._ledger.births for entry in self._levels.at(key))
             wanted = (entry for entry in entries if entry.state is State.READY)
             if is_outlived:
                 wanted = (one for one in itertools.takewhile(self._ledger.is_outlived, wanted) if not one.is_kept)
@@ -465,7 +454,7 @@ class ShardIndex:
             for key in keys:
                 claimed = found.claimed.get(key)
                 is_rival = claimed is not None and claimed.flight.replaces is not None
-                for entry in [claimed] if claimed is not None and is_rival else self._at_locked(key):
+                for entry in [claimed] if claimed is not None and is_rival else self._levels.at(key):
                     if key not in found.refused:
                         self._ledger.kept(entry)
 
@@ -481,10 +470,6 @@ class ShardIndex:
         with self._lock:
             for entry in entries:
                 entry.num_awaiting -= 1
-
-    def _at_locked(self, key: Hashable) -> list[Entry]:
-        """The entries of a key: two only while it rises."""
-        return [entry for table in self._shared.tables if (entry := table.get(key)) is not None]
 
     def _look_up_locked(self, keys: Collection[Hashable], found: Claim) -> tuple[dict[Hashable, Copy], int, int]:
         """Join or claim missing shards; return the copies of the others, their bytes, and how many are below."""
@@ -515,8 +500,8 @@ class ShardIndex:
     def _claim_locked(self, missing: list[Hashable], found: Claim) -> None:
         """Claim missing shards: each a fetch, or a copy of the shard below."""
         flight, pending = Flight(deadline=found.deadline), State.PENDING  # one flight for all fetches
-        generations, claimed, below = self._shared.generations, found.claimed, self._below
-        is_indexed = found.num_removals == self._shared.num_removals
+        generations, claimed, below = self._levels.generations, found.claimed, self._below
+        is_indexed = found.num_removals == self._levels.num_removals
         for key, promise in zip(missing, map(found.expected.get, missing), strict=True):
             if (low := below.get(key)) is None:
                 entry = Entry(key, next(generations), flight, pending, "", promise)
@@ -556,10 +541,10 @@ class ShardIndex:
 
     def _claim_rival_locked(self, entry: Entry, promise: Promise, found: Claim) -> None:
         """Claim the same key of another owner. The entry stays until the claim has landed, which may never happen."""
-        is_indexed = found.num_removals == self._shared.num_removals
-        replaces = (entry.generation, self._shared.num_removals) if is_indexed else None
+        is_indexed = found.num_removals == self._levels.num_removals
+        replaces = (entry.generation, self._levels.num_removals) if is_indexed else None
         flight = Flight(deadline=found.deadline, replaces=replaces)
-        found.claimed[entry.key] = Entry(entry.key, next(self._shared.generations), flight, promise=promise)
+        found.claimed[entry.key] = Entry(entry.key, next(self._levels.generations), flight, promise=promise)
 
     def _drop_changed_locked(
         self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise], changed: list[Entry]
@@ -574,23 +559,10 @@ class ShardIndex:
             MutatedError: There are some, and the policy is "error": none was dropped, and `changed` is empty.
         """
         if self._mutations.is_on:
-            changed += self._changed_locked(keys, expected)
+            changed += changed_in(self._levels.tables, keys, expected)
         if changed:
             self._mutations.found(changed)
-            self._drop_all_locked(changed)
-
-    def _changed_locked(self, keys: Iterable[Hashable], expected: Mapping[Hashable, Promise]) -> list[Entry]:
-        """Find them for `_drop_changed_locked`. That may raise: this frame, which refers to blocks, is over by then."""
-        changed = []
-        for table in self._shared.tables:
-            for entry in map(table.get, keys):
-                if entry is None or (one := entry.copy) is None:
-                    continue
-                # As `is_changed`, whose call would double what this costs.
-                counted = one.base if (loan := one.loan) is None else loan
-                if counted._version != one.version and entry.is_owned_as(expected.get(entry.key)):
-                    changed.append(entry)
-        return changed
+            self._levels.drop(changed)
 
     def _can_evict_locked(self, one: Candidate, held: bool) -> bool:
         entry = one.entry
@@ -600,54 +572,28 @@ class ShardIndex:
 
     def _is_in_use_locked(self, entry: Entry) -> bool:
         """Whether a reader holds its block, or is about to."""
-        if entry.num_awaiting > 0 or (at := entry.copy) is None:
-            return entry.num_awaiting > 0
-        if (loan := at.loan) is None:
-            return self._is_held(at.base, 0)
-        is_lent = getrefcount(loan) != UNSHARED or num_owners(loan) != 1
-        for spare in at.spares or ():
-            is_lent = is_lent or getrefcount(spare) != UNSHARED or num_owners(spare) != 1
-        return is_lent or self._is_held(at.base, 1 + len(at.spares or ()))
+        return entry.num_awaiting > 0 or (entry.copy is not None and lending.is_lent(entry.copy, self._is_held))
 
     def _take_place_locked(self, entry: Entry, left: list[Entry]) -> None:
         """Index a landed shard in the place of another owner's, unless a drop on request came meanwhile."""
-        old = next(iter(self._at_locked(entry.key)), None)
-        if old is not None and entry.flight.replaces == (old.generation, self._shared.num_removals):
-            left += self._drop_all_locked([old]).entries
+        old = next(iter(self._levels.at(entry.key)), None)
+        if old is not None and entry.flight.replaces == (old.generation, self._levels.num_removals):
+            left += self._levels.drop([old]).entries
             self._entries[entry.key] = entry
-
-    def _sink_locked(self, entry: Entry, refuge: Copy) -> None:
-        """Move a READY entry to the level below, where it is the youngest."""
-        assert entry.copy is not None
-        refuge.checksum = entry.copy.checksum
-        entry.copy = refuge
-        del self._entries[entry.key]
-        self._below[entry.key] = entry
-        self._ledger.moved(1)
 
     def _rise_locked(self, entry: Entry, left: list[Entry]) -> None:
         """Let a landed copy take the place of the shard below; forget the copy if it may not."""
         low = self._below.get(entry.key)
         if low is None or low.generation != entry.generation or not self._can_rise_locked(low):
-            self._forget_locked(entry)
+            self._levels.forget(entry)
             return
-        del self._below[low.key]
+        self._levels.rise(entry, low)
         left.append(low)
-        low.state, entry.state = State.GONE, State.READY
-        entry.node, entry.promise, entry.is_kept = low.node, low.promise, low.is_kept
-        entry.arrival = low.arrival
-        self._ledger.moved(-1)
 
     def _can_rise_locked(self, low: Entry) -> bool:
         if low.state is not State.READY or self._is_in_use_locked(low):
             return False
         return not (self._mutations.is_on and low.is_changed)
-
-    def _let_go_below_locked(self, entry: Entry) -> None:
-        """Note that a claim of a copy is settled: one call less awaits the entry below."""
-        low = self._shared.tables[-1].get(entry.key)
-        if low is not None and low.generation == entry.generation:
-            low.num_awaiting -= 1
 
     def _land_locked(
         self, landings: Iterable[tuple[Entry, Copy]], node: str, completion: Completion | None
@@ -666,42 +612,9 @@ class ShardIndex:
         if self.below is not None:
             for entry in landed:
                 if entry.flight.is_copy:
-                    self._let_go_below_locked(entry)
+                    self._levels.let_go_below(entry)
         self._ledger.landed(landed, node)
         return landed
-
-    def _drop_all_locked(self, entries: Collection[Entry]) -> Dropped:
-        """Forget entries, at both levels. PENDING ones still arrive, for the calls that wait.
-
-        Returns:
-            The READY ones. They must not die under the lock.
-        """
-        dropped: dict[Entry, bool] = {}  # to whether each was at the lower level
-        ready, gone = State.READY, State.GONE
-        for is_low, table in zip((False, True), self._shared.tables, strict=False):
-            for entry in entries if table else ():
-                one = table.get(entry.key)
-                if one is None or one.generation != entry.generation:
-                    continue
-                del table[one.key]
-                if one.state is ready:
-                    dropped[one] = is_low
-                one.state = gone
-        for entry in entries:
-            entry.state = gone
-        return self._ledger.dropped(dropped)
-
-    def _forget_locked(self, entry: Entry) -> None:
-        """Forget an entry that is not READY, where it is."""
-        for table in self._shared.tables:
-            if table.get(entry.key) is entry:
-                del table[entry.key]
-        entry.state = State.GONE
-
-    def _held_locked(self, holding: Holding) -> list[Entry]:
-        """Entries that a scope will drop: still indexed, of the generation that was fetched inside, and not kept."""
-        found = ((entry, generation) for generation, key in holding.keys.items() for entry in self._at_locked(key))
-        return [entry for entry, generation in found if generation == entry.generation and not entry.is_kept]
 
 
 def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:

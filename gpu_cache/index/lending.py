@@ -89,6 +89,21 @@ def _replace_loan(one: Copy, left: list[torch.Tensor | None]) -> torch.Tensor | 
     return one.loan
 
 
+def is_lent(one: Copy, is_held: Callable[[torch.Tensor, int], bool]) -> bool:
+    """Whether a reader has a tensor of a copy: its loan, a spare, or another alias. Under the index lock.
+
+    Args:
+        one: Of a READY shard.
+        is_held: Whether a base has more aliases than so many loans.
+    """
+    if (loan := one.loan) is None:
+        return is_held(one.base, 0)
+    found = getrefcount(loan) != UNSHARED or num_owners(loan) != 1
+    for spare in one.spares or ():
+        found = found or getrefcount(spare) != UNSHARED or num_owners(spare) != 1
+    return found or is_held(one.base, 1 + len(one.spares or ()))
+
+
 def hits_in_python(
     table: Table,
     keys: Sequence[Hashable],

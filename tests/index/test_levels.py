@@ -53,10 +53,10 @@ class Levels:
         while self.calls:
             self.hand_out()
         assert all(entry.num_awaiting == 0 for entry in self.entries())
-        assert sum(map(len, self.index._shared.tables)) == len(self.index)
+        assert sum(map(len, self.index._levels.tables)) == len(self.index)
 
     def entries(self) -> list[Entry]:
-        return [entry for table in self.index._shared.tables for entry in table.values()]
+        return [entry for table in self.index._levels.tables for entry in table.values()]
 
     def claim(self, holding: Holding | None = None) -> None:
         level = self.random.choice([self.index, self.below])
@@ -134,7 +134,7 @@ class Levels:
             self.random.choice(ready).counted.add_(0)
 
     def check(self) -> None:
-        top, low = self.index._shared.tables
+        top, low = self.index._levels.tables
         for key in KEYS:
             assert self.index.has(key) + self.below.has(key) <= 1
             if key in top and key in low:

@@ -71,7 +71,7 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
         accounts = {place: number + parked[place] for place, number in accounts.items()}
     if not is_fetching:
         _agree(accounts["pending"], 0, "pending, and no fetch under way", accounts)
-        _agree(len(index), sum(map(len, index._shared.tables)), "READY entries, and all", index)
+        _agree(len(index), sum(map(len, index._levels.tables)), "READY entries, and all", index)
         _agree(engine.staging.stats()["pinned_bytes"], 0, "slots in use, and no fetch under way", engine.staging)
     if is_over:
         _agree(accounts["held"] + accounts["quarantined"], 0, "in use, and all is over", accounts)

@@ -155,7 +155,7 @@ class World:
 
     def entry_of(self, key: Hashable) -> Entry | None:
         """The cached copies of a key, on the device or in the host tier."""
-        return next((entry for entry in self.cache._index._at_locked(key) if entry.copy is not None), None)
+        return next((entry for entry in self.cache._index._levels.at(key) if entry.copy is not None), None)
 
     def is_parked(self, key: Hashable) -> bool:
         """Whether it is in the host tier."""
