@@ -182,9 +182,9 @@ class TensorCache:
                 memory. They take no memory of the device. Clone tensors that forked processes are to read: a forked
                 process does not get pinned memory.
             on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
-            expected: Dtype, shape and owner by key, where known. A shard of another dtype or shape fails, and
-                stays cached for other callers. One cached for another owner is a miss, and the fetched one takes its
-                place. None for an owner: any.
+            expected: A tuple of dtype, shape and owner by key, where known. A shard of another dtype or shape fails,
+                and stays cached for other callers. One cached for another owner is a miss, and the fetched one takes
+                its place. None for an owner: any.
         Returns:
             One tensor for each key, in order, on the cache's device unless `prefer` is "host". Shards that find no room
             come all the same, uncached.
@@ -195,7 +195,7 @@ class TensorCache:
             TransferError: During CUDA graph capture: a shard is not cached, a reader wrote into it, or its copy was not
                 yet seen complete.
             MutatedError: A reader wrote into a shard, and `config.on_mutation` is "error".
-            ValueError: The host is preferred, and the host tier is off (`config.host_tier_bytes`).
+            ValueError: On a GPU: the host is preferred, and the host tier is off (`config.host_tier_bytes`).
             TypeError: A shard is missing, and `source` is no ShardSource; or `keys` is a text.
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
@@ -204,10 +204,10 @@ class TensorCache:
         if on_error not in ("raise", "none"):
             raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'none'")
         limit_s = self._limit_s(timeout_s)
-        may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum)
+        may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum or isinstance(keys, (str, bytes)))
         if may_be_plain and (hits := self._hits(keys, expected or {}, ready or self.config.ready)) is not None:
             return hits
-        check_call(keys, source, prefer)
+        check_call(keys, source, prefer, expected)
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=True, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,
@@ -266,7 +266,7 @@ class TensorCache:
             A future of how many were missing; it fails as `get_many` would. It need not be waited for.
         """
         limit_s = self._limit_s(timeout_s)
-        check_call(keys, source, prefer)
+        check_call(keys, source, prefer, expected)
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=False, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,

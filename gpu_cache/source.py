@@ -215,13 +215,18 @@ class _NoSource:
 NO_SOURCE = _NoSource()
 
 
-def check_call(keys: Sequence[Hashable], source: object, prefer: object) -> None:
-    """Refuse a text in the place of keys, a source that cannot be asked, and a place that is none.
+def check_call(
+    keys: Sequence[Hashable], source: object, prefer: object, expected: Mapping[Hashable, object] | None
+) -> None:
+    """Refuse a text in the place of keys, a source that cannot be asked, and a place or a promise that is none.
 
     Raises:
-        TypeError: `keys` is a text, or `source` is a class or has no `open`.
+        TypeError: `keys` is a text, `source` is a class or has no `open`, or the first promise is no tuple of three.
         ValueError: `prefer` is another word.
     """
+    promise = next(iter(expected.values())) if expected else (None,) * 3
+    if not isinstance(promise, tuple) or len(promise) != 3:
+        raise TypeError(f"expected has {promise!r}: a tuple (dtype, shape, owner) is expected, owner None for any")
     if prefer not in ("device", "host"):
         raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
     several(keys)

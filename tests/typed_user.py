@@ -9,6 +9,7 @@ from gpu_cache.rpc import RTensor, TensorShardInfo
 cache = TensorCache(CacheConfig(pool_bytes="4GiB", slab_bytes=1 << 28, device="cpu"))
 found: torch.Tensor | None = cache.get("a")
 num_hits: int = cache.buffer_stats()["hits"]
+grown: dict[str, float] = gpu_cache.stats_delta(cache.buffer_stats(), cache.buffer_stats())
 handle = RTensor(TensorShardInfo("a", "host:1"), torch.empty(3, device="meta"))
 local: torch.Tensor = handle.to_local(timeout_s=1.5)
 

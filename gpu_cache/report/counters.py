@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypedDict, cast, get_type_hints
+from typing import Any, TypedDict, cast, get_type_hints
 
 
 class BufferStats(TypedDict):
@@ -115,7 +115,7 @@ def buffer_stats_of(*parts: Mapping[str, float]) -> BufferStats:
     return cast(BufferStats, merged)
 
 
-def stats_delta(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+def stats_delta(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
     """Compare two `buffer_stats()` for a metrics logger; keys with no data are left out.
 
     Returns:

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 from gpu_cache.config import seconds
+from gpu_cache.errors import GpuCacheError, named_error
 from gpu_cache.process import OwnThread
 from gpu_cache.rpc.shard import ShardClearError
 from gpu_cache.rpc.wire.records import MAX_IDS
@@ -258,14 +259,15 @@ class StepClearer:
     def _note_failure(self, target: _Target, error: BaseException, report: ClearReport) -> None:
         fresh, old = target.debt.left_by(error)
         report.failures.append(_failure(target.who, [*fresh, *old], error))
+        words = str(error) if isinstance(error, GpuCacheError) else named_error(error)
         if fresh:
             self._remember(target, fresh)
             text = "%d shards may stay at %s, %s bytes; it is told of them once more at the next clear: %s"
-            logger.warning(text, len(fresh), target.who, f"{_nbytes(fresh):,}", str(error))
+            logger.warning(text, len(fresh), target.who, f"{_nbytes(fresh):,}", words)
         if old:
             report.given_up.append(_failure(target.who, old, error))
             text = "%d shards stay at %s, %s bytes, after two tries, and are given up (%s): %s"
-            logger.error(text, len(old), target.who, f"{_nbytes(old):,}", _named(old), str(error))
+            logger.error(text, len(old), target.who, f"{_nbytes(old):,}", _named(old), words)
 
     def _remember(self, target: _Target, owed: list[SizedId]) -> None:
         with self._lock:

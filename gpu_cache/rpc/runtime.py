@@ -1,4 +1,4 @@
-"""This process's cache, backend and store. The module-level state of `areal`."""
+"""This process's cache, backend and store. The module-level state of `gpu_cache.rpc`."""
 
 from __future__ import annotations
 

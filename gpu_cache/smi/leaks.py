@@ -1,4 +1,4 @@
-"""`--leaks PID`: the entries that outlived a clear. Reports only count them, so the process is asked for the list."""
+"""`--leaks PID`: entries that outlived two clears. Reports only count them, so the process is asked for the list."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ class Commands:
             self._terminal.show(watch.frame(node, past, self._options.watch), watch.TO_ASCII if is_ascii else {})
 
     def _leaks(self) -> int:
-        """The entries that outlived a clear."""
+        """The entries that outlived two clears or more."""
         process = self._named(self._options.leaks)
         if process is None:
             self._tell(f"no process with a cache has the pid or role {self._options.leaks}")

@@ -73,7 +73,7 @@ def _add_modes(add: Callable[..., object]) -> None:
     add("--serve", nargs="?", type=_address, const=default, metavar="ADDR:PORT", help=served)
     checked = "nothing unless something is wrong, also with a switch for AReaL; exit 3 then"
     add("--check", action="store_true", help=checked)
-    add("--leaks", metavar="PID|ROLE", help="entries that outlived a clear; --all for more than 10")
+    add("--leaks", metavar="PID|ROLE", help="entries that outlived two clears; --all for more than 10")
     add("--gc", action="store_true", help="delete the reports of dead processes")
     add("--record", type=Path, metavar="FILE", help="append a sample every second (-l) to FILE")
     add("--timeline", type=Path, metavar="FILE", help="a recording as a page for the browser (-o, or FILE.html)")

@@ -56,6 +56,14 @@ def test_a_cached_shard_that_is_not_as_promised_fails_alone_and_stays(cache: Ten
     assert source.asked == [["a"], ["b"]]
 
 
+@pytest.mark.parametrize("wrong", [RIGHT[:2], list(RIGHT), torch.int64])
+def test_a_promise_that_is_no_tuple_of_three_is_refused(cache: TensorCache, wrong: Any) -> None:
+    for call in (cache.get_many, cache.prefetch):
+        with pytest.raises(TypeError, match=r"expected has .*: a tuple \(dtype, shape, owner\) is expected"):
+            call(["a"], source_of(), expected=expecting(a=wrong))
+    assert cache.keys() == []
+
+
 @pytest.mark.parametrize("wrong", [WRONG, FLOATS])
 def test_a_shard_that_arrives_otherwise_fails_alone_and_is_not_cached(cache: TensorCache, wrong: Promise) -> None:
     source = source_of()

@@ -68,6 +68,7 @@ def test_a_failing_consumer_is_reported_and_the_others_are_told(caplog: pytest.L
     assert consumer.who.endswith("broken")
     assert "2 shards may stay at node-a:1" in caplog.text
     assert "3 shards may stay at" in caplog.text
+    assert "at the next clear: OSError: gone" in caplog.text
 
 
 def test_a_consumer_may_answer_later() -> None:

@@ -58,7 +58,7 @@ def test_a_backend_of_the_users_takes_any_address(users_backend: UsersBackend) -
 @pytest.mark.parametrize(
     ("token", "said"),
     [
-        (None, "a bearer token is required.*; no token was sent: set AREAL_RPC_TOKEN to the owner's token"),
+        (None, "a bearer token is required.*; no token was sent: set AREAL_RPC_TOKEN to the owner's token before this"),
         (
             "wrong",
             "the bearer token is not this server's.*; the token that was sent is not the owner's: compare AREAL",

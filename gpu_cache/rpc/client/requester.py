@@ -188,7 +188,7 @@ class Requester:
         elif "Authorization" in self._settings.headers:
             advice = f"; the token that was sent is not the owner's: compare {TOKEN_VARIABLE} here and there"
         else:
-            advice = f"; no token was sent: set {TOKEN_VARIABLE} to the owner's token"
+            advice = f"; no token was sent: set {TOKEN_VARIABLE} to the owner's token before this process starts"
         return f"{status} body={shortened(text)}{advice}"
 
     def _wait_s(self, busy: NodeBusyError) -> float:
