@@ -29,11 +29,13 @@ class HostRule:
         names: The names that it was bound under.
     Attributes:
         is_local: Whether the server listens on the loopback only; otherwise any name in Host will do.
+    Raises:
+        TypeError: A name is no text.
     """
 
     def __init__(self, bound: str, allowed: Iterable[str] = (), names: Iterable[str] = ()) -> None:
         self.is_local = is_loopback(bound)
-        self._pages = {name.lower() for name in allowed}
+        self._pages = set(map(_lower, allowed))
         self._known = self._pages | {name.lower() for name in names}
 
     def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> str | None:
@@ -61,6 +63,12 @@ def name_of(authority: str) -> str:
     host, _, port = authority.rpartition(":")
     has_port = bool(host) and port.isdecimal() and (":" not in host or host.endswith("]"))
     return (host if has_port else authority).strip("[]").lower()
+
+
+def _lower(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a name of a host is a text, not {name!r}")
+    return name.lower()
 
 
 def _authority(origin: str) -> str:

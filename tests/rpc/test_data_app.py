@@ -103,7 +103,9 @@ def test_an_unknown_shard_is_not_found(server: ServerHandle) -> None:
     assert_refused(ask(server, "GET", "/data/abc"), 404, "Shard abc not found")
 
 
-@pytest.mark.parametrize("shard_id", ["a/b", "a%2Fb", "späß 🙂", "a b?c#d&e=f", "batch", "clear", "reclaim", "x+y"])
+@pytest.mark.parametrize(
+    "shard_id", ["a/b", "a%2Fb", "späß 🙂", "a b?c#d&e=f", "batch", "clear", "reclaim", "x+y", "a\nb"]
+)
 def test_ids_are_taken_as_they_are(server: ServerHandle, owner: FakeOwner, shard_id: str) -> None:
     path = f"/data/{quote(shard_id, safe='')}"
     reply = ask(server, "PUT", path, serialize_value(torch.ones(2)))

@@ -6,16 +6,19 @@ import gc
 import http.client
 import json
 import math
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from gpu_cache.process import OwnThread
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.wire.serialization import serialize_value
@@ -219,6 +222,47 @@ def test_a_port_in_use_raises_in_the_caller(owner: FakeOwner) -> None:
     assert other.own_addresses == set()
     with rpc_server.start(port=port, owner=other) as again:
         assert again.address == server.address
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_body_bytes": -1}, "max_body_bytes=-1: must be at least 1"),
+        ({"max_body_bytes": "1GiB"}, "max_body_bytes='1GiB': must be at least 1, and a whole number"),
+        ({"max_connections": 1.5}, r"max_connections=1.5: must be at least 1, and a whole number"),
+        ({"allow_hosts": "node17"}, "'node17' is one key"),
+        ({"allow_hosts": [17]}, "a name of a host is a text, not 17"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused_and_nothing_listens(
+    owner: FakeOwner, settings: dict[str, Any], message: str
+) -> None:
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    with pytest.raises((ValueError, TypeError), match=message):
+        rpc_server.start(owner=owner, **settings)
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_a_system_without_threads_leaves_nothing_of_a_server(
+    owner: FakeOwner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(os.listdir("/proc/self/fd")), threading.active_count()
+    start = OwnThread.start
+
+    def refuse(thread: OwnThread) -> None:
+        if thread.is_server:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(OwnThread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        rpc_server.start(owner=owner)
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    assert owner.own_addresses == set()
+    monkeypatch.setattr(rpc_server, "readable_on", lambda *_: None)
+    with pytest.raises(SystemExit):
+        rpc_server.main([])
+    assert "can't start new thread" in capsys.readouterr().err
 
 
 def test_stop_ends_thread_and_listener_and_may_be_repeated(owner: FakeOwner) -> None:

@@ -52,6 +52,8 @@ _WRITE_BYTES = 1 << 20
 # Bytes that may wait in the transport (large parts by reference): the loop sends them without a turn for each write.
 _AHEAD_BYTES = 8 << 20
 
+_SHARD = r"/data/{shard_id:(?s:.+)}"  # any text, line ends too
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,8 +102,8 @@ def make_app(
             web.post("/data/serials", routes.serials),
             web.delete("/data/clear", routes.clear),
             web.post("/data/reclaim", routes.reclaim),
-            web.put("/data/{shard_id:.+}", routes.put),
-            web.get("/data/{shard_id:.+}", routes.get, allow_head=False),
+            web.put(_SHARD, routes.put),
+            web.get(_SHARD, routes.get, allow_head=False),
         ]
     )
     return app

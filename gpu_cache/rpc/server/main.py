@@ -19,6 +19,7 @@ from typing import Protocol
 from aiohttp import web
 
 from gpu_cache.config import parse_size, seconds
+from gpu_cache.errors import several
 from gpu_cache.hosts import HostRule, is_loopback
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc import runtime
@@ -102,7 +103,12 @@ class ServerHandle:
         self._is_inherited = False
         owner.add_own_address(address)
         self._thread = OwnThread(self._run, f"areal-rpc-server-{address}", self._ask_to_stop, is_server=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no thread left
+            owner.remove_own_address(address)
+            self._loop.close()
+            raise
         leave_to_parent(self)
 
     def stop(self) -> None:
@@ -211,8 +217,14 @@ def start(
         OSError: The address cannot be bound.
         ValueError: Other hosts could reach the server, there is no token, and `allow_unauthenticated` is off. Or the
             token is not one line of printable ASCII, or a limit, `shard_ttl_s` or `port` is out of range.
+        TypeError: `allow_hosts` is no list of names.
+        RuntimeError: The system has no thread left.
     """
-    _check_positive(max_concurrent_responses=max_concurrent_responses, max_connections=max_connections)
+    _check_counts(
+        max_body_bytes=max_body_bytes,
+        max_concurrent_responses=max_concurrent_responses,
+        max_connections=max_connections,
+    )
     header_timeout_s = seconds(header_timeout_s, "header_timeout_s", least=_SHORTEST_S)
     body_timeout_s = seconds(body_timeout_s, "body_timeout_s", least=_SHORTEST_S)
     idle_timeout_s = seconds(idle_timeout_s, "idle_timeout_s", least=_SHORTEST_S)
@@ -227,25 +239,31 @@ def start(
         )
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
+    rule = HostRule(location[0], several(allow_hosts), [host.strip("[]")])
     raise_descriptor_limit()
     incarnation = uuid.uuid4().hex
     connections = Connections(max_connections, header_timeout_s, idle_timeout_s)
-    listener = socket.create_server(location, family=family, backlog=_BACKLOG)
-    find_dead_peers(listener)
-    memory = same_host.opened(served.store, incarnation)
-    app = make_app(
-        served,
-        token=token,
-        rule=HostRule(location[0], allow_hosts, [host.strip("[]")]),
-        connections=connections,
-        body_timeout_s=body_timeout_s,
-        max_body_bytes=max_body_bytes,
-        max_responses=max_concurrent_responses,
-        expiry=expiry,
-        incarnation=incarnation,
-        memory=memory,
-    )
-    return ServerHandle(served, app, connections, listener, _address(listener), memory)
+    with contextlib.ExitStack() as unless_served:
+        listener = unless_served.enter_context(socket.create_server(location, family=family, backlog=_BACKLOG))
+        find_dead_peers(listener)
+        memory = same_host.opened(served.store, incarnation)
+        if memory is not None:
+            unless_served.callback(memory.stop)
+        app = make_app(
+            served,
+            token=token,
+            rule=rule,
+            connections=connections,
+            body_timeout_s=body_timeout_s,
+            max_body_bytes=max_body_bytes,
+            max_responses=max_concurrent_responses,
+            expiry=expiry,
+            incarnation=incarnation,
+            memory=memory,
+        )
+        handle = ServerHandle(served, app, connections, listener, _address(listener), memory)
+        unless_served.pop_all()
+    return handle
 
 
 async def _end_tasks() -> None:
@@ -274,10 +292,10 @@ def _sockets_at(port: int) -> set[int]:
     return found
 
 
-def _check_positive(**limits: int) -> None:
+def _check_counts(**limits: int) -> None:
     for name, value in limits.items():
-        if not value >= 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be at least 1, and a whole number")
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
@@ -321,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             idle_timeout_s=_limit(options.idle_timeout),
             max_connections=options.max_connections,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     with server:
         print(f"listening on {server.address}", flush=True)
