@@ -52,8 +52,6 @@ _WRITE_BYTES = 1 << 20
 # Bytes that may wait in the transport (large parts by reference): the loop sends them without a turn for each write.
 _AHEAD_BYTES = 8 << 20
 
-_SHARD = r"/data/{shard_id:(?s:.+)}"  # any text, line ends too
-
 logger = logging.getLogger(__name__)
 
 
@@ -102,8 +100,8 @@ def make_app(
             web.post("/data/serials", routes.serials),
             web.delete("/data/clear", routes.clear),
             web.post("/data/reclaim", routes.reclaim),
-            web.put(_SHARD, routes.put),
-            web.get(_SHARD, routes.get, allow_head=False),
+            web.put("/data/{shard_id:(?s:.+)}", routes.put),  # line ends too
+            web.get("/data/{shard_id:(?s:.+)}", routes.get, allow_head=False),
         ]
     )
     return app
