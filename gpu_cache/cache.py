@@ -117,10 +117,6 @@ class TensorCache:
         if (engine := self._engine) is not None:
             engine.reset_peaks()
 
-    @property
-    def _is_closed(self) -> bool:
-        return self._index.is_closed
-
     @overload
     def get_many(
         self,
@@ -213,13 +209,16 @@ class TensorCache:
             expected=expected,
         )  # fmt: skip
         may_lack = on_error == "none"
+        checks_bytes = self.config.debug_checksum
         try:
-            self._check_bytes(keys)
+            if checks_bytes:
+                self._check_bytes(keys)
             engine = fetch.complete(keys, source, may_lack=may_lack)
             with profiled(HANDOUT):
                 engine.settle(fetch.claim.completions, ready or self.config.ready)
                 tensors = fetch.hand_out()
-            self._check_bytes(keys, only_new=True)  # before any caller has new bytes
+            if checks_bytes:
+                self._check_bytes(keys, only_new=True)  # before any caller has new bytes
         finally:
             fetch.finish()
         if may_lack and not tensors.keys() >= set(keys):
@@ -239,7 +238,8 @@ class TensorCache:
             MutatedError: As for `get_many`.
         """
         engine = self._lazy.open()
-        self._check_bytes([key])
+        if self.config.debug_checksum:
+            self._check_bytes([key])
         found = self._index.find(key)
         if found is None:
             return self._bring_back(key) if key in self._index else None
@@ -297,7 +297,8 @@ class TensorCache:
             ValueError: Not a dense tensor in host memory.
         """
         engine = self._lazy.open()
-        self._check_bytes([key])
+        if self.config.debug_checksum:
+            self._check_bytes([key])
         if engine.device.is_capturing():
             raise TransferError(f"cannot put {key!r} during CUDA graph capture")
         deadline = time.monotonic() + self._limit_s(timeout_s)
@@ -410,7 +411,7 @@ class TensorCache:
 
     def end(self, deadline: float) -> None:
         """Close, and wait for reads that were cut off until `deadline`, by `time.monotonic()`."""
-        if self._is_closed:
+        if self._index.is_closed:
             return
         self._refuse_capture("close")
         process.unregister(self)
@@ -420,7 +421,8 @@ class TensorCache:
             task.cancel(CacheClosedError())
         for task in tasks:
             task.wait(deadline)
-        self._drop(dropped)
+        with process.no_interrupts:
+            self._drop(dropped)
         self._lazy.close()
         self._publisher.close()
 
@@ -467,7 +469,7 @@ class TensorCache:
         Slow: it waits for their copies, and copies them to the host. It sees writes that this thread's stream has done
         by then. The next look-up finds the doubted ones changed. Does nothing during CUDA graph capture.
         """
-        if not self.config.debug_checksum or (engine := self._engine) is None or engine.device.is_capturing():
+        if (engine := self._engine) is None or engine.device.is_capturing():
             return
         found = [pair for pair in self._index.aliases(dict.fromkeys(keys)) if pair[0].checksum is None or not only_new]
         engine.settle({one.completion: None for one, _ in found if one.completion is not None}, "host")
@@ -487,16 +489,15 @@ class TensorCache:
             return None  # it was cleared meanwhile
 
     def _drop(self, dropped: list[Entry]) -> int:
-        """Let entries die, outside every lock, and start their bytes' way back to the free lists."""
-        with process.no_interrupts:
-            count = len(dropped)
-            tensors = tensors_of(dropped)
-            dropped.clear()
-            if (engine := self._engine) is not None:
-                engine.husks.strip(tensors)
-                if count:
-                    engine.pool.end_step()
-                engine.drain()
-                engine.reaper.wake()
-            self._publisher.soon()
-            return count
+        """Let entries die, outside every lock, and start their bytes' way back. Call inside `no_interrupts`."""
+        count = len(dropped)
+        tensors = tensors_of(dropped)
+        dropped.clear()
+        if (engine := self._engine) is not None:
+            engine.husks.strip(tensors)
+            if count:
+                engine.pool.end_step()
+            engine.drain()
+            engine.reaper.wake()
+        self._publisher.soon()
+        return count

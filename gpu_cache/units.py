@@ -7,13 +7,13 @@ from gpu_cache.config import MIB
 DASH = "-"
 
 
-def mib(nbytes: float | None, unit: str = "") -> str:
+def mib(nbytes: float | None) -> str:
     """Whole MiB, for programs. Less than one MiB shows its first decimal, so that it does not look like nothing."""
     if nbytes is None:
         return DASH
     if 0 < nbytes < 0.95 * MIB:
-        return f"{max(nbytes / MIB, 0.1):.1f}{unit}"
-    return f"{round(nbytes / MIB)}{unit}"
+        return f"{max(nbytes / MIB, 0.1):.1f}"
+    return str(round(nbytes / MIB))
 
 
 def size(nbytes: float | None) -> str:

@@ -106,7 +106,7 @@ def nothing_is_left() -> Iterator[None]:
 def check_accounts(cache: TensorCache) -> None:
     """No key is pending, no byte is lost, no slot is out."""
     engine = cache._engine
-    if engine is None or cache._is_closed:
+    if engine is None or cache._index.is_closed:
         return
     _settled(lambda: not cache._tasks)
     assert len(cache._index) == sum(map(len, cache._index._levels.tables)), "an entry is still PENDING"

@@ -227,7 +227,8 @@ class Ledger:
         fetched_bytes = 0
         sizes: dict[Flight, int] = {}  # of the entries of each: these are few
         for entry in entries:
-            sizes[entry.flight] = sizes.get(entry.flight, 0) + entry.nbytes
+            assert entry.copy is not None
+            sizes[entry.flight] = sizes.get(entry.flight, 0) + entry.copy.nbytes
         for flight, nbytes in sizes.items():
             if flight.kind == "fetch":
                 fetched_bytes += nbytes
@@ -251,7 +252,8 @@ class Ledger:
         for entry in entries:
             entry.state, entry.arrival = ready, arrival
             births[entry.key] = born
-            sizes.append(nbytes := entry.nbytes)
+            assert entry.copy is not None
+            sizes.append(nbytes := entry.copy.nbytes)
             pool_bytes += (taken := -(-nbytes // ALIGNMENT) * ALIGNMENT)
             if entry.is_kept:
                 num_kept += 1
@@ -269,7 +271,8 @@ class Ledger:
         births = self.births
         for entry, is_low in entries.items():
             del births[entry.key]
-            nbytes = entry.nbytes
+            assert entry.copy is not None
+            nbytes = entry.copy.nbytes
             total += nbytes
             tier_bytes += nbytes * is_low
             alike = entry.node, entry.arrival, entry.is_kept

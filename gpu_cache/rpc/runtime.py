@@ -21,7 +21,7 @@ import gpu_cache
 from gpu_cache import Promise, ShardReader
 from gpu_cache.config import OnError, Prefer, settings_of
 from gpu_cache.device.placement import choose_device
-from gpu_cache.errors import listed, several
+from gpu_cache.errors import listed
 from gpu_cache.rpc.clearing import ClearsTogether, StepClearer
 from gpu_cache.rpc.client.backend import CallSource, RTensorBackend, StreamingBackend
 from gpu_cache.rpc.client.connection import AddressError, split_address
@@ -53,17 +53,17 @@ class Runtime:
 
     Args:
         config: Settings of the cache; None reads the GPU_CACHE_* variables.
-        store: The tensors that this process owns.
     Attributes:
+        store: The tensors that this process owns.
         clears: Joins clears that begin together.
         clearer: Clears the steps that this process ends, unless it has been given one for each controller.
         endings: Called when it is closed.
     Thread-safety: any thread.
     """
 
-    def __init__(self, config: gpu_cache.CacheConfig | None = None, store: ShardStore | None = None) -> None:
+    def __init__(self, config: gpu_cache.CacheConfig | None) -> None:
         self.pid = os.getpid()
-        self.store = ShardStore() if store is None else store
+        self.store = ShardStore()
         self._names: dict[str, Any] = {}
         self.cache = self._cache_of(config)
         self.store.segments.on_growth = partial(_report, weakref.ref(self))
@@ -177,16 +177,15 @@ class Runtime:
             list(promises), source, timeout_s=timeout_s, prefer=prefer, expected=promises, keep=keep
         )
 
-    def evict(self, shard_ids: Iterable[Any]) -> int:
+    def evict(self, shard_ids: Sequence[Any]) -> int:
         """Drop shards from the cache; ids that cannot be ids are passed over."""
-        wanted = several(shard_ids)
         self._num_told += 1
-        if isinstance(backend := self._backend, HttpRTensorBackend):
-            backend.forget(wanted)
+        if isinstance(backend := self._backend, HttpRTensorBackend) and backend.memories is not None:
+            backend.memories.forget_shards(shard_ids)
         try:
-            return self.cache.clear(wanted)
+            return self.cache.clear(shard_ids)
         except TypeError:  # one cannot be hashed, so nothing was dropped
-            return self.cache.clear(filter(_can_be_id, wanted))
+            return self.cache.clear(filter(_can_be_id, shard_ids))
 
     def release(self, shard_ids: Sequence[Any]) -> None:
         """Let go of shards in Ray's object store of which this process has handles; others are passed over."""
@@ -295,16 +294,18 @@ def _note_removal(of: weakref.ref[Runtime], address: str) -> None:
         runtime.note_removal(address)
 
 
+@dataclasses.dataclass(slots=True)
 class _HandleSource:
     """The source of remote handles: this process's store, or the backend. Of a cached batch it looks at none."""
 
-    def __init__(self, runtime: Runtime, handles: Sequence[Handle], promises: Mapping[Hashable, Promise]) -> None:
-        self._runtime, self._handles, self._promises = runtime, handles, promises
+    runtime: Runtime
+    handles: Sequence[Handle]
+    promises: Mapping[Hashable, Promise]
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> Iterable[ShardReader]:
         """One reader for each node and connection."""
-        here, promises = self._runtime, self._promises
-        shards = {handle.shard.shard_id: handle.shard for handle in self._handles}
+        here, promises = self.runtime, self.promises
+        shards = {handle.shard.shard_id: handle.shard for handle in self.handles}
         owners, backend = {owner for _, _, owner in promises.values()}, here.backend
         if not all(owners) and isinstance(backend, HttpRTensorBackend):
             _check_not_of_ray(keys)

@@ -265,8 +265,6 @@ class Fetch:
         holding: The holding of the scope that the call is made in.
         prefer: "host": shards that are not on the device go to the host tier, and are handed out there.
         expected: Dtype, shape and owner of each shard, where known.
-    Raises:
-        ValueError: There is no such place to prefer.
     Thread-safety: used by the call's thread; `cancel` from any.
     """
 
@@ -282,8 +280,6 @@ class Fetch:
         prefer: Prefer = "device",
         expected: Mapping[Hashable, Promise] | None = None,
     ) -> None:
-        if prefer not in ("device", "host"):
-            raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
         self.deadline = time.monotonic() + timeout_s
         self.claim = Claim(deadline=self.deadline, expected=expected or {})
         self.tasks: list[ReaderTask] = []

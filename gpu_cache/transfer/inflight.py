@@ -69,14 +69,12 @@ class InflightBudget:
 
     Args:
         limit_bytes: The budget.
-        now: Seconds, monotonic.
     Thread-safety: any thread.
     Source: fair queueing by rounds; our own.
     """
 
-    def __init__(self, limit_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
-        self.limit_bytes = limit_bytes
-        self._now, self._stalls = now, Stalls(now)
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes, self._stalls = limit_bytes, Stalls()
         # Guards every field below. Notified when bytes come back, when a reader leaves the queue, and on `wake`.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # its `with` is Python: Ctrl-C there would keep the lock taken
@@ -104,7 +102,7 @@ class InflightBudget:
             FetchError: The turn was given up.
             CacheClosedError: The cache was closed.
         """
-        began = self._now()
+        began = time.monotonic()
         with self._lock:
             self._queue[turn] = None
             self._choose_locked()
@@ -116,7 +114,7 @@ class InflightBudget:
             with self._lock:
                 if turn in self._queue:  # without a grant
                     del self._queue[turn]
-                    self._wait_s += self._now() - began
+                    self._wait_s += time.monotonic() - began
                 self._held.pop(turn, None)
                 self._stalled.discard(turn)
                 self._choose_locked()
@@ -141,22 +139,22 @@ class InflightBudget:
         """Wait for the grant; False if it is time to look for stalled readers."""
         with self._lock:
             if not self._is_over_locked(turn, nbytes):
-                left_s, is_next = max(0.0, deadline - self._now()), self._next is turn
+                left_s, is_next = max(0.0, deadline - time.monotonic()), self._next is turn
                 self._changed.wait_for(
                     lambda: self._is_over_locked(turn, nbytes) or (self._next is turn) != is_next,
                     min(left_s, LOOK_S) if is_next else left_s,
                 )
             if not self._is_over_locked(turn, nbytes):
-                if self._now() < deadline:
+                if time.monotonic() < deadline:
                     return False
-                raise self._late_locked(turn, nbytes, self._now() - began)
+                raise self._late_locked(turn, nbytes, time.monotonic() - began)
             if self._is_closed:
                 raise CacheClosedError
             if turn.is_given_up:
                 raise FetchError(f"Failed to fetch shards from {turn.node}: the fetch was given up")
             del self._queue[turn]
-            self._held[turn] = nbytes, self._now()
-            self._wait_s += self._now() - began
+            self._held[turn] = nbytes, time.monotonic()
+            self._wait_s += time.monotonic() - began
             self._choose_locked()  # the next one may fit beside it
             return True
 

@@ -96,7 +96,7 @@ def test_a_cache_that_is_closed_meanwhile_says_so(gate: str) -> None:
     stage.at(gate)
     closing = threading.Thread(target=stage.cache.close)
     closing.start()
-    eventually(lambda: stage.cache._is_closed)
+    eventually(lambda: stage.cache._index.is_closed)
     stage.open_gates()
     closing.join(PATIENCE_S)
     with pytest.raises(CacheClosedError):

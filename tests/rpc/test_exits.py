@@ -156,7 +156,7 @@ def test_a_closed_cache_looks_at_the_device_no_more(
     monkeypatch.setattr(publish, "PERIOD_S", 0.001)
     looking = TensorCache(CacheConfig(stats=True), device=HostDevice(stages=True))
     looks: list[bool] = []
-    looking._lazy.open().gather = lambda: looks.append(looking._is_closed)  # type: ignore[method-assign]
+    looking._lazy.open().gather = lambda: looks.append(looking._index.is_closed)  # type: ignore[method-assign]
     eventually(lambda: len(looks) > 3)
     looking.close()
     num_looks = len(looks)

@@ -56,7 +56,7 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
     reserved = accounts.pop("reserved")
     _agree(sum(accounts.values()), reserved, "the places of all bytes, and what is reserved", accounts)
     _agree(engine.pool._reserved_bytes <= engine.pool.capacity, True, "reserved, and the capacity", engine.pool)
-    if not cache._is_closed:  # else its reaper is at work between two looks
+    if not cache._index.is_closed:  # else its reaper is at work between two looks
         _agree(_places(engine.pool), accounts, "where each byte is, and the sums kept of it", accounts)
         _agree(engine.device.arena_bytes, reserved, "the device's arenas, and what is reserved", accounts)
     if engine.tier is not None:
@@ -66,7 +66,7 @@ def check_accounts(cache: TensorCache, *, is_fetching: bool, is_over: bool) -> N
         _agree(
             engine.tier.pool._reserved_bytes <= engine.tier.pool.capacity, True, "the tier, and its capacity", parked
         )
-        if not cache._is_closed:
+        if not cache._index.is_closed:
             _agree(_places(engine.tier.pool), parked, "where each byte of the tier is, and the sums kept of it", parked)
         accounts = {place: number + parked[place] for place, number in accounts.items()}
     if not is_fetching:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import importlib
 import json
 import time
@@ -208,11 +209,6 @@ class HttpRTensorBackend:
         """
         return await in_own_thread(self._delete, node_addr, list(shard_ids))
 
-    def forget(self, shard_ids: Sequence[Any]) -> None:
-        """Have this host's node cache, if there is one, drop cleared shards soon. Does not block."""
-        if self.memories is not None:
-            self.memories.forget_shards(shard_ids)
-
     def check(self, node_addr: str, shard_ids: Sequence[str], timeout_s: float) -> Checked:
         """Ask an owner which shards it has at this moment.
 
@@ -244,33 +240,31 @@ class HttpRTensorBackend:
             return HttpDeleter(requester).delete(shard_ids)
         finally:
             requester.release()
-            self.forget(shard_ids)  # once they are gone: a consumer could have read them again meanwhile
+            if self.memories is not None:  # once they are gone: a consumer could have read them again meanwhile
+                self.memories.forget_shards(shard_ids)
 
 
+@dataclasses.dataclass(slots=True)
 class HttpSource:
     """A `ShardSource` over one backend.
 
-    Args:
+    Attributes:
         backend: Has connections, settings and mapped memory.
         shards: Where each is.
         expected: The promises of their handles, where known.
     """
 
-    def __init__(
-        self,
-        backend: HttpRTensorBackend,
-        shards: Mapping[Hashable, TensorShardInfo],
-        expected: Mapping[Hashable, Promise],
-    ) -> None:
-        self._backend, self._shards, self._expected = backend, shards, expected
+    backend: HttpRTensorBackend
+    shards: Mapping[Hashable, TensorShardInfo]
+    expected: Mapping[Hashable, Promise]
 
     def open(self, keys: Sequence[Hashable], timeout_s: float) -> list[HttpReader | SameHostReader]:
         """One reader for each node; connects at its first read."""
         by_node: defaultdict[str, list[Hashable]] = defaultdict(list)
         for key in keys:
-            by_node[self._shards[key].node_addr].append(key)
+            by_node[self.shards[key].node_addr].append(key)
         readers: list[HttpReader | SameHostReader] = []
-        backend, expected, ends = self._backend, self._expected, time.monotonic() + timeout_s
+        backend, expected, ends = self.backend, self.expected, time.monotonic() + timeout_s
         memories = backend.memories
         for node, wanted in by_node.items():
             requester = backend._requester(node, FETCH, timeout_s)

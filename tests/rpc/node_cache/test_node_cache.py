@@ -150,7 +150,7 @@ def test_a_clear_of_many_ids_reaches_it_in_parts_and_odd_ids_keep_none_away(
     owner.put(tensors := batch(30, nbytes=10))
     consumers[0].read(address, tensors)
     keys = list(tensors)
-    consumers[0].backend.forget([7, *keys[:4], None, ("t",), "a\0b", *keys[4:], b"bytes"])
+    consumers[0].backend.memories.forget_shards([7, *keys[:4], None, ("t",), "a\0b", *keys[4:], b"bytes"])
     eventually(lambda: kept(running) == set(keys[4:7]))  # those in one part with the id that cannot be in a message
     consumers[0].read(address, tensors)
     assert consumers[0].transport == "node cache", "the connection is good"
@@ -164,7 +164,7 @@ def test_a_clear_ends_with_the_first_part_that_the_socket_does_not_take(
     consumers[0].read(address, tensors)
     sent: list[int] = []
     monkeypatch.setattr(memory.MemoryConnection, "forget", lambda _, text, number: sent.append(number) or len(sent) < 3)
-    consumers[0].backend.forget(list(tensors))
+    consumers[0].backend.memories.forget_shards(list(tensors))
     assert sent == [2, 2, 2]
     assert consumers[0].backend.memories is not None
     eventually(lambda: consumers[0].backend.memories.stats()["owners"] == 0)  # type: ignore[union-attr]
@@ -288,7 +288,7 @@ def test_a_leak_is_named_as_one(owner: FakeOwner, address: str, running: Running
             one.read(address, tensors)
         clear(address, *tensors)
         for one in consumers:
-            one.backend.forget(list(tensors))
+            one.backend.memories.forget_shards(list(tensors))
     eventually(lambda: running.cache.cache.buffer_stats()["outlived_entries"] == 1)
     (leak,) = running.cache.cache._index.oldest(5, is_outlived=True)
     assert (str(leak.key), leak.source) == ("forgotten", address)

@@ -322,7 +322,7 @@ def test_steps_leave_neither_memory_nor_descriptors(
         for one in consumers:
             one.read(address, tensors)
         clear(address, *tensors)
-        consumers[0].backend.forget(list(tensors))
+        consumers[0].backend.memories.forget_shards(list(tensors))
         eventually(lambda: running.cache._num_under_way == 0 and len(running.cache.cache) == 0)
         return len(os.listdir("/proc/self/fd")), running.cache.segments.stats()["shared_reserved_bytes"]
 
