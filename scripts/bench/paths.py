@@ -18,7 +18,7 @@ from bench.exactness import BenchError, Original
 from bench.json_client import JsonClient
 from bench.owner import Owner
 from bench.raw_socket import RawReceiver
-from bench.trainer import Trainer
+from bench.trainer import NUM_SINGLE, Trainer
 from bench.workloads import Workload
 from gpu_cache.rpc import RTensor, runtime
 from gpu_cache.rpc.rtensor import ClearReport
@@ -207,24 +207,24 @@ def _byte_paths(workload: Workload, raw: RawReceiver, original: Original) -> lis
 
 
 def _same_host_paths(workload: Workload, trainer: Trainer, original: Original) -> list[Path]:
-    """A whole batch and one small shard, from the owner's memory."""
+    """A whole batch in one call, and small shards in a call each, from the owner's memory."""
     check = partial(original.check_batch, num_trajectories=len(workload.lengths))
     sizes = {"nbytes": workload.nbytes, "num_shards": workload.num_shards}
     smallest = min(workload.shard_bytes)
 
-    def check_one(name: str, tensor: torch.Tensor) -> None:
-        if tensor.nbytes != smallest:
-            raise BenchError(f"{name}: {tensor.nbytes:,} bytes, not {smallest:,}")
+    def check_each(name: str, tensors: Sequence[torch.Tensor]) -> None:
+        if (found := {tensor.nbytes for tensor in tensors}) != {smallest}:
+            raise BenchError(f"{name}: {found} bytes, not {smallest:,}")
 
     return [
         Path(f"{SAME_HOST}/cold", RTensor.localize, check, prepare=trainer.uncached_handles, **sizes),
         Path(
             f"{SAME_HOST}/one",
-            RTensor.localize,
-            check_one,
+            lambda handles: [RTensor.localize(handle) for handle in handles],
+            check_each,
             workload.nbytes,
-            1,
-            trainer.one_uncached_handle,
+            NUM_SINGLE,
+            trainer.small_uncached_handles,
             is_transfer=False,
             is_reading=False,
         ),

@@ -28,7 +28,8 @@ NOTES = """\
 raw        one tuned socket (reno, writes of 1 MiB) into one buffer: bytes, no shards      memcpy  between two buffers
 json       AReaL's JSON form, 32 shards a request, by this project's codec
 defaults/  through a cache with a user's settings, CacheConfig()      tuned/  everything preallocated and written before
-           both over HTTP, as with GPU_CACHE_SHM=0      samehost/  at defaults, from the owner's memory; one: one shard
+           both over HTTP, as with GPU_CACHE_SHM=0      samehost/  at defaults, from the owner's memory
+one        small shards, a call for each
 cold       localize, nothing cached      warm   localize, new handles, all cached
 localized  localize of handles that have their tensors      clear  clear_everywhere: evicted here, deleted at the owner
 step       as the demo has it: prefetch, five reads through new handles, clear_everywhere

@@ -21,6 +21,7 @@ from gpu_cache.rpc.rtensor import ClearReport, clear_fetch_buffer
 _SLAB_BYTES = 256 << 20
 _NUM_READS = 5  # of a batch in a step, as in the demo
 _STAGING_WAIT_S = 60.0
+NUM_SINGLE = 16  # shards that are read by a call each
 
 
 class Trainer:
@@ -84,11 +85,11 @@ class Trainer:
         clear_fetch_buffer()
         return self.new_handles()
 
-    def one_uncached_handle(self) -> Any:
-        """A small one of them, remote, with nothing cached."""
-        trajectory = self.uncached_handles()[0]
+    def small_uncached_handles(self) -> list[RTensor]:
+        """Some of the smallest of them, remote, with nothing cached."""
+        handles = [handle for trajectory in self.uncached_handles() for handle in trajectory.values()]
         self.clear_cache()  # what an earlier path has cached is not given back amid this one
-        return min(trajectory.values(), key=lambda handle: handle.data.nbytes)
+        return sorted(handles, key=lambda handle: handle.shape.numel() * handle.dtype.itemsize)[:NUM_SINGLE]
 
     def cached_handles(self) -> Any:
         """The same, with everything cached."""
