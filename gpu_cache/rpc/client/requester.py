@@ -121,6 +121,7 @@ class Requester:
         self._connection: NodeConnection | None = None
         self._cancelled, self._place = threading.Event(), Place()
         self._has_answered = False
+        self._begun = 0.0  # the request under way, as by `time.monotonic()`
         self._shard_ids: Sequence[Hashable] = ()  # of the request under way
         self._max_text_bytes = _TEXT_SLACK_BYTES
 
@@ -148,7 +149,7 @@ class Requester:
             TypeError: Ids that JSON cannot express.
             AddressError: The address is none.
         """
-        self._shard_ids, self._num_busy = shard_ids, 0
+        self._shard_ids, self._num_busy, self._begun = shard_ids, 0, time.monotonic()
         payload = json.dumps({"shard_ids": shard_ids}).encode()
         self._max_text_bytes = 2 * len(payload) + _TEXT_SLACK_BYTES  # for the same ids in other escapes
         while True:
@@ -178,7 +179,7 @@ class Requester:
         if is_last or self._cancelled.wait(pause_s):
             raise kind_of_fault(error)(
                 f"Failed to {self._route.work} {self.url} after {self.num_faults + self._num_busy} attempts. "
-                f"Last error: {shortened(repr(error))}{_advice(error)} ({named(self._shard_ids)})"
+                f"Last error: {shortened(repr(error))}{self._advice(error)} ({named(self._shard_ids)})"
             ) from error
 
     def refusal_of(self, status: int, text: str) -> str:
@@ -190,6 +191,14 @@ class Requester:
         else:
             advice = f"; no token was sent: set {TOKEN_VARIABLE} to the owner's token before this process starts"
         return f"{status} body={shortened(text)}{advice}"
+
+    def _advice(self, error: BaseException) -> str:
+        """The question that a caller should ask first; of a time-out, the time that all attempts took."""
+        if isinstance(error, ConnectionRefusedError):
+            return "; does its server run?"
+        if isinstance(error, TimeoutError):
+            return f"; {time.monotonic() - self._begun:.3g} s in all"
+        return "; is the address right?" if isinstance(error, socket.gaierror) else ""
 
     def _wait_s(self, busy: NodeBusyError) -> float:
         """As long as the node says, and up to half longer where there is time: those it refused came together."""
@@ -293,13 +302,6 @@ def back_off_s(first_s: float, num_faults: int, chance: float) -> float:
     So clients that lost the same node do not come back at the same moment.
     """
     return first_s * 2.0 ** (num_faults - 1) * (0.5 + chance)
-
-
-def _advice(error: BaseException) -> str:
-    """The question that a caller should ask first."""
-    if isinstance(error, ConnectionRefusedError):
-        return "; does its server run?"
-    return "; is the address right?" if isinstance(error, socket.gaierror) else ""
 
 
 def kind_of_fault(error: BaseException) -> type[ShardFetchError]:
