@@ -64,7 +64,7 @@ class SizedId(NamedTuple):
 class ClearFailure:
     """An owner or consumer that could not be told to clear, and the shards that it may still hold."""
 
-    who: str  # an owner's address, or a consumer's name
+    who: str  # an owner's address, or a consumer's `__qualname__`
     shard_ids: list[Any]
     error: BaseException
     nbytes: int = 0

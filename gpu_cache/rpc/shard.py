@@ -279,14 +279,14 @@ def _rebuild(container: Any, leaf_type: type[LeafT], fn: Callable[[LeafT], objec
         fn(child) if isinstance(child, leaf_type) else map_leaves(child, leaf_type, fn)
         for child in _children(container)
     ]
-    return mapped if type(container) is list else _like(container, mapped)
+    return mapped if type(container) is list else like(container, mapped)
 
 
 def _children(container: Any) -> Iterable[object]:
     return cast(Iterable[object], container.values() if isinstance(container, dict) else container)
 
 
-def _like(container: Any, children: list[object]) -> Any:
+def like(container: Any, children: list[object]) -> Any:
     """A new container of the same type; a copy is refilled where that saves guessing at a subclass's constructor."""
     kind = type(container)
     if isinstance(container, tuple):

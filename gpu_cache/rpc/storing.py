@@ -15,7 +15,7 @@ import torch
 from gpu_cache.process import OwnThread, no_collections
 from gpu_cache.rpc.client.backend import RTensorBackend
 from gpu_cache.rpc.client.http import HttpRTensorBackend
-from gpu_cache.rpc.shard import TensorShardInfo, collect_leaves, leaf_paths, map_leaves
+from gpu_cache.rpc.shard import TensorShardInfo, collect_leaves, leaf_paths, like, map_leaves
 from gpu_cache.rpc.trimming import trim_padding
 from gpu_cache.rpc.wire.serialization import check_stored
 
@@ -83,10 +83,11 @@ def stored(
 
 
 def _trimmed(leaf: Any) -> Any:
-    """A tensor as it is; a dict, to any depth, without trailing padding."""
+    """A tensor as it is; a dict of any class, to any depth, without trailing padding."""
     if not isinstance(leaf, dict):
         return leaf
-    return {key: map_leaves(value, _DICT_OR_TENSOR, _trimmed) for key, value in trim_padding(leaf).items()}
+    values = [map_leaves(value, _DICT_OR_TENSOR, _trimmed) for value in trim_padding(leaf).values()]
+    return dict(zip(leaf, values, strict=True)) if type(leaf) is dict else like(leaf, values)
 
 
 def _store_each(backend: RTensorBackend, tensors: Sequence[torch.Tensor], ids: list[Any]) -> None:

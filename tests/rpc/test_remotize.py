@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -313,3 +313,14 @@ def test_a_store_that_a_caller_replaced_in_one_backend_is_called() -> None:
     handles = RTensor.remotize([EYE, EYE[:1]], "me:1")
     assert [rtensor.fetch(handle.shard.shard_id) for handle in handles] == seen
     assert len(seen) == 2
+
+
+def test_containers_keep_their_classes() -> None:
+    padded = OrderedDict(input_ids=EYE, attention_mask=torch.tensor([[1, 1, 0]] * 3))
+    batch = defaultdict(list, x=EYE, by_name=padded, pair=Pair([EYE], (1, EYE)))
+    handles = RTensor.remotize(batch, "node-a:1")
+    assert (type(handles), handles.default_factory) == (defaultdict, list)
+    assert (type(handles["by_name"]), type(handles["pair"])) == (OrderedDict, Pair)
+    assert [tuple(handle.shape) for handle in handles["by_name"].values()] == [(3, 2), (3, 2)]
+    assert padded["input_ids"] is EYE, "the caller's own stay as they are"
+    assert type(serialize_value(handles["by_name"])) is dict
