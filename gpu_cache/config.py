@@ -11,11 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*(?:([KMGT])(iB|B|)|B|)\s*", re.IGNORECASE)
+
+_LONGEST = sys.maxsize  # no range of memory is longer
 
 _PREFIX = "GPU_CACHE_"
 # Other variables, spelt as fields are.
@@ -45,15 +48,21 @@ def parse_size(text: int | str) -> int:
     "4G" is 4 GiB, as for other tools' memory; "4GB" is 4 x 10^9 bytes.
 
     Raises:
-        ValueError: Not a size.
+        ValueError: Not a size, or more than any memory has.
     """
     if isinstance(text, int) and not isinstance(text, bool):
-        return text
+        return _checked_size(text)
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{text!r} is not a size; write bytes, or a number with a unit, as in 4GiB, 4G or 4GB")
     power = 0 if match[2] is None else "KMGT".index(match[2].upper()) + 1
-    return int(float(match[1]) * (1000 if (match[3] or "").upper() == "B" else 1024) ** power)
+    return _checked_size(int(Fraction(match[1]) * (1000 if (match[3] or "").upper() == "B" else 1024) ** power))
+
+
+def _checked_size(nbytes: int) -> int:
+    if nbytes > _LONGEST:
+        raise ValueError(f"no memory has more than {_LONGEST:,} bytes")
+    return nbytes
 
 
 def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
@@ -160,11 +169,8 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            try:
-                object.__setattr__(self, field.name, _checked(field.name, value))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"CacheConfig.{field.name}={value!r}: {error}") from None
+            value = _named_check(field.name, getattr(self, field.name), f"CacheConfig.{field.name}")
+            object.__setattr__(self, field.name, value)
         self._check_together()
 
     @classmethod
@@ -172,14 +178,17 @@ class CacheConfig:
         """Settings from the GPU_CACHE_* variables; `overrides` win.
 
         Raises:
-            ValueError: A variable or an override is out of range.
+            ValueError: A variable or an override is out of range; names it and its value.
         """
         source = os.environ if environ is None else environ
         for name in source:
             if name.startswith(_PREFIX):
                 _check_variable(name)
-        found = {f.name: source[variable(f.name)] for f in dataclasses.fields(cls) if source.get(variable(f.name))}
-        return cls(**{**found, **overrides})
+        fields = [field.name for field in dataclasses.fields(cls) if field.name not in overrides]
+        found: dict[str, Any] = {name: source[variable(name)] for name in fields if source.get(variable(name))}
+        for name, text in found.items():
+            _named_check(name, text, variable(name))
+        return cls(**found, **overrides)
 
     def resolved(self, *, is_cuda: bool, device_bytes: int, environ: Mapping[str, str] | None = None) -> CacheConfig:
         """The same settings with every None replaced: by what `environ` says, or by what suits the device."""
@@ -307,7 +316,17 @@ def _one_of(pattern: str, words: str = "") -> Callable[[Any], str]:
 
 
 def _number(least: int) -> Callable[[Any], int]:
-    return lambda value: _at_least(int(value), least)
+    return lambda value: _at_least(_whole(value), least)
+
+
+def _whole(value: Any) -> int:
+    try:
+        found = int(value)
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None or (found != value and not isinstance(value, str)):
+        raise ValueError("must be a whole number")
+    return found
 
 
 def _size(least: int) -> Callable[[Any], int]:
@@ -344,6 +363,14 @@ def _checked(field: str, value: Any) -> Any:
         return None
     check: Callable[[Any], Any] = _CHECKS.get(field, _size(ALIGNMENT))
     return check(value)
+
+
+def _named_check(field: str, value: Any, name: str) -> Any:
+    """The same; the error names what has the value."""
+    try:
+        return _checked(field, value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r}: {error}") from None
 
 
 def near(name: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:

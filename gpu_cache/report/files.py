@@ -16,6 +16,7 @@ from pathlib import Path
 from gpu_cache.report.schema import GROUP_VARIABLE, LEAKS, LOCK, REPORT, SUFFIXES, WANT, dead_s, directories
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_GROUP = (1 << 32) - 1
 # Names that these files have, also on the way to them: the directory may be one that holds other things.
 _OURS = re.compile(r"\.?\w+-\d+-\d+-[0-9a-f]{6}\.[a-z.]+(\.[0-9a-f]{8})?")
 
@@ -157,10 +158,11 @@ def problem_of(found: os.stat_result, group: int | None) -> str | None:
 
 
 def _group_of(named: str) -> int:
-    try:
-        return int(named) if named.isdecimal() else grp.getgrnam(named).gr_gid
-    except KeyError:
-        raise HostileDirectoryError(f"there is no group {named!r} ({GROUP_VARIABLE})") from None
+    with contextlib.suppress(KeyError, ValueError):
+        number = int(named) if named.isdecimal() else grp.getgrnam(named).gr_gid
+        if number < _NO_GROUP:  # without a name, perhaps, as in a container
+            return number
+    raise HostileDirectoryError(f"there is no group {named!r} ({GROUP_VARIABLE})")
 
 
 def _unlink(name: str, folder: int) -> bool:

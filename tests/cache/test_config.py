@@ -148,12 +148,30 @@ def test_overrides_win_over_variables_and_empty_ones_do_not_count() -> None:
         ("staging_slots", 0), ("run_bytes", "x"), ("fetch_timeout_s", 0), ("fetch_timeout_s", float("nan")),
         ("ready", "now"), ("reuse_fence", "none"), ("staging_slots", "two"), ("slab_bytes", None),
         ("stats", "perhaps"), ("stats", 2), ("role", ""), ("role", 5),
-        ("rank", -1), ("rank", "x"), ("on_mutation", "raise"), ("on_mutation", None), ("debug_checksum", "maybe"),
+        ("rank", -1), ("rank", "x"), ("rank", 1.5), ("staging_slots", float("inf")),
+        ("pool_bytes", 1 << 63), ("on_mutation", "raise"), ("on_mutation", None), ("debug_checksum", "maybe"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"CacheConfig\.{field}={value!r}"):
         CacheConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("pool_bytes", "-1", "GPU_CACHE_POOL_BYTES='-1': '-1' is not a size"),
+        ("slab_bytes", "9" * 400, "GPU_CACHE_SLAB_BYTES='9+': '9+' is not a size"),
+        ("host_tier_bytes", "99999999T", "GPU_CACHE_HOST_TIER_BYTES='99999999T': no memory has more than"),
+        ("rank", "1.5", "GPU_CACHE_RANK='1.5': must be a whole number"),
+        ("device", " ", "GPU_CACHE_DEVICE=' ': must be auto, cpu"),
+    ],
+)
+def test_a_bad_variable_is_refused_by_its_name(field: str, text: str, message: str) -> None:
+    environ = {variable(field): text}
+    with pytest.raises(ValueError, match=message):
+        CacheConfig.from_env(environ)
+    assert CacheConfig.from_env(environ, **{field: getattr(CacheConfig(), field)}) == CacheConfig()
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:

@@ -228,8 +228,9 @@ def test_members_of_a_group_may_read(tmp_path: Path) -> None:
     assert oct((tmp_path / "shared").stat().st_mode) == "0o42770"
     assert {oct(path.stat().st_mode) for path in (tmp_path / "shared").iterdir()} == {"0o100640"}
     files.remove()
-    with pytest.raises(HostileDirectoryError, match="no group 'nobody-has-this'"):
-        ReportFiles(NAME, {"GPU_CACHE_STATS_GROUP": "nobody-has-this"})
+    for named in ("nobody-has-this", "4294967295", "99999999999", "9" * 5000):
+        with pytest.raises(HostileDirectoryError, match=f"no group '{named}'"):
+            ReportFiles(NAME, {"GPU_CACHE_STATS_GROUP": named})
 
 
 @pytest.fixture
