@@ -282,7 +282,7 @@ LIMITS = [
     ("ray.md", "an object of up to {} MiB", ray_objects.GROUP_BYTES >> 20),
     ("ray.md", "A shard of {} KiB or more", ray_objects.ALONE_BYTES >> 10),
     ("security.md", "under way ({}, unless told otherwise)", requests.DEFAULT_MAX_RESPONSES),
-    ("trainer.md", "does not answer within {:.0f} s", clearing.DEFAULT_TIMEOUT_S),
+    ("trainer.md", "It waits {:.0f} s for an owner or consumer", clearing.DEFAULT_TIMEOUT_S),
     ("transports.md", "at steps of {} bytes", ALIGNMENT),
     ("transports.md", "a record of {} bytes for each", records.RECORD_BYTES),
     ("transports.md", "more than {:.0f} s to come in full", OF_THE_SOCKET.request_s),
