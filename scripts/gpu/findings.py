@@ -105,18 +105,17 @@ def examine(assumption: Assumption, rig: Rig) -> Finding:
         return Finding(assumption.name, assumption.expected, one_line(f"{type(error).__name__}: {error}"), False)
 
 
-def examine_all(assumptions: Sequence[Assumption], tell: Callable[[str], None], rig: Rig = REAL) -> list[Finding]:
+def examine_all(assumptions: Sequence[Assumption], tell: Callable[[str], None]) -> list[Finding]:
     """Look at several, in order; at those with processes of their own first, and at once.
 
     Args:
         assumptions: What to look at.
         tell: Called with what was found, one by one: should the process die, that is left.
-        rig: Where to look.
     """
     separate = [assumption for assumption in assumptions if assumption.is_separate]
     others = [assumption for assumption in assumptions if not assumption.is_separate]
     found: dict[str, Finding] = {}
-    look = functools.partial(examine, rig=rig)
+    look = functools.partial(examine, rig=REAL)
     with ThreadPoolExecutor(_MOST_PROCESSES) as workers:
         for finding in itertools.chain(workers.map(look, separate), map(look, others)):
             found[finding.name] = finding

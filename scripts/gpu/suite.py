@@ -62,22 +62,19 @@ class SuiteRun:
         return bool(self.outcomes) and not self.fault and all(outcome.is_ok for outcome in self.outcomes)
 
 
-def run_suite(tests: Path = ROOT / "tests", marker: str = "gpu", deadline_s: float = _DEADLINE_S) -> SuiteRun:
-    """Run the tests that have a marker; a skip for want of a GPU is an error in there.
+def run_suite(tests: Path = ROOT / "tests") -> SuiteRun:
+    """Run the tests of a file or folder that need a GPU; a skip for want of one is an error in there.
 
-    Args:
-        tests: File or folder.
-        marker: As for pytest's `-m`.
-        deadline_s: The run is killed after so many seconds.
+    A run that does not end is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, printed = Path(folder) / "outcomes", Path(folder) / "output"
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", marker, "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors", "-p", "gpu.outcomes", f"--outcomes={path}", str(tests)]
         paths = [str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environ = {**os.environ, "GPU_CACHE_REQUIRE_GPU": "1", "PYTHONPATH": os.pathsep.join(paths)}
         with printed.open("w") as stream:
-            fault = _run(command, environ, stream.fileno(), deadline_s)
+            fault = _run(command, environ, stream.fileno(), _DEADLINE_S)
         lines = path.read_text().splitlines() if path.exists() else []
         output = printed.read_text(errors="replace")[-_TAIL_CHARACTERS:]
         return SuiteRun(_one_each([Outcome(**json.loads(line)) for line in lines]), fault, output)

@@ -11,7 +11,7 @@ import gpu_cache
 from gpu_cache.rpc import doctor
 from gpu_cache.rpc.server import main as rpc_server
 from tests.support.fault_server import Exchange, FaultServer, Step
-from tests.support.free_ports import free_ports
+from tests.support.free_ports import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_a_server_of_ours_speaks_binary_frames(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_server_that_is_not_there_is_bad() -> None:
-    address = f"127.0.0.1:{free_ports(1)[0]}"
+    address = f"127.0.0.1:{free_port()}"
     is_good, text = texts(address)["server"]
     assert not is_good
     assert text.startswith(f"{address} cannot be reached: ConnectionRefusedError")

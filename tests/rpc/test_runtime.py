@@ -33,7 +33,7 @@ from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import asked_once, delete, nothing_forgotten, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, frames_of, whole
-from tests.support.free_ports import free_ports
+from tests.support.free_ports import free_port
 from tests.support.threads import run_threads
 
 
@@ -277,7 +277,7 @@ def test_clearing_everywhere_reaches_this_processs_own_server(server: ServerHand
 
 
 def test_an_owner_reads_what_it_remotized_without_a_request() -> None:
-    (port,) = free_ports(1)  # no server answers there
+    port = free_port()  # no server answers there
     handle = RTensor.remotize(torch.arange(5.0), f"127.0.0.1:{port}")
     assert torch.equal(handle.to_local(), torch.arange(5.0))
 

@@ -15,7 +15,6 @@ from tests.support.interleave_actors import Board, Getter, SteppedReader, Steppe
 from tests.support.sources import same_bytes
 
 NUM_STEPS = 6
-NUM_GETTERS = 2
 _LENGTHS = (100, 600, 1500, 0, 512)  # bytes: runs of several shards, of one, and one in two pieces
 _MAX_READERS = 6  # at once; each may hold a staging slot
 _RACING = 0.2  # how often the next step does not wait until a reader that was released stands still again

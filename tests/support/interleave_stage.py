@@ -45,16 +45,16 @@ class Stage:
             config = dataclasses.replace(config, staging_slot_bytes=slot_bytes, run_bytes=slot_bytes)
         self.cache = TensorCache(config, device=device)
 
-    def reader(self, number: int = 0) -> SteppedReader:
-        """The reader of that number, once it was opened and stands still."""
-        eventually(lambda: len(self.source.readers) > number)
-        reader = self.source.readers[number]
+    def reader(self) -> SteppedReader:
+        """The first reader, once it was opened and stands still."""
+        eventually(lambda: bool(self.source.readers))
+        reader = self.source.readers[0]
         self.board.settle([reader])
         return reader
 
-    def at(self, gate: str, number: int = 0) -> SteppedReader:
+    def at(self, gate: str) -> SteppedReader:
         """The same, moved to a gate."""
-        reader = self.reader(number)
+        reader = self.reader()
         while reader.gate != gate:
             reader.release(1)
             self.board.settle([reader])

@@ -88,7 +88,7 @@ def lost(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tensor]) 
     return reader.failures.keys() == tensors.keys()
 
 
-def over_http(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tensor], times: int = 2) -> None:
-    for _ in range(times):
+def over_http(consumer: Consumer, address: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    for _ in range(2):
         consumer.read(address, tensors)
         assert consumer.transport == "http"

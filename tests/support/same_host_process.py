@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,7 +188,6 @@ class Nursery:
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
         )
         self._pids: set[int] = set()
-        self._reading = threading.Lock()
         self.told()
 
     def told(self) -> Any:

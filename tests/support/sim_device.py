@@ -18,6 +18,7 @@ from tests.support.sim_host import SimHost
 from tests.support.sim_streams import Adversary, SimEvent, SimStream, Work
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+_NUM_POOLED = 3  # streams, besides the default one, that a fence of all streams covers
 
 
 class SimDevice(SimHost):
@@ -31,7 +32,6 @@ class SimDevice(SimHost):
 
     Args:
         seed: The adversary's.
-        num_pooled: Streams, besides the default one, that a fence of all streams covers.
     Thread-safety: any thread; one lock.
     """
 
@@ -39,7 +39,7 @@ class SimDevice(SimHost):
     hard_limit = ""
     stages = True
 
-    def __init__(self, seed: int = 0, num_pooled: int = 3) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.adversary = Adversary(seed)
         self.num_refused = 0
@@ -49,7 +49,7 @@ class SimDevice(SimHost):
         self._names = itertools.count()
         self._streams: list[SimStream] = []
         self._current = threading.local()
-        self.pooled = [self.new_stream() for _ in range(num_pooled + 1)]
+        self.pooled = [self.new_stream() for _ in range(1 + _NUM_POOLED)]
 
     def __repr__(self) -> str:
         return f"SimDevice({self._streams}, {len(self.faults)} faults)"

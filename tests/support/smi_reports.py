@@ -22,7 +22,7 @@ DEAD_S = 121.3
 class Folder:
     """Reports of made-up processes. Holds their locks until `close`, and tells their pids in a `/proc/locks`."""
 
-    def __init__(self, path: Path, now: float = NOW) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path / "reports"
         self.path.mkdir(mode=0o700)
         self.procfs = path / "proc"
@@ -30,7 +30,7 @@ class Folder:
         (self.procfs / "self/ns/pid").touch()
         (self.procfs / "locks").touch()
         self.namespace = (self.procfs / "self/ns/pid").stat().st_ino
-        self.now = now
+        self.now = NOW
         self._locks: dict[str, int] = {}
 
     def add(

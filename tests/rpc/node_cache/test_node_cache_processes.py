@@ -21,7 +21,7 @@ from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import clear_fetch_buffer, set_backend
-from tests.support.free_ports import free_ports
+from tests.support.free_ports import free_port
 from tests.support.interleave_stage import eventually
 from tests.support.same_host_process import KEYS, ROOT, Nursery, fetched, num_descriptors, nursery
 from tests.support.two_hosts import NUM_CONSUMERS
@@ -55,7 +55,7 @@ class Cast:
 
     def __init__(self, processes: Nursery, path: str) -> None:
         self._processes, self._path = processes, path
-        self.port = free_ports(1)[0]
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.pids = {who: self.start(who) for who in ("remote_owner", "node_cache", "node_consumer")}
 
