@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar, Token
-from types import TracebackType
 
 from gpu_cache.index.entry import Entry, Holding
 from gpu_cache.index.index import ShardIndex
@@ -61,9 +60,7 @@ class Scope:
         self._token = self._variable.set(self._holding)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         assert self._holding is not None
         assert self._token is not None
         # A generator may leave it in another context, where nothing is to be set back. Where it was entered, a scope

@@ -6,7 +6,6 @@ import functools
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -57,9 +56,7 @@ class MemoryTraffic:
                 setattr(kind, name, self._counted(name, original))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for owner, name, original in self._originals:
             setattr(owner, name, original)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 from functools import cached_property
-from types import TracebackType
 from typing import Any
 
 from bench import owner_process
@@ -61,9 +60,7 @@ class Owner:
     def __enter__(self) -> Owner:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):
             self._pipe.send(STOP)
         self._end()

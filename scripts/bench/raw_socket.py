@@ -6,7 +6,6 @@ import contextlib
 import socket
 import struct
 import threading
-from types import TracebackType
 
 # As large as the server's writes: larger ones gain nothing.
 _WRITE_BYTES = 1 << 20
@@ -33,9 +32,7 @@ class RawSender:
     def __enter__(self) -> RawSender:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._listener.close()
 
     def _serve(self) -> None:

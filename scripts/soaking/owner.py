@@ -8,7 +8,6 @@ import signal
 import threading
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from types import TracebackType
 
 from soaking import owner_process
 from soaking.owner_process import RESTORE
@@ -94,9 +93,7 @@ class Owner:
     def __enter__(self) -> Owner:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kill()
 
     def _receive(self, limit_s: float) -> int:

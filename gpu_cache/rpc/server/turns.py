@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from types import TracebackType
 
 RETRY_AFTER_S = 0.05  # the server asks a refused client to wait so long
 # A client that does not come back within this is forgotten. It waits up to half longer than it is told, and then some.
@@ -145,9 +144,7 @@ class Place:
     def __enter__(self) -> Place:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.is_sent = error is None and self._seen_bytes >= 0
         if not self.is_sent or self.is_over:
             self._turns.leave(self)
