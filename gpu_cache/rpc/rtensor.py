@@ -251,8 +251,11 @@ class RTensor:
         Returns:
             New containers of the same types. The handles are filled too.
         Raises:
-            gpu_cache.FetchError: Some did not arrive; its `failures` has a `ShardFetchError` for each. The others are
-                cached, so that another call asks for the rest only.
+            gpu_cache.FetchError: Some did not arrive; its `failures` has the cause by shard id. The others are cached,
+                so that another call asks for the rest only.
+            ShardConflictError: Handles give one id two owners. Nothing was asked for.
+            gpu_cache.MutatedError: As for `TensorCache.get_many`; so are CacheClosedError, TransferError, ValueError.
+        Thread-safety: any thread, also with handles that others localize.
         """
         _fill(_handles_in(obj), timeout_s, on_error, prefer, keep)
         return map_leaves(obj, RTensor, _DATA_OF if on_error == "raise" else _data_or_none)
@@ -330,8 +333,8 @@ class RTensor:
 
         Args:
             obj: Containers of handles.
-            consumers: Called with the flat list of ids, each on a thread of its own; may return an awaitable. One that
-                hangs is given up.
+            consumers: Called with the flat list of ids, each on a thread of its own; may return an awaitable. Reports
+                name one by its `__qualname__`. The clear waits for it as long as the clearer's `timeout_s` says.
             clearer: Remembers what could not be cleared, for the next step to try once more. None: this process's.
         Returns:
             The shards that were cleared, and those that could not be. No failure keeps another from being cleared.
