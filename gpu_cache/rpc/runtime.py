@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -219,16 +220,19 @@ class Runtime:
         self.own_addresses.add(address)
 
     def check_owner(self, address: str) -> None:
-        """Refuse an address that no client of the HTTP backend could connect to.
+        """Refuse an address that no client of the HTTP backend could connect to; warn of one that only this host's can.
 
         Raises:
             ValueError: It is not host:port.
         """
         if isinstance(self.backend, HttpRTensorBackend) and not takes_any_address:
             try:
-                split_address(address if isinstance(address, str) else repr(address))
+                host, _ = split_address(address if isinstance(address, str) else repr(address))
             except AddressError as error:
                 raise ValueError(f"node_addr {error}, where clients reach this process's server") from None
+            if host in _WILDCARDS:
+                text = f"node_addr {address!r} is each client's own host: give the host:port that other hosts use"
+                warnings.warn(text, stacklevel=3)
 
     def note_owner(self, address: str) -> None:
         """Learn an address of this process from the handles that it makes, if they are of its store.
@@ -362,6 +366,7 @@ def _can_be_id(value: Any) -> bool:
     return True
 
 
+_WILDCARDS = ("0.0.0.0", "::")  # a server may bind these; connected to, they are the connecting host
 _NO_SHARD = object()  # a key that no cache has
 _wants_host_memory: ContextVar[bool] = ContextVar("wants_host_memory", default=False)
 

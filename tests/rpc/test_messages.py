@@ -51,6 +51,14 @@ def test_remotize_takes_addresses(address: str) -> None:
     assert RTensor.remotize(TWO, address).shard.node_addr == address
 
 
+@pytest.mark.parametrize("address", ["0.0.0.0:80", "[::]:80"])
+def test_remotize_warns_of_an_address_that_is_each_clients_own(address: str) -> None:
+    with pytest.warns(UserWarning, match="is each client's own host: give the host:port that other hosts use") as seen:
+        RTensor.remotize(TWO, address)
+    assert [one.filename for one in seen] == [__file__]
+    assert RTensor.remotize(7, address) == 7, "no tensor, no address"
+
+
 def test_a_backend_of_the_users_takes_any_address(users_backend: UsersBackend) -> None:
     assert RTensor.remotize(TWO, "").shard.node_addr == ""
 
