@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
@@ -337,7 +338,7 @@ class Running:
         max_bytes: The most memory for shards.
     Raises:
         BlockingIOError: Another one is there.
-        OSError: There is no place for its socket.
+        OSError: There is no place for its socket, or something else is at `path`.
         ValueError: As for `NodeCache`.
         RuntimeError: The system has no thread left.
     """
@@ -379,11 +380,17 @@ class Running:
 
 
 def _link(path: Path, target: str) -> None:
-    """Let a path lead to the socket, from one moment to the next."""
+    """Let a path lead to the socket, from one moment to the next; raises `OSError` if something else is there."""
+    if os.path.lexists(path) and not path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "there is something that is no link of a node cache", str(path))
     hidden = path.with_name(f".{path.name}-{os.getpid()}")
     hidden.unlink(missing_ok=True)
     hidden.symlink_to(target)
-    os.rename(hidden, path)
+    try:
+        os.rename(hidden, path)
+    except OSError:
+        hidden.unlink()
+        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_it_leaves_no_link_behind(path: Path) -> None:
     assert not os.path.exists(socket_path)
     assert running._lock == -1, "a forked child would close a later file of that number"
     running.stop()
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_what_else_is_at_its_path_stays_there(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    with pytest.raises(FileExistsError, match="no link of a node cache"):
+        Running(path, 1 << 20)
+    assert sorted(one.name for one in path.parent.iterdir()) == ["node-cache", "node-cache.lock"]
 
 
 def test_the_program_says_what_it_cannot_use(
