@@ -88,9 +88,37 @@ def _checked(key: Hashable, one: object) -> torch.Tensor | Exception:
         return one
     if not isinstance(one, torch.Tensor):
         return TypeError(f"shard {key!r} is a {type(one).__name__}: a Tensor is expected")
-    if one.device.type != "cpu" or one.layout is not torch.strided:
-        return ValueError(f"shard {key!r}: need a dense tensor in host memory, got {one.layout} on {one.device}")
+    kind = _other_kind(one)
+    if kind or one.device.type != "cpu":
+        kind = kind or str(one.layout)
+        return ValueError(f"shard {key!r}: need a dense tensor in host memory, got {kind} on {one.device}")
+    if lacks_memory(one):
+        return ValueError(f"shard {key!r}: the tensor's memory was given back, as FSDP does between uses")
     return one
+
+
+def _other_kind(tensor: torch.Tensor) -> str:
+    """The kind of a tensor that has no bytes of its elements one after the other; "" of one that has."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return type(tensor).__name__
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "a nested one" if tensor.is_nested else str(tensor.layout)
+    return str(tensor.dtype) if tensor.is_quantized else ""
+
+
+def lacks_memory(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor's storage was cut; a read would end the process."""
+    return tensor.untyped_storage().nbytes() < _least_nbytes(tensor)
+
+
+def _least_nbytes(tensor: torch.Tensor) -> int:
+    """The length that its storage must have to hold all elements."""
+    if not (num_elements := tensor.numel()):
+        return 0
+    if tensor.is_contiguous():
+        return int(tensor.storage_offset() + num_elements) * tensor.itemsize
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def host_bytes(tensor: torch.Tensor) -> torch.Tensor:

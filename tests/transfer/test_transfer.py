@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_cache import ShardSpec, TensorReader
 from gpu_cache.pool.block import aligned
@@ -140,12 +141,23 @@ def test_a_reader_of_tensors_refuses_a_wrong_count() -> None:
         TensorReader("n:1", ["a", "b"], lambda: [torch.zeros(1)]).next_specs()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
 def test_a_shard_that_is_no_dense_host_tensor_fails_alone() -> None:
+    (freed := torch.zeros(9)).untyped_storage().resize_(0)
+    with FakeTensorMode():
+        fake = torch.zeros(3)
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    quantized = torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
     loaded: Any = [torch.zeros(1, device="meta"), "text", ValueError("lost"), torch.zeros(2)]
-    reader = TensorReader("n:1", list("abcd"), lambda: loaded)
+    loaded += [freed, fake, nested, quantized]
+    reader = TensorReader("n:1", list("abcdefgh"), lambda: loaded)
     assert [spec.key for spec in reader.next_specs() or ()] == ["d"]
-    assert [str(reader.failures[key]) for key in "abc"] == [
+    assert [str(reader.failures[key]) for key in "abcefgh"] == [
         "shard 'a': need a dense tensor in host memory, got torch.strided on meta",
         "shard 'b' is a str: a Tensor is expected",
         "lost",
+        "shard 'e': the tensor's memory was given back, as FSDP does between uses",
+        "shard 'f': need a dense tensor in host memory, got FakeTensor on cpu",
+        "shard 'g': need a dense tensor in host memory, got a nested one on cpu",
+        "shard 'h': need a dense tensor in host memory, got torch.qint8 on cpu",
     ]

@@ -22,6 +22,7 @@ from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.pool.lease import aliases_of
 from gpu_cache.process import no_collections
+from gpu_cache.transfer.tensor_reader import lacks_memory
 
 # Dtypes that travel, by the name that follows "torch." on the wire.
 DTYPES = {
@@ -412,19 +413,9 @@ def _fault_of(tensor: torch.Tensor) -> str:
         return f"tensors of {dtype} do not travel; {remedy} first"
     if tensor.ndim > MAX_RANK:
         return f"tensors of rank {tensor.ndim} do not travel, the limit is {MAX_RANK}; reshape() it first"
-    if not tensor.is_meta and tensor.untyped_storage().nbytes() < _least_nbytes(tensor):
+    if not tensor.is_meta and lacks_memory(tensor):
         return "the tensor's memory was given back, as FSDP does with a parameter between uses; gather it first"
     return ""
-
-
-def _least_nbytes(tensor: torch.Tensor) -> int:
-    """The length that its storage must have to hold all elements."""
-    if not (num_elements := tensor.numel()):
-        return 0
-    if tensor.is_contiguous():
-        return int(tensor.storage_offset() + num_elements) * tensor.itemsize
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
