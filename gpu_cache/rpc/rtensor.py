@@ -125,6 +125,14 @@ class RTensor:
         place = "remote" if self.device.type == "meta" else f"on {self.device}"
         return f"RTensor({dtype} {shape} {place}, shard {self.shard.shard_id!r} of {self.shard.node_addr or 'Ray'})"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is a handle of the same shard, with the same dtype and shape; values are not compared."""
+        if not isinstance(other, RTensor):
+            return NotImplemented
+        return self.shard == other.shard and self._described() == other._described()
+
+    __hash__ = None  # type: ignore[assignment]  # its fields may be set
+
     def _note(self) -> Promise:
         data = self.__dict__.get("data", _UNSEEN)
         dtype, shape = self._described()

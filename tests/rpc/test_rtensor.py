@@ -236,6 +236,19 @@ def test_a_copy_within_the_process_keeps_the_values(users_backend: UsersBackend)
     assert deep.shard == found.shard
 
 
+def test_handles_of_one_shard_are_equal_also_when_localized_or_copied(users_backend: UsersBackend) -> None:
+    found, other = handle(3), handle(4)
+    copied = pickle.loads(pickle.dumps(found))
+    found.to_local()
+    assert found == copied == copy.copy(found)
+    assert found != other
+    assert [other, found].index(copied) == 1
+    assert found != RTensor(found.shard, torch.empty(1, device="meta"))
+    assert found != found.data.shape
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(found)
+
+
 def test_the_cache_is_cleared_by_ids_or_flushed(users_backend: UsersBackend) -> None:
     RTensor.localize([handle(number) for number in range(5)])
     assert fetch_buffer_stats() == {"num_entries": 5}
