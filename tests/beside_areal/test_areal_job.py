@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.free_ports import free_ports
+from tests.support.free_port import free_port
 
 pytestmark = pytest.mark.areal
 JOB = Path(__file__).parent / "job"
@@ -79,7 +79,7 @@ class Family:
 
     def serve(self, role: str = "role") -> str:
         """Start one of AReaL's servers, and wait for it; returns its address."""
-        (port,) = free_ports(1)
+        port = free_port()
         log = self.start(
             "areal.infra.rpc.rpc_server", "--host", "127.0.0.1", "--port", str(port), "--experiment-name", "test",
             "--trial-name", "test", "--role", role, "--worker-index", str(port if role == "role" else 0),

@@ -11,7 +11,7 @@ import gpu_cache
 from gpu_cache.rpc import doctor
 from gpu_cache.rpc.server import main as rpc_server
 from tests.support.fault_server import Exchange, FaultServer, Step
-from tests.support.free_ports import free_port
+from tests.support.free_port import free_port
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from gpu_cache.rpc.server.main import ServerHandle
 from tests.support.areal_fixtures import asked_once, delete, nothing_forgotten, remote
 from tests.support.fake_owner import FakeOwner
 from tests.support.fault_server import FaultServer, frames_of, whole
-from tests.support.free_ports import free_port
+from tests.support.free_port import free_port
 from tests.support.threads import run_threads
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE, Frame
-from tests.support.free_ports import free_ports
+from tests.support.free_port import free_port
 
 
 class ServerProcess:
     """`address` stays the same over restarts."""
 
     def __init__(self, *options: str) -> None:
-        self._options, self.address = options, f"127.0.0.1:{free_ports(1)[0]}"
+        self._options, self.address = options, f"127.0.0.1:{free_port()}"
         self.start()
 
     def start(self) -> None:

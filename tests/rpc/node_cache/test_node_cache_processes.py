@@ -21,7 +21,7 @@ from gpu_cache import FetchError
 from gpu_cache.rpc import runtime
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.rtensor import clear_fetch_buffer, set_backend
-from tests.support.free_ports import free_port
+from tests.support.free_port import free_port
 from tests.support.interleave_stage import eventually
 from tests.support.same_host_process import KEYS, ROOT, Nursery, fetched, num_descriptors, nursery
 from tests.support.two_hosts import NUM_CONSUMERS
