@@ -143,7 +143,7 @@ class Watch(App[None]):
         """Show the latest look as the keys want it."""
         if (node := self._node) is None:
             return
-        width = self.size.width - 1  # beside a scroll bar
+        width = max(self.size.width - 1, 1)  # beside a scroll bar
         self._write("#title", watch.title(node, self.interval_s) + "   PAUSED" * self.is_paused)
         self._write("#gpus Static", watch.gpus(node, self._past, width, self.gpu))
         columns = watch.lists(self._past, width)[self.view]

@@ -77,7 +77,8 @@ class Terminal:
 
     def __init__(self, environ: Mapping[str, str], has_color: bool | None = None) -> None:
         self.is_terminal = sys.stdout.isatty()
-        has_width = self.is_terminal or environ.get("COLUMNS", "").isdigit()
+        columns = environ.get("COLUMNS", "")
+        has_width = int(columns) > 0 if columns.isdecimal() else self.is_terminal
         self.console = Console(
             width=None if has_width else WIDE,
             force_terminal=has_color or None,

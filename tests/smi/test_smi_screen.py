@@ -191,6 +191,14 @@ def test_below_78_columns_each_process_has_a_short_line(node: Machine, width: in
     assert "+--" not in shown
 
 
+def test_a_terminal_of_no_columns_is_taken_for_a_usual_one_and_one_of_a_single_column_is_no_error(
+    node: Machine,
+) -> None:
+    add_strange(node.folder)
+    assert node.screen(width=0) == node.screen(width=100)
+    assert node.run(width=1).code == 0
+
+
 @WIDTHS
 def test_shared_memory_is_counted_for_its_owners_alone_and_sources_say_how_they_are_read(
     bare: Machine, width: int

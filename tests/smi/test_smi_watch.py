@@ -28,7 +28,7 @@ from textual.widgets import Static
 from gpu_cache.smi import __main__, watch
 from gpu_cache.smi.app import List, Watch
 from gpu_cache.smi.watch import MIN_INTERVAL_S, History
-from tests.support.smi_machine import Machine, add_trainers, matches_golden, words_of
+from tests.support.smi_machine import Machine, add_strange, add_trainers, matches_golden, words_of
 from tests.support.smi_reports import DEAD_S, NOW, dead_trainer, report, trainers
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,12 @@ def test_other_views(node: Machine, key: str, wanted: str) -> None:
     past = a_minute(node, 45)
     watching(node, pressing(key), WIDE, wanted, past=past)
     watching(node, pressing("p", key), (80, 30), wanted, past=past)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (3, 2)], ids=str)
+def test_no_terminal_is_too_small(node: Machine, size: tuple[int, int]) -> None:
+    add_strange(node.folder)
+    watching(node, pressing("l", "e", "question_mark", "q"), size)
 
 
 def test_warnings_stand_below_unless_it_is_low(node: Machine) -> None:
