@@ -263,7 +263,8 @@ class TensorCache:
         A shard on its way to the device for another call comes there, also if this call prefers the host.
 
         Returns:
-            A future of how many were missing; it fails as `get_many` would. It need not be waited for.
+            A future of how many were missing. It is done when their readers have ended, and fails as `get_many` would.
+            It need not be waited for.
         """
         limit_s = self._limit_s(timeout_s)
         check_call(keys, source, prefer, expected)
