@@ -10,6 +10,7 @@ import torch
 
 from gpu_cache import TensorCache, reaper
 from gpu_cache.config import ReadyMode
+from gpu_cache.pool import slab
 from tests.support.sim_accounts import check_accounts
 from tests.support.sim_device import SimDevice
 from tests.support.sim_observer import observe
@@ -86,7 +87,8 @@ def test_programs_get_about() -> None:
 
 
 def test_a_program_runs_the_same_way_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)  # which would look when the clock says so
+    monkeypatch.setattr(reaper, "PERIOD_S", 3600.0)  # which would look when the clock says so, as would the pool
+    monkeypatch.setattr(slab, "LOOK_S", 3600.0)
 
     def story(seed: int) -> tuple[list[str], list[str], float]:
         programs: list[Program] = []
