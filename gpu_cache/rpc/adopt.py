@@ -201,7 +201,7 @@ class _Finder:
             self._tell()
             alias: Any = _Alias(SERVED[name])  # a loader; `importlib.abc` would take longer than all of this
             return importlib.machinery.ModuleSpec(name, alias, origin=SERVED[name])
-        if name in self._adapts and (name != _OUR_RTENSOR or self.look() is not None):
+        if name in self._adapts and self.look() is not None:
             spec = self._beyond(name, path, target)
             if spec is not None and spec.loader is not None:
                 adapting: Any = _Adapting(spec.loader, self._adapts[name])
@@ -403,7 +403,7 @@ def _installed() -> _Finder | None:
 
 
 def _is_on(mode: str | None) -> bool:
-    return bool(mode) and not is_off(mode)
+    return bool(mode and mode.strip()) and not is_off(mode)
 
 
 def _undo(mode: str | None) -> None:

@@ -228,7 +228,11 @@ def test_where_areal_is_missing_one_line_says_so_and_nothing_breaks(site: Path, 
 
 
 def test_the_names_of_a_checkout_are_no_areal(site: Path) -> None:
-    code = "import areal.infra.rpc.rtensor, gpu_cache.rpc.rtensor as ours\nassert areal.infra.rpc.rtensor is ours"
+    code = """
+import areal.infra.rpc.rtensor, areal.infra.rpc.serialization, gpu_cache.rpc.rtensor as ours
+assert areal.infra.rpc.rtensor is ours
+assert areal.infra.rpc.serialization.__name__ == "gpu_cache.rpc.wire.serialization"
+"""
     done = run(ROOT, code, GPU_CACHE_AREAL="1")
     assert done.returncode == 0
     said = f"but AReaL is not installed here; the areal in {ROOT}/areal is a checkout's list of our own names"
