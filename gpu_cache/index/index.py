@@ -19,7 +19,7 @@ from gpu_cache.index.entry import Candidate, Claim, Entry, Flight, Holding, Prom
 from gpu_cache.index.ledger import Ledger
 from gpu_cache.index.lending import Table
 from gpu_cache.index.levels import Levels
-from gpu_cache.index.mutation import DOUBTED, Mutations, changed_in
+from gpu_cache.index.mutation import DOUBTED, Mutations
 from gpu_cache.native import blocks
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
@@ -559,7 +559,7 @@ class ShardIndex:
             MutatedError: There are some, and the policy is "error": none was dropped, and `changed` is empty.
         """
         if self._mutations.is_on:
-            changed += changed_in(self._levels.tables, keys, expected)
+            changed += lending.changed_in(self._levels.tables, keys, expected)
         if changed:
             self._mutations.found(changed)
             self._levels.drop(changed)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from gpu_cache.config import MutationPolicy
 from gpu_cache.errors import MutatedError
-from gpu_cache.index.entry import Entry, Promise
+from gpu_cache.index.entry import Entry
 from gpu_cache.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -64,22 +64,3 @@ class Mutations:
             f" ({others:,} more such since the last of these lines)" if others else "",
             REMEDY,
         )
-
-
-def changed_in(
-    tables: Iterable[Mapping[Hashable, Entry]], keys: Iterable[Hashable], expected: Mapping[Hashable, Promise]
-) -> list[Entry]:
-    """Those of `keys` that a reader wrote into, of the owner that the caller means. Under the index lock.
-
-    A function of its own: an error that `Mutations.found` raises must not keep a frame that refers to blocks.
-    """
-    changed = []
-    for table in tables:
-        for entry in map(table.get, keys):
-            if entry is None or (one := entry.copy) is None:
-                continue
-            # As `is_changed`, whose call would double what this costs.
-            counted = one.base if (loan := one.loan) is None else loan
-            if counted._version != one.version and entry.is_owned_as(expected.get(entry.key)):
-                changed.append(entry)
-    return changed

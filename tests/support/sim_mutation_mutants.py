@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from gpu_cache.index import index
+from gpu_cache.index import lending
 from gpu_cache.index.entry import Entry
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.index.mutation import changed_in
 from tests.support.sim_mutant import Mutants
 
 MUTATION_MUTANTS = Mutants()
@@ -22,10 +21,10 @@ def _unseen(original: Any, self: ShardIndex, *args: Any, hands_out: bool = True,
 
 @_mutant("a written shard that is found, and not dropped", ShardIndex, "_drop_changed_locked")
 def _undropped(original: Any, self: ShardIndex, keys: Any, expected: Any, changed: list[Entry]) -> None:
-    self._mutations.found(changed_in(self._levels.tables, keys, expected))
+    self._mutations.found(lending.changed_in(self._levels.tables, keys, expected))
 
 
-@_mutant("a look for writes that ends with the first shard", index, "changed_in")
+@_mutant("a look for writes that ends with the first shard", lending, "changed_in")
 def _first_only(original: Any, tables: Any, keys: Iterable[Hashable], expected: Any) -> Any:
     return original(tables, list(keys)[:1], expected)
 
