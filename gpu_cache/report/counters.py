@@ -8,24 +8,47 @@ from typing import Any, TypedDict, cast, get_type_hints
 
 
 class BufferStats(TypedDict):
-    """One look at a cache. Bytes and counts are ints, seconds floats; counters only grow, gauges are of this moment."""
+    """One look at a cache. Bytes and counts are ints, seconds floats; counters only grow, gauges are of this moment.
+
+    Attributes:
+        num_tensors: `num_entries` under upstream's other name.
+        total_bytes: Cached, over all tiers; alignment not included.
+        device_bytes: Cached, being received, or still held by an alias; alignment included.
+        device_reserved_bytes: In slabs, including the empty ones that the pool keeps.
+        device_quarantined_bytes: Given back, not yet reusable.
+        pinned_bytes: In use by a transfer.
+        pinned_capacity_bytes: Allocated.
+        is_pinned: 0: pageable.
+        pinned_wait_seconds: Blocked for a free slot.
+        requested: Look-ups; each is one of `hits`, `host_hits`, `joined` and `misses`.
+        host_hits: Found in the host tier.
+        joined: Waited for a fetch that was under way already.
+        overflows: Shards handed out uncached, for want of room.
+        fetch_busy_seconds: Time with a fetch in flight; the other busy times count copies.
+        inflight_bytes: Being received; readers have room for them.
+        inflight_wait_seconds: Spent waiting for a turn to receive, over all readers.
+        outlived_entries: Cached shards that survived two clears or more, but for those fetched with `keep=True`.
+        outlived_bytes: Their bytes; alignment included.
+        clears: Steps that were cleared: all clears between two fetches count as one.
+        mutations: Look-ups that found a shard that a reader had written into.
+    """
 
     # entries
     num_entries: int
-    num_tensors: int  # the same number, under upstream's other name
-    total_bytes: int  # cached, over all tiers
+    num_tensors: int
+    total_bytes: int
     # device pool
-    device_bytes: int  # cached, being received, or still held by an alias; alignment included
-    device_reserved_bytes: int  # in slabs, including the empty ones that the pool keeps
+    device_bytes: int
+    device_reserved_bytes: int
     device_capacity_bytes: int
     device_peak_bytes: int
     device_largest_free_bytes: int
-    device_quarantined_bytes: int  # given back, not yet reusable
+    device_quarantined_bytes: int
     # staging
-    pinned_bytes: int  # in use by a transfer
-    pinned_capacity_bytes: int  # allocated
-    is_pinned: int  # 0: pageable
-    pinned_wait_seconds: float  # blocked for a free slot
+    pinned_bytes: int
+    pinned_capacity_bytes: int
+    is_pinned: int
+    pinned_wait_seconds: float
     # host tier
     host_bytes: int
     host_capacity_bytes: int
@@ -52,21 +75,21 @@ class BufferStats(TypedDict):
     fetch_bytes: int
     fetch_busy_seconds: float
     fetch_errors: int
-    inflight_bytes: int  # being received; readers have room for them
-    inflight_wait_seconds: float  # spent waiting for a turn to receive, over all readers
+    inflight_bytes: int
+    inflight_wait_seconds: float
     # copies
     copies: int
     h2d_bytes: int
     h2d_busy_seconds: float
     d2h_bytes: int
     d2h_busy_seconds: float
-    # leaks, and writes into shards
+    # leaks
     oldest_entry_age_seconds: float
     outlived_entries: int
-    outlived_bytes: int  # as they take in the pool, alignment included
+    outlived_bytes: int
     clears: int
     # writes into shards
-    mutations: int  # times that a look-up found a shard that a reader had written into
+    mutations: int
 
 
 @dataclasses.dataclass(slots=True)
