@@ -77,6 +77,9 @@ class Levels:
     def rise(self, entry: Entry, low: Entry) -> None:
         """Make a copy READY in the place of the entry below, which leaves its table."""
         del self.tables[1][low.key]
+        assert entry.copy is not None
+        assert low.copy is not None
+        entry.copy.checksum = low.copy.checksum
         low.state, entry.state = State.GONE, State.READY
         entry.node, entry.promise, entry.is_kept = low.node, low.promise, low.is_kept
         entry.arrival = low.arrival

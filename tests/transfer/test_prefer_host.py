@@ -208,6 +208,17 @@ def test_checksums_see_writes_that_torch_does_not_count(source: DictSource) -> N
     assert len(source.asked) == 2
 
 
+def test_checksums_see_a_write_from_before_a_prefetch_to_the_device(source: DictSource) -> None:
+    cache = TensorCache(dataclasses.replace(CONFIG, debug_checksum=True), device=HostDevice(stages=True))
+    (tensor,) = cache.get_many(["a1"], source, prefer="host")
+    tensor.numpy()[0] = -1
+    del tensor
+    cache.prefetch(["a1"], source).result(30)
+    assert parked(cache) == set()
+    assert same_bytes(cache.get_many(["a1"], source)[0], SHARDS["a1"])
+    assert len(source.asked) == 2
+
+
 def test_a_capture_gets_shards_of_the_tier_and_nothing_else(source: DictSource) -> None:
     device = SimDevice()
     cache = TensorCache(CONFIG, device=device)
