@@ -192,9 +192,12 @@ class StepClearer:
                 is not among them this time is called once more all the same.
         Returns:
             The shards that were cleared, and those that could not be. A failure of an owner or consumer raises nothing.
+        Raises:
+            TypeError: A consumer cannot be called, or the consumers are no list. Nothing was cleared.
         """
+        called = _callables(consumers)
         everything = [one for owned in shards.values() for one in owned]
-        targets = self._targets(shards, list(consumers) if everything else [], everything)
+        targets = self._targets(shards, called if everything else [], everything)
         try:
             told = (self._tell(target, clear_node) for target in targets)
             results = await asyncio.gather(*told, return_exceptions=True)
@@ -284,6 +287,16 @@ def _key(shard_id: Any) -> Any:
     except TypeError:
         return ("unhashable", id(shard_id))
     return shard_id
+
+
+def _callables(consumers: Iterable[Consumer]) -> list[Consumer]:
+    if not isinstance(consumers, Iterable):
+        raise TypeError(f"consumers is a {type(consumers).__name__}: a list of callables is expected")
+    listed = list(consumers)
+    for number, consumer in enumerate(listed):
+        if not callable(consumer):
+            raise TypeError(f"consumers[{number}] is a {type(consumer).__name__}: a callable is expected")
+    return listed
 
 
 def _name(consumer: Consumer) -> str:

@@ -346,6 +346,8 @@ class RTensor:
             clearer: Remembers what could not be cleared, for the next step to try once more. None: this process's.
         Returns:
             The shards that were cleared, and those that could not be. No failure keeps another from being cleared.
+        Raises:
+            TypeError: A consumer cannot be called. Nothing was cleared.
         """
         shards = _sized_shards(obj)
         if not shards:

@@ -71,6 +71,21 @@ def test_a_failing_consumer_is_reported_and_the_others_are_told(caplog: pytest.L
     assert "at the next clear: OSError: gone" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("consumers", "said"),
+    [
+        ([print, None], r"consumers\[1\] is a NoneType: a callable is expected"),
+        (["critic"], r"consumers\[0\] is a str: a callable is expected"),
+        (print, "consumers is a builtin_function_or_method: a list of callables is expected"),
+    ],
+)
+def test_consumers_that_cannot_be_called_are_refused(consumers: Any, said: str) -> None:
+    owners = Owners()
+    with pytest.raises(TypeError, match=said):
+        asyncio.run(StepClearer().clear(sized(SHARDS), owners.clear_node, consumers))
+    assert owners.told == []
+
+
 def test_a_consumer_may_answer_later() -> None:
     told: list[list[Any]] = []
 
