@@ -86,6 +86,26 @@ def test_a_build_that_fails_shows_the_words_of_the_compiler_and_leaves_nothing(t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("folder", "compiler", "words"),
+    [
+        ("file/x", "c++", "Not a directory"),
+        ("x", "c++ 'y", "No closing quotation"),
+        ("x", "false", "false ended with 1, and without a word"),
+    ],
+)
+def test_a_build_that_cannot_be_says_why_without_a_traceback(
+    tmp_path: Path, folder: str, compiler: str, words: str
+) -> None:
+    (tmp_path / "file").touch()
+    done = run(
+        "-m", "gpu_cache.native", GPU_CACHE_NATIVE="0", GPU_CACHE_NATIVE_DIR=str(tmp_path / folder), CXX=compiler
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 needs_library = pytest.mark.skipif(native.blocks is None, reason="not built: make native")
 
 
