@@ -224,8 +224,8 @@ def check_call(
         TypeError: `keys` is a text, `source` is a class or has no `open`, or the first promise is no tuple of three.
         ValueError: `prefer` is another word.
     """
-    promise = next(iter(expected.values())) if expected else (None,) * 3
-    if not isinstance(promise, tuple) or len(promise) != 3:
+    promise = next(iter(expected.values())) if expected else None
+    if promise is not None and (not isinstance(promise, tuple) or len(promise) != 3):
         raise TypeError(f"expected has {promise!r}: a tuple (dtype, shape, owner) is expected, owner None for any")
     if prefer not in ("device", "host"):
         raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")

@@ -107,7 +107,7 @@ def is_lent(one: Copy, is_held: Callable[[torch.Tensor, int], bool]) -> bool:
 
 
 def changed_in(tables: Iterable[Table], keys: Iterable[Hashable], expected: Mapping[Hashable, Promise]) -> list[Entry]:
-    """Those of `keys` that a reader wrote into, of the owner that the caller means. Under the index lock.
+    """Find those of `keys` that a reader wrote into, of the owner that the caller means. Under the index lock.
 
     A function of its own: an error that `Mutations.found` raises must not keep a frame that refers to blocks.
     """

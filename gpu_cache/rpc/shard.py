@@ -287,11 +287,17 @@ def _children(container: Any) -> Iterable[object]:
 
 
 def like(container: Any, children: list[object]) -> Any:
-    """A new container of the same type; a copy is refilled where that saves guessing at a subclass's constructor."""
+    """A new container of the same type: a refilled copy, which saves guessing at a subclass's constructor.
+
+    A list or dict that cannot be copied becomes a plain one.
+    """
     kind = type(container)
     if isinstance(container, tuple):
         return kind._make(children) if hasattr(kind, "_make") else kind(children)
-    clone = copy.copy(container)
+    try:
+        clone = copy.copy(container)
+    except TypeError:  # `copy` calls constructors of subclasses of `OrderedDict`, `defaultdict` and `Counter`
+        clone = [] if isinstance(container, list) else {}
     if isinstance(container, list):
         clone[:] = children
     else:

@@ -64,6 +64,12 @@ def test_a_promise_that_is_no_tuple_of_three_is_refused(cache: TensorCache, wron
     assert cache.keys() == []
 
 
+def test_none_in_the_place_of_a_promise_is_no_promise(cache: TensorCache) -> None:
+    unknown: Any = {"a": None, "b": RIGHT}
+    assert cache.prefetch(["a", "b"], source_of(), expected=unknown).result(30) == 2
+    assert len(cache.get_many(["a", "b", "c"], source_of(), expected=unknown)) == 3
+
+
 @pytest.mark.parametrize("wrong", [WRONG, FLOATS])
 def test_a_shard_that_arrives_otherwise_fails_alone_and_is_not_cached(cache: TensorCache, wrong: Promise) -> None:
     source = source_of()

@@ -146,6 +146,21 @@ def test_our_codec_writes_a_handle_as_field_by_field_and_makes_no_tensor_for_it(
     assert written == serialization.serialize_value([handle])
 
 
+@pytest.mark.parametrize(
+    ("owner", "meta", "words"),
+    [
+        ("h:1", torch.empty(2, dtype=torch.bits8, device="meta"), "tensors of torch.bits8 do not travel"),
+        ("h:1", torch.empty([1] * 65, device="meta"), "tensors of rank 65 do not travel"),
+        (Path("h"), torch.empty(2, device="meta"), "PosixPath does not travel"),
+    ],
+    ids=["dtype", "rank", "owner"],
+)
+def test_our_codec_refuses_a_handle_that_no_codec_reads(owner: Any, meta: torch.Tensor, words: str) -> None:
+    handle = rtensor.RTensor(rtensor.TensorShardInfo("a", owner), meta)
+    with pytest.raises(TypeError, match=words):
+        serialization.serialize_value([handle])
+
+
 @pytest.mark.parametrize("said", ["", "0", "no", "False", " off "])
 def test_a_variable_that_says_no_leaves_areal_alone(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_CACHE_AREAL", said)

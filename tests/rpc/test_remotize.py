@@ -324,3 +324,20 @@ def test_containers_keep_their_classes() -> None:
     assert [tuple(handle.shape) for handle in handles["by_name"].values()] == [(3, 2), (3, 2)]
     assert padded["input_ids"] is EYE, "the caller's own stay as they are"
     assert type(serialize_value(handles["by_name"])) is dict
+
+
+class Sized(OrderedDict[str, Any]):
+    """A dict that `copy` cannot copy."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size=size)
+
+
+def test_a_dict_that_cannot_be_copied_becomes_a_plain_one() -> None:
+    batch = Sized(7)
+    batch["x"] = EYE
+    handles = RTensor.remotize([batch], "node-a:1")
+    assert type(handles[0]) is dict
+    assert (list(handles[0]), handles[0]["size"]) == (["size", "x"], 7)
+    batch["x"] = handles[0]["x"]
+    assert type(RTensor.localize(batch)) is dict

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -230,7 +231,7 @@ def test_a_port_in_use_raises_in_the_caller(owner: FakeOwner) -> None:
         ({"max_body_bytes": -1}, "max_body_bytes=-1: must be at least 1"),
         ({"max_body_bytes": "1GiB"}, "max_body_bytes='1GiB': must be at least 1, and a whole number"),
         ({"max_connections": 1.5}, r"max_connections=1.5: must be at least 1, and a whole number"),
-        ({"allow_hosts": "node17"}, "'node17' is one key"),
+        ({"allow_hosts": "node17"}, "allow_hosts='node17': must be a list of names"),
         ({"allow_hosts": [17]}, "a name of a host is a text, not 17"),
     ],
 )
@@ -241,6 +242,12 @@ def test_a_setting_that_is_none_is_refused_and_nothing_listens(
     with pytest.raises((ValueError, TypeError), match=message):
         rpc_server.start(owner=owner, **settings)
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_a_limit_may_be_a_whole_number_of_numpys(owner: FakeOwner) -> None:
+    limit: Any = np.int64(5)
+    with rpc_server.start(owner=owner, max_connections=limit, max_body_bytes=limit) as server:
+        assert server.address
 
 
 def test_a_system_without_threads_leaves_nothing_of_a_server(

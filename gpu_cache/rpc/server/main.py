@@ -12,13 +12,13 @@ import signal
 import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
 from aiohttp import web
 
 from gpu_cache.config import parse_size, seconds
-from gpu_cache.errors import several
 from gpu_cache.hosts import HostRule, is_loopback
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc import runtime
@@ -236,7 +236,9 @@ def start(
         )
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
-    rule = HostRule(location[0], several(allow_hosts), [host.strip("[]")])
+    if isinstance(allow_hosts, str):
+        raise TypeError(f"allow_hosts={allow_hosts!r}: must be a list of names")
+    rule = HostRule(location[0], allow_hosts, [host.strip("[]")])
     raise_descriptor_limit()
     incarnation = uuid.uuid4().hex
     connections = Connections(max_connections, header_timeout_s, idle_timeout_s)
@@ -289,9 +291,9 @@ def _sockets_at(port: int) -> set[int]:
     return found
 
 
-def _check_counts(**limits: int) -> None:
+def _check_counts(**limits: object) -> None:
     for name, value in limits.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r}: must be at least 1, and a whole number")
 
 

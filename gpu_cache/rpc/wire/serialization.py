@@ -34,7 +34,7 @@ DTYPES = {
         torch.complex64, torch.complex128,
     )
 }  # fmt: skip
-_ADMITTED_DTYPES = frozenset(DTYPES.values())
+ADMITTED_DTYPES = frozenset(DTYPES.values())
 MAX_RANK = 64
 _MAX_EXTENT = 2**63 - 1  # torch counts bytes and strides in int64
 
@@ -408,7 +408,7 @@ def _fault_of(tensor: torch.Tensor) -> str:
         return f"only plain tensors travel, not {kind.__name__}; {remedy} first"
     if tensor.layout is not torch.strided:
         return f"only dense tensors travel, not {tensor.layout}; call to_dense() first"
-    if dtype not in _ADMITTED_DTYPES:
+    if dtype not in ADMITTED_DTYPES:
         remedy = "call dequantize()" if tensor.is_quantized else "call view(torch.uint8)"
         return f"tensors of {dtype} do not travel; {remedy} first"
     if tensor.ndim > MAX_RANK:
