@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import binascii
 import enum
+import gc
 import json
+import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +59,27 @@ def test_tensors_are_found_inside_containers() -> None:
     arrived = through_json({"batch": [{"ids": torch.arange(3)}, (torch.ones(1),)]})
     assert arrived["batch"][0]["ids"].tolist() == [0, 1, 2]
     assert arrived["batch"][1][0].tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("num_bytes", "is_on"), [(1 << 20, False), ((1 << 20) + 1, True)])
+def test_the_collector_rests_while_a_short_tensor_is_encoded_and_decoded(
+    num_bytes: int, is_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def seen(convert: Callable[..., bytes]) -> Callable[..., bytes]:
+        def call(*args: Any, **options: Any) -> bytes:
+            found.append(gc.isenabled())
+            return convert(*args, **options)
+
+        return call
+
+    coder = types.SimpleNamespace(b2a_base64=seen(binascii.b2a_base64), a2b_base64=seen(binascii.a2b_base64))
+    monkeypatch.setattr(serialization, "binascii", coder)
+    value = [torch.zeros(num_bytes, dtype=torch.uint8)]
+    assert torch.equal(deserialize_value(serialize_value(value))[0], value[0])
+    assert set(found) == {is_on}
+    assert gc.isenabled()
 
 
 class Colour(enum.IntEnum):

@@ -42,6 +42,8 @@ _MAX_EXTENT = 2**63 - 1  # torch counts bytes and strides in int64
 _BASE64_CHUNK = 1 << 20
 # Bytes of a tensor encoded at a time; whole groups of three. Other threads wait for the interpreter meanwhile: 3 ms.
 _ENCODED_CHUNK = 3 << 20
+# A tensor of more bytes takes some milliseconds: too long for a pause of the collector.
+_LONG_BYTES = 1 << 20
 # JSON that a tensor's text may have beside the base64. Longer texts are not parsed: `json.loads` lets no other thread
 # run, and some MiB of "[[],[]..." take it seconds.
 _MAX_BESIDE_BYTES = 64 << 10
@@ -222,8 +224,15 @@ def tensor_to_json(tensor: torch.Tensor) -> dict[str, Any]:
     check_travels(tensor)
     text = None
     if not tensor.is_meta:
+        _end_pause(tensor.nbytes)
         text = b"".join(_base64(tensor)).decode("ascii")
     return {"type": "tensor", "data": text, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+
+
+def _end_pause(nbytes: int) -> None:
+    """Let the collector run while a long tensor is encoded or decoded, and from then on."""
+    if nbytes > _LONG_BYTES:
+        no_collections.leave()
 
 
 class TensorText:
@@ -340,6 +349,7 @@ def _decoded(text: object, nbytes: int) -> torch.Tensor:
         raise ValueError(f"{nbytes:,} bytes need {num_chars:,} characters of base64, got {found}")
     flat = host_tensor(nbytes)
     target = flat.numpy().data
+    _end_pause(nbytes)
     for start in range(0, num_chars, _BASE64_CHUNK):
         place = target[start // 4 * 3 : (start + _BASE64_CHUNK) // 4 * 3]
         try:
