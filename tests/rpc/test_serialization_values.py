@@ -43,8 +43,8 @@ class Handle:
 @pytest.fixture
 def handles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for the two admitted classes, taken out of the table afterwards."""
-    monkeypatch.setattr(serialization, "_class_of_path", {})
-    monkeypatch.setattr(serialization, "_path_of_class", {})
+    for table in ("_class_of_path", "_path_of_class", "_reader_of_path", "_writer_of_class"):
+        monkeypatch.setattr(serialization, table, {})
     register_dataclass(RTENSOR, Handle)
     register_dataclass(SHARD_INFO, Info)
 
