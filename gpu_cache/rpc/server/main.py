@@ -226,14 +226,9 @@ def start(
     body_timeout_s = seconds(body_timeout_s, "body_timeout_s", least=_SHORTEST_S)
     idle_timeout_s = seconds(idle_timeout_s, "idle_timeout_s", least=_SHORTEST_S)
     token = find_token(token)
-    is_allowed = allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"
     family, location = _resolve(host, port)
-    if not (token or is_allowed or is_loopback(location[0])):
-        raise ValueError(
-            f"refusing to serve other hosts on {host} without a token. Bind 127.0.0.1; or set a token, with "
-            f"token=, --token-file or {TOKEN_VARIABLE}; or, on a network where every host may read and delete shards, "
-            f"say so with allow_unauthenticated=True, --allow-unauthenticated or {ALLOW_VARIABLE}=1"
-        )
+    if not (token or allow_unauthenticated or os.environ.get(ALLOW_VARIABLE) == "1"):
+        _check_local(host, location[0])
     served = runtime.current() if owner is None else owner
     expiry = None if shard_ttl_s is None else ShardExpiry(served.store, parse_seconds(shard_ttl_s), served.evict)
     if isinstance(allow_hosts, str):
@@ -289,6 +284,16 @@ def _sockets_at(port: int) -> set[int]:
             finally:
                 one.detach()  # it is not ours to close
     return found
+
+
+def _check_local(host: str, address: str) -> None:
+    """Raise `ValueError` for an address that other hosts reach, where clients show no token."""
+    if not is_loopback(address):
+        raise ValueError(
+            f"refusing to serve other hosts on {host} without a token. Bind 127.0.0.1; or set a token, with "
+            f"token=, --token-file or {TOKEN_VARIABLE}; or, on a network where every host may read and delete shards, "
+            f"say so with allow_unauthenticated=True, --allow-unauthenticated or {ALLOW_VARIABLE}=1"
+        )
 
 
 def _check_counts(**limits: object) -> None:
