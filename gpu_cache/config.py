@@ -85,6 +85,18 @@ def seconds(value: float | str, name: str = "", *, least: float = 0.0) -> float:
     return min(found, LONGEST_S)
 
 
+def whole(value: Any, name: str, *, least: int) -> int:
+    """A whole number that an argument has to be, as 8, 8.0 or "8".
+
+    Raises:
+        ValueError: It is none, or less than `least`; names the argument.
+    """
+    try:
+        return _at_least(_whole(value), least)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: must be at least {least}, and a whole number") from None
+
+
 def is_off(text: str | None) -> bool:
     """Whether the text of a switch, such as a variable's, says no: 0, no, off or false."""
     return (text or "").strip().lower() in ("0", "no", "off", "false")

@@ -43,7 +43,7 @@ from typing import NamedTuple, cast
 import torch
 
 from gpu_cache import CacheClosedError, CacheConfig, Promise, ShardReader, ShardSpec, TensorCache
-from gpu_cache.config import ALIGNMENT, parse_size
+from gpu_cache.config import ALIGNMENT, parse_size, whole
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.protocol import Arena
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
@@ -129,13 +129,12 @@ class NodeCache:
     Attributes:
         segments: The shared memory that they lie in.
     Raises:
-        ValueError: `max_bytes` is less than 512, or a GPU_CACHE_* variable is out of range.
+        ValueError: `max_bytes` is no whole number, at least 512, or a GPU_CACHE_* variable is out of range.
     Thread-safety: any thread.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        if max_bytes < ALIGNMENT:
-            raise ValueError(f"max_bytes={max_bytes:,}: must be at least {ALIGNMENT}")
+        max_bytes = whole(max_bytes, "max_bytes", least=ALIGNMENT)
         self.segments = Segments(lambda: True)
         self._backend = HttpRTensorBackend(same_host=False)
         config = CacheConfig.from_env(

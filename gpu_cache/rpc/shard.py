@@ -289,19 +289,19 @@ def _children(container: Any) -> Iterable[object]:
 def like(container: Any, children: list[object]) -> Any:
     """A new container of the same type: a refilled copy, which saves guessing at a subclass's constructor.
 
-    A list or dict that cannot be copied becomes a plain one.
+    A list or dict that cannot be copied, or does not take the children, becomes a plain one.
     """
     kind = type(container)
     if isinstance(container, tuple):
         return kind._make(children) if hasattr(kind, "_make") else kind(children)
     try:
         clone = copy.copy(container)
-    except TypeError:  # `copy` calls constructors of subclasses of `OrderedDict`, `defaultdict` and `Counter`
-        clone = [] if isinstance(container, list) else {}
-    if isinstance(container, list):
-        clone[:] = children
-    else:
+        if isinstance(container, list):
+            clone[:] = children
+            return clone
         # Item by item: `Counter.update`, for one, would add instead of replace.
         for key, child in zip(container, children, strict=True):
             clone[key] = child
-    return clone
+        return clone
+    except Exception:  # a class of users may refuse, in any words: to be copied, or to hold handles
+        return children if isinstance(container, list) else dict(zip(container, children, strict=True))

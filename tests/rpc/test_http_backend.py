@@ -33,9 +33,9 @@ def test_it_is_a_backend(backend: HttpRTensorBackend) -> None:
     assert isinstance(backend, StreamingBackend)
 
 
-@pytest.mark.parametrize("number", [0, -1])
-def test_requests_of_no_shards_are_refused(number: int) -> None:
-    with pytest.raises(ValueError, match="max_shards_per_request must be positive"):
+@pytest.mark.parametrize("number", [0, -1, 2.5, None])
+def test_requests_of_no_shards_or_of_parts_of_shards_are_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match=f"max_shards_per_request={number}: must be at least 1, and a whole number"):
         HttpRTensorBackend(max_shards_per_request=number)
 
 

@@ -166,7 +166,7 @@ def test_a_shard_may_be_as_long_as_its_handle_promises(serve: Callable[..., Faul
 
 
 def test_without_a_promise_there_is_a_limit(serve: Callable[..., FaultServer]) -> None:
-    with pytest.raises(ValueError, match="max_unknown_bytes must be positive"):
+    with pytest.raises(ValueError, match="max_unknown_bytes=0: must be at least 1, and a whole number"):
         HttpRTensorBackend(max_unknown_bytes=0)
     backend = with_settings(HttpRTensorBackend(max_unknown_bytes=4096), retry_pause_s=0.0)
     for form in (frames_of, json_of):

@@ -341,3 +341,26 @@ def test_a_dict_that_cannot_be_copied_becomes_a_plain_one() -> None:
     assert (list(handles[0]), handles[0]["size"]) == (["size", "x"], 7)
     batch["x"] = handles[0]["x"]
     assert type(RTensor.localize(batch)) is dict
+
+
+class TensorsByName(dict[str, torch.Tensor]):
+    """A dict that takes tensors only."""
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise AssertionError("tensors only")
+        super().__setitem__(name, tensor)
+
+
+class Tensors(list[torch.Tensor]):
+    """A list that takes tensors only."""
+
+    def __setitem__(self, place: Any, tensors: Any) -> None:
+        super().__setitem__(place, [tensor.detach() for tensor in tensors])
+
+
+def test_a_dict_or_list_that_takes_no_handles_becomes_a_plain_one() -> None:
+    batch = [TensorsByName(x=EYE, mask=EYE), Tensors([EYE, EYE])]
+    by_name, listed = RTensor.remotize(batch, "node-a:1")
+    assert (type(by_name), list(by_name), type(listed), len(listed)) == (dict, ["x", "mask"], list, 2)
+    assert [type(handle) for handle in (*by_name.values(), *listed)] == [RTensor] * 4

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpu_cache import FetchError, Promise, ShardReader, ShardSpec
+from gpu_cache.config import whole
 from gpu_cache.device.hostmem import host_tensor
 from gpu_cache.rpc.clearing import in_own_thread
 from gpu_cache.rpc.client.connection import HttpAnswer
@@ -77,8 +78,8 @@ class HttpRTensorBackend:
         on_removal: Called with an owner's address when its answer to a fetch says that it has removed shards since the
             answer before; set before the first request.
     Raises:
-        ValueError: `max_shards_per_request` or `max_unknown_bytes` is not positive, or the token is not one line of
-            printable ASCII.
+        ValueError: `max_shards_per_request` or `max_unknown_bytes` is no whole number, at least 1; or the token is not
+            one line of printable ASCII.
     Thread-safety: any thread.
     """
 
@@ -92,18 +93,14 @@ class HttpRTensorBackend:
         same_host: bool | None = None,
         node_cache: str | None = None,
     ) -> None:
-        if max_shards_per_request <= 0:
-            raise ValueError("max_shards_per_request must be positive")
-        if max_unknown_bytes <= 0:
-            raise ValueError("max_unknown_bytes must be positive")
-        self.max_shards_per_request = max_shards_per_request
+        self.max_shards_per_request = whole(max_shards_per_request, "max_shards_per_request", least=1)
         self.shards = shards
         self.on_removal: Callable[[str], object] = lambda _: None
         secret = find_token(token)
         self._settings = HttpSettings(
             {"Authorization": f"Bearer {secret}"} if secret else {},
-            max_json_shards=max_shards_per_request,
-            max_unknown_bytes=max_unknown_bytes,
+            max_json_shards=self.max_shards_per_request,
+            max_unknown_bytes=whole(max_unknown_bytes, "max_unknown_bytes", least=1),
         )
         self._connections = ConnectionPool()
         has_memory = is_wanted() if same_host is None else same_host

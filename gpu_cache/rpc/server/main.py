@@ -12,13 +12,12 @@ import signal
 import socket
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
 from aiohttp import web
 
-from gpu_cache.config import parse_size, seconds
+from gpu_cache.config import parse_size, seconds, whole
 from gpu_cache.hosts import HostRule, is_loopback
 from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc import runtime
@@ -217,11 +216,9 @@ def start(
         TypeError: `allow_hosts` is no list of names.
         RuntimeError: The system has no thread left.
     """
-    _check_counts(
-        max_body_bytes=max_body_bytes,
-        max_concurrent_responses=max_concurrent_responses,
-        max_connections=max_connections,
-    )
+    max_body_bytes = whole(max_body_bytes, "max_body_bytes", least=1)
+    max_concurrent_responses = whole(max_concurrent_responses, "max_concurrent_responses", least=1)
+    max_connections = whole(max_connections, "max_connections", least=1)
     header_timeout_s = seconds(header_timeout_s, "header_timeout_s", least=_SHORTEST_S)
     body_timeout_s = seconds(body_timeout_s, "body_timeout_s", least=_SHORTEST_S)
     idle_timeout_s = seconds(idle_timeout_s, "idle_timeout_s", least=_SHORTEST_S)
@@ -294,12 +291,6 @@ def _check_local(host: str, address: str) -> None:
             f"token=, --token-file or {TOKEN_VARIABLE}; or, on a network where every host may read and delete shards, "
             f"say so with allow_unauthenticated=True, --allow-unauthenticated or {ALLOW_VARIABLE}=1"
         )
-
-
-def _check_counts(**limits: object) -> None:
-    for name, value in limits.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be at least 1, and a whole number")
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
