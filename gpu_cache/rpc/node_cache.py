@@ -50,7 +50,7 @@ from gpu_cache.process import OwnThread, forget_sockets, leave_to_parent
 from gpu_cache.rpc.client.http import Checked, HttpRTensorBackend
 from gpu_cache.rpc.client.reader import HttpReader
 from gpu_cache.rpc.client.same_host import SameHostReader
-from gpu_cache.rpc.segments import NODE_CACHE_VARIABLE, Segments, node_cache_path
+from gpu_cache.rpc.segments import NODE_CACHE_VARIABLE, Segments, leads_to_socket, node_cache_path
 from gpu_cache.rpc.server.connections import raise_descriptor_limit
 from gpu_cache.rpc.server.expiry import option, parse_seconds
 from gpu_cache.rpc.server.main import readable_on
@@ -354,7 +354,7 @@ class Running:
             self.server = SameHostServer(store, uuid.uuid4().hex, proxy=self.cache)
             stack.callback(self.server.stop)
             _link(path, self.server.path)
-            stack.callback(path.unlink, missing_ok=True)
+            stack.callback(_unlink, path, self.server.path)
             self._stack = stack.pop_all()
         leave_to_parent(self)
 
@@ -380,7 +380,7 @@ class Running:
 
 def _link(path: Path, target: str) -> None:
     """Let a path lead to the socket, from one moment to the next; raises `OSError` if something else is there."""
-    if os.path.lexists(path) and not path.is_symlink():
+    if os.path.lexists(path) and not leads_to_socket(path):
         raise FileExistsError(errno.EEXIST, "there is something that is no link of a node cache", str(path))
     hidden = path.with_name(f".{path.name}-{os.getpid()}")
     hidden.unlink(missing_ok=True)
@@ -390,6 +390,13 @@ def _link(path: Path, target: str) -> None:
     except OSError:
         hidden.unlink()
         raise
+
+
+def _unlink(path: Path, target: str) -> None:
+    """Remove the link to the socket, unless something else has come to its path."""
+    with contextlib.suppress(OSError):  # gone, or no link
+        if os.readlink(path) == target:
+            path.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

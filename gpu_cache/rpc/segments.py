@@ -35,6 +35,7 @@ from gpu_cache.throttle import Throttle
 VARIABLE = "GPU_CACHE_SHM"  # 0: neither offer shared memory nor read it
 NODE_CACHE_VARIABLE = "GPU_CACHE_NODE_CACHE"  # the path at which a node cache is found; auto: the usual one
 _NODE_CACHE = "node-cache"
+_FOLDER = "gpu-cache-memory-"  # begins the names of folders for sockets; the user's number follows
 MAX_PATH = 100  # bytes of a socket's path; the system takes 107
 SEGMENT_BYTES = 256 << 20
 # The first one; each further one doubles what there is, up to SEGMENT_BYTES. A consumer's GPU driver takes all pages
@@ -355,6 +356,11 @@ def _batches(sizes: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+def leads_to_socket(link: Path) -> bool:
+    """Whether it is a link to a socket in a folder for sockets, though the socket may be gone."""
+    return link.is_symlink() and link.readlink().parent.name.startswith(_FOLDER)
+
+
 def socket_folder(environ: Mapping[str, str] | None = None) -> Path:
     """A folder for sockets that only this user enters, made if need be.
 
@@ -364,7 +370,7 @@ def socket_folder(environ: Mapping[str, str] | None = None) -> Path:
     given = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
     problems = []
     for base in dict.fromkeys([given, tempfile.gettempdir(), "/tmp"]):
-        path = Path(base, f"gpu-cache-memory-{os.geteuid()}")
+        path = Path(base, f"{_FOLDER}{os.geteuid()}")
         if not base or len(os.fsencode(path)) > MAX_PATH - 40 or not os.path.isdir(base):
             continue
         try:

@@ -33,12 +33,28 @@ def test_it_leaves_no_link_behind(path: Path) -> None:
     running.stop()
 
 
-@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to(path.parent)])
 def test_what_else_is_at_its_path_stays_there(path: Path, make: Callable[[Path], None]) -> None:
     make(path)
     with pytest.raises(FileExistsError, match="no link of a node cache"):
         Running(path, 1 << 20)
     assert sorted(one.name for one in path.parent.iterdir()) == ["node-cache", "node-cache.lock"]
+
+
+def test_a_link_of_one_that_was_killed_is_replaced(path: Path) -> None:
+    with Running(path, 1 << 20) as running:
+        left = os.readlink(path)
+    path.symlink_to(left)
+    with Running(path, 1 << 20) as running:
+        assert os.path.realpath(path) == running.server.path
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to(path.parent)])
+def test_what_has_come_to_its_path_meanwhile_stays_there(path: Path, make: Callable[[Path], None]) -> None:
+    with Running(path, 1 << 20):
+        path.unlink()
+        make(path)
+    assert os.path.lexists(path)
 
 
 def test_the_program_says_what_it_cannot_use(
