@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -291,9 +292,8 @@ def like(container: Any, children: list[object]) -> Any:
 
     A list or dict that cannot be copied, or does not take the children, becomes a plain one.
     """
-    kind = type(container)
     if isinstance(container, tuple):
-        return kind._make(children) if hasattr(kind, "_make") else kind(children)
+        return _tuple_like(container, children)
     try:
         clone = copy.copy(container)
         if isinstance(container, list):
@@ -305,3 +305,17 @@ def like(container: Any, children: list[object]) -> Any:
         return clone
     except Exception:  # a class of users may refuse, in any words: to be copied, or to hold handles
         return children if isinstance(container, list) else dict(zip(container, children, strict=True))
+
+
+def _tuple_like(container: tuple[object, ...], children: list[object]) -> Any:
+    """A tuple of the same class, past its constructor, whose arguments may be others; itself if nothing is replaced."""
+    if all(map(operator.is_, container, children)):
+        return container
+    kind = type(container)
+    try:
+        made = tuple.__new__(kind, children)
+    except TypeError:  # of a class in C, whose constructor takes one iterable
+        return kind(children)
+    if hasattr(container, "__dict__"):
+        vars(made).update(vars(container))
+    return made

@@ -14,7 +14,7 @@ from gpu_cache.rpc.client.backend import RTensorBackend, StreamingBackend
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.server import main as rpc_server
 from gpu_cache.rpc.server.main import ServerHandle
-from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError, TensorShardInfo
+from gpu_cache.rpc.shard import ShardConflictError, ShardFetchError, ShardMissingError, TensorShardInfo
 from gpu_cache.rpc.store import ShardStore
 from tests.support.areal_fixtures import delete
 from tests.support.fake_owner import FakeOwner
@@ -37,6 +37,11 @@ def test_it_is_a_backend(backend: HttpRTensorBackend) -> None:
 def test_requests_of_no_shards_or_of_parts_of_shards_are_refused(number: Any) -> None:
     with pytest.raises(ValueError, match=f"max_shards_per_request={number}: must be at least 1, and a whole number"):
         HttpRTensorBackend(max_shards_per_request=number)
+
+
+def test_an_id_of_two_owners_is_refused(backend: HttpRTensorBackend) -> None:
+    with pytest.raises(ShardConflictError, match="one owner"):
+        backend.fetch([*infos("here:1", "a"), *infos("here:2", "a")])
 
 
 @pytest.mark.parametrize("dtype", WIRE_DTYPES, ids=str)

@@ -11,8 +11,9 @@ import torch
 
 from gpu_cache.rpc.client import requester as http_requester
 from gpu_cache.rpc.client.pool import ConnectionPool
-from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError
+from gpu_cache.rpc.shard import ShardFetchError, ShardMissingError, ShardRefusedError
 from tests.support.fault_server import (
+    Asked,
     FaultServer,
     cut,
     frame,
@@ -95,7 +96,6 @@ REFUSALS = {
     "400, deep": refusal(400, "[" * 100_000),
     "401": refusal(401, "who are you?"),
     "404": refusal(404, '{"missing_shard_ids": ["a"]}'),
-    "413": refusal(413, "too long"),
     "500": refusal(500, "oops"),
     "503": refusal(503, "busy, and does not say for how long"),
     "204": reply(status="204 Nothing"),
@@ -109,6 +109,19 @@ def test_a_refusal_is_an_answer(serve: Callable[..., FaultServer], answer: bytes
     expected = f"Failed to fetch shard batch from http://{server.address}/data/batch: {status} body={body}"
     assert failure(server).startswith(expected)
     assert len(server.asked) == 1
+
+
+def test_too_long_a_request_is_asked_in_halves(serve: Callable[..., FaultServer]) -> None:
+    def answer(asked: Asked) -> bytes:
+        too_long = refusal(413, "too long")
+        return too_long if len(asked.shard_ids) > 1 or asked.shard_ids == ["b"] else frames_of(PAIR)(asked)
+
+    server = serve(whole(answer))
+    reader = reader_of(server.address, ["a", "b"])
+    with pytest.raises(ShardRefusedError, match="413 body=too long"):
+        drained(reader)
+    assert server.wanted == [["a", "b"], ["a"], ["b"]]
+    assert server.num_connections == 1
 
 
 def test_a_long_refusal_is_quoted_in_part(serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,14 @@ def test_a_port_in_use_raises_in_the_caller(owner: FakeOwner) -> None:
         assert again.address == server.address
 
 
+def test_a_second_stop_takes_no_address_from_the_next_server_there(owner: FakeOwner) -> None:
+    with rpc_server.start(owner=owner) as server:
+        server.stop()
+        with rpc_server.start(port=int(server.address.split(":")[1]), owner=owner):
+            server.stop()
+            assert owner.own_addresses == {server.address}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

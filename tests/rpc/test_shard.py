@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from dataclasses import fields
 
@@ -121,6 +122,26 @@ def test_map_leaves_rebuilds_containers_with_manners_of_their_own() -> None:
     mapped = map_leaves(pair, torch.Tensor, torch.Tensor.tolist)
     assert type(mapped) is type(pair)
     assert mapped.values == [5, 7]
+
+
+class Pair(tuple):
+    def __new__(cls, *items: object) -> Pair:
+        made = super().__new__(cls, items)
+        made.title = "title"
+        return made
+
+
+def test_a_tuple_keeps_its_class_and_attributes_whatever_its_constructor_takes() -> None:
+    leaf = Leaf("a")
+    pair = Pair(leaf, 1)
+    pair.title = "other"
+    mapped = map_leaves(pair, Leaf, lambda _: 7)
+    assert type(mapped) is Pair
+    assert (tuple(mapped), mapped.title) == ((7, 1), "other")
+
+
+def test_a_tuple_without_leaves_is_passed_on() -> None:
+    assert map_leaves([sys.version_info], Leaf, id) == [sys.version_info]
 
 
 def test_tensors_are_leaves_of_their_own_type() -> None:

@@ -428,9 +428,19 @@ def split_address(address: str) -> tuple[str, int]:
         AddressError: Not such an address.
     """
     found = _ADDRESS.fullmatch(address)
-    if found is None or not 0 < int(found[3]) <= 0xFFFF:
+    host, port = (found[1] or found[2], int(found[3])) if found else ("", 0)
+    if not (0 < port <= 0xFFFF and _is_name(host)):
         raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
-    return found[1] or found[2], int(found[3])
+    return host, port
+
+
+def _is_name(host: str) -> bool:
+    """Whether a resolver can be asked for it: no part between its dots is empty, or has more than 63 letters."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 @functools.lru_cache(1024)  # of each read; there are few nodes

@@ -38,7 +38,7 @@ from gpu_cache.rpc.client.requester import (
 )
 from gpu_cache.rpc.client.same_host import SameHostReader
 from gpu_cache.rpc.segments import is_wanted, node_cache_path
-from gpu_cache.rpc.shard import ShardAnswerError, TensorShardInfo
+from gpu_cache.rpc.shard import ShardAnswerError, TensorShardInfo, check_owners
 from gpu_cache.rpc.store import ShardStore
 from gpu_cache.rpc.tokens import find_token
 from gpu_cache.rpc.wire.serialization import check_stored, tensor_from_json
@@ -122,9 +122,11 @@ class HttpRTensorBackend:
 
         Raises:
             ShardFetchError: One did not arrive.
+            ShardConflictError: One id has two owners. Nothing was asked for.
         """
         if self._has_other_groups:
             return asyncio.run(self._fetch_in_groups(shards))
+        check_owners(shards)
         wanted = {info.shard_id: info for info in shards}
         readers = self.source(wanted, {}).open(list(wanted), self._settings.fetch_timeout_s)
         tensors: dict[Hashable, torch.Tensor] = {}

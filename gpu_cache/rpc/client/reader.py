@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from http import HTTPStatus
 from reprlib import repr as short_repr
 from typing import cast
 
@@ -157,7 +158,7 @@ class HttpReader:
         self._promises, self._requester, self._settings = promises, requester, settings
         self._node_state = requester.node  # the reader learns the node's wire form here, and the backend remembers it
         self._left = list(reversed(keys))
-        self._most = settings.max_binary_shards  # in one request; fewer once an answer was too long
+        self._most = settings.max_binary_shards  # in one request; fewer once a request or an answer was too long
         self._expectation: Expectation  # that of the request under way
         self._body: FrameBody | None = None  # that of a binary part
         self._announced: Sequence[ShardSpec] = ()  # the shards of that part
@@ -260,6 +261,10 @@ class HttpReader:
 
     def _part(self, wanted: Sequence[Hashable], answer: HttpAnswer) -> Sequence[ShardSpec] | None:
         """Describe the shards of an answer; None if what did not fail is to be asked for again."""
+        if answer.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE and len(wanted) > 1:
+            self._requester.text_of(answer)
+            self._most = len(wanted) // 2
+            return None
         if answer.status != 200:
             self._note_missing(wanted, answer)
             return None

@@ -98,7 +98,7 @@ class ServerHandle:
         self._listener, self._port = listener, int(listener.getsockname()[1])
         self._loop = new_event_loop()
         self._stopping = asyncio.Event()
-        self._is_inherited = False
+        self._is_inherited = self._is_stopped = False
         owner.add_own_address(address)
         self._thread = OwnThread(self._run, f"areal-rpc-server-{address}", self._ask_to_stop, is_server=True)
         try:
@@ -111,7 +111,9 @@ class ServerHandle:
 
     def stop(self) -> None:
         """Stop serving, once the answers under way are sent, or 2.5 s have passed. Idempotent; any thread."""
-        self._owner.remove_own_address(self.address)
+        if not self._is_stopped:  # else the address may be another server's by now
+            self._owner.remove_own_address(self.address)
+            self._is_stopped = True
         if not self._is_inherited:
             if self._memory is not None:
                 self._memory.stop()
