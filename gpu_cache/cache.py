@@ -177,7 +177,8 @@ class TensorCache:
             prefer: "host": shards that are not on the device come to the host tier, and are handed out there, in pinned
                 memory. They take no memory of the device. Clone tensors that forked processes are to read: a forked
                 process does not get pinned memory.
-            on_error: "none": a shard that does not arrive is None in the result, and the log tells why.
+            on_error: "none": a shard that does not arrive is None in the result. A warning tells why, once a minute for
+                each node and reason, and counts those that came between, each of which is a line at the level DEBUG.
             expected: A tuple of dtype, shape and owner by key, where known. A shard of another dtype or shape fails,
                 and stays cached for other callers. One cached for another owner is a miss, and the fetched one takes
                 its place. None for an owner: any.

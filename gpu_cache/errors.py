@@ -25,7 +25,8 @@ class CacheFullError(GpuCacheError, MemoryError):
         needed: Bytes asked for, after alignment.
         free: Bytes free in the pool, or on the device.
         capacity: The most bytes the pool may take (`CacheConfig.pool_bytes`).
-        reserved: Bytes that the pool has taken from a device without room; None: it is the pool that is full.
+        reserved: Bytes that the cache has taken from a device without room, in the pool and beside it; None: it is the
+            pool that is full.
         setting: The setting that `capacity` is the value of.
         why: The obstacle and the remedy, if the pool knows a better one than clearing.
     """
@@ -49,8 +50,8 @@ class CacheFullError(GpuCacheError, MemoryError):
             return f"need {self.needed:,} bytes, {self.free:,} free of {self.capacity:,}; {why}"
         return (
             f"need {self.needed:,} bytes, and the device is out of memory, with {self.free:,} free for its driver and "
-            f"{self.reserved:,} in the pool, of at most {self.capacity:,}; clear shards, or lower pool_bytes "
-            "(GPU_CACHE_POOL_BYTES) or what else takes memory"
+            f"{self.reserved:,} taken by this cache, whose pool may have {self.capacity:,}; clear shards, or lower "
+            "pool_bytes (GPU_CACHE_POOL_BYTES) or what else takes memory"
         )
 
 

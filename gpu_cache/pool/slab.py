@@ -28,6 +28,7 @@ from gpu_cache.pool.freelist import FreeList
 from gpu_cache.pool.high_water import HighWater
 from gpu_cache.pool.lease import Husks, Lease, lease_fault
 from gpu_cache.source import ShardSpec
+from gpu_cache.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class SlabPool:
         assert config.prealloc_bytes is not None
         self.capacity = config.pool_bytes
         self._device, self._slab_bytes = device, config.slab_bytes
+        self._warnings = Throttle()
         # Guards every field below, and those of each slab; _look_at is read without it.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # its `with` is Python: Ctrl-C there would keep the lock taken
@@ -280,7 +282,7 @@ class SlabPool:
             free = sum(slab.free.free_bytes for slab in self._slabs)
             largest = max((slab.free.largest_free_bytes for slab in self._slabs), default=0)
             room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
-            held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
+            held, pending, freed = self._within_locked()
         raising = f"raise {self._device.hard_limit or f'{self._setting} ({variable(self._setting)})'}"
         if nbytes > self.capacity:
             return Shortage("length", f"is shorter than this run of {nbytes:,} bytes; {raising}")
@@ -294,9 +296,17 @@ class SlabPool:
             return Shortage("pending", f"has {pending:,} bytes taken for shards on their way; {raising}")
         return Shortage(
             "use",
-            f"is full of shards that are in use ({held:,} held, {freed:,} waiting to be reused, the largest free range "
-            f"{largest:,}); {raising}, or clear what is done with",
+            f"is full of shards that are in use ({held:,} held, {pending:,} on their way, {freed:,} waiting to be "
+            f"reused, {free + room:,} free, the largest free range {largest:,}); {raising}, or clear what is done with",
         )
+
+    def _within_locked(self) -> tuple[int, int, int]:
+        """Bytes held, on their way and in quarantine within the pool. The pool's own figures have its overflow too."""
+        leases = [lease for slab in self._overflows for lease in slab.leases.values()]
+        held = sum(map(_NBYTES, leases))
+        freed = sum(one.nbytes for dead in self._quarantine for one in dead.ranges if one.slab.is_overflow)
+        pending = self._overflow_bytes - sum(slab.free.free_bytes for slab in self._overflows) - held - freed
+        return self._held_bytes - held, self._pending_bytes - pending, self._quarantined_bytes - freed
 
     @property
     def free_bytes(self) -> int:
@@ -444,7 +454,8 @@ class SlabPool:
         try:
             arena = self._allocate(nbytes, private=True)
         except torch.OutOfMemoryError:
-            logger.warning("no room on %s for a slab of %s bytes", self.torch_device, f"{nbytes:,}")
+            if self._warnings.opens():  # each fetch may try once more; `alloc_failures` counts them
+                logger.warning("no room on %s for a slab of %s bytes", self.torch_device, f"{nbytes:,}")
         finally:
             with self._lock:
                 self._growing_bytes -= nbytes

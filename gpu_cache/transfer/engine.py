@@ -22,6 +22,7 @@ from gpu_cache.pool.slab import SlabPool
 from gpu_cache.reaper import Reaper
 from gpu_cache.transfer.host_tier import HostTier
 from gpu_cache.transfer.inflight import InflightBudget
+from gpu_cache.transfer.lacks import Lacks
 from gpu_cache.transfer.staging import StagingRing
 from gpu_cache.transfer.transfer import Transfer
 
@@ -58,6 +59,7 @@ class Engine:
         self.fence.note(self.transfer.stream)
         self.pools = [self.pool] if self.tier is None else [self.pool, self.tier.pool]
         self.reaper = Reaper(self, self.husks)
+        self.lacks = Lacks()
         self._parts = [part for part in (self.staging, self.tier) if part is not None]
 
     @property

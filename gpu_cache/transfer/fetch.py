@@ -21,6 +21,7 @@ from gpu_cache.errors import (
     FetchTimeoutError,
     TransferError,
     combined,
+    failure_reason,
     frameless,
     listed,
     named_error,
@@ -338,9 +339,9 @@ class Fetch:
             except FetchError as error:
                 may_help = self.has_lost_joins or (may_lack and self._written)
                 if not may_help or time.monotonic() >= self.deadline:
-                    if not may_lack or not error.failures or engine is None:
+                    if not may_lack or not (failures := error.failures) or engine is None:
                         raise
-                    logger.warning("going on without shards: %s", str(error))  # whose frames hold blocks
+                    engine.lacks.tell(error, ((self._node_of(key), failure_reason(failures[key])) for key in failures))
                     return engine
             except BaseException as error:  # Ctrl-C, say: no later call is to wait for a read of this one
                 self.cancel(FetchError(f"Failed to fetch shards: their call ended by {named_error(error)}"))
@@ -538,9 +539,12 @@ class Fetch:
         mutated = [key for key in failures if key in claim.mutated]
         why = f"; cached copies of {names_of(mutated)} were dropped, as a reader wrote into them: {REMEDY}"
         num_wanted = len(claim.hits) + len(claim.claimed) + len(claim.joined) + len(claim.refused)
-        first = next(iter(failures))
-        entry = claim.claimed.get(first) or claim.joined.get(first)
-        return combined(failures, num_wanted, why if mutated else "", entry.node if entry is not None else "")
+        return combined(failures, num_wanted, why if mutated else "", self._node_of(next(iter(failures))))
+
+    def _node_of(self, key: Hashable) -> str:
+        """The node that a shard was to come from; "" if none is known."""
+        entry = self.claim.claimed.get(key) or self.claim.joined.get(key)
+        return "" if entry is None else entry.node
 
     def _late(self) -> FetchTimeoutError:
         with no_interrupts:  # Ctrl-C amid `done` would keep the lock of a future

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import deque
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -20,6 +21,7 @@ from gpu_cache.pool.slab import SlabPool, _stretches
 from gpu_cache.source import ShardSpec
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
+from tests.support.sim_device import SimDevice
 from tests.support.threads import run_threads
 
 
@@ -152,6 +154,26 @@ def test_overflow_is_outside_the_cap_and_goes_back_at_once() -> None:
     assert held[0].base.numel() == MIB
 
 
+def test_a_shortage_counts_the_bytes_within_the_pool_alone() -> None:
+    device = SimDevice()
+    device.adversary.begin()  # it does nothing before a thread waits for it
+    pool = pool_of(device, pool_bytes=4 * MIB, prealloc_bytes=MIB)
+    held = [*shards_in(pool, taken_from(pool, MIB), MIB), *shards_in(pool, taken_from(pool, MIB), MIB)]
+    on_its_way = taken_from(pool, MIB)
+    freed = shards_in(pool, taken_from(pool, 512), 512)
+    held += shards_in(pool, pool.take_overflow(3 * MIB), 3 * MIB)
+    freed += shards_in(pool, pool.take_overflow(3 * MIB), 3 * MIB)
+    outside = pool.take_overflow(5 * MIB)
+    freed.clear()
+    pool.drain()
+    (*figures, largest) = map(int, re.findall(r"\d+", pool.shortage(3 * MIB).words.replace(",", ""))[:5])
+    assert figures == [2 * MIB, MIB, 512, MIB - 512]
+    assert sum(figures) == pool.capacity
+    assert largest == MIB - 512
+    for taken in (on_its_way, outside):
+        pool.abandon(taken)
+
+
 class TinyDevice(HostDevice):
     """A device that has room for so many bytes."""
 
@@ -166,13 +188,15 @@ class TinyDevice(HostDevice):
         return super().arena(nbytes, private=private)
 
 
-def test_a_device_without_room_is_no_error_until_overflow_fails_too() -> None:
+def test_a_device_without_room_is_no_error_until_overflow_fails_too(caplog: pytest.LogCaptureFixture) -> None:
     pool = pool_of(TinyDevice(MIB))
     kept = taken_from(pool, MIB)
     assert pool.take(512) is None
     assert pool.stats()["alloc_failures"] == 1
     with pytest.raises(CacheFullError, match="need 512 bytes"):
         pool.take_overflow(512)
+    assert pool.take(512) is None
+    assert [record.getMessage() for record in caplog.records] == ["no room on cpu for a slab of 1,048,576 bytes"]
     pool.abandon(kept)
     pool.drain()
     check(pool)
