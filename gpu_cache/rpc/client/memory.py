@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import fcntl
 import logging
+import math
 import os
 import socket
 import threading
@@ -46,6 +47,7 @@ _AGAIN_S = 30.0  # for so long a socket that was out of reach is not tried
 # For so long a node cache is not asked for the shards of an owner about which its answer came too late. The fetch had
 # waited for that answer in vain.
 _LATE_AGAIN_S = 600.0
+_PER_WAIT = 20  # but no longer than so many times the wait: a caller may have had little time
 _FORGOTTEN_AT_ONCE = 2048  # ids in one message to a node cache, so that its socket takes the message as a whole
 _LOOK_S = 1.0  # between two looks at which owners are gone
 _MAX_IDLE = 8  # connections to one owner
@@ -394,7 +396,9 @@ class OwnersMemory:
         else:
             self._leave(connection.path, connection)
 
-    def refuse(self, path: str, address: str, reason: str, *, is_of_owner: bool = False) -> None:
+    def refuse(
+        self, path: str, address: str, reason: str, *, is_of_owner: bool = False, waited_s: float = math.inf
+    ) -> None:
         """Leave a socket alone for a while: shards come over HTTP. Say why, once for each owner and reason.
 
         Args:
@@ -402,10 +406,11 @@ class OwnersMemory:
             address: The owner whose shards were asked for there.
             reason: The fault.
             is_of_owner: Whether the fault is about this owner: a node cache is asked for the shards of others still.
+            waited_s: How long its answer was waited for in vain, in seconds; infinite for another fault.
         """
         key, again_s = (path + address, _LATE_AGAIN_S) if is_of_owner else (path, _AGAIN_S)
         with self._lock:
-            self._refused[key] = time.monotonic() + again_s
+            self._refused[key] = time.monotonic() + min(again_s, _PER_WAIT * waited_s)
         self.tell(address, reason)
 
     def tell(self, address: str, reason: str) -> None:

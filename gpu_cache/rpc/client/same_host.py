@@ -7,6 +7,7 @@ looks at its connection after the copies, before they land: if it is still open,
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -183,7 +184,7 @@ class SameHostReader:
         left, self._way_of_part = self._http.take_left(), way
         wanted, text, later = self._proxied(left) if way.is_proxy else _direct(left)
         specs: list[ShardSpec] = []
-        is_over = not later
+        is_over, began = not later, time.monotonic()
         try:
             if text is not None:
                 specs, wanted = self._asked(way, text, wanted), []
@@ -192,7 +193,8 @@ class SameHostReader:
             self._end_part(is_good=False)
             if not self._is_cancelled:
                 reason = reason_of(error, way.path)
-                self._memories.refuse(way.path, self.node, reason, is_of_owner=is_of_owner)
+                waited_s = time.monotonic() - began if isinstance(error, TimeoutError) else math.inf
+                self._memories.refuse(way.path, self.node, reason, is_of_owner=is_of_owner, waited_s=waited_s)
         if not specs:
             self._end_part(is_good=True)
         self._elsewhere += wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -169,6 +170,22 @@ def test_a_late_one_is_not_waited_for(
     (line,) = [record.getMessage() for record in caplog.records if "no answer on" in record.getMessage()]
     assert f"shards of {address} come over HTTP" in line
     eventually(lambda: running.cache._num_under_way == 0)
+
+
+def test_a_caller_with_little_time_keeps_no_later_one_from_it(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner.put(tensors := batch())
+    monkeypatch.setattr(memory, "_PER_WAIT", 1)
+    may_go = threading.Event()
+    real = NodeCache._brought
+    monkeypatch.setattr(NodeCache, "_brought", lambda *args: (may_go.wait(30), real(*args))[1])
+    try:
+        with contextlib.suppress(FetchError):  # there was too little time for HTTP, too
+            consumers[0].read(address, tensors, timeout_s=0.06)
+    finally:
+        may_go.set()
+    eventually(lambda: _reads(consumers[0], address, tensors) == "node cache")
 
 
 def test_a_dead_owner_stalls_only_its_own_shards(
