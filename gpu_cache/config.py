@@ -102,6 +102,19 @@ def is_off(text: str | None) -> bool:
     return (text or "").strip().lower() in ("0", "no", "off", "false")
 
 
+def says_yes(name: str, environ: Mapping[str, str] | None = None, *, default: bool) -> bool:
+    """What the variable of a switch says; `default` if it is not set, or blank.
+
+    Raises:
+        ValueError: Neither yes nor no; names the variable.
+    """
+    text = (os.environ if environ is None else environ).get(name, "")
+    try:
+        return _switch(text) if text.strip() else default
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: {error}") from None
+
+
 SizeT = TypeVar("SizeT", int, int | None)
 
 
@@ -203,7 +216,11 @@ class CacheConfig:
         return cls(**found, **overrides)
 
     def resolved(self, *, is_cuda: bool, device_bytes: int, environ: Mapping[str, str] | None = None) -> CacheConfig:
-        """The same settings with every None replaced: by what `environ` says, or by what suits the device."""
+        """The same settings with every None replaced: by what `environ` says, or by what suits the device.
+
+        Raises:
+            ValueError: A variable that it looks at is out of range; names it.
+        """
         known = os.environ if environ is None else environ
         default_pool = min(8 * GIB, device_bytes // 10) if is_cuda else 2 * GIB
         pool = default_pool if self.pool_bytes is None else self.pool_bytes
@@ -213,8 +230,8 @@ class CacheConfig:
             self,
             pool_bytes=pool,
             prealloc_bytes=prealloc,
-            stats=not _says(known.get("GPU_CACHE_STATS"), "stats", False) if self.stats is None else self.stats,
-            role=self.role or known.get("GPU_CACHE_ROLE") or _program(),
+            stats=says_yes(variable("stats"), known, default=True) if self.stats is None else self.stats,
+            role=self.role or known.get(variable("role")) or _program(),
             rank=_rank_of(known) if self.rank is None else self.rank,
         )
 
@@ -293,8 +310,11 @@ def _says(text: str | None, field: str, value: Any) -> bool:
 
 
 def _rank_of(environ: Mapping[str, str]) -> int:
-    found = [environ.get(name, "") for name in ("GPU_CACHE_RANK", "RANK", "LOCAL_RANK")]
-    return next((int(text) for text in found if text.isdecimal()), 0)
+    if said := environ.get(name := variable("rank")):
+        rank: int = _named_check("rank", said, name)
+        return rank
+    launchers = [environ.get(name, "") for name in ("RANK", "LOCAL_RANK")]
+    return next((int(text) for text in launchers if text.isdecimal()), 0)
 
 
 def _program() -> str:

@@ -21,6 +21,7 @@ os.environ.setdefault("GPU_CACHE_NATIVE", "0")  # `make native` runs the tests o
 
 from gpu_cache import process, reaper
 from gpu_cache.cache import TensorCache
+from gpu_cache.config import says_yes
 from tests.support.clocks import Clock
 from tests.support.fake_cuda import FakeCuda
 
@@ -39,8 +40,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs Ray in this interpreter: make ray")
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
         return
-    if os.environ.get("GPU_CACHE_REQUIRE_GPU") == "1":
-        pytest.fail("GPU_CACHE_REQUIRE_GPU=1, but this torch sees no CUDA device", pytrace=False)
+    if says_yes("GPU_CACHE_REQUIRE_GPU", default=False):
+        pytest.fail("GPU_CACHE_REQUIRE_GPU is set, but this torch sees no CUDA device", pytrace=False)
     pytest.skip("needs a CUDA device")
 
 

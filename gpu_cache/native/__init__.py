@@ -54,8 +54,10 @@ def load(path: Path) -> Any:
 
 
 def _loaded() -> Any:
-    if is_off(wanted := os.environ.get("GPU_CACHE_NATIVE", "")):
+    if is_off(wanted := os.environ.get("GPU_CACHE_NATIVE", "").strip()):
         return None
+    if wanted not in ("", "1"):
+        logger.warning("GPU_CACHE_NATIVE=%r: must be 0 or 1; taken as not set", wanted)
     try:
         path = library()
         if wanted == "1" or path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import grp
+import logging
 import os
 import re
 import secrets
@@ -13,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from gpu_cache.report.schema import GROUP_VARIABLE, LEAKS, LOCK, REPORT, SUFFIXES, WANT, dead_s, directories
+from gpu_cache.report.schema import DEAD_S, GROUP_VARIABLE, LEAKS, LOCK, REPORT, SUFFIXES, WANT, dead_s, directories
+
+logger = logging.getLogger(__name__)
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_GROUP = (1 << 32) - 1
@@ -40,7 +43,11 @@ class ReportFiles:
         self.name = name
         self._folders, named = directories(environ, os.geteuid()), environ.get(GROUP_VARIABLE)
         self._group = _group_of(named) if named else None
-        self._dead_s = dead_s(environ)
+        try:
+            self._dead_s = dead_s(environ)
+        except ValueError as error:
+            self._dead_s = DEAD_S
+            logger.warning("%s; taken as %g", str(error), DEAD_S)
         self._lock: int | None = None  # descriptor; the kernel frees the lock when the last process closes it
 
     def __repr__(self) -> str:

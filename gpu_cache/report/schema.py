@@ -196,8 +196,9 @@ def directories(environ: Mapping[str, str], uid: int) -> list[Path]:
 
 
 def dead_s(environ: Mapping[str, str]) -> float:
-    """How long the report of a process that ended without cleanup stays, in seconds."""
-    try:
-        return seconds(environ.get(DEAD_VARIABLE) or DEAD_S)
-    except ValueError:
-        return DEAD_S
+    """How long the report of a process that ended without cleanup stays, in seconds.
+
+    Raises:
+        ValueError: The variable holds no such time.
+    """
+    return seconds(environ.get(DEAD_VARIABLE) or DEAD_S, DEAD_VARIABLE)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from gpu_cache.config import is_off
 
 VARIABLE = "GPU_CACHE_AREAL"
+_WORDS = ("1", "true", "on", "yes", "force")
 _RTENSOR = "areal.infra.rpc.rtensor"
 _BLUEPRINT = "areal.infra.rpc.guard.data_blueprint"
 _CODEC = "areal.infra.rpc.serialization"
@@ -104,7 +105,10 @@ def adopt() -> None:
 
 def start() -> None:
     """Install the import hook if the variable asks for it; what the `.pth` file calls at the start of each process."""
-    if _is_on(os.environ.get(VARIABLE)) and _installed() is None:
+    if _is_on(mode := os.environ.get(VARIABLE)) and _installed() is None:
+        if mode and mode.strip().lower() not in _WORDS:
+            text = "%s=%r: must be 0, 1 or force; taken as 1"
+            logging.getLogger(__name__).warning(text, VARIABLE, mode)
         finder = _Finder()
         sys.meta_path.insert(0, finder)
         if _OUR_RTENSOR in sys.modules and finder.look() is not None:

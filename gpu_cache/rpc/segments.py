@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_cache.config import is_off
+from gpu_cache.config import is_off, says_yes
 from gpu_cache.device.hostmem import POPULATE_WRITE, advise, mapped
 from gpu_cache.pool.block import aligned
 from gpu_cache.pool.freelist import FreeList
@@ -49,16 +49,26 @@ logger = logging.getLogger(__name__)
 
 
 def is_wanted(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether this process offers its shards in shared memory, and reads those of others there."""
-    return not is_off((os.environ if environ is None else environ).get(VARIABLE))
+    """Whether this process offers its shards in shared memory, and reads those of others there.
+
+    Raises:
+        ValueError: The variable says neither yes nor no.
+    """
+    return says_yes(VARIABLE, environ, default=True)
 
 
 def node_cache_path(environ: Mapping[str, str] | None = None) -> str:
-    """Where consumers look for a node cache: a link to its socket. "" for nowhere, the default."""
+    """Where consumers look for a node cache: a link to its socket. "" for nowhere, the default.
+
+    Raises:
+        ValueError: The variable holds a word that is neither "auto" nor no.
+    """
     said = (os.environ if environ is None else environ).get(NODE_CACHE_VARIABLE, "").strip()
     if not said or is_off(said):
         return ""
     if said.lower() != "auto":
+        if "/" not in said:
+            raise ValueError(f"{NODE_CACHE_VARIABLE}={said!r}: must be auto, a path with a slash in it, or 0 for none")
         return said
     try:
         return str(socket_folder(environ) / _NODE_CACHE)

@@ -52,7 +52,11 @@ def main(arguments: list[str], observer: Observer | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a role may have letters that the locale has not
     given = options.parse(arguments)
-    found = observer or Observer(lambda: given.dir or folders(os.environ, os.getuid()), dead_s=dead_s(os.environ))
+    try:
+        found = observer or Observer(lambda: given.dir or folders(os.environ, os.getuid()), dead_s=dead_s(os.environ))
+    except ValueError as error:
+        print(f"gpu-cache-smi: {error}", file=sys.stderr)
+        return 2
     has_color = True if given.color else False if given.no_color else None
     try:
         return Commands(found, Terminal(os.environ, has_color), given).run()

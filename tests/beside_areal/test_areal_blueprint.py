@@ -240,6 +240,18 @@ def test_shards_expire_where_a_variable_says_so(monkeypatch: pytest.MonkeyPatch)
     thread.join(30)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("GPU_CACHE_SHARD_TTL", "'soon' is not a time above 0"), ("GPU_CACHE_FREEZE_HEAP", "must be 0 or 1"),
+     ("GPU_CACHE_SHM", "must be 0 or 1")],
+)  # fmt: skip
+def test_a_server_refuses_a_bad_variable_by_its_name(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blueprint, "_expiry", None)
+    monkeypatch.setenv(name, "soon")
+    with pytest.raises(ValueError, match=f"{name}='soon': {message}"):
+        application()
+
+
 def test_each_place_is_given_back(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sending = requests.Sending(2)
     monkeypatch.setattr(blueprint, "_sending", sending)

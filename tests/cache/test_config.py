@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_cache.config import GIB, MIB, CacheConfig, is_off, parse_size, variable
+from gpu_cache.config import GIB, MIB, CacheConfig, is_off, parse_size, says_yes, variable
 from gpu_cache.pool.block import aligned
 
 
@@ -98,6 +98,23 @@ def test_every_variable_that_the_package_reads_is_known(caplog: pytest.LogCaptur
 )
 def test_one_rule_tells_which_text_of_a_switch_says_no(text: str | None, is_no: bool) -> None:
     assert is_off(text) is is_no
+
+
+def test_a_switch_that_says_neither_yes_nor_no_is_refused_by_its_name() -> None:
+    environs: list[dict[str, str]] = [{"S": "On "}, {"S": "off"}, {"S": " "}, {}]
+    assert [says_yes("S", one, default=True) for one in environs] == [True, False, True, True]
+    assert [says_yes("S", one, default=False) for one in environs] == [True, False, False, False]
+    with pytest.raises(ValueError, match="S='maybe': must be 0 or 1"):
+        says_yes("S", {"S": "maybe"}, default=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("GPU_CACHE_STATS", "maybe", "must be 0 or 1"), ("GPU_CACHE_RANK", "first", "must be a whole number")],
+)
+def test_a_variable_that_settings_leave_open_is_refused_by_its_name(name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='{text}': {message}"):
+        CacheConfig().resolved(is_cuda=False, device_bytes=0, environ={name: text, "RANK": "1"})
 
 
 def test_a_device_is_refused_in_words() -> None:

@@ -51,6 +51,12 @@ def test_a_missing_library_that_is_required_is_an_error_that_says_how_to_build_i
     assert str(tmp_path) in done.stderr
 
 
+def test_a_word_that_says_neither_yes_nor_no_is_warned_of(tmp_path: Path) -> None:
+    done = run("-c", SAYS, GPU_CACHE_NATIVE="maybe", GPU_CACHE_NATIVE_DIR=str(tmp_path))
+    assert (done.stdout, done.returncode) == ("gpu_cache.index.lending\n", 0)
+    assert done.stderr == "GPU_CACHE_NATIVE='maybe': must be 0 or 1; taken as not set\n"
+
+
 def test_a_broken_library_is_left_out_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_CACHE_NATIVE_DIR", str(tmp_path))
     native.library().write_bytes(b"no library")

@@ -233,6 +233,19 @@ def test_members_of_a_group_may_read(tmp_path: Path) -> None:
             ReportFiles(NAME, {"GPU_CACHE_STATS_GROUP": named})
 
 
+def test_a_time_that_is_none_is_warned_of_by_the_variables_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = ReportFiles(NAME, {"GPU_CACHE_STATS_DIR": str(tmp_path / "stats"), "GPU_CACHE_STATS_DEAD_S": "1h"})
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        "GPU_CACHE_STATS_DEAD_S='1h': must be a number of seconds, at least 0; math.inf means no limit; taken as 3600"
+    )
+    write(files)
+    assert f"{NAME}.json" in names(tmp_path / "stats")
+    files.remove()
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one page."""

@@ -154,6 +154,14 @@ assert "gpu_cache" not in sys.modules and areal.infra.rpc.rtensor.__name__ == "a
     assert run(site, code).stderr == run(site, code, GPU_CACHE_AREAL="0").stderr == ""
 
 
+def test_a_word_that_the_switch_does_not_know_is_warned_of(site: Path) -> None:
+    done = run(site, "import areal", GPU_CACHE_AREAL="focre")
+    assert done.stderr.splitlines()[0] == "GPU_CACHE_AREAL='focre': must be 0, 1 or force; taken as 1"
+    assert (
+        run(site, "import areal", GPU_CACHE_AREAL="yes").stderr == run(site, "import areal", GPU_CACHE_AREAL="1").stderr
+    )
+
+
 def test_a_call_as_the_first_line_switches_this_process_and_its_children(site: Path) -> None:
     child = f"{PTH}\nimport areal, sys; print(sys.modules['areal.infra.rpc.rtensor'].__name__)"
     code = f"""

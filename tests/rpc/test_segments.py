@@ -225,6 +225,11 @@ def test_a_variable_turns_it_off(text: str) -> None:
     assert not places(store, [key])
 
 
+def test_a_variable_that_says_neither_yes_nor_no_is_refused() -> None:
+    with pytest.raises(ValueError, match="GPU_CACHE_SHM='n': must be 0 or 1"):
+        is_wanted({"GPU_CACHE_SHM": "n"})
+
+
 def test_without_such_memory_shards_are_stored_all_the_same_and_one_line_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

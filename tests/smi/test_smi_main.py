@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gpu_cache.smi import options
+from gpu_cache.smi.main import main
 from gpu_cache.smi.query import FIELDS
 from tests.support.smi_machine import Machine, Run, add_strange, add_trainers, machine, matches_golden
 from tests.support.smi_nvml import FakeNvml
@@ -63,6 +64,14 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "gpu-cache-smi: No module named rich; pip install 'rtensor-data-plane[smi]'\n"
+
+
+def test_a_variable_with_a_bad_time_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPU_CACHE_STATS_DEAD_S", "1h")
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("gpu-cache-smi: GPU_CACHE_STATS_DEAD_S='1h': must be a number of seconds")
 
 
 def test_a_reader_that_goes_away_ends_it_in_silence(tmp_path: Path) -> None:

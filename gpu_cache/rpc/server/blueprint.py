@@ -25,9 +25,10 @@ import torch
 from flask import Blueprint, Response, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
-from gpu_cache.config import is_off
+from gpu_cache.config import says_yes
 from gpu_cache.hosts import HostRule
 from gpu_cache.rpc import rtensor, runtime
+from gpu_cache.rpc.segments import is_wanted
 from gpu_cache.rpc.server import requests, same_host
 from gpu_cache.rpc.server.answers import Answer, json_answer
 from gpu_cache.rpc.server.connections import use_reno
@@ -282,7 +283,11 @@ def _expire() -> None:
     global _expiry
     if (text := os.environ.get(TTL_VARIABLE)) and _expiry is None:
         owner = runtime.current()
-        _expiry = ShardExpiry(owner.store, parse_seconds(text), owner.evict)
+        try:
+            ttl_s = parse_seconds(text)
+        except ValueError as error:
+            raise ValueError(f"{TTL_VARIABLE}={text!r}: {error}") from None
+        _expiry = ShardExpiry(owner.store, ttl_s, owner.evict)
         _expiry.sweep_in_thread()
 
 
@@ -295,7 +300,7 @@ def _note_engine(response: Response) -> Response:
     """
     global _has_engine
     is_first = not _has_engine and request.path == _ENGINE_ROUTE and response.status_code == HTTPStatus.OK
-    if is_first and not is_off(os.environ.get(FREEZE_VARIABLE)):
+    if is_first and _freezes_heap():
         gc.collect()
         gc.freeze()
         logger.info(
@@ -305,8 +310,18 @@ def _note_engine(response: Response) -> Response:
     return response
 
 
+def _freezes_heap() -> bool:
+    return says_yes(FREEZE_VARIABLE, default=True)
+
+
 def _join_guard(state: Any) -> None:
-    """Add our figures to `/health` of AReaL's guard, and take from it what this process is."""
+    """Add our figures to `/health` of AReaL's guard, and take from it what this process is.
+
+    Raises:
+        ValueError: A variable says neither yes nor no, or no time. No request is to find that out.
+    """
+    _freezes_heap()
+    is_wanted()
     guard = state.app.config.get("guard_state")
     register = getattr(guard, "register_health_hook", None)
     if register is not None:

@@ -79,6 +79,13 @@ def test_it_is_off_by_default(said: str) -> None:
     assert node_cache_path({"GPU_CACHE_NODE_CACHE": said}) == node_cache_path({}) == ""
 
 
+@pytest.mark.parametrize("said", ["1", "yes", "atuo"])
+def test_a_word_is_no_path(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_CACHE_NODE_CACHE", said)
+    with pytest.raises(ValueError, match=f"GPU_CACHE_NODE_CACHE='{said}': must be auto, a path with a slash in it, or"):
+        HttpRTensorBackend()
+
+
 def test_a_variable_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as base:
         usual = node_cache_path({"GPU_CACHE_NODE_CACHE": "auto", "XDG_RUNTIME_DIR": base})
