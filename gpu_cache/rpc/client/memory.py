@@ -497,7 +497,9 @@ class OwnersMemory:
 
 def reason_of(error: BaseException, path: str) -> str:
     """Say in words why memory was not read, of one of `FAULTS` and the socket that was asked."""
-    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+    if isinstance(error, ConnectionRefusedError):
+        return f"nothing listens on {path} any more: its process has ended"
+    if isinstance(error, FileNotFoundError):
         return f"{path} cannot be reached from here ({error.strerror}): another namespace?"
     if isinstance(error, PermissionError):
         return f"{path} is another user's ({error.strerror})"

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +137,17 @@ def test_shards_come_over_http_where_memory_is_out_of_reach_and_one_line_says_wh
     assert record.levelno == logging.INFO
     assert f"shards of {known} come over HTTP" in record.getMessage()
     assert words in record.getMessage()
+
+
+def test_a_socket_that_an_owner_left_behind_is_no_other_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's name is short
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind("left")
+    with pytest.raises(ConnectionRefusedError) as caught:
+        memory.MemoryConnection("left", time.monotonic() + 10)
+    assert memory.reason_of(caught.value, "left") == "nothing listens on left any more: its process has ended"
 
 
 def test_an_old_owner_is_named_once(
