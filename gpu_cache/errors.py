@@ -84,6 +84,10 @@ class FetchError(GpuCacheError, RuntimeError):
     def __str__(self) -> str:
         return self.message
 
+    def __repr__(self) -> str:
+        """The message names some shards; there may be thousands."""
+        return f"{type(self).__name__}({str(self)!r})"
+
 
 class PromiseError(FetchError):
     """A shard has another dtype or shape than the caller expects. It stays cached, for callers that expect that.

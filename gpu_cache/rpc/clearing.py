@@ -69,6 +69,9 @@ class ClearFailure:
     error: BaseException
     nbytes: int = 0
 
+    def __repr__(self) -> str:
+        return f"ClearFailure({self.who!r}, {len(self.shard_ids):,} shards, {self.nbytes:,} bytes, {self.error!r})"
+
 
 @dataclasses.dataclass(frozen=True)
 class ClearReport:

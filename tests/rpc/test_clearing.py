@@ -71,6 +71,17 @@ def test_a_failing_consumer_is_reported_and_the_others_are_told(caplog: pytest.L
     assert "at the next clear: OSError: gone" in caplog.text
 
 
+def test_a_report_says_how_many_shards_are_left_and_does_not_list_them() -> None:
+    def broken(shard_ids: list[Any]) -> None:
+        raise FetchError("gone", dict.fromkeys(shard_ids, OSError("gone")))
+
+    report = run(Owners(), broken, shards={"node-a:1": [f"shard {number}" for number in range(1000)]})
+    (failure,) = report.failures
+    assert len(failure.shard_ids) == 1000
+    assert f"{failure.who!r}, 1,000 shards, 100,000 bytes, FetchError('gone')" in repr(report)
+    assert "shard 999" not in repr(report)
+
+
 @pytest.mark.parametrize(
     ("consumers", "said"),
     [
