@@ -141,9 +141,9 @@ class TensorCache:
         ready: ReadyMode | None = ...,
         keep: bool = ...,
         prefer: Prefer = ...,
-        on_error: OnError,
+        on_error: Literal["none"],
         expected: Mapping[Hashable, Promise] | None = ...,
-    ) -> Sequence[torch.Tensor | None]: ...
+    ) -> list[torch.Tensor | None]: ...
 
     @eager
     def get_many(

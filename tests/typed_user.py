@@ -3,7 +3,7 @@
 import torch
 
 import gpu_cache
-from gpu_cache import CacheConfig, TensorCache
+from gpu_cache import CacheConfig, ShardSource, TensorCache
 from gpu_cache.rpc import RTensor, TensorShardInfo
 
 cache = TensorCache(CacheConfig(pool_bytes="4GiB", slab_bytes=1 << 28, device="cpu"))
@@ -12,6 +12,12 @@ num_hits: int = cache.buffer_stats()["hits"]
 grown: dict[str, float] = gpu_cache.stats_delta(cache.buffer_stats(), cache.buffer_stats())
 handle = RTensor(TensorShardInfo("a", "host:1"), torch.empty(3, device="meta"))
 local: torch.Tensor = handle.to_local(timeout_s=1.5)
+
+
+def read(source: ShardSource) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    cache.get_many(["a"], source, on_error="skip")  # type: ignore[call-overload]
+    return cache.get_many(["a"], source), cache.get_many(["a"], source, on_error="none")
+
 
 # Each of these is an error; mypy would complain about an `ignore` that it does not need.
 gpu_cache.TensorCash  # type: ignore[attr-defined]
