@@ -18,6 +18,7 @@ from gpu_cache.report import schema
 from gpu_cache.report.counters import buffer_stats_of
 from gpu_cache.report.schema import EntryInfo, LeakReport, Rates, SourceStats
 
+_COUNTED = ("overflows", "alloc_failures", "fetch_errors")  # of the window: their number
 _MAX_KEY = 200  # characters of a shard's id
 _RULE = "-" * 97
 _HEAD = " GPU     PID  Role          State    Pool  Pinned    Host Entries  Hit%    Fetch      H2D Oldest "
@@ -149,7 +150,7 @@ class RateWindow:
         def grown(key: str, since: Mapping[str, Any] = begin) -> Any:
             return figures[key] - since[key]
 
-        rates: dict[str, float | None] = {key: grown(key) for key in ("overflows", "alloc_failures")}
+        rates: dict[str, float | None] = {key: grown(key) for key in _COUNTED}
         span_s = max(now_s - began_s, 1e-3)
         for link in ("fetch", "h2d"):
             if max(grown(f"{link}_bytes", previous), grown(f"{link}_busy_seconds", previous)) > 0:

@@ -80,8 +80,9 @@ class Rates(TypedDict):
     h2d_bytes_per_wall_second: float
     evictions_per_second: float
     pinned_wait_seconds_per_second: float  # blocked for a free staging slot; above 1 when several threads wait
-    overflows: int  # their number in the window, as `alloc_failures`
+    overflows: int  # their number in the window, as the next two
     alloc_failures: int
+    fetch_errors: NotRequired[int]
 
 
 class SourceStats(TypedDict):

@@ -10,7 +10,7 @@ from typing import Any
 from gpu_cache import __version__
 from gpu_cache.report.schema import WINDOW_S
 from gpu_cache.smi import figures
-from gpu_cache.smi.node import Node, Row
+from gpu_cache.smi.node import Node, Row, errors_by_reason
 from gpu_cache.smi.problems import Problem, problems_of
 from gpu_cache.smi.process import Process
 
@@ -101,7 +101,8 @@ def _link(process: Process, link: str) -> dict[str, float | None]:
 
 
 def _source(process: Process, one: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: figures.number(one, key) for key in _OF_SOURCE}
+    found: dict[str, Any] = {key: figures.number(one, key) for key in _OF_SOURCE}
+    found["fetch_errors_by_reason"] = dict(+errors_by_reason(one))
     found["oldest_entry_age_seconds"] = _rounded(process.oldest_of(one, "entries"))
     return found | ({"transport": transport} if (transport := figures.text(one, "transport")) else {})
 

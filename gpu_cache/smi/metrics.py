@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gpu_cache.report.schema import ENTRY_SIZE_EDGES_BYTES, FETCH_DURATION_EDGES_S, MAX_SOURCES, OTHER_SOURCES
 from gpu_cache.smi import figures
-from gpu_cache.smi.node import Node, host_of
+from gpu_cache.smi.node import Node, errors_by_reason, host_of
 from gpu_cache.smi.process import DEAD, HUNG, LEAK, NEWER, OK, Process
 
 COMMON_LABELS = ("gpu", "role", "rank")
@@ -86,16 +86,9 @@ def _entries(process: Process) -> Samples:
 
 
 def _errors(process: Process) -> Samples:
-    """By reason; what the report gives no reason for is "other"."""
-    found: list[tuple[tuple[str, ...], float | None]] = []
-    for host, one in _hosts(process):
-        reasons = figures.mapping(one, "fetch_errors_by_reason")
-        named = {figures.printable(reason): figures.number(reasons, reason) for reason in reasons}
-        found += [((host, reason), count) for reason, count in named.items()]
-        all_errors = figures.number(one, "fetch_errors")
-        if all_errors is not None:
-            found.append(((host, "other"), max(all_errors - (figures.total(named.values()) or 0), 0)))
-    return _summed(found)
+    return _summed(
+        ((host, reason), count) for host, one in _hosts(process) for reason, count in errors_by_reason(one).items()
+    )
 
 
 def _hosts(process: Process) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -141,6 +134,7 @@ METRICS = [
         "gpu_cache_evicted_bytes_total", "Bytes of entries that went.",
         by_reason("evicted_bytes", "cleared_bytes", "dropped_bytes", "_bytes"), ("tier", "reason"),
     ),
+    Metric("gpu_cache_overflows_total", "Tensors handed out uncached, for want of room.", single("overflows")),
     Metric("gpu_cache_fetch_bytes_total", "Bytes fetched.", by_source("fetch_bytes"), ("source_node",)),
     Metric(
         "gpu_cache_fetch_busy_seconds_total", "Time with a fetch in flight; bandwidth is bytes over it.",

@@ -75,6 +75,11 @@ class Source:
         return ratio(self.figure("fetch_bytes"), self.figure("fetch_busy_seconds"))
 
     @property
+    def errors_by_reason(self) -> Counter[str]:
+        """Over all processes."""
+        return sum((errors_by_reason(one) for _, one in self.parts), Counter())
+
+    @property
     def oldest_age_s(self) -> float | None:
         return figures.largest(process.oldest_of(one, "entries") for process, one in self.parts)
 
@@ -174,6 +179,15 @@ def sources_of(processes: Iterable[Process]) -> list[Source]:
     last = ("", LOCAL_SOURCE, OTHER_SOURCES)
     order = sorted(found, key=lambda address: (last.index(address) if address in last else 0, address))
     return [Source(address, tuple(found[address])) for address in order]
+
+
+def errors_by_reason(one: Mapping[str, Any]) -> Counter[str]:
+    """Failed fetches of a source, in the report of one process; what that gives no reason for is "other"."""
+    reasons = figures.mapping(one, "fetch_errors_by_reason")
+    found = Counter({figures.printable(reason): figures.integer(reasons, reason) or 0 for reason in reasons})
+    if (num := figures.integer(one, "fetch_errors")) is not None:
+        found["other"] += max(num - found.total(), 0)
+    return found
 
 
 def host_of(address: str) -> str:

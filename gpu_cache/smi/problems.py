@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 
 from gpu_cache import units
-from gpu_cache.report.schema import SCHEMA_VERSION
+from gpu_cache.report.schema import SCHEMA_VERSION, WINDOW_S
 from gpu_cache.smi import figures
 from gpu_cache.smi.folder import ReportFile
 from gpu_cache.smi.node import Node
@@ -73,6 +73,16 @@ def _of_process(process: Process) -> Iterator[Problem]:
     of_state = {LEAK: _leak, HUNG: _hung, DEAD: _dead, NEWER: _newer}
     if process.state in of_state:
         yield of_state[process.state](process)
+    if num := process.rate("overflows"):
+        message = (
+            f"the pool had no room for {units.count(num)} shards in the last {WINDOW_S:.0f} s, which were handed out"
+            " uncached. Raise pool_bytes, or clear earlier"
+        )
+        yield Problem(NOTE, "overflow", message, process)
+    if num := process.rate("fetch_errors"):
+        message = f"{units.count(num)} shards did not arrive in the last {WINDOW_S:.0f} s"
+        action = "Why: gpu-cache-smi --query-source node,fetch.reasons"
+        yield Problem(NOTE, "fetch_errors", message, process, action)
     if process.is_alive and process.host_pid is None:
         message = (
             f"{process.title} runs in another PID namespace and its host PID is not visible from here"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gpu_cache.config import MIB
@@ -97,6 +97,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "fetch.p50": milliseconds("median duration of a fetch", lambda s: s.duration_s(0.5)),
         "fetch.p99": milliseconds("its 99th percentile", lambda s: s.duration_s(0.99)),
         "fetch.errors": Field("failed fetches", figure("fetch_errors")),
+        "fetch.reasons": Field("why they failed, with the number of each", lambda s: _listed(s.errors_by_reason)),
         "oldest.age": seconds("of the oldest entry", lambda s: s.oldest_age_s),
     },
 }
@@ -116,6 +117,10 @@ def help_text(kind: str) -> str:
     width = max(map(len, FIELDS[kind]))
     rows = (f"  {name:<{width}}  {f'[{one.unit or DASH}]':<6}  {one.meaning}" for name, one in FIELDS[kind].items())
     return "\n".join([f"Fields of --query-{kind}, separated by commas:", *rows])
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} {name}" for name, count in counts.items()) or DASH
 
 
 def _cell(field: Field, of: Any, has_units: bool) -> str:

@@ -50,7 +50,7 @@ def test_overflows_are_of_the_window() -> None:
     assert window.rates(counters(overflows=3, alloc_failures=1), 1.0)["overflows"] == 3
     for second in range(2, 14):
         rates = window.rates(counters(overflows=4, alloc_failures=1), second)
-    assert (rates["overflows"], rates["alloc_failures"]) == (0, 0)
+    assert (rates["overflows"], rates["alloc_failures"], rates["fetch_errors"]) == (0, 0, 0)
     assert len(window._looks) < 14
 
 

@@ -78,6 +78,7 @@ def test_values_are_those_of_the_reports(node: Machine) -> None:
         ("gpu_cache_copy_busy_seconds_total", {"direction": "h2d"}, 171.0),
         ("gpu_cache_staging_wait_seconds_total", {}, 3.5),
         ("gpu_cache_alloc_failures_total", {"tier": "device"}, 0),
+        ("gpu_cache_overflows_total", {}, 0),
         ("gpu_cache_outlived_clear_entries", {}, 0),
         ("gpu_cache_fetch_duration_seconds_count", {}, 1000),
         ("gpu_cache_fetch_duration_seconds_bucket", {"le": "0.005"}, 600),
@@ -374,8 +375,8 @@ def test_shared_memory_is_exported_for_its_owner_alone(node: Machine) -> None:
 def test_alerts_ask_for_exported_metrics() -> None:
     text = (DASHBOARDS / "alerts.yml").read_text()
     assert asked_for(text) <= names_of()
-    assert len(re.findall(r"^      - alert: ", text, re.M)) == 5
-    assert len(re.findall(r"^        for: ", text, re.M)) == 5
+    assert len(re.findall(r"^      - alert: ", text, re.M)) == 7
+    assert len(re.findall(r"^        for: ", text, re.M)) == 7
 
 
 def promtool(*arguments: str, text: str = "") -> str:
@@ -397,7 +398,7 @@ def test_prometheus_takes_the_metrics(
 
 
 def test_prometheus_takes_the_alerts() -> None:
-    assert "SUCCESS: 5 rules found" in promtool("check", "rules", str(DASHBOARDS / "alerts.yml"))
+    assert "SUCCESS: 7 rules found" in promtool("check", "rules", str(DASHBOARDS / "alerts.yml"))
 
 
 def test_prometheus_takes_the_queries_of_the_dashboard(tmp_path: Path) -> None:

@@ -174,6 +174,17 @@ def test_a_pool_that_turned_tensors_away_is_coloured(node: Machine, key: str, co
     assert styles(node) == {colour: {"12GiB /   20GiB  60%", "12GiB"}}
 
 
+def test_notes_name_shards_that_found_no_room_or_did_not_arrive_and_the_way_to_the_cause(node: Machine) -> None:
+    made = report(0, overflows=16)
+    made["rates_10s"]["fetch_errors"] = 3
+    node.folder.add(made, host_pid=41873)
+    shown = " ".join(node.run().err.split())
+    assert "pid 41873: the pool had no room for 16 shards in the last 10 s, which were handed out uncached" in shown
+    assert "Raise pool_bytes, or clear earlier." in shown
+    assert "3 shards did not arrive in the last 10 s. Why: gpu-cache-smi --query-source node,fetch.reasons" in shown
+    assert node.run("--check").code == 0, "it works, only slower"
+
+
 def test_colour_on_demand_and_never_otherwise(node: Machine) -> None:
     add_trainers(node.folder)
     assert "\x1b[" in node.run("--color").out
