@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 import time
+import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -157,6 +158,15 @@ def test_tensors_are_stored_in_both_forms(address: str) -> None:
     assert "z" not in rtensor._storage
 
 
+@pytest.mark.parametrize("shard_id", ["/a", "//", "a//b", "a/", "a b\n", "é?#%2F"])
+def test_an_id_of_any_letters_is_one_path(address: str, shard_id: str) -> None:
+    path = f"/data/{urllib.parse.quote(shard_id, safe='')}"
+    tensor = torch.eye(3)
+    assert ask(address, "PUT", path, serialize_value(tensor)).status == 200
+    assert same_bits(rtensor.fetch(shard_id), tensor)
+    assert same_bits(deserialize_value(ask(address, "GET", path).json), tensor)
+
+
 def test_bad_lists_are_refused_by_upstreams_words(address: str) -> None:
     for bad in (b"", b"[]", {"shard_ids": "a"}, {"shard_ids": [1]}):
         reply = ask(address, "POST", "/data/batch", bad)
@@ -267,6 +277,17 @@ def test_each_place_is_given_back(address: str, monkeypatch: pytest.MonkeyPatch)
     assert sending.figures()["sent_payload_bytes"] >= 3 * TENSORS["a"].nbytes
 
 
+def test_a_request_for_headers_alone_keeps_no_place(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sending = requests.Sending(1)
+    monkeypatch.setattr(blueprint, "_sending", sending)
+    gc.disable()  # a server's cycles keep such answers
+    try:
+        statuses = [ask(address, method, "/data/a").status for method in ("HEAD", "HEAD", "GET")]
+    finally:
+        gc.enable()
+    assert statuses == [200] * 3
+
+
 def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     sending = requests.Sending(2)
     monkeypatch.setattr(blueprint, "_sending", sending)
@@ -288,6 +309,14 @@ def test_a_body_that_stops_coming_is_answered(monkeypatch: pytest.MonkeyPatch) -
         with socket.create_connection((host, int(port)), timeout=30) as slow:
             slow.sendall(b"PUT /data/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
             assert b" 408 " in slow.recv(1 << 16)
+
+
+def test_chunks_that_are_none_are_the_clients_fault() -> None:
+    with under_werkzeug(application()) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as odd:
+            odd.sendall(b"PUT /data/x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+            assert b" 400 " in odd.recv(1 << 16)
 
 
 def test_figures_are_in_the_health_of_areals_guard() -> None:

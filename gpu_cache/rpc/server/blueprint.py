@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from flask import Blueprint, Response, request
 from werkzeug.exceptions import ClientDisconnected, HTTPException
+from werkzeug.routing import BaseConverter
 
 from gpu_cache.config import says_yes
 from gpu_cache.hosts import HostRule
@@ -169,6 +170,8 @@ def _read(stream: Any, num_read: int) -> bytes:
     except (TimeoutError, ClientDisconnected):  # werkzeug makes the latter of the former
         message = f"{num_read:,} bytes of the body came, and then none for {_STALLED_S:g} s, or the connection broke"
         raise RefusedError(408, message) from None
+    except OSError as error:  # of chunks that are none; or the client is gone
+        raise RefusedError(400, f"the body broke off after {num_read:,} bytes: {error}") from None
     return chunk
 
 
@@ -181,6 +184,8 @@ def _send(make: Callable[[], Answer]) -> Response:
         _sending.end(place, None, 0)
         raise
     pieces = _Pieces(answer, place, _connection())
+    if request.method == "HEAD":  # a server iterates no body then, and Starlette's middleware closes none
+        pieces.close()
     response = Response(pieces, answer.status, content_type=answer.content_type, direct_passthrough=True)
     response.content_length = answer.nbytes
     return response
@@ -314,6 +319,17 @@ def _freezes_heap() -> bool:
     return says_yes(FREEZE_VARIABLE, default=True)
 
 
+class _ShardId(BaseConverter):  # type: ignore[misc]
+    """Any text: werkzeug's own converters take no line end, and no slash at the begin."""
+
+    regex = "(?s:.+)"
+    part_isolating = False
+
+
+def _add_converter(state: Any) -> None:
+    state.app.url_map.converters["shard_id"] = _ShardId
+
+
 def _join_guard(state: Any) -> None:
     """Add our figures to `/health` of AReaL's guard, and take from it what this process is.
 
@@ -338,9 +354,11 @@ data_bp.register_error_handler(RefusedError, _refused)
 data_bp.register_error_handler(Exception, _failed)
 data_bp.after_app_request(_note_engine)
 data_bp.record_once(_join_guard)
+data_bp.record(_add_converter)  # before the rules that name it
 data_bp.add_url_rule("/data/batch", "get_batch", _get_batch, methods=["POST"])
 data_bp.add_url_rule("/data/serials", "serials", _serials, methods=["POST"])
 data_bp.add_url_rule("/data/clear", "clear", _clear, methods=["DELETE"])
 data_bp.add_url_rule("/data/reclaim", "reclaim", _reclaim, methods=["POST"])
-data_bp.add_url_rule("/data/<path:shard_id>", "put", _put, methods=["PUT"])
-data_bp.add_url_rule("/data/<path:shard_id>", "get", _get, methods=["GET"])
+# Without merge_slashes a client would be sent to another shard.
+data_bp.add_url_rule("/data/<shard_id:shard_id>", "put", _put, methods=["PUT"], merge_slashes=False)
+data_bp.add_url_rule("/data/<shard_id:shard_id>", "get", _get, methods=["GET"], merge_slashes=False)
