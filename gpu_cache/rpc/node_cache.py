@@ -158,6 +158,7 @@ class NodeCache:
             self._num_under_way += not is_busy
         if is_busy:
             answer(_left_to_owner(asked))
+            self._tell_left(asked, f"{_MAX_UNDER_WAY} questions are under way")
             return
         try:
             OwnThread(lambda: self._work(asked, answer), "gpu-cache-proxy").start()
@@ -198,12 +199,18 @@ class NodeCache:
             logger.info("shards that %s may have cleared stay for now: %s", asked.address, str(error))
 
     def _end_one(self, asked: Proxied, failure: str) -> None:
-        """Count a question as answered; say, once a minute for each owner, why its shards were left to it."""
+        """Count a question as answered."""
         with self._lock:
             self._num_under_way -= 1
-            throttle = self._failures.setdefault(asked.address, Throttle()) if failure else None
-        if throttle is not None and throttle.opens():
-            logger.info("leaving %d shards of %s to their owner: %s", len(asked.ids), asked.address, failure)
+        if failure:
+            self._tell_left(asked, failure)
+
+    def _tell_left(self, asked: Proxied, why: str) -> None:
+        """Say, once a minute for each owner, why its shards were left to it."""
+        with self._lock:
+            throttle = self._failures.setdefault(asked.address, Throttle())
+        if throttle.opens():
+            logger.info("leaving %d shards of %s to their owner: %s", len(asked.ids), asked.address, why)
 
     def _brought(self, asked: Proxied, checked: Checked, deadline: float) -> Located:
         """Fetch what is not here."""

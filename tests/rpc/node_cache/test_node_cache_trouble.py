@@ -85,12 +85,19 @@ def test_one_that_ends_amid_a_read(owner: FakeOwner, address: str, path: Path, c
     reader.close()
 
 
-def test_a_busy_one_leaves_shards_to_their_owner(
-    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer], monkeypatch: pytest.MonkeyPatch
+def test_a_busy_one_leaves_shards_to_their_owner_and_says_so(
+    owner: FakeOwner,
+    address: str,
+    running: Running,
+    consumers: list[Consumer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, module.__name__)
     monkeypatch.setattr(module, "_MAX_UNDER_WAY", 0)
     owner.put(tensors := batch())
     over_http(consumers[0], address, tensors)
+    assert f"leaving 6 shards of {address} to their owner: 0 questions are under way" in caplog.messages
 
 
 def test_one_without_a_thread_leaves_shards_to_their_owner(
