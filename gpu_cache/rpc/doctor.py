@@ -22,6 +22,7 @@ from gpu_cache.device.cuda import torch_cuda
 from gpu_cache.device.placement import choose_device
 from gpu_cache.rpc import adopt
 from gpu_cache.rpc.adopt import Finding
+from gpu_cache.rpc.client.connection import split_address
 from gpu_cache.rpc.shard import INCARNATION_HEADER
 from gpu_cache.rpc.tokens import TOKEN_VARIABLE, find_token
 from gpu_cache.rpc.wire.frame import CONTENT_TYPE
@@ -71,6 +72,8 @@ def _device() -> Finding:
 def _server(address: str) -> list[Finding]:
     try:
         status, headers, body = _ask(address, "GET", "/health")
+    except ValueError as error:  # the address, or the token
+        return [Finding("server", f"{address} cannot be asked: {error}", is_good=False)]
     except (OSError, http.client.HTTPException) as error:
         return [Finding("server", f"{address} cannot be reached: {error!r}", is_good=False)]
     found = [Finding("server", f"{address} answers /health with {status}{_figures(body)}", is_good=status == 200)]
@@ -103,7 +106,7 @@ def _ask(address: str, method: str, path: str, body: bytes | None = None) -> tup
     token = find_token()
     headers = {"Accept": CONTENT_TYPE, "Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
-    connection = http.client.HTTPConnection(address, timeout=_PATIENCE_S)
+    connection = http.client.HTTPConnection(*split_address(address), timeout=_PATIENCE_S)
     try:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()

@@ -67,6 +67,19 @@ def test_a_server_that_is_not_there_is_bad() -> None:
     assert text.startswith(f"{address} cannot be reached: ConnectionRefusedError")
 
 
+@pytest.mark.parametrize("address", ["a..b:80", "localhost:99999", "localhost", "http://localhost:80", ""])
+def test_an_address_that_is_none_is_named(address: str) -> None:
+    said = f"{address} cannot be asked: {address!r} is not an address: write host:port or [ipv6]:port"
+    assert texts(address)["server"] == (False, said)
+
+
+def test_a_token_that_cannot_be_sent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AREAL_RPC_TOKEN", "a b")
+    is_good, text = texts("localhost:80")["server"]
+    assert not is_good
+    assert "cannot be asked: the token in AREAL_RPC_TOKEN has a space" in text
+
+
 def test_a_server_of_areals_own_speaks_json() -> None:
     health, batch = json.dumps({"status": "healthy"}).encode(), b"[]"
     answers = [answer_of("application/json", health), answer_of("application/octet-stream", batch)]
