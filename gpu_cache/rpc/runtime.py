@@ -37,6 +37,7 @@ from gpu_cache.rpc.shard import (
     ray_objects,
 )
 from gpu_cache.rpc.store import ShardStore
+from gpu_cache.source import opened
 
 
 class Handle(Protocol):
@@ -320,7 +321,7 @@ class _HandleSource:
             readers += local.open(list(own), timeout_s) if own else ()
             keys = [key for key in keys if key not in own]
         if keys:
-            readers += _source_of(backend, shards, promises, keys).open(keys, timeout_s)
+            readers += opened(_source_of(backend, shards, promises, keys), keys, timeout_s)
         return readers
 
 

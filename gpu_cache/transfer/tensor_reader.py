@@ -45,8 +45,9 @@ class TensorReader:
             return None
         self._is_loaded = True
         loaded: Any = self._load()
-        if isinstance(loaded, torch.Tensor):  # its rows would pass for shards
-            raise FetchError(f"{self.node} returned one tensor: a list with a tensor for each shard is expected")
+        if not is_list(loaded):
+            found = "one tensor" if isinstance(loaded, torch.Tensor) else f"a {type(loaded).__name__}"
+            raise FetchError(f"{self.node} returned {found}: a list with a tensor for each shard is expected")
         if len(loaded) != len(self.keys):
             raise FetchError(f"{self.node} returned {len(loaded)} shards for {len(self.keys)} requested")
         specs: list[ShardSpec] = []
@@ -80,6 +81,11 @@ class TensorReader:
     def close(self) -> None:
         """Let go of the tensors."""
         self._left = []
+
+
+def is_list(loaded: object) -> bool:
+    """Whether it may be a list with a tensor for each shard; rows of one tensor would pass for shards."""
+    return hasattr(loaded, "__len__") and not isinstance(loaded, torch.Tensor)
 
 
 def _checked(key: Hashable, one: object) -> torch.Tensor | Exception:

@@ -64,6 +64,27 @@ def test_a_promise_that_is_no_tuple_of_three_is_refused(cache: TensorCache, wron
     assert cache.keys() == []
 
 
+@pytest.mark.parametrize("wrong", [RIGHT[:1], (*WRONG, 1), list(RIGHT), torch.int64, "abc"])
+@pytest.mark.parametrize("is_cached", [False, True], ids=["missing", "cached"])
+def test_a_later_promise_that_is_none_is_named(cache: TensorCache, wrong: Any, is_cached: bool) -> None:
+    source = source_of()
+    if is_cached:
+        cache.get_many(["a", "b"], source)
+    promises = expecting(a=RIGHT, b=wrong)
+    for call in (cache.get_many, cache.prefetch):
+        with pytest.raises(TypeError, match=r"expected has .* for 'b': a tuple \(dtype, shape, owner\) is expected"):
+            call(["a", "b"], source, expected=promises)
+    assert len(source.asked) == is_cached, "before a source is asked"
+    assert len(cache.get_many(["a", "b"], source)) == 2
+
+
+def test_promises_that_are_not_by_key_are_refused(cache: TensorCache) -> None:
+    promises: Any = [RIGHT]
+    for call in (cache.get_many, cache.prefetch):
+        with pytest.raises(TypeError, match="expected is a list: promises by key are expected"):
+            call(["a"], source_of(), expected=promises)
+
+
 def test_none_in_the_place_of_a_promise_is_no_promise(cache: TensorCache) -> None:
     unknown: Any = {"a": None, "b": RIGHT}
     assert cache.prefetch(["a", "b"], source_of(), expected=unknown).result(30) == 2

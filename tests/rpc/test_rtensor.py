@@ -150,6 +150,35 @@ def test_an_object_that_is_no_tensor_fails_alone(users_backend: UsersBackend, wr
     assert len(users_backend.fetched) == 1, "the others are cached"
 
 
+@pytest.mark.parametrize(
+    ("found", "said"), [(None, "a NoneType"), (torch.ones(2, 2), "one tensor")], ids=["none", "rows"]
+)
+def test_a_backend_that_fetches_no_list_is_named(users_backend: UsersBackend, found: Any, said: str) -> None:
+    users_backend.fetch = lambda shards: found  # type: ignore[method-assign]
+    handles = [remote("node-a:1", name, torch.ones(2)) for name in ("a", "b")]
+    with pytest.raises(FetchError, match=f"node-a:1 returned {said}: a list with a tensor for each shard is expected"):
+        RTensor.localize(handles)
+
+
+class WithSource(UsersBackend):
+    """A backend whose source is none, or opens something else than readers."""
+
+    made: Any = None
+
+    def source(self, shards: Any, expected: Any) -> Any:
+        return self.made
+
+
+def test_a_backend_with_a_source_that_is_none_is_told_so() -> None:
+    backend = WithSource()
+    set_backend(backend)
+    with pytest.raises(TypeError, match="source is a NoneType: a ShardSource is expected"):
+        RTensor.localize(handle(1))
+    backend.made = SimpleNamespace(open=lambda keys, timeout_s: None)
+    with pytest.raises(TypeError, match="open of the source SimpleNamespace returned a NoneType: a list of ShardR"):
+        RTensor.localize(handle(1))
+
+
 def test_results_are_paired_with_requests_strictly(users_backend: UsersBackend) -> None:
     users_backend.fetch = lambda shards: [torch.ones(1)]  # type: ignore[method-assign]
     with pytest.raises(FetchError, match="node-a:1, node-b:1 returned 1 shards for 2 requested"):

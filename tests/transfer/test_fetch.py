@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -547,6 +548,33 @@ def test_a_failure_in_words_is_an_error(cache: TensorCache) -> None:
     reader = BrokenReader([], ["a"], 0, OSError())
     reader.failures["a"] = "it was moved"  # type: ignore[assignment]
     with pytest.raises(FetchError, match=r"^Failed to fetch shard 'a' from broken:1: it was moved$"):
+        cache.get_many(["a"], Source(lambda _: [reader]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "a NoneType: a list of ShardReaders is expected"),
+        (TensorReader("n", ["a"], list), "a TensorReader: a list of ShardReaders is expected"),
+        ([TensorReader("n", ["a"], list), None], "a NoneType as a ShardReader, which has no node, keys, failures"),
+        ({"n": 7}, "a str as a ShardReader, which has no node, keys"),
+        ([SimpleNamespace(**{**vars(TensorReader("n", ["a"], list)), "next_specs": 0, "read_into": 0, "close": 0})],
+         "a SimpleNamespace as a ShardReader, which has no cancel"),
+    ],
+)  # fmt: skip
+def test_a_source_that_opens_no_readers_is_named(cache: TensorCache, returned: Any, said: str) -> None:
+    for call in (cache.get_many, cache.prefetch):
+        with pytest.raises(TypeError, match=f"^open of the source Source returned {said}"):
+            call(["a"], Source(lambda _: returned))
+    assert cache.keys() == []
+
+
+@pytest.mark.parametrize("loaded", [None, (one for one in "a"), 7], ids=["none", "generator", "number"])
+def test_a_load_that_returns_no_list_is_named(cache: TensorCache, loaded: Any) -> None:
+    reader = TensorReader("disk", ["a"], lambda: loaded)
+    with pytest.raises(
+        FetchError, match=f"disk returned a {type(loaded).__name__}: a list with a tensor for each shard"
+    ):
         cache.get_many(["a"], Source(lambda _: [reader]))
 
 

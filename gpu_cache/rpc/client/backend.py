@@ -21,6 +21,7 @@ from gpu_cache.rpc.shard import (
     TensorShardInfo,
     answer_error,
 )
+from gpu_cache.transfer.tensor_reader import is_list
 
 ResultT = TypeVar("ResultT")
 
@@ -128,10 +129,10 @@ class CallSource:
         call = BoundedCall(load, self._node, timeout_s)
         return [TensorReader(self._node, keys, call.result, call.cancel)]
 
-    def _loaded(self, keys: Sequence[Hashable], timeout_s: float) -> list[torch.Tensor | Exception]:
+    def _loaded(self, keys: Sequence[Hashable], timeout_s: float) -> Sequence[torch.Tensor | Exception]:
         loaded = self._load(keys, timeout_s)
-        if len(loaded) != len(keys):
-            return list(loaded)  # the reader says so
+        if not is_list(loaded) or len(loaded) != len(keys):
+            return loaded  # the reader says so
         return [self._as_promised(key, one) for key, one in zip(keys, loaded, strict=True)]
 
     def _as_promised(self, key: Hashable, one: object) -> torch.Tensor | Exception:
