@@ -81,7 +81,7 @@ def screen(process: Process, answer: Answer, width: int, *, shows_all: bool) -> 
     num = figures.integer(answer, "outlived_entries") or len(leaks)
     nbytes = units.size(figures.number(answer, "outlived_bytes"))
     where = f"GPU {process.seat}  pid {process.pid}  {process.title:<12}"
-    survived = "survived 2 or more clear_batches()" if width >= WIDE else "survived 2+ clears"
+    survived = "survived 2 or more clears" if width >= WIDE else "survived 2+ clears"
     parts: list[RenderableType] = [f"{where} {num} entries, {nbytes} {survived}"]
     if not leaks:
         return parts
@@ -102,7 +102,7 @@ def _hint(process: Process, leaks: Sequence[Answer], num: int) -> str:
     whence = f"all {num} came from {host}" if count == num else f"{count} of the {len(leaks)} oldest came from {host}"
     errors = f"; fetches from it failed {failed:.0f} times" if failed else ""
     return (
-        f"Hint: {whence}{errors}. 'Clears' = clear_batches() calls{GLUE}survived: 0 or 1 is normal"
+        f"Hint: {whence}{errors}. 'Clears' = clears{GLUE}survived: 0 or 1 is normal"
         " (the next step's data may arrive early), 2 or more is a leak."
     )
 

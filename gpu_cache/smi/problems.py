@@ -94,7 +94,7 @@ def _of_process(process: Process) -> Iterator[Problem]:
 def _leak(process: Process) -> Problem:
     entries, nbytes = process.figure("outlived_entries"), process.figure("outlived_bytes")
     message = (
-        f"{units.count(entries)} entries ({units.size(nbytes)}) survived 2+ clear_batches() calls;"
+        f"{units.count(entries)} entries ({units.size(nbytes)}) survived 2+ clears;"
         f" oldest {units.age(process.oldest_age_s)}"
     )
     whom = process.title if process.host_pid is None else process.pid

@@ -83,7 +83,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "evictions": Field("to make room", figure("evictions")),
         "overflows": Field("tensors that found no room", figure("overflows")),
         "alloc_failures": Field("failed allocations", figure("alloc_failures")),
-        "clears": Field("clear_batches() calls", figure("clears")),
+        "clears": Field("clears, those between two fetches as one", figure("clears")),
         "oldest.age": seconds("of the oldest entry", lambda p: p.oldest_age_s),
         "outlived.entries": Field("that survived two clears or more", figure("outlived_entries")),
         "outlived.bytes": mebibytes("of those", figure("outlived_bytes")),

@@ -130,7 +130,7 @@ def _of_process(earlier: Process | None, process: Process, *, is_first: bool) ->
         yield Event(reported, process.label, _clear(earlier, process), LEAK)
     elif (earlier.state if earlier else OK) != state:
         what = {
-            LEAK: f"{units.count(process.figure('outlived_entries'))} entries survived 2+ clear_batches()",
+            LEAK: f"{units.count(process.figure('outlived_entries'))} entries survived 2+ clears",
             HUNG: "last report",
             DEAD: "ended without cleanup",
             NEWER: "reports in a newer schema",
@@ -145,7 +145,7 @@ def _clear(earlier: Process, process: Process) -> str:
     freed = (process.figure("cleared") or 0) - (earlier.figure("cleared") or 0)
     entries = process.figure("outlived_entries")
     survived = process.figure("outlived_max_clears")
-    text = f"clear_batches(): {units.count(freed)} freed, {units.count(entries)} survive"
+    text = f"clear: {units.count(freed)} freed, {units.count(entries)} survive"
     return f"{text} their {units.ordinal(int(survived))}" if survived else text
 
 

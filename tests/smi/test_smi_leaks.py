@@ -90,7 +90,7 @@ def test_without_a_leak(node: Machine) -> None:
     add_trainers(node.folder)
     with answering(node.folder.path, json.dumps(answer(num=0) | {"outlived_bytes": 0})):
         done = node.run("--leaks", "41873")
-    assert done.out == "GPU 0  pid 41873  actor/0      0 entries, 0B survived 2 or more clear_batches()\n"
+    assert done.out == "GPU 0  pid 41873  actor/0      0 entries, 0B survived 2 or more clears\n"
 
 
 def test_nonsense_for_an_answer_is_waited_out(node: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

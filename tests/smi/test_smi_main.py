@@ -155,7 +155,7 @@ def test_json_has_the_specifications_keys(node: Machine) -> None:
     assert found["processes"][7] == found["processes"][7] | {"state": "dead", "lookups": None, "sources": {}}
     codes = ["outlived_clear", "no_report", "ended_without_cleanup"]
     assert [problem["code"] for problem in found["problems"]] == codes
-    assert found["problems"][0]["message"] == ("12 entries (2.1GiB) survived 2+ clear_batches() calls; oldest 1h12m")
+    assert found["problems"][0]["message"] == ("12 entries (2.1GiB) survived 2+ clears; oldest 1h12m")
 
 
 def test_json_in_a_loop_is_one_line_each(node: Machine) -> None:

@@ -107,7 +107,7 @@ def test_one_screen_tells_what_is_wrong_with_64_processes(node: Machine) -> None
     shown = node.screen()
     assert "64 processes: 31 ok, 1 leak, 32 dead" in shown
     assert shown.splitlines()[-4:] == [
-        "WARN  gpu 2 pid 5010: 6144 entries (3MiB) survived 2+ clear_batches() calls; oldest 38s.",
+        "WARN  gpu 2 pid 5010: 6144 entries (3MiB) survived 2+ clears; oldest 38s.",
         "      See them: gpu-cache-smi --leaks 5010",
         "NOTE  32 processes ended without cleanup, the last 30s ago; not counted above.",
         "      Clear: gpu-cache-smi --gc",

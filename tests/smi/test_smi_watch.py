@@ -127,7 +127,7 @@ def test_a_screen_in_ascii(node: Machine) -> None:
     [
         ("u", "local (same node)"),
         ("l", "gpu-cache-smi --leaks 41876"),
-        ("e", "clear_batches(): 1530 freed, 12 survive their 9th"),
+        ("e", "clear: 1530 freed, 12 survive their 9th"),
         ("?", "write JSON into the current folder"),
     ],
 )
@@ -365,8 +365,8 @@ def test_events(node: Machine) -> None:
     past.add(node.look())
     assert [(event.what, event.state) for event in past._events] == [
         ("actor/0 started", "ok"),
-        ("clear_batches(): 1 freed, 2 survive their 3rd", "leak"),
-        ("clear_batches(): 1 freed, 2 survive their 3rd", "leak"),
+        ("clear: 1 freed, 2 survive their 3rd", "leak"),
+        ("clear: 1 freed, 2 survive their 3rd", "leak"),
         ("last report", "hung"),
         ("reports again", "ok"),
         ("ended without cleanup", "dead"),
