@@ -191,6 +191,14 @@ def test_every_error_has_its_row_and_counts_as_the_page_says() -> None:
             assert errors[name].reason == quoted(counted)[0], name
 
 
+def test_every_error_that_users_meet_is_public() -> None:
+    public = {attribute(name, module) for module in (gpu_cache, rtensor) for name in module.__all__}
+    kinds = [gpu_cache.GpuCacheError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert {kind for kind in kinds if kind.__module__.startswith("gpu_cache.")} <= public
+
+
 def test_the_configuration_table_is_that_of_the_code() -> None:
     rows = table_under("Configuration")
     assert [quoted(row[0]) for row in rows] == [[field] for field in CacheConfig.__dataclass_fields__]

@@ -20,12 +20,13 @@ from gpu_cache.config import OnError, Prefer
 from gpu_cache.device.modes import plain_tensors
 from gpu_cache.errors import several
 from gpu_cache.rpc import runtime
-from gpu_cache.rpc.clearing import ClearReport, SizedId, StepClearer
+from gpu_cache.rpc.clearing import ClearFailure, ClearReport, SizedId, StepClearer
 from gpu_cache.rpc.client.backend import RTensorBackend
 from gpu_cache.rpc.client.http import HttpRTensorBackend
 from gpu_cache.rpc.client.ray import RayRTensorBackend
 from gpu_cache.rpc.shard import (
     ShardAnswerError,
+    ShardClearError,
     ShardConflictError,
     ShardFetchError,
     ShardLocalError,
@@ -46,12 +47,14 @@ from gpu_cache.rpc.wire.handles import MetaState, described_handle, is_message, 
 from gpu_cache.rpc.wire.serialization import HANDLE_PATH, SHARD_PATH, check_stored, meta_tensor, register_dataclass
 
 __all__ = [
+    "ClearFailure",
     "ClearReport",
     "HttpRTensorBackend",
     "RTensor",
     "RTensorBackend",
     "RayRTensorBackend",
     "ShardAnswerError",
+    "ShardClearError",
     "ShardConflictError",
     "ShardFetchError",
     "ShardLocalError",
@@ -341,7 +344,7 @@ class RTensor:
         Returns:
             The owner's statistics.
         Raises:
-            gpu_cache.FetchError: The owner could not be told. They are evicted here all the same.
+            ShardClearError: Over HTTP: the owner was not told, or refused some. They are evicted here all the same.
         """
         wanted = _ids(shard_ids)
         clear_fetch_buffer(wanted)
