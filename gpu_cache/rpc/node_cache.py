@@ -390,7 +390,8 @@ def _link(path: Path, target: str) -> None:
     if os.path.lexists(path) and not leads_to_socket(path):
         raise FileExistsError(errno.EEXIST, "there is something that is no link of a node cache", str(path))
     hidden = path.with_name(f".{path.name}-{os.getpid()}")
-    hidden.unlink(missing_ok=True)
+    if leads_to_socket(hidden):  # of a killed process of the same number
+        hidden.unlink()
     hidden.symlink_to(target)
     try:
         os.rename(hidden, path)
