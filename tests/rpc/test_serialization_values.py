@@ -147,6 +147,23 @@ def test_a_dataclass_with_other_fields_is_refused(data: object) -> None:
         deserialize_value({"type": "dataclass", "class_path": SHARD_INFO, "data": data})
 
 
+@pytest.mark.usefixtures("handles")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shard": 1}, "shard of a Handle is a Info, not 1"),
+        ({"shard": {"shard_id": "x", "node_addr": "h:1"}}, "shard of a Handle is a Info, not {'node_addr': 'h:1', 'sh"),
+        ({"data": None}, "data of a Handle is a Tensor, not None"),
+        ({"shard": {"type": "dataclass", "class_path": SHARD_INFO, "data": {"shard_id": "x", "node_addr": 80}}},
+         "node_addr of a Info is a str, not 80"),
+    ],
+)  # fmt: skip
+def test_a_dataclass_with_a_field_of_another_class_is_refused(fields: dict[str, Any], message: str) -> None:
+    described = serialize_value(Handle(Info("x", "h:1")))
+    with pytest.raises(ValueError, match=message):
+        deserialize_value([{**described, "data": {**described["data"], **fields}}])
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from reprlib import repr as short_repr
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -210,7 +210,18 @@ def _dataclass_from_json(value: dict[str, Any]) -> Any:
     names = {field.name for field in fields(cls)}
     if not isinstance(described, dict) or described.keys() != names:
         raise ValueError(f"a {cls.__name__} has the fields {sorted(names)}, not {short_repr(described)}")
-    return cls(**{name: _deserialize(item) for name, item in described.items()})
+    made = {name: _deserialize(item) for name, item in described.items()}
+    for name, kind in _kinds_of(cls).items():
+        if not isinstance(made[name], kind):
+            raise ValueError(f"{name} of a {cls.__name__} is a {kind.__name__}, not {short_repr(made[name])}")
+    return cls(**made)
+
+
+@functools.cache
+def _kinds_of(cls: type) -> dict[str, type]:
+    """The classes of its fields, but of those that may hold anything."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls) if hints[field.name] is not Any}
 
 
 def tensor_to_json(tensor: torch.Tensor) -> dict[str, Any]:
