@@ -42,16 +42,16 @@ MutationPolicy = Literal["refetch", "error", "ignore"]
 logger = logging.getLogger(__name__)
 
 
-def parse_size(text: int | str) -> int:
-    """Bytes of a size given as an int or as text such as "4GiB", "512 MiB", "1.5KiB" or "4096".
+def parse_size(text: float | str) -> int:
+    """Bytes of a size given as a whole number or as text such as "4GiB", "512 MiB", "1.5KiB" or "4096".
 
     "4G" is 4 GiB, as for other tools' memory; "4GB" is 4 x 10^9 bytes.
 
     Raises:
         ValueError: Not a size, or more than any memory has.
     """
-    if isinstance(text, int) and not isinstance(text, bool):
-        return _checked_size(text)
+    if not isinstance(text, str | bool) and (number := _integral(text)) is not None:
+        return _checked_size(number)
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{text!r} is not a size; write bytes, or a number with a unit, as in 4GiB, 4G or 4GB")
@@ -352,13 +352,18 @@ def _number(least: int) -> Callable[[Any], int]:
 
 
 def _whole(value: Any) -> int:
+    if (found := _integral(value)) is None:
+        raise ValueError("must be a whole number")
+    return found
+
+
+def _integral(value: Any) -> int | None:
+    """The number that a value, or its text, is, if it is whole."""
     try:
         found = int(value)
     except (TypeError, ValueError, OverflowError):
-        found = None
-    if found is None or (found != value and not isinstance(value, str)):
-        raise ValueError("must be a whole number")
-    return found
+        return None
+    return found if isinstance(value, str) or found == value else None
 
 
 def _size(least: int) -> Callable[[Any], int]:

@@ -159,7 +159,7 @@ class RTensor:
     @property
     def _is_described(self) -> bool:
         """Whether it knows its dtype and shape: a caller may have set `data` to None, say, to free a tensor."""
-        return "data" not in self.__dict__ or isinstance(self.data, torch.Tensor)
+        return "data" not in self.__dict__ or hasattr(self.data, "dtype")
 
     def _compared(self) -> object:
         return self._described() if self._is_described else self.data

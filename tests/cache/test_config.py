@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpu_cache.config import GIB, MIB, CacheConfig, is_off, parse_size, says_yes, variable
@@ -19,6 +20,8 @@ from gpu_cache.pool.block import aligned
         ("4096", 4096),
         (" 7 b", 7),
         (12, 12),
+        (8.0, 8),
+        (np.int64(12), 12),
         ("1tib", 1 << 40),
         ("4G", 4 * GIB),
         ("1.5k", 1536),
@@ -26,11 +29,11 @@ from gpu_cache.pool.block import aligned
         ("200 mb", 200_000_000),
     ],
 )
-def test_sizes_are_numbers_with_units(text: int | str, nbytes: int) -> None:
+def test_sizes_are_numbers_with_units(text: float | str, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "4GX", "4 i", "-1", "x", "1 2", True, None, 1.5])
+@pytest.mark.parametrize("text", ["", "4GX", "4 i", "-1", "x", "1 2", True, None, 1.5, float("inf"), float("nan"), [1]])
 def test_a_text_that_is_no_size_is_refused_by_name(text: object) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)  # type: ignore[arg-type]
