@@ -30,6 +30,7 @@ from gpu_cache.config import ALIGNMENT, CacheConfig, variable
 from gpu_cache.report import schema
 from gpu_cache.rpc import clearing, rtensor
 from gpu_cache.rpc.client import memory, ray_objects, same_host
+from gpu_cache.rpc.client.requester import HttpSettings
 from gpu_cache.rpc.server import requests
 from gpu_cache.rpc.server import same_host as server_same_host
 from gpu_cache.rpc.wire import records
@@ -290,7 +291,8 @@ LIMITS = [
     ("ray.md", "an object of up to {} MiB", ray_objects.GROUP_BYTES >> 20),
     ("ray.md", "A shard of {} KiB or more", ray_objects.ALONE_BYTES >> 10),
     ("security.md", "under way ({}, unless told otherwise)", requests.DEFAULT_MAX_RESPONSES),
-    ("trainer.md", "It waits {:.0f} s for an owner or consumer", clearing.DEFAULT_TIMEOUT_S),
+    ("trainer.md", "It waits {:.0f} s for an owner over HTTP", HttpSettings.delete_timeout_s),
+    ("trainer.md", "and {:.0f} s for a consumer", clearing.DEFAULT_TIMEOUT_S),
     ("transports.md", "at steps of {} bytes", ALIGNMENT),
     ("transports.md", "a record of {} bytes for each", records.RECORD_BYTES),
     ("transports.md", "more than {:.0f} s to come in full", OF_THE_SOCKET.request_s),

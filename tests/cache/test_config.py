@@ -133,6 +133,7 @@ def test_every_field_has_its_variable() -> None:
         "rank": "3", "on_mutation": "error", "debug_checksum": "1", "host_tier_bytes": "1GiB",
     }  # fmt: skip
     assert values.keys() == {field.name for field in dataclasses.fields(CacheConfig)}
+    assert list(values) == re.findall(r"^        (\w+): ", (CacheConfig.__doc__ or "").partition("Raises:")[0], re.M)
     config = CacheConfig.from_env({variable(name): value for name, value in values.items()})
     assert config == CacheConfig(
         "cuda:1",

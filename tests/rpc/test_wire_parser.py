@@ -41,6 +41,10 @@ def test_a_parser_takes_any_key_order_spacing_and_layout() -> None:
     assert [each.key for each in parse_header(text, 8)] == ["id1", "id2", "id0"]
 
 
+def test_a_parser_ignores_entries_that_it_does_not_know() -> None:
+    assert parse(header(entry(), later="a newer server's")) == parse(header(entry()))
+
+
 @pytest.mark.parametrize(
     ("prefix", "content_length"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import queue
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gpu_cache.report.counters import BufferStats
 from gpu_cache.report.schema import MAX_SOURCES
 from gpu_cache.smi import exposition, metrics
 from gpu_cache.smi.node import Node
@@ -90,6 +92,30 @@ def test_values_are_those_of_the_reports(node: Machine) -> None:
     assert value(found, "gpu_cache_outlived_clear_bytes", gpu="3") == 2172 << 20
     oldest = value(found, "gpu_cache_oldest_entry_timestamp_seconds", gpu="3")
     assert oldest == pytest.approx(NOW - 4322.0)
+
+
+# Figures of `buffer_stats()` that no metric reads: sums of others, and those for the process itself.
+NOT_EXPORTED = {
+    "num_tensors", "total_bytes", "device_reserved_bytes", "device_quarantined_bytes", "is_pinned",
+    "requested", "requested_bytes", "hit_bytes", "joined_bytes", "miss_bytes", "overflow_bytes", "fetches",
+    "fetch_bytes", "fetch_busy_seconds", "fetch_errors", "inflight_bytes", "inflight_wait_seconds", "copies", "clears",
+    "mutations",
+}  # fmt: skip
+
+
+def test_every_figure_of_a_cache_is_exported_or_named_as_one_that_is_not(node: Machine) -> None:
+    asked: set[object] = set()
+
+    class Asked(dict[str, Any]):
+        def get(self, key: object, default: Any = None) -> Any:  # type: ignore[override]
+            asked.add(key)
+            return super().get(key, default)  # type: ignore[call-overload]
+
+    node.folder.add(report(0), host_pid=41873)
+    (process,) = node.look().processes
+    for metric in metrics.METRICS:
+        list(metric.read(dataclasses.replace(process, report=Asked(process.report))))
+    assert BufferStats.__annotations__.keys() - asked == NOT_EXPORTED
 
 
 def test_sources_are_hosts_without_ports(node: Machine) -> None:

@@ -11,6 +11,8 @@ each a text, as safetensors wants strings there:
 - "serials", from an owner: the serial of each shard, by index, with a space between two. Equal serials from one
   incarnation of a server mean equal bytes. A reader goes on amid a shard only where both are equal.
 
+A reader ignores other entries. It foresees the header, and parses one that differs in more than the serials.
+
 The bytes are packed without holes, widest dtype first, then by dtype, then by index. So each tensor is aligned to its
 own width (up to 8), and a reader builds the tensors of one dtype from one range. Bits arrive as they were sent, except
 that a bool's byte other than 0 and 1 (which no operation of torch writes) may arrive as 1.
