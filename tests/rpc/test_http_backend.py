@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import Callable
@@ -228,6 +229,11 @@ def test_a_group_fetch_that_is_replaced_as_areals_tests_do_gets_each_group(monke
     shards = [TensorShardInfo(str(number), "a:1" if number % 2 else "b:1") for number in range(6)]
     assert [int(one) for one in backend.fetch(shards)] == list(range(6))
     assert asked == [("b:1", ["0", "2"]), ("b:1", ["4"]), ("a:1", ["1", "3"]), ("a:1", ["5"])]
+
+    async def inside_a_loop() -> list[torch.Tensor]:
+        return backend.fetch(shards[:1])
+
+    assert [int(one) for one in asyncio.run(inside_a_loop())] == [0]
 
 
 def test_a_session_that_is_replaced_as_areals_tests_do_is_asked(owner: FakeOwner, server: ServerHandle) -> None:

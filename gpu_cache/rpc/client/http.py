@@ -125,7 +125,8 @@ class HttpRTensorBackend:
             ShardConflictError: One id has two owners. Nothing was asked for.
         """
         if self._has_other_groups:
-            return asyncio.run(self._fetch_in_groups(shards))
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the caller may be inside a loop
+                return pool.submit(asyncio.run, self._fetch_in_groups(shards)).result()
         check_owners(shards)
         wanted = {info.shard_id: info for info in shards}
         readers = self.source(wanted, {}).open(list(wanted), self._settings.fetch_timeout_s)
