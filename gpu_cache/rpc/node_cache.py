@@ -377,6 +377,12 @@ class Running:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
+    def look(self) -> None:
+        """Put the link back if it is gone: programs that tidy /tmp remove old ones."""
+        if not os.path.lexists(self.path):
+            with contextlib.suppress(OSError):  # its folder is gone, too
+                _link(self.path, self.server.path)
+
     def stop(self) -> None:
         """End it. Idempotent."""
         try:
@@ -432,11 +438,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _wait(ending: socket.socket, running: Running, idle_s: float) -> None:
-    """Wait for a signal, or until no process has been connected for so long."""
+    """Wait for a signal, or until no process has been connected for so long; see that consumers find it."""
     ends_at = math.inf
     while time.monotonic() < ends_at:
         if select.select([ending], [], [], min(_LOOK_S, idle_s))[0]:
             return
+        running.look()
         is_idle = not running.server.num_clients
         ends_at = min(ends_at, time.monotonic() + idle_s) if is_idle else math.inf
 

@@ -66,6 +66,20 @@ def test_what_has_come_to_its_path_meanwhile_stays_there(path: Path, make: Calla
     assert os.path.lexists(path)
 
 
+def test_a_link_that_is_removed_comes_back(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def wait(*_: object) -> list[list[object]]:
+        found.append(path.is_symlink())
+        path.unlink(missing_ok=True)
+        return [[module] if len(found) == 3 else []]
+
+    monkeypatch.setattr(module, "readable_on", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(module.select, "select", wait)
+    assert module.main(["--path", str(path), "--max-bytes", "1MiB"]) == 0
+    assert found == [True] * 3
+
+
 def test_the_program_says_what_it_cannot_use(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
