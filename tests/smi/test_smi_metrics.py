@@ -427,6 +427,44 @@ def test_prometheus_takes_the_alerts() -> None:
     assert "SUCCESS: 7 rules found" in promtool("check", "rules", str(DASHBOARDS / "alerts.yml"))
 
 
+# What makes each alert fire: series, and what they are at each half minute.
+FAULTS = {
+    "GpuCacheLeak": {"outlived_clear_entries{}": "2x60"},
+    "GpuCacheHung": {'process_state{state="hung"}': "1x60"},
+    "GpuCacheSlowSource": {
+        f'fetch_{what}_total{{source_node="{node}"}}': f"0+{step}x60"
+        for node, step_bytes in (("a", 1000), ("b", 1000), ("c", 200))
+        for what, step in (("bytes", step_bytes), ("busy_seconds", 1))
+    },
+    "GpuCacheAllocationsFail": {'alloc_failures_total{tier="device"}': "0+1x60"},
+    "GpuCacheOverflows": {"overflows_total{}": "0+1x60"},
+    "GpuCacheFetchErrors": {'fetch_errors_total{reason="refused"}': "0+1x60"},
+    "GpuCacheStagingWait": {"staging_wait_seconds_total{}": "0+15x60"},
+}
+
+
+def test_each_alert_fires_for_its_fault_alone(tmp_path: Path) -> None:
+    tests = [
+        {
+            "interval": "30s",
+            "input_series": [{"series": f"gpu_cache_{name}", "values": values} for name, values in series.items()],
+            "promql_expr_test": [
+                {
+                    "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                    "eval_time": "29m",
+                    "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1}],
+                }
+            ],
+        }
+        for alert, series in FAULTS.items()
+    ]
+    path = tmp_path / "faults.yml"
+    rules = [str(DASHBOARDS / "alerts.yml")]
+    path.write_text(json.dumps({"rule_files": rules, "evaluation_interval": "30s", "tests": tests}))
+    assert "SUCCESS" in promtool("test", "rules", str(path))
+    assert FAULTS.keys() == set(re.findall(r"^      - alert: (\w+)$", Path(rules[0]).read_text(), re.M))
+
+
 def test_prometheus_takes_the_queries_of_the_dashboard(tmp_path: Path) -> None:
     dashboard = json.loads((DASHBOARDS / "grafana.json").read_text())
     queries = [
