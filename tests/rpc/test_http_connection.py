@@ -100,6 +100,14 @@ def test_ipv6(serve: Callable[..., FaultServer]) -> None:
     connection.close()
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this host has no IPv6")
+@pytest.mark.parametrize("address", ["::1", "[::1]", "[::1%1]"])
+def test_a_server_is_asked_under_a_name_that_it_can_read(serve: Callable[..., FaultServer], address: str) -> None:
+    server = serve(whole(reply()), host="::1")
+    asked_once(f"{address}:{server.port}").close()
+    assert server.asked[0].headers["host"] == server.address
+
+
 def test_a_host_with_several_addresses_is_tried_at_each(
     serve: Callable[..., FaultServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

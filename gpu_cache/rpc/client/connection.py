@@ -272,7 +272,7 @@ class NodeConnection:
         self.address = address
         self.idle_since: float | None = None
         self._host, self._port = split_address(address)
-        self._authority = address if address.isascii() else f"{self._host.encode('idna').decode()}:{self._port}"
+        self._authority = f"{_as_in_url(self._host)}:{self._port}"
         self._sock: DeadlineSocket | None = None
         self._response: http.client.HTTPResponse | None = None
         self._answer: HttpAnswer | None = None
@@ -432,6 +432,11 @@ def split_address(address: str) -> tuple[str, int]:
     if not (0 < port <= 0xFFFF and _is_name(host)):
         raise AddressError(f"{address!r} is not an address: write host:port or [ipv6]:port")
     return host, port
+
+
+def _as_in_url(host: str) -> str:
+    """A host as servers know it: IPv6 in brackets, without this host's name for the link; other letters in ASCII."""
+    return f"[{host.partition('%')[0]}]" if ":" in host else host.encode("idna").decode()
 
 
 def _is_name(host: str) -> bool:
