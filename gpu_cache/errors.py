@@ -148,7 +148,10 @@ def failure_reason(error: BaseException) -> str:
 
 
 def _reason_by_kind(error: BaseException) -> str:
-    kinds = {TimeoutError: "timeout", OSError: "connection", EOFError: "connection", ValueError: "answer"}
+    kinds = {
+        TimeoutError: "timeout", OSError: "connection", EOFError: "connection", ValueError: "answer",
+        MemoryError: LOCAL, TransferError: LOCAL,
+    }  # fmt: skip
     return next((reason for kind, reason in kinds.items() if isinstance(error, kind)), "")
 
 

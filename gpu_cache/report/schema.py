@@ -95,7 +95,7 @@ class SourceStats(TypedDict):
     fetch_busy_seconds: float  # with at least one transfer from this node in flight
     fetch_errors: int
     # "timeout", "connection", "missing" (the owner has it no more), "refused" (by the owner), "answer" (a bad one),
-    # "local" (of LOCAL_SOURCE: this process could not ask), "other". They add up to `fetch_errors`.
+    # "local" (of LOCAL_SOURCE: this process could not ask, or had no room), "other". They add up to `fetch_errors`.
     fetch_errors_by_reason: NotRequired[dict[str, int]]
     fetch_durations: list[int]  # counts by SOURCE_DURATION_EDGES_S, as in Histogram
     # Of the latest answer: SHARED_MEMORY, NODE_CACHE, "http", another reader's word; "": unknown.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_cache.errors import CacheClosedError, FetchError, failure_reason
+from gpu_cache.errors import CacheClosedError, CacheFullError, FetchError, TransferError, failure_reason
 from gpu_cache.index.entry import Claim, Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.index.ledger import BusyClock, Sources, Tally, capped
@@ -109,6 +109,8 @@ def a_ring() -> Exception:
         (caused(FetchError("gave up"), ConnectionRefusedError()), "connection"),
         (caused(FetchError("x"), caused(FetchError("y"), TimeoutError())), "timeout"),
         (a_ring(), "other"),
+        (CacheFullError(4096, 0, 1024), "local"),
+        (TransferError("not staged"), "local"),
     ],
 )
 def test_a_failed_fetch_has_one_reason(error: Exception, reason: str) -> None:
