@@ -149,7 +149,7 @@ class Segment:
 class Segments:
     """The segments of one owner, taken as they are needed, and kept for the next step.
 
-    What the latest steps had in use is kept: a fresh page costs as much as copying twice what fits it. Without shared
+    It keeps the segments that the latest steps used: a fresh page costs as much as two copies into it. Without shared
     memory (another system, an older kernel, `GPU_CACHE_SHM=0`) `take` gives nothing, and shards live in plain memory.
 
     Attributes:

@@ -17,7 +17,7 @@ _TEXT = "going on without shards: %s%s"
 class Lacks:
     """Warns of shards that calls with `on_error="none"` lack: once a minute for each node and reason.
 
-    What comes between is logged at the level DEBUG, and counted in the next warning.
+    It logs those between at the level DEBUG, and counts them in the next warning.
 
     Args:
         now: Seconds, monotonic.

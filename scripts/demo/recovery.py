@@ -21,7 +21,7 @@ class Recovery:
         tell: Takes lines for the user.
     Attributes:
         num_lost_shards: Shards that were to be read and died with their workers.
-        num_restarts: Workers that were started anew.
+        num_restarts: Workers that were started again.
     """
 
     def __init__(self, workers: Workers, on_death: OnDeath, tell: Callable[[str], None]) -> None:
@@ -31,7 +31,7 @@ class Recovery:
         self._dead_addresses: dict[str, int] = {}  # that died, by the number of the worker
 
     def revive(self, step: int) -> None:
-        """Start those workers anew that have died."""
+        """Start dead workers again."""
         for death in self._workers.restart_dead() if self.is_on else ():
             self.num_restarts += 1
             self._dead_addresses[death.address] = death.number

@@ -32,7 +32,7 @@ class WorkerDiedError(WorkerError):
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A worker that died and was started anew.
+    """A worker that died and was started again.
 
     Attributes:
         number: Its place among the workers.
@@ -227,7 +227,7 @@ class Workers:
         self._workers[number].kill()
 
     def restart_dead(self) -> list[Death]:
-        """Start those anew that have died; each at the address that it had, if it can be had."""
+        """Start dead workers again, each at its old address if that is free."""
         dead: dict[int, tuple[Worker, WorkerDiedError]] = {}
         for number, one in enumerate(self._workers):
             try:

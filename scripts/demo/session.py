@@ -68,9 +68,9 @@ class Outcome:
         device_bytes: In the trainer's cache after the last clear and `synchronize()`.
         shards_left: In the workers' stores after the last clear.
         num_lost_shards: That died with their workers before they were read.
-        num_worker_restarts: Workers that were started anew.
-        num_retried_clears: Shards that somebody had to be told of twice.
-        num_given_up_clears: Shards that somebody could not be told of twice.
+        num_worker_restarts: Workers that were started again.
+        num_retried_clears: Shards that a party had to be told of twice.
+        num_given_up_clears: Shards that a party could not be told of twice.
         roles: What each role has fetched in the steps with the cache, and from where in which way.
         http_bytes: Bytes of tensors that the workers sent over HTTP meanwhile.
     """

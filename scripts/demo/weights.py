@@ -25,9 +25,9 @@ def clear_everywhere(
     Args:
         handles: Of the shards.
         consumers: Of these, further ones.
-        is_strict: False: who could not be reached is left to the next clear, which asks once more.
+        is_strict: False: a party that could not be reached is left to the next clear, which asks once more.
     Raises:
-        ClearError: Somebody could not be reached; the others have cleared.
+        ClearError: An owner or consumer could not be reached; the others have cleared.
     """
     report = asyncio.run(RTensor.clear_everywhere(handles, consumers))
     if is_strict and not report.is_complete:

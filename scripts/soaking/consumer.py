@@ -46,7 +46,7 @@ class World:
     stopping: threading.Event
 
     def handle(self, shard: Shard) -> RTensor:
-        """A handle that nobody sent."""
+        """A handle that no owner sent."""
         meta = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
         return RTensor(TensorShardInfo(shard.shard_id, self.addresses[shard.owner]), meta)
 

@@ -37,7 +37,7 @@ def main(connection: Connection, seed: int, number: int, port: int, is_full: boo
 
 
 def _serving(port: int) -> rpc_server.ServerHandle:
-    """A server on that port; a moment ago somebody else may have had it."""
+    """A server on that port; another process may have had it a moment ago."""
     for _ in range(_BIND_TRIES):
         try:
             return rpc_server.start(port=port)

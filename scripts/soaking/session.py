@@ -171,7 +171,7 @@ class Session:
         return [told for told, count in found.items() if not count]
 
     def _go_quiet(self) -> dict[str, float]:
-        """Drop everything; returns what should be 0. A prefetch that nobody waits for may take its time."""
+        """Drop everything; returns what should be 0. A prefetch that no thread waits for may take its time."""
         set_backend(None)  # closes the idle connections
         gc.collect()  # errors that were caught are cycles with their frames, and frames hold tensors
         cache = runtime.current().cache
