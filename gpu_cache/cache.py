@@ -16,7 +16,7 @@ from gpu_cache import process
 from gpu_cache.config import CacheConfig, OnError, Prefer, ReadyMode, seconds, settings_of
 from gpu_cache.device.modes import HANDOUT, eager, profiled
 from gpu_cache.device.protocol import Device, Stream
-from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError
+from gpu_cache.errors import CacheClosedError, FetchError, PromiseError, TransferError, several
 from gpu_cache.index.entry import Entry, Promise
 from gpu_cache.index.index import ShardIndex, tensors_of
 from gpu_cache.index.mutation import Mutations
@@ -197,6 +197,8 @@ class TensorCache:
                 readers; or `keys` is a text; or `expected` is no mapping of tuples.
         Thread-safety: any thread. Two calls for one key make one fetch.
         """
+        if not isinstance(keys, (list, tuple)):
+            keys = several(keys)  # they are walked several times
         if ready not in (None, "host", "stream"):
             raise ValueError(f"ready={ready!r}: must be 'host' or 'stream'")
         if on_error not in ("raise", "none"):
@@ -204,10 +206,11 @@ class TensorCache:
         if expected is not None and type(expected) is not dict:
             check_mapping(expected)
         limit_s = self._limit_s(timeout_s)
-        may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum or isinstance(keys, (str, bytes)))
+        may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum)
         if may_be_plain and (hits := self._hits(keys, expected or {}, ready or self.config.ready)) is not None:
             return hits
-        check_call(keys, source, prefer, expected)
+        check_call(source, prefer, expected)
+        process.need_stack()
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=True, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,
@@ -241,6 +244,7 @@ class TensorCache:
             TransferError: During CUDA graph capture: its copy was not yet seen complete.
             MutatedError: As for `get_many`.
         """
+        process.need_stack()
         engine = self._lazy.open()
         if self.config.debug_checksum:
             self._check_bytes([key])
@@ -248,7 +252,11 @@ class TensorCache:
         if found is None:
             return self._bring_back(key) if key in self._index else None
         tensor, completion = found
-        engine.settle({} if completion is None else {completion: False}, self.config.ready)
+        try:
+            engine.settle({} if completion is None else {completion: False}, self.config.ready)
+        except BaseException:
+            del tensor, found  # an error that a caller keeps must not keep the block
+            raise
         return tensor
 
     @eager
@@ -270,8 +278,9 @@ class TensorCache:
             A future of how many were missing. It is done when their readers have ended, and fails as `get_many` would.
             It need not be waited for.
         """
-        limit_s = self._limit_s(timeout_s)
-        check_call(keys, source, prefer, expected)
+        limit_s, keys = self._limit_s(timeout_s), several(keys)
+        check_call(source, prefer, expected)
+        process.need_stack()
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=False, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,
@@ -301,6 +310,7 @@ class TensorCache:
             TypeError: Not a tensor.
             ValueError: Not a dense tensor in host memory.
         """
+        process.need_stack()
         engine = self._lazy.open()
         if self.config.debug_checksum:
             self._check_bytes([key])
@@ -311,6 +321,7 @@ class TensorCache:
             entry = self._index.reserve(key, deadline)
             if entry is None:
                 return False
+            engine = self._lazy.kept()  # another one may have taken its place before the entry was there
             if (holding := self._scope.get()) is not None:
                 self._index.adopt(holding, [entry])
             return put_one(entry, tensor, node, engine, deadline, self._tasks)
@@ -321,11 +332,13 @@ class TensorCache:
         Their bytes are reusable once the last alias is gone and the work enqueued before is done. Returns how many
         shards were cached.
         """
+        process.need_stack()
         with process.no_interrupts:
             return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
 
     def clear_node(self, node: str, keys: Iterable[Hashable] | None = None) -> int:
         """Drop the shards that came from `node`, or those of them that `keys` names; returns how many were cached."""
+        process.need_stack()
         with process.no_interrupts:
             return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
 
@@ -350,9 +363,12 @@ class TensorCache:
 
         `Tensor.record_stream` does nothing for tensors of this cache. With `reuse_fence="all"` only streams made
         outside of torch need it.
+
+        Raises:
+            ValueError: It is no stream of the cache's device.
         """
         if (engine := self._engine) is not None and tensor.device in (engine.device.torch_device, _HOST):
-            engine.fence.note(stream)
+            engine.fence.note_named(stream)
 
     def synchronize(self) -> None:
         """Block until all bytes freed before this call are reusable.
@@ -462,11 +478,17 @@ class TensorCache:
         """The tensors, if all are plain hits; else None."""
         engine = self._lazy.open()
         found = self._index.hits(keys, expected)
-        if found is None or not self._lazy.is_current(engine):
+        if found is None or self._lazy.kept() is not engine:
             return None
-        with profiled(HANDOUT):
-            engine.settle(found[1], ready)
-        return found[0]
+        tensors, completions = found
+        try:
+            with profiled(HANDOUT):
+                engine.settle(completions, ready)
+        except BaseException:
+            del found
+            tensors.clear()  # an error that a caller keeps must not keep blocks
+            raise
+        return tensors
 
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:
         """Take the checksums of cached shards that have none yet, and doubt those whose checksum is another by now.
@@ -482,6 +504,8 @@ class TensorCache:
         self._index.compare_checksums(sums)
 
     def _refuse_capture(self, action: str) -> None:
+        """Refuse to begin during CUDA graph capture, and where few frames are left of the stack."""
+        process.need_stack()
         if (engine := self._engine) is not None and engine.device.is_capturing():
             raise TransferError(f"cannot {action} the cache during CUDA graph capture")
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from gpu_cache.config import ALIGNMENT
-from gpu_cache.errors import several
 
 MemoryT = TypeVar("MemoryT")
 
@@ -264,14 +263,12 @@ def check_mapping(expected: object) -> None:
         raise TypeError(f"expected is a {kind}: promises by key are expected, as in {{key: (dtype, shape, owner)}}")
 
 
-def check_call(
-    keys: Sequence[Hashable], source: object, prefer: object, expected: Mapping[Hashable, object] | None
-) -> None:
-    """Refuse a text in the place of keys, a source that cannot be asked, and a place or a promise that is none.
+def check_call(source: object, prefer: object, expected: Mapping[Hashable, object] | None) -> None:
+    """Refuse a source that cannot be asked, and a place or a promise that is none.
 
     Raises:
-        TypeError: `keys` is a text, `source` is a class or has no `open`, or `expected` is no mapping, or its first
-            promise no tuple of three.
+        TypeError: `source` is a class or has no `open`, or `expected` is no mapping, or its first promise no tuple of
+            three.
         ValueError: `prefer` is another word.
     """
     if expected is not None:
@@ -279,7 +276,6 @@ def check_call(
         check_promises(dict(itertools.islice(expected.items(), 1)))  # a miss has the others looked at
     if prefer not in ("device", "host"):
         raise ValueError(f"prefer={prefer!r}: must be 'device' or 'host'")
-    several(keys)
     check_source(source)
 
 

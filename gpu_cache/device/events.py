@@ -127,6 +127,7 @@ class RawEvents:
         record = self._raw.event_record
         for handle, stream in zip(found.handles, streams, strict=True):
             if code := record(handle, stream):
+                found.handles = []  # as `discard`: that may have been a capture's beginning
                 self._raw.check(code, "cudaEventRecord")
         return found
 

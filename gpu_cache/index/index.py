@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy as copying
 import itertools
 import threading
@@ -630,6 +631,7 @@ def tensors_of(dropped: list[Entry]) -> list[torch.Tensor]:
 
 def _wake(entries: Iterable[Entry]) -> None:
     """Resolve the futures of settled entries. Outside the lock: done-callbacks may do anything."""
-    for entry in entries:
-        if (landed := entry.flight.landed) is not None:
-            landed.set_result(None)  # not the entry: a cycle would keep its block until a collection
+    waited_for = [landed for entry in entries if (landed := entry.flight.landed) is not None]
+    with contextlib.ExitStack() as stack:  # each, also behind one whose callback raises, as `sys.exit` does
+        for landed in waited_for:
+            stack.callback(landed.set_result, None)  # not the entry: a cycle would keep its block until a collection

@@ -31,6 +31,19 @@ class StreamFence:
             self._noted[stream] = None
             self._last_noted = stream
 
+    def note_named(self, stream: Stream) -> None:
+        """Remember a stream that a caller names.
+
+        Raises:
+            ValueError: No event can be recorded there, so that every later fence would fail.
+        """
+        try:
+            if not self._device.is_any_capturing([stream]):
+                self._device.record(stream)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{stream!r} is no stream of {self._device.torch_device}") from error
+        self.note(stream)
+
     @property
     def is_captured(self) -> bool:
         """Whether a graph is being captured on one of the streams, so that nothing can be recorded."""

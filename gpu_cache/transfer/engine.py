@@ -214,10 +214,11 @@ class LazyEngine:
         assert chosen is not None
         return chosen
 
-    def is_current(self, engine: Engine) -> bool:
-        """Whether shards that were claimed before this call may be fetched into `engine`."""
+    def kept(self) -> Engine:
+        """The engine that stays for as long as a shard is indexed that was claimed before this call."""
         with self._lock:
-            return self.current is engine
+            assert self.current is not None
+            return self.current
 
     def retire(self, drop_all: Callable[[], object]) -> None:
         """Let the reaper drop all entries and give everything back: the cache is gone. Only sets flags."""

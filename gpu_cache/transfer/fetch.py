@@ -65,6 +65,8 @@ class ReaderTask:
         may_overflow: bool = True,
     ) -> None:
         self.reader, self.entries = reader, entries
+        self.node = reader.node  # asked once: a reader may ask its connection, which it closes
+        hash(self.node)  # raises here, not in the books
         self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
         self._index, self._level, self._live = level.index, level, live
         self._is_fetch = any(entry.is_fetch for entry in entries.values())
@@ -72,8 +74,8 @@ class ReaderTask:
         self._announced: set[Hashable] = set()
         self._began: float | None = None  # when the answer under way was asked for; None: it is not timed
         self._ended = 0.0  # when its latest bytes came
-        self._turn = Turn(reader.node, partial(getattr, reader, "num_received", None))
-        self._index.came_from(entries.values(), reader.node)
+        self._turn = Turn(self.node, partial(getattr, reader, "num_received", None))
+        self._index.came_from(entries.values(), self.node)
         self._owner = threading.Lock()  # taken for good by the thread that ends the task
         self._thread: OwnThread | None = None  # once it runs in one of its own
         self._drained_by = 0  # the thread's id
@@ -90,7 +92,7 @@ class ReaderTask:
             return  # given up before it began
         self._drained_by = threading.get_ident()
         if self._is_fetch:
-            self._index.note_fetch(self.reader.node, begins=True)
+            self._index.note_fetch(self.node, begins=True)
         try:
             error = self._drain()
             while isinstance(error, FetchError) and error.may_go_on and time.monotonic() < self._deadline:
@@ -99,7 +101,7 @@ class ReaderTask:
             self.end(error)
         finally:
             if self._is_fetch:
-                self._index.note_fetch(self.reader.node, begins=False)
+                self._index.note_fetch(self.node, begins=False)
             self._live.discard(self)  # last: from here on `close` waits for the thread no more
 
     def take_over(self) -> bool:
@@ -118,7 +120,7 @@ class ReaderTask:
         try:
             self.reader.close()
         except BaseException:  # top of a thread: whatever it is, the waiters must be woken
-            logger.exception("closing the connection to %s failed", self.reader.node)
+            logger.exception("closing the connection to %s failed", self.node)
         try:
             self._abort_rest(error)
         except BaseException as caught:  # the reader's account of its failures
@@ -137,7 +139,7 @@ class ReaderTask:
         try:
             self.reader.cancel()
         except Exception:
-            logger.exception("cutting the connection to %s failed", self.reader.node)
+            logger.exception("cutting the connection to %s failed", self.node)
 
     def expect(self, specs: Sequence[ShardSpec]) -> None:
         """Refuse shards that were not asked for, or that come twice, and all of them once the cache is closed.
@@ -153,7 +155,7 @@ class ReaderTask:
             entry = entries.get(spec.key)
             if entry is None or spec.key in announced:
                 how = "without being asked for it" if entry is None else "twice"
-                raise FetchError(f"Failed to fetch shards from {self.reader.node}: it sent shard {spec.key!r} {how}")
+                raise FetchError(f"Failed to fetch shards from {self.node}: it sent shard {spec.key!r} {how}")
             announced.add(spec.key)
             promise = entry.promise
             if promise is not None and (spec.dtype is not promise[0] or spec.shape != promise[1]):
@@ -167,7 +169,7 @@ class ReaderTask:
         # Without thousands of tuples, which would set off a collection here.
         pairs = zip([entries[landing.key] for landing in landings], landings, strict=True)
         take = self._index.deliver if is_overflow else self._index.publish
-        take(pairs, self.reader.node, completion)
+        take(pairs, self.node, completion)
 
     def _drain(self) -> BaseException | None:
         self._began, self._ended = None, time.monotonic()
@@ -183,7 +185,7 @@ class ReaderTask:
 
     def _abort_rest(self, error: BaseException | None) -> None:
         """Settle what was not delivered. Not in `end`, whose frame would keep the last entry beyond `done`."""
-        node, failures = self.reader.node, self.reader.failures
+        node, failures = self.node, self.reader.failures
         for key, entry in self.entries.items():
             if not entry.is_settled:
                 cause: Any = (
@@ -197,7 +199,17 @@ class ReaderTask:
         """Count an answer that is complete, with the seconds from its request to its last bytes."""
         if self._began is not None and self._is_fetch:
             transport = getattr(self.reader, "transport", "")
-            self._index.note_answer(self.reader.node, self._ended - self._began, transport)
+            self._index.note_answer(self.node, self._ended - self._began, transport)
+
+
+def _entries_of(reader: ShardReader, left: dict[Hashable, Entry]) -> dict[Hashable, Entry]:
+    """Take the entries of a reader's shards out of those that are left."""
+    entries: dict[Hashable, Entry] = {}
+    for key in reader.keys:
+        if key not in left:
+            raise FetchError(f"Failed to fetch shards: {reader.node} offers {names_of([key])} unasked, or twice")
+        entries[key] = left.pop(key)
+    return entries
 
 
 def _all_done(futures: Sequence[Future[Any]], deadline: float) -> bool:
@@ -311,7 +323,7 @@ class Fetch:
                     self._refuse_misses(keys)
                 engine.drain()
                 self._look_up(keys)
-                if self._engines.is_current(engine):
+                if self._engines.kept() is engine:
                     self._start(source, level)
                     return engine
                 self.cancel(FetchError("Failed to fetch shards: another device was chosen meanwhile"))
@@ -444,12 +456,8 @@ class Fetch:
         left = dict(self.claim.claimed)
         try:
             for reader in self._readers(source):
-                if foreign := [key for key in reader.keys if key not in left]:
-                    raise FetchError(
-                        f"Failed to fetch shards: {reader.node} offers {names_of(foreign)} unasked, or twice"
-                    )
+                entries = _entries_of(reader, left)
                 with no_interrupts:
-                    entries = {key: left.pop(key) for key in reader.keys}
                     self.tasks.append(
                         ReaderTask(reader, entries, level, self.deadline, self._live, may_overflow=self._hands_out)
                     )
@@ -553,6 +561,6 @@ class Fetch:
 
     def _late(self) -> FetchTimeoutError:
         with no_interrupts:  # Ctrl-C amid `done` would keep the lock of a future
-            waited_for = {task.reader.node: None for task in self.tasks if task.reader.node and not task.done.done()}
+            waited_for = {task.node: None for task in self.tasks if task.node and not task.done.done()}
         nodes = f" from {listed(waited_for)}" if waited_for else ""
         return FetchTimeoutError(f"Failed to fetch shards{nodes}: not here within {self._timeout_s:g} s")

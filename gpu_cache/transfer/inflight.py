@@ -103,10 +103,10 @@ class InflightBudget:
             CacheClosedError: The cache was closed.
         """
         began = time.monotonic()
-        with self._lock:
-            self._queue[turn] = None
-            self._choose_locked()
         try:
+            with self._lock:
+                self._queue[turn] = None
+                self._choose_locked()
             while not self._take(nbytes, turn, began, deadline):
                 self._look(turn)
             yield

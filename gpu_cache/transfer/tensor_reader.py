@@ -11,6 +11,8 @@ from gpu_cache.device.hostmem import copy_on_host
 from gpu_cache.errors import FetchError
 from gpu_cache.source import ShardSpec
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class TensorReader:
     """A `ShardReader` that loads its tensors with one call and then copies their bytes.
@@ -107,6 +109,8 @@ def _other_kind(tensor: torch.Tensor) -> str:
     """The kind of a tensor that has no bytes of its elements one after the other; "" of one that has."""
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return type(tensor).__name__
+    if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "one of a transform"
     if tensor.is_nested or tensor.layout is not torch.strided:
         return "a nested one" if tensor.is_nested else str(tensor.layout)
     return str(tensor.dtype) if tensor.is_quantized else ""
@@ -129,5 +133,8 @@ def _least_nbytes(tensor: torch.Tensor) -> int:
 
 def host_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a host tensor in C order, `(nbytes,)` uint8: an alias where it is contiguous, else a copy."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if not plain.is_contiguous():
+        # By its bits: torch copies no elements of some dtypes, and makes every true bool a 1.
+        plain = plain.view(_BITS.get(plain.itemsize, plain.dtype)).contiguous()
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)  # any stride is contiguous to a single element

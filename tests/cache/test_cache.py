@@ -180,6 +180,30 @@ def test_a_put_shard_is_found(cache: TensorCache) -> None:
     assert cache.clear_node("here") == 1
 
 
+ODD: dict[str, torch.Tensor] = {
+    "one element with a stride": torch.arange(8.0)[6::2],
+    "conjugated": torch.tensor([1 + 2j, 3]).conj(),
+    "negated": torch.tensor([1 + 2j, 3]).conj().imag[:1],
+    "repeated": torch.ones(1).expand(3, 2),
+    "zeros without memory": torch._efficientzerotensor((2,)),
+    "bools beside 0 and 1": torch.tensor([[0, 2], [255, 1]], dtype=torch.uint8).view(torch.bool).t(),
+    "four bits": torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 3).t(),
+    "raw bits": torch.arange(6, dtype=torch.int16).view(torch.bits16).reshape(2, 3).t(),
+    "wide": torch.tensor([[1 + 2j, 3], [4, 5]], dtype=torch.complex128).t(),
+}
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD.keys())
+def test_a_put_shard_has_every_bit_whatever_its_layout(cache: TensorCache, value: torch.Tensor) -> None:
+    assert cache.put("a", value)
+    found = cache.get("a")
+    assert found is not None
+    assert (found.dtype, found.shape) == (value.dtype, value.shape)
+    bits = {1: torch.uint8, 2: torch.int16}.get(value.itemsize, value.dtype)
+    wanted = value.clone() if bits is value.dtype else value.view(bits).clone()
+    assert torch.equal(found.view(bits), wanted)
+
+
 def test_put_refuses_an_object_that_is_no_tensor(cache: TensorCache) -> None:
     with pytest.raises(TypeError, match="shard 'a' is a list: a Tensor is expected"):
         cache.put("a", [1, 2])  # type: ignore[arg-type]
@@ -209,6 +233,15 @@ def test_a_text_in_the_place_of_keys_is_refused(cache: TensorCache) -> None:
         with pytest.raises(TypeError, match=r"'ab?' is one key, where several are expected: put it into a list"):
             call()
     assert cache.keys() == ["a"]
+
+
+@pytest.mark.parametrize("kind", [iter, dict.fromkeys], ids=["iterator", "dict"])
+@pytest.mark.parametrize("options", [{}, {"keep": True}, {"on_error": "none"}])
+def test_keys_are_taken_from_whatever_can_be_walked(cache: TensorCache, kind: Any, options: Any) -> None:
+    source = DictSource({name: torch.full((3,), float(number)) for number, name in enumerate("abcd")})
+    assert cache.prefetch(kind("ab"), source).result(30) == 2
+    for _ in range(2):
+        assert [tensor[0].item() for tensor in cache.get_many(kind("abcd"), source, **options)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("call", ["get_many", "prefetch"])
@@ -379,3 +412,28 @@ def test_ready_on_the_stream_makes_the_callers_stream_wait(tmp_path: Path) -> No
         (tensor,) = cache.get_many(["a"], source, ready="stream")
     assert any(kind == "wait" for kind, _ in cuda.queue(consumer))
     cache.record_stream(tensor, consumer)
+
+
+@pytest.mark.parametrize("call", ["get", "get_many"])
+def test_an_error_of_a_capture_keeps_no_block(tmp_path: Path, call: str) -> None:
+    cuda = FakeCuda()
+    device = cuda_device(cuda, tmp_path)
+    cache = TensorCache(CONFIG, device=device)
+    source = DictSource({"a": torch.ones(3)})
+    cache.prefetch(["a"], source).result(30)
+    with cuda.capture(device.fence_streams()[3]), pytest.raises(TransferError, match="not seen complete") as kept:
+        cache.get("a") if call == "get" else cache.get_many(["a"], source)
+    assert cache.clear() == 1
+    assert device_bytes(cache) == 0
+    del kept
+
+
+@pytest.mark.parametrize("stream", [None, 7, "stream"])
+def test_a_stream_that_is_none_is_refused_and_spoils_no_fence(tmp_path: Path, stream: Any) -> None:
+    cache = TensorCache(CONFIG, device=cuda_device(FakeCuda(), tmp_path))
+    (tensor,) = cache.get_many(["a"], DictSource({"a": torch.ones(3)}))
+    with pytest.raises(ValueError, match="is no stream of cuda:1"):
+        cache.record_stream(tensor, stream)
+    del tensor
+    assert cache.clear() == 1
+    assert device_bytes(cache) == 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Hashable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from gpu_cache import CacheConfig, TensorCache
 from gpu_cache.device.cuda import CudaDevice
 from gpu_cache.device.host import HostDevice
 from gpu_cache.device.placement import Placement
+from gpu_cache.index.entry import Entry
 from gpu_cache.index.index import ShardIndex
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.fence import StreamFence
@@ -228,6 +230,28 @@ def test_a_host_choice_made_before_cuda_is_made_again_while_empty(
     cache.get_many(["a"], source)
     assert cache.device_name == "cuda:1"
     assert early.tolist() == [1.0] * 10, "what was handed out before stays valid"
+    cache.close()
+
+
+def test_a_put_goes_to_the_device_that_is_chosen_meanwhile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu: CudaDevice = cuda_device(FakeCuda(), tmp_path)
+    placements = [Placement(HostDevice(), "no CUDA yet", is_final=False)]
+    monkeypatch.setattr("gpu_cache.transfer.engine.choose_device", lambda setting: placements[0])
+    monkeypatch.setattr(
+        "gpu_cache.transfer.engine.torch_cuda", SimpleNamespace(is_initialized=lambda: placements[0].is_final)
+    )
+    cache = TensorCache(CacheConfig(slab_bytes="1MiB", pool_bytes="4MiB", prealloc_bytes=0))
+    reserve = cache._index.reserve
+
+    def reserve_late(key: Hashable, deadline: float) -> Entry | None:
+        placements[0] = Placement(gpu, "CUDA is there")
+        cache._lazy.open()  # as another thread does
+        return reserve(key, deadline)
+
+    monkeypatch.setattr(cache._index, "reserve", reserve_late)
+    assert cache.put("a", torch.ones(10))
+    assert cache.device_name == "cuda:1"
+    assert cache.buffer_stats()["device_bytes"] > 0
     cache.close()
 
 

@@ -158,6 +158,19 @@ def test_a_stream_waits_for_all_of_a_fence(gpu: CudaDevice, cuda: FakeCuda) -> N
     assert gpu.query(behind)
 
 
+def test_events_of_a_call_that_failed_are_used_no_more(gpu: CudaDevice, cuda: FakeCuda) -> None:
+    good, bad = gpu.new_stream(), gpu.new_stream()
+    bad.cuda_stream += 1 << 40
+    with pytest.raises(RuntimeError, match="cudaEventRecord: CUDA error 400"):
+        gpu.record_all([good, bad])
+    cuda.advance()
+    num_made = cuda.library.calls["cudaEventCreateWithFlags"]
+    gpu.record_all([good])
+    assert cuda.library.calls["cudaEventCreateWithFlags"] == num_made + 1
+    assert len(cuda.violations) == 1
+    cuda.violations.clear()
+
+
 def test_a_failed_call_is_told_and_leaves_no_error(gpu: CudaDevice, cuda: FakeCuda) -> None:
     stream = gpu.new_stream()
     stream.cuda_stream += 1 << 40

@@ -134,6 +134,57 @@ def test_a_node_that_sends_the_wrong_shards_is_not_believed(
     assert_empty(cache)
 
 
+def test_a_reader_that_offers_a_shard_twice_is_not_believed(cache: TensorCache) -> None:
+    reader = BrokenReader([], ["a", "a"], 9, RuntimeError())
+    with pytest.raises(FetchError, match="broken:1 offers 'a' unasked, or twice"):
+        cache.get_many(["a", "b"], Source(lambda _: [reader]))
+    assert_empty(cache)
+
+
+class NamedReader(TensorReader):
+    """A reader that asks its connection for the node, until it closes that."""
+
+    name: Any = "node-a:1"
+
+    @property
+    def node(self) -> Any:
+        return self.name.strip()
+
+    @node.setter
+    def node(self, node: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.name = None
+
+
+def test_a_reader_that_has_no_node_any_more_once_it_is_closed_ends_like_any_other(cache: TensorCache) -> None:
+    source = Source(lambda keys: [NamedReader("", keys, lambda: [torch.ones(3) for _ in keys])])
+    assert len(cache.get_many(["a"], source)) == 1
+    eventually(lambda: not cache._tasks)
+    assert cache.source_stats()["node-a:1"]["entries"] == 1
+    assert_empty(cache)
+
+
+def test_a_reader_of_a_node_that_is_no_key_fails_at_once(cache: TensorCache) -> None:
+    with pytest.raises(TypeError, match="unhashable type: 'list'"):
+        cache.get_many(["a"], Source(lambda keys: [TensorReader([], keys, list)]))  # type: ignore[arg-type]
+    assert_empty(cache)
+
+
+def test_a_callback_that_exits_keeps_no_other_call_waiting(cache: TensorCache) -> None:
+    source = DictSource({name: torch.ones(3) for name in "abc"})
+    readers = gated(source)
+    first = cache.prefetch(["a", "b", "c"], source)
+    eventually(lambda: len(readers) == 1 and readers[0].has_arrived.is_set())
+    cache.prefetch(["a"], source).add_done_callback(lambda _: sys.exit("done"))
+    joined = [in_background(lambda name=name: cache.get_many([name], source)) for name in "bc"]  # type: ignore[misc]
+    eventually(lambda: cache.buffer_stats()["joined"] == 3)
+    readers[0].gate.set()
+    assert [len(one.result(30)) for one in joined] == [1, 1]
+    wait([first], 30)
+
+
 def test_a_shard_left_out_is_an_error_that_names_it(cache: TensorCache) -> None:
     reader = BrokenReader([bytes_spec("a", 10)], ["a", "b"], 9, RuntimeError())
     with pytest.raises(FetchError, match="shard 'b': broken:1 left it out"):

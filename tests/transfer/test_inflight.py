@@ -66,6 +66,16 @@ def test_a_reader_that_fits_beside_the_others_does_not_wait() -> None:
     assert budget.stats()["inflight_bytes"] == 0
 
 
+def test_a_reader_whose_node_cannot_be_counted_leaves_the_queue() -> None:
+    budget = InflightBudget(10)
+    holder = Holder(budget, 4)
+    assert holder.has_it.wait(LONG_S)
+    with pytest.raises(TypeError, match="unhashable"), budget.granted(1, Turn([]), time.monotonic()):  # type: ignore[arg-type]
+        pass
+    assert repr(budget) == "InflightBudget(4 of 10 bytes, 0 waiting)"
+    holder.let_go()
+
+
 def test_no_reader_overtakes_one_that_waits() -> None:
     budget = InflightBudget(10)
     first, large, small = Holder(budget, 6), Holder(budget, 10), Holder(budget, 2)
