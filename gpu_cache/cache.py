@@ -178,7 +178,7 @@ class TensorCache:
                 memory. They take no memory of the device. Clone tensors that forked processes are to read: a forked
                 process does not get pinned memory.
             on_error: "none": a shard that does not arrive is None in the result. A warning tells why, once a minute for
-                each node and reason, and counts those that came between, each of which is a line at the level DEBUG.
+                each node and reason. It counts those between; each of these is a line at the level DEBUG.
             expected: A tuple of dtype, shape and owner by key, where known. A shard of another dtype or shape fails,
                 and stays cached for other callers. One cached for another owner is a miss, and the fetched one takes
                 its place. None for an owner: any.
