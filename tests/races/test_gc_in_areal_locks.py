@@ -194,6 +194,8 @@ def keep_for_the_host(path: Path) -> None:
             patched.setattr(running.cache, "_drop_gone", unreachable)
             with pytest.raises(ShardUnreachableError):
                 running.cache._sweep(server.address, Checked("another", "1", "", {}))
+            patched.setattr(node_cache, "_MAX_UNDER_WAY", 0)  # it leaves what it is asked for to the owner
+            read_back(owner.store, server.address, "c")
             backend.close()
     set_backend(None)
 
