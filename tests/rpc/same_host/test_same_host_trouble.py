@@ -139,7 +139,7 @@ def test_shards_come_over_http_where_memory_is_out_of_reach_and_one_line_says_wh
     assert words in record.getMessage()
 
 
-def test_a_socket_that_an_owner_left_behind_is_no_other_namespace(
+def test_a_socket_that_an_owner_left_behind_says_that_it_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's name is short
