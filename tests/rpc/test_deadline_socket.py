@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import socket
 import threading
 import time
@@ -109,6 +110,19 @@ def test_a_connection_that_no_server_takes_ends_by_its_patience() -> None:
         sock.deadline, sock.patience_s = time.monotonic() + LONG_S, 0.05
         with pytest.raises(TimeoutError):
             sock.connect(address)
+
+
+def test_signals_leave_a_connection_its_time_limit() -> None:
+    previous = signal.signal(signal.SIGALRM, lambda *_: None)
+    with full_listener() as address, DeadlineSocket(socket.AF_INET) as sock:
+        sock.deadline, sock.patience_s = time.monotonic() + LONG_S, 0.1
+        signal.setitimer(signal.ITIMER_REAL, 0.03, 0.03)
+        try:
+            with pytest.raises(TimeoutError, match="nothing happened within 0.1 s"):
+                sock.connect(address)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, previous)
 
 
 def test_cutting_ends_a_connection_that_no_server_takes() -> None:

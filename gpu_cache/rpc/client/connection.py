@@ -12,8 +12,10 @@ import errno
 import functools
 import http.client
 import ipaddress
+import os
 import re
 import resource
+import select
 import socket
 import struct
 import threading
@@ -82,7 +84,28 @@ class DeadlineSocket(socket.socket):
 
     def connect(self, address: Any, /) -> None:
         """As of any socket, in time."""
-        self._in_time(super().connect, address)
+        self._in_time(super().connect if self.family == socket.AF_UNIX else self._connect, address)
+
+    def _connect(self, address: Any) -> None:
+        """Begin to connect, and wait. A signal, or a stop of the process, would end the kernel's time-out of one call.
+
+        Raises:
+            BlockingIOError: Not connected in time.
+        """
+        self.setblocking(False)
+        code = self.connect_ex(address)
+        if code == errno.EINPROGRESS:
+            if self._is_cut:  # looked at after the begin: from here on a cut wakes the wait
+                raise ConnectionAbortedError("cut off by another thread")
+            waiting = select.poll()
+            waiting.register(self, select.POLLOUT)
+            left_s = min(self.deadline - time.monotonic(), self.patience_s, _LONGEST_S)
+            if not waiting.poll(max(left_s, _SHORTEST_S) * 1000):
+                raise BlockingIOError
+            code = self.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        self.setblocking(True)
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """As of any socket, in time."""
