@@ -7,6 +7,7 @@ import gc
 import http.client
 import importlib
 import json
+import os
 import socket
 import threading
 import time
@@ -332,6 +333,30 @@ def test_figures_are_in_the_health_of_areals_guard() -> None:
     figures = Guard.hooks[0]()
     assert {"incarnation", "num_tensors", "total_bytes", "sent_body_bytes", "num_busy_refusals"} <= set(figures)
     assert "status" not in figures
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork")
+def test_a_forked_server_is_another_one() -> None:
+    def first_serial() -> list[str]:
+        rtensor._storage["x"] = torch.ones(3)
+        answer = (
+            application().test_client().post("/data/serials", json={"shard_ids": ["x"]}, base_url="http://localhost")
+        )
+        return [answer.headers["X-Shard-Incarnation"], *answer.json["serials"]]
+
+    reader, writer = os.pipe()
+    told = []
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            os.write(writer, json.dumps(first_serial()).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        told.append(json.loads(os.read(reader, 1000)))
+    os.close(reader)
+    os.close(writer)
+    (one, serial), (other, same_serial) = told
+    assert serial == same_serial
+    assert len({one, other, blueprint._incarnation}) == 3
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -68,11 +68,22 @@ def serialize_value(value: torch.Tensor | Sequence[tuple[str, torch.Tensor]]) ->
 TTL_VARIABLE = "GPU_CACHE_SHARD_TTL"
 FREEZE_VARIABLE = "GPU_CACHE_FREEZE_HEAP"
 _has_engine = False
-_expiry: ShardExpiry | None = None
-_sending = Sending(DEFAULT_MAX_RESPONSES)
-_incarnation = uuid.uuid4().hex
-_same_host = same_host.Offer(_incarnation)
+_expiry: ShardExpiry | None
+_sending: Sending
+_incarnation: str
+_same_host: same_host.Offer
 _rules = functools.lru_cache(8)(HostRule)
+
+
+def _begin() -> None:
+    """Be a server of its own: a forked child's store numbers its shards from one, as its parent's and siblings' do."""
+    global _sending, _incarnation, _same_host, _expiry
+    _sending, _incarnation = Sending(DEFAULT_MAX_RESPONSES), uuid.uuid4().hex
+    _same_host, _expiry = same_host.Offer(_incarnation), None
+
+
+_begin()
+os.register_at_fork(after_in_child=_begin)
 
 
 def _put(shard_id: str) -> Response:
