@@ -92,6 +92,7 @@ class TensorCache:
         """Figures by source node: fetched shards, and cached ones. "local" is this process, as for `put`."""
         return self._index.report()["sources"]  # type: ignore[no-any-return]
 
+    @eager
     def entries(self, oldest: int = 10) -> list[EntryInfo]:
         """The oldest cached shards, oldest first."""
         return self._index.oldest(oldest)

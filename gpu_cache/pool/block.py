@@ -132,7 +132,7 @@ def carve_shards(
     storage, device = slab.arena.tensor.untyped_storage(), slab.arena.tensor.device
     templates = slab.templates
     for dtype in {spec.dtype for spec in specs} - templates.keys():
-        templates[dtype] = torch.empty(0, dtype=dtype, device=device)
+        templates[dtype] = _empty((0,), dtype, device)
     if blocks is not None:
         blocks.carve_all(storage, slab, first, specs, offsets, ALIGNMENT, templates, freed.append, leases, copies)
         return copies
@@ -147,4 +147,16 @@ def carve_shards(
 
 def empty_copies(specs: Sequence[ShardSpec], device: torch.device) -> list[Copy]:
     """Tensors of shards without bytes; they take no room. Call inside `plain_tensors()`."""
-    return [Copy(s.key, torch.empty(s.shape, dtype=s.dtype, device=device), None, 0) for s in specs]
+    return [Copy(s.key, _empty(s.shape, s.dtype, device), None, 0) for s in specs]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor without bytes.
+
+    Raises:
+        ValueError: Of a quantized dtype: a tensor on a block would lack scale and zero point, and a look at them ends
+            the process.
+    """
+    if str(dtype).startswith(("torch.qint", "torch.quint")):
+        raise ValueError(f"shards of {dtype} cannot be cached: scale and zero point do not travel")
+    return torch.empty(shape, dtype=dtype, device=device)

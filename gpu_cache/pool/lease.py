@@ -95,6 +95,16 @@ class Husks:
         if blocks is not None:
             self._kept.extend(blocks.strip(tensors))
             return
+        with plain_tensors():
+            self._strip(tensors)
+
+    def drop(self, most: int) -> None:
+        """Drop at most so many tensors, one by one."""
+        with contextlib.suppress(IndexError):  # there are no more
+            for _ in range(most):
+                self._kept.popleft()
+
+    def _strip(self, tensors: list[torch.Tensor]) -> None:
         while tensors:
             one = tensors[-1]
             # In this order: a look at a tensor of a reader's class would call that class.
@@ -108,15 +118,8 @@ class Husks:
                     self._kept.append(one)
             tensors.pop()
 
-    def drop(self, most: int) -> None:
-        """Drop at most so many tensors, one by one."""
-        with contextlib.suppress(IndexError):  # there are no more
-            for _ in range(most):
-                self._kept.popleft()
-
     def _nothing_like(self, one: torch.Tensor) -> torch.Tensor:
-        with plain_tensors():
-            return self._nothing.setdefault(one.is_cpu, torch.empty(0, dtype=torch.uint8, device=one.device))
+        return self._nothing.setdefault(one.is_cpu, torch.empty(0, dtype=torch.uint8, device=one.device))
 
 
 def carve(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import BaseTorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_cache import CacheConfig, TensorCache
@@ -77,6 +77,13 @@ class RefusingMode(TorchDispatchMode):
     """No operation of ours may come by here."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), options: Any = None) -> Any:
+        raise AssertionError(f"{function} was called inside the caller's mode")
+
+
+class RefusingFunctions(TorchFunctionMode):
+    """No function of torch may be called by us where the mode sees it, and least of all under a lock."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), options: Any = None) -> Any:
         raise AssertionError(f"{function} was called inside the caller's mode")
 
 
@@ -159,6 +166,22 @@ def by_checksums() -> dict[str, torch.Tensor]:
 
 
 PATHS = [by_wire, by_frame, by_remotize, by_own_store, by_travelling_handles, by_views, by_cache, by_checksums]
+
+
+def test_a_cache_calls_no_function_mode() -> None:
+    cache = TensorCache(CacheConfig(device="cpu", pool_bytes="8MiB", host_tier_bytes="1MiB", debug_checksum=True))
+    source = DictSource(dict(TENSORS))
+    with RefusingFunctions():
+        cache.put("numbers", TENSORS["numbers"])
+        for _ in range(2):
+            held = [cache.get_many(list(TENSORS), source, prefer=prefer) for prefer in ("device", "host")]
+        assert cache.get("numbers") is not None
+        assert len(cache.entries()) == len(TENSORS)
+        cache.offload()
+        with cache.scope():
+            cache.get_many(list(TENSORS), source)
+        cache.clear()
+    assert all(map(same_bytes, held[0], TENSORS.values()))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -134,6 +134,14 @@ def test_a_node_that_sends_the_wrong_shards_is_not_believed(
     assert_empty(cache)
 
 
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_quantized_shard_is_refused(cache: TensorCache, length: int) -> None:
+    reader = BrokenReader([ShardSpec("a", torch.quint8, (length,))], ["a"], 9, RuntimeError())
+    with pytest.raises(FetchError, match=r"shards of torch.quint8 cannot be cached"):
+        cache.get_many(["a"], Source(lambda _: [reader]))
+    assert_empty(cache)
+
+
 def test_a_reader_that_offers_a_shard_twice_is_not_believed(cache: TensorCache) -> None:
     reader = BrokenReader([], ["a", "a"], 9, RuntimeError())
     with pytest.raises(FetchError, match="broken:1 offers 'a' unasked, or twice"):
