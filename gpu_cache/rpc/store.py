@@ -35,7 +35,8 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
         now: Seconds, monotonic; shards are dated by it.
         segments: Where copies are made, so that other processes of this host can map them.
     Attributes:
-        num_removals: Calls of `remove` that found a shard.
+        num_removals: Calls of `remove` and `clear` that found a shard. Shards that got too old are not counted: they
+            were due to be cleared long before.
     Thread-safety: any thread.
     """
 
@@ -154,8 +155,9 @@ class ShardStore(MutableMapping[Hashable, torch.Tensor]):
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._lock:
+        with no_interrupts, self._lock:
             dropped, self._entries, self._total_bytes = self._entries, OrderedDict(), 0
+            self.num_removals += bool(dropped)
         dropped.clear()
         self.segments.settle(ends_step=True)
 

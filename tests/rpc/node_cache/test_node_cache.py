@@ -122,6 +122,17 @@ def test_a_question_about_other_shards_frees_what_a_stranger_cleared(
     eventually(lambda: kept(running) == others.keys())
 
 
+def test_a_question_about_other_shards_frees_what_their_owner_dropped_with_all_others(
+    owner: FakeOwner, address: str, running: Running, consumers: list[Consumer]
+) -> None:
+    owner.put(tensors := batch())
+    consumers[0].read(address, tensors)
+    owner.store.clear()
+    owner.put(others := batch(seed=50))
+    consumers[0].read(address, others)
+    eventually(lambda: kept(running) == others.keys())
+
+
 def test_a_consumers_clear_frees_at_once(
     owner: FakeOwner, address: str, running: Running, local: HttpRTensorBackend, consumers: list[Consumer]
 ) -> None:
