@@ -1,6 +1,6 @@
-# make demo / test / scripts / areal / ray / native / check / site / bench / plot / screenshots. Each makes .venv by itself.
+# make demo / test / scripts / lowest / areal / ray / native / check / site / bench / plot / screenshots. Each makes .venv by itself.
 # NO_VENV=1 PYTHON=/path/to/python uses that interpreter as it is, and installs nothing into it.
-# areal, ray and site have environments of their own beside it, also with NO_VENV=1: .venv-areal, .venv-ray, .venv-site.
+# areal, ray, lowest and site have environments of their own beside it, also with NO_VENV=1: .venv-areal and so on.
 PYTHON ?= python3
 ARGS ?=
 SITE_PACKAGES := "mkdocs<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
@@ -18,7 +18,7 @@ READY := .venv/.ready
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 endif
 
-.PHONY: help demo test scripts areal ray native check site bench plot screenshots clean
+.PHONY: help demo test scripts lowest areal ray native check site bench plot screenshots clean
 
 help:
 	@echo "make demo   train a small policy through the cache (options: ARGS=\"--steps 10 --seed 1\")"
@@ -26,6 +26,7 @@ help:
 	@echo "make demo BACKEND=ray  the same with Ray's actors as workers, over its object store"
 	@echo "make test   run the tests"
 	@echo "make scripts  run the tests of whole scripts and processes: demo, benchmark, soak, exits, README's commands"
+	@echo "make lowest  run the tests of server, client and tool with the oldest releases that pyproject.toml allows"
 	@echo "make areal  run the tests that need AReaL, beside AReaL 1.0.4 in a virtual environment of its own"
 	@echo "make ray    run the tests that need Ray, beside Ray 2.60 or RAY_VERSION in a virtual environment of its own"
 	@echo "make native  build the C++ functions, and run the tests of blocks and hits with them"
@@ -59,6 +60,12 @@ test: $(READY)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 # Exit 3: the package index cannot be reached; then nothing can be said, and that is said.
+lowest: export PYTHONPATH := $(CURDIR)
+lowest: $(READY)
+	@$(PY) scripts/beside_venv.py lowest; found=$$?; \
+	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	.venv-lowest/bin/python -m pytest $(PARALLEL) $(ARGS) tests/rpc tests/report tests/smi
+
 areal: $(READY)
 	@$(PY) scripts/beside_venv.py areal; found=$$?; \
 	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \

@@ -1,8 +1,8 @@
-"""Make a virtual environment beside the packages of the interpreter that runs this: `beside_venv.py areal` or `ray`.
+"""Make a virtual environment beside the packages of the interpreter that runs this: `beside_venv.py KIND`.
 
-The first, for `make areal`, has AReaL and this project's wheel, which is built each time; the second, for `make ray`,
-has the Ray of RAY_VERSION. What comes from the package index is installed once, until the requirements change. Exit 3:
-the index cannot be reached.
+`areal`, for `make areal`, has AReaL and this project's wheel, which is built each time. `ray`, for `make ray`, has the
+Ray of RAY_VERSION. `lowest`, for `make lowest`, has the oldest releases that pyproject.toml allows, but for torch. What
+comes from the package index is installed once, until the requirements change. Exit 3: the index cannot be reached.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 import venv
 from pathlib import Path
 
@@ -40,14 +41,14 @@ def main(kind: str) -> int:
         venv.create(folder)
         purelib = _purelib(folder)
         (purelib / "over.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        if failure := (_install_areal if kind == "areal" else _install_ray)(folder):
+        if failure := _INSTALLS[kind](folder):
             return failure
         ready.write_text(key)
     return _install_wheel(folder) if kind == "areal" else 0
 
 
 def _key(kind: str) -> str:
-    wanted = f"{AREAL}\n{REQUIREMENTS.read_text()}" if kind == "areal" else RAY
+    wanted = {"areal": f"{AREAL}\n{REQUIREMENTS.read_text()}", "ray": RAY, "lowest": " ".join(_lowest())}[kind]
     return hashlib.sha256(f"{sys.version} {sysconfig.get_path('purelib')}\n{wanted}".encode()).hexdigest()
 
 
@@ -74,9 +75,22 @@ def _install_ray(folder: Path) -> int:
     return 0
 
 
+def _install_lowest(folder: Path) -> int:
+    return _install(folder, *_lowest())
+
+
+def _lowest() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["smi"]]
+    return [one.replace(">=", "==") for one in declared if not one.startswith("torch")]
+
+
+_INSTALLS = {"areal": _install_areal, "ray": _install_ray, "lowest": _install_lowest}
+
+
 def _install(folder: Path, *arguments: str) -> int:
     done = _pip(folder, "--retries", "1", *arguments)
-    if done.returncode and _NOTHING_FOUND in done.stderr and arguments[0] in (AREAL, RAY):  # the others come from there
+    if done.returncode and _NOTHING_FOUND in done.stderr and arguments[0] != "-r":  # these come from there, too
         said = next((line for line in done.stderr.splitlines() if "onnection" in line), "it has nothing there")
         print(f"SKIPPED: the package index that has {arguments[0]} cannot be reached: {said.strip()}")
         return UNREACHABLE

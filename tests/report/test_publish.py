@@ -28,6 +28,7 @@ from gpu_cache.smi.node import Node, Observer
 from gpu_cache.smi.nvml import Nvml
 from tests.support.cuda_devices import cuda_device
 from tests.support.fake_cuda import FakeCuda
+from tests.support.interleave_stage import eventually
 from tests.support.smi_nvml import FakeNvml
 from tests.support.sources import DictSource
 
@@ -118,6 +119,7 @@ def test_a_report_tells_of_the_host_tier_where_there_is_one(folder: Path) -> Non
     cache.clear(["2"])
     cache.get_many(["1"], DictSource(shards))
     cache.synchronize()
+    eventually(lambda: cache.buffer_stats()["host_bytes"] == 512 << 10)  # the fetch thread still holds the tier's copy
     cache._publisher.publish()
     found = report_in(folder)
     assert found.keys() == get_type_hints(Report).keys() - {

@@ -74,7 +74,7 @@ class RayObject:
     Attributes:
         left: Numbers of shards whose handles this process has or had, and that were not cleared here.
         cleared: Numbers of shards that were cleared here.
-        session: Ray's session and this process's job in it.
+        session: That of Ray, as `session` names it.
     Thread-safety: any thread, by the functions of this module.
     """
 
@@ -159,12 +159,15 @@ def clear(shard_ids: Iterable[Any]) -> tuple[int, list[Any]]:
 
 
 def session() -> str:
-    """The session of Ray that this process is in; "" for none. Another one has none of the objects."""
+    """The session of Ray that this process is in; "" for none. Another one has none of the objects.
+
+    By the node's id, which Ray draws at its start: older releases, such as 2.52, have no name for a session.
+    """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return ""
     context = ray.get_runtime_context()
-    return f"{context.get_session_name()} job {context.get_job_id()} process {os.getpid()}"
+    return f"node {context.get_node_id()} job {context.get_job_id()} process {os.getpid()}"
 
 
 def _is_rays_serializer() -> bool:
