@@ -170,7 +170,7 @@ class TensorCache:
         such as `add_(0)`: each costs a fetch.
 
         Args:
-            keys: Shard ids; one that repeats is looked up once and gives aliases of one block.
+            keys: Shard ids; one that repeats is fetched once and gives aliases of one block.
             source: Asked for the missing ones only.
             timeout_s: Longest wait, in seconds; None: `config.fetch_timeout_s`; `math.inf`: no limit.
             ready: Overrides `config.ready` for this call.

@@ -333,6 +333,8 @@ class ShardIndex:
     ) -> bool:
         """Drop all victims; or none, if one of them has moved or is held by now. They die with the caller's list.
 
+        With `held` it drops those that are still there.
+
         Args:
             victims: From `candidates`, with the same `held`.
             refuges: Copies at the level below, by key; these entries move there. An entry that a reader holds, or has
@@ -340,11 +342,12 @@ class ShardIndex:
             held: See `candidates`.
         """
         with self._lock:
-            if not all(self._can_evict_locked(one, held) for one in victims):
+            standing = [one.entry for one in victims if self._can_evict_locked(one, held)]
+            if len(standing) < len(victims) and not held:
                 return False
-            self._ledger.evicted([one.entry for one in victims], is_low=self._is_low)
+            self._ledger.evicted(standing, is_low=self._is_low)
             gone = []
-            for entry, *_ in victims:
+            for entry in standing:
                 is_copy = not (entry.is_changed or (held and self._is_in_use_locked(entry)))
                 if is_copy and (refuge := refuges.get(entry.key)) is not None:
                     self._levels.sink(entry, refuge)

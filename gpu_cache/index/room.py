@@ -64,12 +64,10 @@ class RoomMaker:
 
     def empty(self) -> None:
         """Evict everything, also held shards. Their bytes are free when the last alias is gone."""
-        for _ in range(_ATTEMPTS):
-            if self._evict(self._index.candidates(held=True), held=True):
-                break
+        self._evict(self._index.candidates(held=True), held=True)
 
     def _evict(self, victims: list[Candidate], *, held: bool = False) -> bool:
-        """Evict all of these, or none; the list is empty afterwards.
+        """Evict all of these, or none; with `held` those that are still there. The list is empty afterwards.
 
         A block that a reader wrote into, or may write into during the copy, is not copied below.
         """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
 
 import pytest
 import torch
 
 from gpu_cache import FetchError, TensorCache
 from gpu_cache.device.host import HostDevice
+from gpu_cache.index.entry import Candidate
+from gpu_cache.pool.block import Copy
 from tests.support.sim_device import SimDevice
 from tests.support.sources import DictSource, same_bytes
 from tests.support.tier_scene import CONFIG, KIB, SHARDS, fill, parked, run_of
@@ -131,6 +134,25 @@ def test_a_clear_wins_over_a_shard_on_its_way_back(source: DictSource) -> None:
     cache._index.abort(claim.claimed.values(), RuntimeError("given up"))
     assert "a1" in parked(cache), "only those who waited know"
     fill(cache, source, "a")
+
+
+def test_a_clear_during_an_offload_keeps_no_other_shard_on_the_device(
+    cache: TensorCache, source: DictSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.get_many(run_of("a"), source)
+    assert cache._engine is not None
+    room, left = cache._engine.room, run_of("a")
+    take_in = room._refuge
+    assert take_in is not None
+
+    def cleared_meanwhile(victims: Sequence[Candidate]) -> Mapping[Hashable, Copy]:
+        refuges = take_in(victims)
+        cache.clear([left.pop()])  # another one each time
+        return refuges
+
+    monkeypatch.setattr(room, "_refuge", cleared_meanwhile)
+    cache.offload()
+    assert parked(cache) == set(left) == set(run_of("a")[:3])
 
 
 def test_offload_moves_shards_that_no_reader_holds(cache: TensorCache, source: DictSource) -> None:
