@@ -245,7 +245,6 @@ class TensorCache:
             TransferError: During CUDA graph capture: its copy was not yet seen complete.
             MutatedError: As for `get_many`.
         """
-        process.need_stack()
         engine = self._lazy.open()
         if self.config.debug_checksum:
             self._check_bytes([key])
