@@ -93,6 +93,8 @@ class HttpRTensorBackend:
         same_host: bool | None = None,
         node_cache: str | None = None,
     ) -> None:
+        if max_shards_per_request <= 0:
+            raise ValueError("max_shards_per_request must be positive")  # in AReaL's words
         self.max_shards_per_request = whole(max_shards_per_request, "max_shards_per_request", least=1)
         self.shards = shards
         self.on_removal: Callable[[str], object] = lambda _: None
