@@ -395,9 +395,7 @@ def _link(path: Path, target: str) -> None:
     """Let a path lead to the socket, from one moment to the next; raises `OSError` if something else is there."""
     if os.path.lexists(path) and not leads_to_socket(path):
         raise FileExistsError(errno.EEXIST, "there is something that is no link of a node cache", str(path))
-    hidden = path.with_name(f".{path.name}-{os.getpid()}")
-    if leads_to_socket(hidden):  # of a killed process of the same number
-        hidden.unlink()
+    hidden = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     hidden.symlink_to(target)
     try:
         os.rename(hidden, path)

@@ -124,7 +124,7 @@ class RTensor:
         return handle
 
     def __repr__(self) -> str:
-        if not self._is_described:
+        if self._known is None:
             return f"RTensor(data {self.data!r}, shard {self.shard.shard_id!r} of {self.shard.node_addr or 'Ray'})"
         dtype, shape = str(self.dtype).removeprefix("torch."), list(self.shape)
         place = "remote" if self.device.type == "meta" else f"on {self.device}"
@@ -134,7 +134,7 @@ class RTensor:
         """Whether it is a handle of the same shard, with the same dtype and shape; values are not compared."""
         if not isinstance(other, RTensor):
             return NotImplemented
-        return self.shard == other.shard and self._compared() == other._compared()
+        return self.shard == other.shard and self._known == other._known
 
     __hash__ = None  # type: ignore[assignment]  # its fields may be set
 
@@ -149,20 +149,12 @@ class RTensor:
 
     def _described(self) -> tuple[torch.dtype, tuple[int, ...]]:
         data = self.__dict__.get("data", _UNSEEN)
-        if data is _UNSEEN:
-            return self._promise[:2]
-        try:
-            return data.dtype, data.shape
-        except AttributeError:
-            raise _no_tensor(self) from None
+        return self._promise[:2] if data is _UNSEEN else (data.dtype, data.shape)
 
     @property
-    def _is_described(self) -> bool:
-        """Whether it knows its dtype and shape: a caller may have set `data` to None, say, to free a tensor."""
-        return "data" not in self.__dict__ or hasattr(self.data, "dtype")
-
-    def _compared(self) -> object:
-        return self._described() if self._is_described else self.data
+    def _known(self) -> tuple[torch.dtype, tuple[int, ...]] | None:
+        """Its dtype and shape; None where a caller has set `data` to None to free a tensor."""
+        return self._described() if self.__dict__.get("data", _UNSEEN) is not None else None
 
     @property
     def promise(self) -> Promise:
@@ -567,7 +559,7 @@ def _sized_shards(obj: Any) -> dict[str, list[SizedId]]:
     """
     shards: dict[str, dict[Any, SizedId]] = {}
     for handle in _handles_in(obj):
-        dtype, shape = handle._described() if handle._is_described else (torch.uint8, (0,))
+        dtype, shape = handle._known or (torch.uint8, (0,))
         sized = SizedId(handle.shard.shard_id, math.prod(shape) * dtype.itemsize)
         owned = shards.setdefault(handle.shard.node_addr, {})
         try:
@@ -624,19 +616,13 @@ def _fill(
             handle.data = tensor
 
 
-def _no_tensor(handle: RTensor) -> AttributeError:
-    kind = type(handle.data).__name__
-    return AttributeError(f"`data` of the handle of shard {handle.shard.shard_id!r} is a {kind}: a Tensor is expected")
-
-
 def _is_remote(handle: RTensor) -> bool:
     """Whether it has no values; then `_promise` is what it says by now, as it may have another tensor or owner."""
     data = handle.__dict__.get("data", _UNSEEN)
-    try:
-        if data is not _UNSEEN and not data.is_meta:
-            return False
-    except AttributeError:
-        raise _no_tensor(handle) from None
+    if data is None:
+        raise AttributeError(f"`data` of the handle of shard {handle.shard.shard_id!r} is None: a tensor is expected")
+    if data is not _UNSEEN and not data.is_meta:
+        return False
     if handle._said is not data or handle._promise[2] is not handle.shard.node_addr:
         handle._note()
     return True

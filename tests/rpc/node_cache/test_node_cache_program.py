@@ -44,18 +44,9 @@ def test_what_else_is_at_its_path_stays_there(path: Path, make: Callable[[Path],
 def test_a_link_of_one_that_was_killed_is_replaced(path: Path) -> None:
     with Running(path, 1 << 20) as running:
         left = os.readlink(path)
-    for begun in (path, path.with_name(f".{path.name}-{os.getpid()}")):
-        begun.symlink_to(left)
+    path.symlink_to(left)
     with Running(path, 1 << 20) as running:
         assert os.path.realpath(path) == running.server.path
-
-
-def test_a_file_at_the_name_that_it_takes_before_stays_there(path: Path) -> None:
-    users = path.with_name(f".{path.name}-{os.getpid()}")
-    users.write_text("mine")
-    with pytest.raises(FileExistsError):
-        Running(path, 1 << 20)
-    assert users.read_text() == "mine"
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to(path.parent)])
