@@ -114,4 +114,4 @@ site:
 	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --quiet
 
 clean:
-	rm -rf .venv .venv-areal .venv-ray .venv-site site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-areal .venv-lowest .venv-ray .venv-site site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -308,14 +308,12 @@ def like(container: Any, children: list[object]) -> Any:
 
 
 def _tuple_like(container: tuple[object, ...], children: list[object]) -> Any:
-    """A tuple of the same class, past its constructor, whose arguments may be others; itself if nothing is replaced."""
-    if all(map(operator.is_, container, children)):
-        return container
+    """A tuple of the same class, past its constructor, whose arguments may be others."""
     kind = type(container)
     try:
         made = tuple.__new__(kind, children)
-    except TypeError:  # of a class in C, whose constructor takes one iterable
-        return kind(children)
+    except TypeError:  # of a class in C: its constructor takes one iterable, if it can be called at all
+        return container if all(map(operator.is_, container, children)) else kind(children)
     if hasattr(container, "__dict__"):
         vars(made).update(vars(container))
     return made

@@ -87,7 +87,7 @@ class DeadlineSocket(socket.socket):
         self._in_time(super().connect if self.family == socket.AF_UNIX else self._connect, address)
 
     def _connect(self, address: Any) -> None:
-        """Begin to connect, and wait. A signal, or a stop of the process, would end the kernel's time-out of one call.
+        """Begin to connect, and wait: a signal would end the kernel's time-out of one blocking call.
 
         Raises:
             BlockingIOError: Not connected in time.
@@ -458,12 +458,12 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _as_in_url(host: str) -> str:
-    """A host as servers know it: IPv6 in brackets, without this host's name for the link; other letters in ASCII."""
+    """A host as `Host` has it: IPv6 in brackets and without its zone, a name in ASCII."""
     return f"[{host.partition('%')[0]}]" if ":" in host else host.encode("idna").decode()
 
 
 def _is_name(host: str) -> bool:
-    """Whether a resolver can be asked for it: no part between its dots is empty, or has more than 63 letters."""
+    """Whether a resolver takes it: no part between its dots is empty, or has more than 63 letters."""
     try:
         host.encode("idna")
     except UnicodeError:

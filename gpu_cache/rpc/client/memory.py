@@ -500,7 +500,7 @@ def reason_of(error: BaseException, path: str) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f"nothing listens on {path} any more: its process has ended"
     if isinstance(error, FileNotFoundError):
-        return f"{path} cannot be reached from here ({error.strerror}): did its process end, or is it in a container?"
+        return f"{path} cannot be reached from here ({error.strerror}): its process has ended, or is in a container"
     if isinstance(error, PermissionError):
         return f"{path} is another user's ({error.strerror})"
     if isinstance(error, TimeoutError):
