@@ -211,7 +211,6 @@ class TensorCache:
         if may_be_plain and (hits := self._hits(keys, expected or {}, ready or self.config.ready)) is not None:
             return hits
         check_call(source, prefer, expected)
-        process.need_stack()
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=True, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,
@@ -280,7 +279,6 @@ class TensorCache:
         """
         limit_s, keys = self._limit_s(timeout_s), several(keys)
         check_call(source, prefer, expected)
-        process.need_stack()
         fetch = Fetch(
             self._lazy, self._tasks, limit_s, hands_out=False, keep=keep, holding=self._scope.get(), prefer=prefer,
             expected=expected,
@@ -310,7 +308,6 @@ class TensorCache:
             TypeError: Not a tensor.
             ValueError: Not a dense tensor in host memory.
         """
-        process.need_stack()
         engine = self._lazy.open()
         if self.config.debug_checksum:
             self._check_bytes([key])
@@ -332,13 +329,11 @@ class TensorCache:
         Their bytes are reusable once the last alias is gone and the work enqueued before is done. Returns how many
         shards were cached.
         """
-        process.need_stack()
         with process.no_interrupts:
             return self._drop(self._index.remove_node(None) if keys is None else self._index.remove(keys))
 
     def clear_node(self, node: str, keys: Iterable[Hashable] | None = None) -> int:
         """Drop the shards that came from `node`, or those of them that `keys` names; returns how many were cached."""
-        process.need_stack()
         with process.no_interrupts:
             return self._drop(self._index.remove_node(node) if keys is None else self._index.remove(keys, node))
 
@@ -504,8 +499,6 @@ class TensorCache:
         self._index.compare_checksums(sums)
 
     def _refuse_capture(self, action: str) -> None:
-        """Refuse to begin during CUDA graph capture, and where few frames are left of the stack."""
-        process.need_stack()
         if (engine := self._engine) is not None and engine.device.is_capturing():
             raise TransferError(f"cannot {action} the cache during CUDA graph capture")
 

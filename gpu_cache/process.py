@@ -192,15 +192,6 @@ class InterruptPause:
         self._has_come = True
 
 
-def need_stack(num_frames: int = 64) -> None:
-    """Raise RecursionError where few frames are left of the stack, before any book is changed: amid one, it tears it.
-
-    Source: our count, Python 3.11: a `put` that evicts goes 29 frames deep, and the log 10 more. The look takes 3 us.
-    """
-    if num_frames:
-        need_stack(num_frames - 1)
-
-
 no_interrupts = InterruptPause()
 no_collections = CollectorPause()
 _caches: weakref.WeakSet[LiveCache] = weakref.WeakSet()

@@ -8,7 +8,7 @@ from contextvars import ContextVar, Token
 
 from gpu_cache.index.entry import Entry, Holding
 from gpu_cache.index.index import ShardIndex
-from gpu_cache.process import need_stack, no_interrupts
+from gpu_cache.process import no_interrupts
 
 # A cache's innermost scope in a context. One for each cache: a scope is of one cache only.
 ScopeVariable = ContextVar[Holding | None]
@@ -56,7 +56,6 @@ class Scope:
         outer = self._variable.get()
         while outer is not None and outer.is_over:  # those of the code that started this task
             outer = outer.outer
-        need_stack()  # the end runs as deep as this
         self._holding = Holding(outer)
         self._token = self._variable.set(self._holding)
         return self
