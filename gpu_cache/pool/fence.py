@@ -38,7 +38,7 @@ class StreamFence:
             ValueError: No event can be recorded there, so that every later fence would fail.
         """
         try:
-            if not self._device.is_any_capturing([stream]):
+            if stream not in self._noted and not self._device.is_any_capturing([stream]):
                 self._device.record(stream)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise ValueError(f"{stream!r} is no stream of {self._device.torch_device}") from error

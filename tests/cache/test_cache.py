@@ -437,3 +437,17 @@ def test_a_stream_that_is_none_is_refused_and_spoils_no_fence(tmp_path: Path, st
     del tensor
     assert cache.clear() == 1
     assert device_bytes(cache) == 0
+
+
+def test_a_stream_that_is_known_costs_no_call_of_the_device(tmp_path: Path) -> None:
+    cuda = FakeCuda()
+    device = cuda_device(cuda, tmp_path)
+    cache = TensorCache(CONFIG, device=device)
+    (tensor,) = cache.get_many(["a"], DictSource({"a": torch.ones(3)}))
+    streams = device.fence_streams()[3:5]
+    for stream in streams:
+        cache.record_stream(tensor, stream)
+    calls = dict(cuda.library.calls)
+    for stream in streams * 2:
+        cache.record_stream(tensor, stream)
+    assert calls == cuda.library.calls
