@@ -68,12 +68,7 @@ def lend_in_python(copies: Sequence[Copy], left: list[torch.Tensor | None]) -> l
                 loan = made  # without a look: a debugger that holds it would make this endless
                 break
             loan = one.loan
-        try:
-            loan.data = one.base
-        except RuntimeError:  # a reader made it a tensor of another kind, by `swap_tensors`
-            left.append(loan)
-            (loan,) = aliases_of([one.base])
-            one.loan, one.version = loan, loan._version
+        loan.data = one.base
         lent.append(loan)
     return lent
 

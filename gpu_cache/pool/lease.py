@@ -113,9 +113,8 @@ class Husks:
             if is_mine and not one.requires_grad:  # a reader's change; torch would not let it have these bytes
                 if (nothing := self._nothing.get(one.is_cpu)) is None:
                     nothing = self._nothing_like(one)
-                with contextlib.suppress(RuntimeError):  # a reader made it a tensor of another kind, by `swap_tensors`
-                    one.data = nothing
-                    self._kept.append(one)
+                one.data = nothing
+                self._kept.append(one)
             tensors.pop()
 
     def _nothing_like(self, one: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,6 @@ CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
     "set_": lambda one: one.set_(),
     "data": lambda one: setattr(one, "data", torch.zeros(3, dtype=torch.int32)),
     "data of its own": lambda one: setattr(one, "data", one.data[1:, :2]),
-    "swap": lambda one: torch.utils.swap_tensors(one, torch.zeros(1).to_sparse()),
     "negative bit": lambda one: torch._C._set_neg(one, True),
     "gradient": lambda one: (one.requires_grad_() * 2).sum().backward(),
     "hook": lambda one: (one.requires_grad_().register_hook(print), one.requires_grad_(False)),
