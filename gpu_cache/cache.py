@@ -26,7 +26,7 @@ from gpu_cache.pool.lease import AliasCounter, aliases_of
 from gpu_cache.report.counters import BufferStats, buffer_stats_of
 from gpu_cache.report.publish import Publisher
 from gpu_cache.report.schema import EntryInfo, SourceStats
-from gpu_cache.source import NO_SOURCE, ShardSource, check_call, check_mapping
+from gpu_cache.source import NO_SOURCE, ShardSource, check_call, check_promises
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.fetch import Fetch, ReaderTask, put_one
 from gpu_cache.transfer.tensor_reader import host_bytes
@@ -205,7 +205,7 @@ class TensorCache:
         if on_error not in ("raise", "none"):
             raise ValueError(f"on_error={on_error!r}: must be 'raise' or 'none'")
         if expected is not None and type(expected) is not dict:
-            check_mapping(expected)
+            check_promises(expected)
         limit_s = self._limit_s(timeout_s)
         may_be_plain = prefer == "device" and not (keep or self.config.debug_checksum)
         if may_be_plain and (hits := self._hits(keys, expected or {}, ready or self.config.ready)) is not None:

@@ -32,7 +32,7 @@ from gpu_cache.index.mutation import REMEDY
 from gpu_cache.pool.block import Copy
 from gpu_cache.pool.completion import Completion
 from gpu_cache.process import OwnThread, no_collections, no_interrupts, note_drainer
-from gpu_cache.source import ShardReader, ShardSource, ShardSpec, check_promises, opened
+from gpu_cache.source import ShardReader, ShardSource, ShardSpec, opened
 from gpu_cache.transfer.engine import Engine, LazyEngine
 from gpu_cache.transfer.host_tier import HostTier, ResidentReader
 from gpu_cache.transfer.inflight import Turn
@@ -312,7 +312,7 @@ class Fetch:
 
         Raises:
             TransferError: During CUDA graph capture, where nothing can be fetched.
-            TypeError: A promise is none, or the source opens something else than readers.
+            TypeError: The source opens something else than readers.
         """
         while True:
             engine = self._engines.open()
@@ -329,8 +329,6 @@ class Fetch:
                 self.cancel(FetchError("Failed to fetch shards: another device was chosen meanwhile"))
             except BaseException as error:
                 self.cancel(error)
-                if isinstance(error, (IndexError, TypeError, ValueError)):  # as of a promise that was unpacked
-                    check_promises(self.claim.expected)
                 raise
             self.finish()
 
@@ -448,8 +446,6 @@ class Fetch:
             if self._holding is not None and self.claim.claimed:
                 claimed = self.claim.claimed.values()
                 self._index.adopt(self._holding, [entry for entry in claimed if entry.is_fetch])
-        if self.claim.claimed or self.claim.joined or self.claim.refused:
-            check_promises(self.claim.expected)
 
     def _start(self, source: ShardSource, level: Engine | HostTier) -> None:
         """Open readers for the claimed shards, and drain each in a thread; the last one in this, if it may be."""
