@@ -436,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _wait(ending: socket.socket, running: Running, idle_s: float) -> None:
-    """Wait for a signal, or until no process has been connected for so long; see that consumers find it."""
+    """Wait for a signal, or until no process has been connected for so long; keep its link in place."""
     ends_at = math.inf
     while time.monotonic() < ends_at:
         if select.select([ending], [], [], min(_LOOK_S, idle_s))[0]:

@@ -339,9 +339,8 @@ def test_figures_are_in_the_health_of_areals_guard() -> None:
 def test_a_forked_server_is_another_one() -> None:
     def first_serial() -> list[str]:
         rtensor._storage["x"] = torch.ones(3)
-        answer = (
-            application().test_client().post("/data/serials", json={"shard_ids": ["x"]}, base_url="http://localhost")
-        )
+        client = application().test_client()
+        answer = client.post("/data/serials", json={"shard_ids": ["x"]}, base_url="http://localhost")
         return [answer.headers["X-Shard-Incarnation"], *answer.json["serials"]]
 
     reader, writer = os.pipe()

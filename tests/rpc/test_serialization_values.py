@@ -151,11 +151,11 @@ def test_a_dataclass_with_other_fields_is_refused(data: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shard": 1}, "shard of a Handle is a Info, not 1"),
-        ({"shard": {"shard_id": "x", "node_addr": "h:1"}}, "shard of a Handle is a Info, not {'node_addr': 'h:1', 'sh"),
-        ({"data": None}, "data of a Handle is a Tensor, not None"),
+        ({"shard": 1}, "Handle.shard is a Info, not 1"),
+        ({"shard": {"shard_id": "x", "node_addr": "h:1"}}, "Handle.shard is a Info, not {'node_addr': 'h:1', 'sh"),
+        ({"data": None}, "Handle.data is a Tensor, not None"),
         ({"shard": {"type": "dataclass", "class_path": SHARD_INFO, "data": {"shard_id": "x", "node_addr": 80}}},
-         "node_addr of a Info is a str, not 80"),
+         "Info.node_addr is a str, not 80"),
     ],
 )  # fmt: skip
 def test_a_dataclass_with_a_field_of_another_class_is_refused(fields: dict[str, Any], message: str) -> None:

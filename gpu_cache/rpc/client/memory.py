@@ -406,7 +406,7 @@ class OwnersMemory:
             address: The owner whose shards were asked for there.
             reason: The fault.
             is_of_owner: Whether the fault is about this owner: a node cache is asked for the shards of others still.
-            waited_s: How long its answer was waited for in vain, in seconds; infinite for another fault.
+            waited_s: The wait for an answer that did not come, in seconds; infinite for another fault.
         """
         key, again_s = (path + address, _LATE_AGAIN_S) if is_of_owner else (path, _AGAIN_S)
         with self._lock:

@@ -74,7 +74,7 @@ class RayObject:
     Attributes:
         left: Numbers of shards whose handles this process has or had, and that were not cleared here.
         cleared: Numbers of shards that were cleared here.
-        session: That of Ray, as `session` names it.
+        session: Ray's, as `session` names it.
     Thread-safety: any thread, by the functions of this module.
     """
 

@@ -181,7 +181,7 @@ def _read(stream: Any, num_read: int) -> bytes:
     except (TimeoutError, ClientDisconnected):  # werkzeug makes the latter of the former
         message = f"{num_read:,} bytes of the body came, and then none for {_STALLED_S:g} s, or the connection broke"
         raise RefusedError(408, message) from None
-    except OSError as error:  # of chunks that are none; or the client is gone
+    except OSError as error:  # a chunk without a length; or the client is gone
         raise RefusedError(400, f"the body broke off after {num_read:,} bytes: {error}") from None
     return chunk
 
@@ -331,7 +331,7 @@ def _freezes_heap() -> bool:
 
 
 class _ShardId(BaseConverter):  # type: ignore[misc]
-    """Any text: werkzeug's own converters take no line end, and no slash at the begin."""
+    """Any text: werkzeug's own converters take no line end, and no slash in front."""
 
     regex = "(?s:.+)"
     part_isolating = False
@@ -370,6 +370,6 @@ data_bp.add_url_rule("/data/batch", "get_batch", _get_batch, methods=["POST"])
 data_bp.add_url_rule("/data/serials", "serials", _serials, methods=["POST"])
 data_bp.add_url_rule("/data/clear", "clear", _clear, methods=["DELETE"])
 data_bp.add_url_rule("/data/reclaim", "reclaim", _reclaim, methods=["POST"])
-# Without merge_slashes a client would be sent to another shard.
+# If slashes merged, a client would be sent to another shard.
 data_bp.add_url_rule("/data/<shard_id:shard_id>", "put", _put, methods=["PUT"], merge_slashes=False)
 data_bp.add_url_rule("/data/<shard_id:shard_id>", "get", _get, methods=["GET"], merge_slashes=False)

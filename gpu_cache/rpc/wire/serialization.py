@@ -213,7 +213,7 @@ def _dataclass_from_json(value: dict[str, Any]) -> Any:
     made = {name: _deserialize(item) for name, item in described.items()}
     for name, kind in _kinds_of(cls).items():
         if not isinstance(made[name], kind):
-            raise ValueError(f"{name} of a {cls.__name__} is a {kind.__name__}, not {short_repr(made[name])}")
+            raise ValueError(f"{cls.__name__}.{name} is a {kind.__name__}, not {short_repr(made[name])}")
     return cls(**made)
 
 
