@@ -66,7 +66,6 @@ class ReaderTask:
     ) -> None:
         self.reader, self.entries = reader, entries
         self.node = reader.node  # asked once: a reader may ask its connection, which it closes
-        hash(self.node)  # raises here, not in the books
         self.done: Future[None] = Future()  # when the reader is closed and every entry is settled
         self._index, self._level, self._live = level.index, level, live
         self._is_fetch = any(entry.is_fetch for entry in entries.values())

@@ -109,8 +109,6 @@ def _other_kind(tensor: torch.Tensor) -> str:
     """The kind of a tensor that has no bytes of its elements one after the other; "" of one that has."""
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return type(tensor).__name__
-    if torch._is_functional_tensor(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "one of a transform"
     if tensor.is_nested or tensor.layout is not torch.strided:
         return "a nested one" if tensor.is_nested else str(tensor.layout)
     return str(tensor.dtype) if tensor.is_quantized else ""

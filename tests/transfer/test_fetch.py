@@ -174,12 +174,6 @@ def test_a_reader_that_has_no_node_any_more_once_it_is_closed_ends_like_any_othe
     assert_empty(cache)
 
 
-def test_a_reader_of_a_node_that_is_no_key_fails_at_once(cache: TensorCache) -> None:
-    with pytest.raises(TypeError, match="unhashable type: 'list'"):
-        cache.get_many(["a"], Source(lambda keys: [TensorReader([], keys, list)]))  # type: ignore[arg-type]
-    assert_empty(cache)
-
-
 def test_a_callback_that_exits_keeps_no_other_call_waiting(cache: TensorCache) -> None:
     source = DictSource({name: torch.ones(3) for name in "abc"})
     readers = gated(source)

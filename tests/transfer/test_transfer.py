@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -140,20 +139,6 @@ def test_a_reader_of_tensors_may_be_read_in_pieces() -> None:
 def test_a_reader_of_tensors_refuses_a_wrong_count() -> None:
     with pytest.raises(RuntimeError, match="n:1 returned 1 shards for 2 requested"):
         TensorReader("n:1", ["a", "b"], lambda: [torch.zeros(1)]).next_specs()
-
-
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
-def test_a_shard_that_a_transform_wraps_fails_alone(transform: Callable[..., Any]) -> None:
-    failures, plain = list[str](), torch.zeros(2)
-
-    def loading(wrapped: torch.Tensor) -> torch.Tensor:
-        reader = TensorReader("n:1", list("ab"), lambda: [plain, wrapped])
-        assert [spec.key for spec in reader.next_specs() or ()] == ["a"]
-        failures.append(str(reader.failures["b"]))
-        return wrapped.sum()
-
-    transform(loading)(torch.ones(3))
-    assert failures == ["shard 'b': need a dense tensor in host memory, got one of a transform on cpu"]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
