@@ -379,7 +379,7 @@ def socket_folder(environ: Mapping[str, str] | None = None) -> Path:
     """
     given = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR", "")
     problems = []
-    for base in dict.fromkeys([given, _temporary_folder(), "/tmp"]):
+    for base in dict.fromkeys([given, tempfile.gettempdir(), "/tmp"]):
         path = Path(base, f"{_FOLDER}{os.geteuid()}")
         if not base or len(os.fsencode(path)) > MAX_PATH - 40 or not os.path.isdir(base):
             continue
@@ -394,10 +394,3 @@ def socket_folder(environ: Mapping[str, str] | None = None) -> Path:
         except OSError as error:
             problems.append(str(error))
     raise OSError(errno.EACCES, "; ".join(problems) or "there is no folder for a socket")
-
-
-def _temporary_folder() -> str:
-    try:
-        return tempfile.gettempdir()
-    except OSError:  # this process can write into none, but perhaps into XDG_RUNTIME_DIR
-        return ""

@@ -374,15 +374,6 @@ def test_the_socket_is_in_a_folder_of_this_user_alone(monkeypatch: pytest.Monkey
         assert socket_folder({"XDG_RUNTIME_DIR": base}).parent != Path(base), "others can look into that one"
 
 
-def test_a_process_without_a_temporary_folder_has_the_one_of_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raising() -> str:
-        raise FileNotFoundError("No usable temporary directory found")
-
-    with tempfile.TemporaryDirectory() as base:
-        monkeypatch.setattr("tempfile.gettempdir", raising)
-        assert socket_folder({"XDG_RUNTIME_DIR": base}).parent == Path(base)
-
-
 def test_sockets_of_killed_owners_are_removed_and_those_of_living_ones_stay(
     store: ShardStore, serve: Serve, folder: Path
 ) -> None:
