@@ -475,15 +475,13 @@ class TensorCache:
         found = self._index.hits(keys, expected)
         if found is None or self._lazy.kept() is not engine:
             return None
-        tensors, completions = found
         try:
             with profiled(HANDOUT):
-                engine.settle(completions, ready)
+                engine.settle(found[1], ready)
         except BaseException:
-            del found
-            tensors.clear()  # an error that a caller keeps must not keep blocks
+            found[0].clear()  # an error that a caller keeps must not keep blocks
             raise
-        return tensors
+        return found[0]
 
     def _check_bytes(self, keys: Sequence[Hashable], *, only_new: bool = False) -> None:
         """Take the checksums of cached shards that have none yet, and doubt those whose checksum is another by now.

@@ -282,7 +282,8 @@ class SlabPool:
             free = sum(slab.free.free_bytes for slab in self._slabs)
             largest = max((slab.free.largest_free_bytes for slab in self._slabs), default=0)
             room = max(0, self.capacity - self._reserved_bytes - self._growing_bytes)
-            held, pending, freed = self._within_locked()
+            held, pending, freed = self._held_bytes, self._pending_bytes, self._quarantined_bytes
+            outside = held + pending + freed + free - self._reserved_bytes
         raising = f"raise {self._device.hard_limit or f'{self._setting} ({variable(self._setting)})'}"
         if nbytes > self.capacity:
             return Shortage("length", f"is shorter than this run of {nbytes:,} bytes; {raising}")
@@ -297,16 +298,9 @@ class SlabPool:
         return Shortage(
             "use",
             f"is full of shards that are in use ({held:,} held, {pending:,} on their way, {freed:,} waiting to be "
-            f"reused, {free + room:,} free, the largest free range {largest:,}); {raising}, or clear what is done with",
+            f"reused, {outside:,} of these outside of it, {free + room:,} free, the largest free range {largest:,}); "
+            f"{raising}, or clear what is done with",
         )
-
-    def _within_locked(self) -> tuple[int, int, int]:
-        """Bytes held, on their way and in quarantine within the pool. The pool's own figures have its overflow too."""
-        leases = [lease for slab in self._overflows for lease in slab.leases.values()]
-        held = sum(map(_NBYTES, leases))
-        freed = sum(one.nbytes for dead in self._quarantine for one in dead.ranges if one.slab.is_overflow)
-        pending = self._overflow_bytes - sum(slab.free.free_bytes for slab in self._overflows) - held - freed
-        return self._held_bytes - held, self._pending_bytes - pending, self._quarantined_bytes - freed
 
     @property
     def free_bytes(self) -> int:

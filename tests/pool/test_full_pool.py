@@ -141,8 +141,8 @@ def test_an_overflow_names_the_fill_of_the_pool(cache: TensorCache, caplog: pyte
         said = [record.getMessage() for record in caplog.records if "GPU_CACHE_POOL_BYTES" in record.getMessage()]
     assert len(said) == 1, "once a minute"
     assert "32,768 bytes is full" in said[0]
-    figures = "32,768 held, 0 on their way, 0 waiting to be reused, 0 free, the largest free range 0"
-    assert f"({figures}); raise pool_bytes" in said[0]
+    figures = "32,768 held, 0 on their way, 0 waiting to be reused, 0 of these outside of it, 0 free"
+    assert f"({figures}, the largest free range 0); raise pool_bytes" in said[0]
     assert "8,192 bytes are handed out uncached" in said[0]
     assert all(bool((tensor == tensor[0]).all()) for run in held for tensor in run)
 

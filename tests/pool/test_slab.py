@@ -154,7 +154,7 @@ def test_overflow_is_outside_the_cap_and_goes_back_at_once() -> None:
     assert held[0].base.numel() == MIB
 
 
-def test_a_shortage_counts_the_bytes_within_the_pool_alone() -> None:
+def test_the_numbers_of_a_shortage_add_up_to_the_pool_and_what_is_outside_of_it() -> None:
     device = SimDevice()
     device.adversary.begin()  # it does nothing before a thread waits for it
     pool = pool_of(device, pool_bytes=4 * MIB, prealloc_bytes=MIB)
@@ -163,14 +163,15 @@ def test_a_shortage_counts_the_bytes_within_the_pool_alone() -> None:
     freed = shards_in(pool, taken_from(pool, 512), 512)
     held += shards_in(pool, pool.take_overflow(3 * MIB), 3 * MIB)
     freed += shards_in(pool, pool.take_overflow(3 * MIB), 3 * MIB)
-    outside = pool.take_overflow(5 * MIB)
+    overflowing = pool.take_overflow(2 * MIB)
     freed.clear()
     pool.drain()
-    (*figures, largest) = map(int, re.findall(r"\d+", pool.shortage(3 * MIB).words.replace(",", ""))[:5])
-    assert figures == [2 * MIB, MIB, 512, MIB - 512]
-    assert sum(figures) == pool.capacity
+    found = map(int, re.findall(r"\d+", pool.shortage(3 * MIB).words.replace(",", ""))[:6])
+    held_bytes, pending, quarantined, outside, free, largest = found
+    assert (pending, outside, free) == (3 * MIB, 8 * MIB, MIB - 512)
+    assert held_bytes + pending + quarantined + free == pool.capacity + outside
     assert largest == MIB - 512
-    for taken in (on_its_way, outside):
+    for taken in (on_its_way, overflowing):
         pool.abandon(taken)
 
 
