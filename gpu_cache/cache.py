@@ -178,8 +178,8 @@ class TensorCache:
             prefer: "host": shards that are not on the device come to the host tier, and are handed out there, in pinned
                 memory. They take no memory of the device. Clone tensors that forked processes are to read: a forked
                 process does not get pinned memory.
-            on_error: "none": a shard that does not arrive is None in the result. A warning tells why, once a minute for
-                each node and reason. It counts those between; each of these is a line at the level DEBUG.
+            on_error: "none": a shard that does not arrive is None in the result. The log warns once a minute for each
+                node and reason. It has the failures between at the level DEBUG, and counts them in the next warning.
             expected: A tuple of dtype, shape and owner by key, where known. A shard of another dtype or shape fails,
                 and stays cached for other callers. One cached for another owner is a miss, and the fetched one takes
                 its place. None for an owner: any.
@@ -318,7 +318,7 @@ class TensorCache:
             entry = self._index.reserve(key, deadline)
             if entry is None:
                 return False
-            engine = self._lazy.kept()  # another one may have taken its place before the entry was there
+            engine = self._lazy.kept()  # another thread may have replaced the engine before the entry was there
             if (holding := self._scope.get()) is not None:
                 self._index.adopt(holding, [entry])
             return put_one(entry, tensor, node, engine, deadline, self._tasks)

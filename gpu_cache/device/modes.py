@@ -48,9 +48,8 @@ def plain_tensors() -> contextlib.AbstractContextManager[object]:
     """Build tensors as if no inference mode, function mode, dispatch mode or transform (`torch.func`) were active here.
 
     A later training step could not save a tensor born in inference mode for backward. A fake-tensor mode would refuse
-    to carve. A tensor born inside a transform is dead after it. A mode of functions is a caller's code, which a look at
-    a tensor under a lock would run; a default device is one. Outside of all of these, or with modes of functions alone,
-    a call costs under 1 us.
+    to carve. A tensor born inside a transform is dead after it. A function mode, such as that of a default device, is a
+    caller's code: a look at a tensor under a lock would run it. A call costs under 1 us, with function modes too.
     """
     is_plain = not (torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack())
     if is_plain and torch._C._functorch.peek_interpreter_stack() is None and not _PRE_DISPATCH.count():
