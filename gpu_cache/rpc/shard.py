@@ -284,7 +284,8 @@ def _rebuild(container: Any, leaf_type: type[LeafT], fn: Callable[[LeafT], objec
 
 
 def _children(container: Any) -> Iterable[object]:
-    return cast(Iterable[object], container.values() if isinstance(container, dict) else container)
+    children: Iterable[object] = container.values() if isinstance(container, dict) else container
+    return children
 
 
 def like(container: Any, children: list[object]) -> Any:
