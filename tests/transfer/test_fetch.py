@@ -149,25 +149,15 @@ def test_a_reader_that_offers_a_shard_twice_is_not_believed(cache: TensorCache) 
     assert_empty(cache)
 
 
-class NamedReader(TensorReader):
-    """A reader that asks its connection for the node, until it closes that."""
-
-    name: Any = "node-a:1"
-
-    @property
-    def node(self) -> Any:
-        return self.name.strip()
-
-    @node.setter
-    def node(self, node: str) -> None:
-        pass
+class ForgetfulReader(TensorReader):
+    """A reader that has no node any more once it is closed."""
 
     def close(self) -> None:
-        self.name = None
+        del self.node
 
 
-def test_a_reader_that_has_no_node_any_more_once_it_is_closed_ends_like_any_other(cache: TensorCache) -> None:
-    source = Source(lambda keys: [NamedReader("", keys, lambda: [torch.ones(3) for _ in keys])])
+def test_a_reader_that_has_no_node_once_it_is_closed_ends_like_any_other(cache: TensorCache) -> None:
+    source = Source(lambda keys: [ForgetfulReader("node-a:1", keys, lambda: [torch.ones(3) for _ in keys])])
     assert len(cache.get_many(["a"], source)) == 1
     eventually(lambda: not cache._tasks)
     assert cache.source_stats()["node-a:1"]["entries"] == 1
