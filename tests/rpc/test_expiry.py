@@ -155,7 +155,7 @@ def test_a_server_drops_old_shards_of_its_process_from_store_and_cache() -> None
         held = handle.to_local()
         found = eventually(server.address, "expired_shards", 1)
         assert (found["expired_bytes"], found["num_tensors"]) == (16, 0)
-        assert len(runtime.current().cache) == 0
+        assert data_routes.eventually(lambda: len(runtime.current().cache) == 0)  # evicted behind the count
         assert torch.equal(held, torch.ones(4)), "who holds it keeps it"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("asyncio_")]
 
