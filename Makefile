@@ -41,16 +41,20 @@ help:
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
 	@touch $@
 
+# $(call beside,KIND,ARGUMENTS): Python in the environment KIND. Exit 3: the package index cannot be reached, and the
+# script says so.
+define beside
+@$(PY) scripts/beside_venv.py $(1); found=$$?; \
+	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
+	.venv-$(1)/bin/python $(2)
+endef
+
 ifeq ($(BACKEND),areal)
 demo: $(READY)
-	@$(PY) scripts/beside_venv.py areal; found=$$?; \
-	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	.venv-areal/bin/python scripts/areal_demo.py $(ARGS)
+	$(call beside,areal,scripts/areal_demo.py $(ARGS))
 else ifeq ($(BACKEND),ray)
 demo: $(READY)
-	@$(PY) scripts/beside_venv.py ray; found=$$?; \
-	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	.venv-ray/bin/python scripts/ray_demo.py $(ARGS)
+	$(call beside,ray,scripts/ray_demo.py $(ARGS))
 else
 demo: $(READY)
 	$(PY) scripts/train_demo.py $(ARGS)
@@ -59,23 +63,16 @@ endif
 test: $(READY)
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
-# Exit 3: the package index cannot be reached; then nothing can be said, and that is said.
 lowest: export PYTHONPATH := $(CURDIR)
 lowest: $(READY)
-	@$(PY) scripts/beside_venv.py lowest; found=$$?; \
-	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	.venv-lowest/bin/python -m pytest $(PARALLEL) $(ARGS) tests/rpc tests/report tests/smi
+	$(call beside,lowest,-m pytest $(PARALLEL) $(ARGS) tests/rpc tests/report tests/smi)
 
 areal: $(READY)
-	@$(PY) scripts/beside_venv.py areal; found=$$?; \
-	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	.venv-areal/bin/python -m pytest -m areal $(ARGS) tests/beside_areal
+	$(call beside,areal,-m pytest -m areal $(ARGS) tests/beside_areal)
 
 ray: export PYTHONPATH := $(CURDIR)
 ray: $(READY)
-	@$(PY) scripts/beside_venv.py ray; found=$$?; \
-	if [ $$found -eq 3 ]; then exit 0; elif [ $$found -ne 0 ]; then exit $$found; fi; \
-	.venv-ray/bin/python -m pytest -m ray $(ARGS) tests/beside_ray
+	$(call beside,ray,-m pytest -m ray $(ARGS) tests/beside_ray)
 
 # Exit 2: no compiler.
 native: export GPU_CACHE_NATIVE_DIR := $(CURDIR)/.venv/native

@@ -39,6 +39,8 @@ Prefer = Literal["device", "host"]
 OnError = Literal["raise", "none"]  # a call raises for shards that did not arrive, or returns None for them
 MutationPolicy = Literal["refetch", "error", "ignore"]
 
+YES = ("1", "true", "on", "yes")  # the words of a switch that say yes
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,7 +105,7 @@ def is_off(text: str | None) -> bool:
 
 
 def says_yes(name: str, environ: Mapping[str, str] | None = None, *, default: bool) -> bool:
-    """What the variable of a switch says; `default` if it is not set, or blank.
+    """Read a switch from its variable; `default` if that is not set, or blank.
 
     Raises:
         ValueError: Neither yes nor no; names the variable.
@@ -327,7 +329,7 @@ def _switch(value: Any) -> bool:
     if isinstance(value, bool):
         return value
     text = str(value).strip().lower()
-    if not is_off(text) and text not in ("1", "true", "on", "yes"):
+    if not is_off(text) and text not in YES:
         raise ValueError("must be 0 or 1")
     return not is_off(text)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gpu_cache.config import is_off
+from gpu_cache.config import is_off, says_yes
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +54,19 @@ def load(path: Path) -> Any:
 
 
 def _loaded() -> Any:
-    if is_off(wanted := os.environ.get("GPU_CACHE_NATIVE", "").strip()):
+    if is_off(os.environ.get("GPU_CACHE_NATIVE")):
         return None
-    if wanted not in ("", "1"):
-        logger.warning("GPU_CACHE_NATIVE=%r: must be 0 or 1; taken as not set", wanted)
+    is_wanted = False
+    try:
+        is_wanted = says_yes("GPU_CACHE_NATIVE", default=False)
+    except ValueError as error:
+        logger.warning("%s; taken as not set", str(error))
     try:
         path = library()
-        if wanted == "1" or path.exists():
+        if is_wanted or path.exists():
             return load(path)
     except (ImportError, OSError, RuntimeError) as error:
-        if wanted == "1":
+        if is_wanted:
             raise ImportError(f"GPU_CACHE_NATIVE=1, and {error}; build it: python -m gpu_cache.native") from error
         logger.warning("blocks are built in Python: %s", str(error))
     return None

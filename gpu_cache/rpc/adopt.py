@@ -20,10 +20,10 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from gpu_cache.config import is_off
+from gpu_cache.config import YES, is_off
 
 VARIABLE = "GPU_CACHE_AREAL"
-_WORDS = ("1", "true", "on", "yes", "force")
+_WORDS = (*YES, "force")
 _RTENSOR = "areal.infra.rpc.rtensor"
 _BLUEPRINT = "areal.infra.rpc.guard.data_blueprint"
 _CODEC = "areal.infra.rpc.serialization"

@@ -262,8 +262,8 @@ class RTensor:
         Args:
             obj: A handle, or dicts, lists and tuples of them; anything else passes through.
             timeout_s: Longest wait, in seconds; None: `fetch_timeout_s` of the cache's settings.
-            on_error: "none": what does not arrive is None in the result, its handle stays remote. The log tells why:
-                see `TensorCache.get_many`.
+            on_error: "none": a shard that does not arrive is None in the result, and its handle stays remote. The log
+                tells why; see `TensorCache.get_many`.
             prefer: "host": for batches that should never sit on the GPU; see `TensorCache.get_many`. A handle that was
                 localized before keeps the tensor that it has.
             keep: These shards are meant to outlive clears of other shards, as weights are: never reported as a leak.

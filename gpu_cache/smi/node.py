@@ -182,7 +182,7 @@ def sources_of(processes: Iterable[Process]) -> list[Source]:
 
 
 def errors_by_reason(one: Mapping[str, Any]) -> Counter[str]:
-    """Failed fetches of a source, in the report of one process; what that gives no reason for is "other"."""
+    """Failed fetches of a source by reason, from one process's report; "other" where the report gives none."""
     reasons = figures.mapping(one, "fetch_errors_by_reason")
     found = Counter({figures.printable(reason): figures.integer(reasons, reason) or 0 for reason in reasons})
     if (num := figures.integer(one, "fetch_errors")) is not None:

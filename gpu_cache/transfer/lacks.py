@@ -1,4 +1,4 @@
-"""What calls lack that go on without some shards, for the log."""
+"""Warnings of calls that go on without some shards."""
 
 from __future__ import annotations
 

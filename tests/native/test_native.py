@@ -44,8 +44,9 @@ def test_without_a_library_python_serves(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("gpu_cache.index.lending\n", "", 0)
 
 
-def test_a_missing_library_that_is_required_is_an_error_that_says_how_to_build_it(tmp_path: Path) -> None:
-    done = run("-c", SAYS, GPU_CACHE_NATIVE="1", GPU_CACHE_NATIVE_DIR=str(tmp_path))
+@pytest.mark.parametrize("word", ["1", "yes"])
+def test_a_missing_library_that_is_required_is_an_error_that_says_how_to_build_it(tmp_path: Path, word: str) -> None:
+    done = run("-c", SAYS, GPU_CACHE_NATIVE=word, GPU_CACHE_NATIVE_DIR=str(tmp_path))
     assert done.returncode == 1
     assert "build it: python -m gpu_cache.native" in done.stderr
     assert str(tmp_path) in done.stderr

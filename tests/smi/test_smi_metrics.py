@@ -427,7 +427,7 @@ def test_prometheus_takes_the_alerts() -> None:
     assert "SUCCESS: 7 rules found" in promtool("check", "rules", str(DASHBOARDS / "alerts.yml"))
 
 
-# What makes each alert fire: series, and what they are at each half minute.
+# Series that make each alert fire, with a value for each half minute.
 FAULTS = {
     "GpuCacheLeak": {"outlived_clear_entries{}": "2x60"},
     "GpuCacheHung": {'process_state{state="hung"}': "1x60"},

@@ -1,4 +1,4 @@
-"""What calls lack that go on without some shards: the lines in the log."""
+"""The log of calls that go on without some shards."""
 
 from __future__ import annotations
 
